@@ -1,0 +1,455 @@
+// The splatting kernels, compiled once per instruction set (EMSPLAT_ISA, EMSPLAT_VECTOR_BYTES).
+//
+// A Gaussian with centre (x, y), conic (a, b, c) adds w exp(-½(a dx² + 2b dx dy + c dy²)). In a fixed column the values
+// of successive rows obey
+//     G(dy+1) = G(dy) S(dy),   S(dy+1) = S(dy) exp(-c),   S(dy) = exp(-c(dy+½) - b dx),
+// so a block of columns costs two vector exponentials and then two multiplications and one addition per row. The
+// recurrence starts afresh every RESTART rows, which bounds its rounding error, and is not used where one of its terms
+// could underflow (very oblique, thin Gaussians).
+//
+// Everything is in an anonymous namespace, and no inline function of the standard library is used: the linker must
+// never pick, for all processors, a copy that was compiled for one.
+#include <math.h>
+
+#include "kernels.hpp"
+
+namespace emsplat {
+namespace {
+
+constexpr int RESTART = 16;
+constexpr int CHUNK = 128;  // Gaussians whose geometry is worked out at a time
+
+template <class T>
+struct Simd {
+    static constexpr int lanes = EMSPLAT_VECTOR_BYTES / sizeof(T);
+    typedef T vec __attribute__((vector_size(EMSPLAT_VECTOR_BYTES)));
+    typedef T loose __attribute__((vector_size(EMSPLAT_VECTOR_BYTES), aligned(sizeof(T))));
+    static vec load(const T* p) { return *reinterpret_cast<const loose*>(p); }
+    static void store(T* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+    static vec iota() {
+        vec v;
+        for (int i = 0; i < lanes; ++i) v[i] = T(i);
+        return v;
+    }
+};
+
+// The sum of all lanes, by parts of 16 bytes first.
+template <class T>
+inline T sum_lanes(typename Simd<T>::vec v) {
+    typedef T part __attribute__((vector_size(16)));
+    const part* parts = reinterpret_cast<const part*>(&v);
+    part p = parts[0];
+    for (int i = 1; i < EMSPLAT_VECTOR_BYTES / 16; ++i) p += parts[i];
+    T total = p[0];
+    for (int i = 1; i < int(16 / sizeof(T)); ++i) total += p[i];
+    return total;
+}
+
+typedef Simd<float>::vec vfloat;
+typedef int vint __attribute__((vector_size(EMSPLAT_VECTOR_BYTES)));
+typedef Simd<double>::vec vdouble;
+
+// exp with about 1 ulp: x = n ln 2 + r, a polynomial in r, n put into the exponent. Below -87 it is 0.
+inline vfloat exponential(vfloat x) {
+    const vfloat magic = vfloat{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const vint kept = x > -87.0f;
+    x = x < 87.0f ? x : vfloat{} + 87.0f;
+    vfloat shifted = x * 1.44269504088896341f + magic;
+    vfloat n = shifted - magic;
+    vfloat r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vfloat p = vfloat{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return (vfloat)(((vint)p + ((vint)shifted << 23)) & kept);
+}
+
+inline vdouble exponential(vdouble x) {
+    for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = exp(x[i]);
+    return x;
+}
+
+inline float exponential(float x) { return expf(x); }
+inline double exponential(double x) { return exp(x); }
+inline float root(float x) { return sqrtf(x); }
+inline double root(double x) { return sqrt(x); }
+
+// Values on their way to 0 must not take the slow path for denormal numbers.
+struct FlushDenormals {
+#ifdef EMSPLAT_X86_64
+    unsigned before = __builtin_ia32_stmxcsr();
+    FlushDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }
+#else
+    FlushDenormals() {}
+    ~FlushDenormals() {}
+#endif
+};
+
+inline int maximum(int a, int b) { return a > b ? a : b; }
+inline int minimum(int a, int b) { return a < b ? a : b; }
+
+// floor and ceil of numbers that a pixel index can hold; anything further out is outside every image anyway.
+template <class T>
+inline int floor_index(T x) {
+    if (!(x > T(-1e6))) return -1000000;
+    if (x > T(1e6)) return 1000000;
+    int i = int(x);
+    return i - (T(i) > x);
+}
+template <class T>
+inline int ceil_index(T x) { return -floor_index(-x); }
+
+template <class T>
+struct Splat {
+    T x, y;     // centre in pixels
+    T a, b, c;  // conic, 1/pixel²
+    T hx, hy;   // half extents of the footprint in pixels
+};
+
+// The values of a splat on `lanes` columns from `column`, row by row: visit(row, values). far_x is the largest |dx| of
+// the columns that lie in the footprint; the others may underflow to 0.
+template <class T, class Visit>
+inline void walk_block(const Splat<T>& s, T weight, int column, T far_x, int row0, int row1, Visit&& visit) {
+    using V = typename Simd<T>::vec;
+    const T half = T(0.5);
+    const V dx = (T(column) - s.x) + Simd<T>::iota();
+    const V bdx = s.b * dx;
+    const V adx2 = s.a * dx * dx;
+    auto value = [&](T dy) { return weight * exponential(-half * (adx2 + T(2) * dy * bdx + s.c * dy * dy)); };
+    const T far_y = fmax(T(row1 - 1) - s.y, s.y - T(row0));
+    const T furthest = s.a * far_x * far_x + T(2) * fabs(s.b) * far_x * far_y + s.c * far_y * far_y;
+    if (furthest > T(100)) {  // exp(-50): still far from underflow
+        for (int row = row0; row < row1; ++row) visit(row, value(T(row) - s.y));
+        return;
+    }
+    const T decay = exponential(-s.c);
+    for (int begin = row0; begin < row1; begin += RESTART) {
+        const int end = minimum(begin + RESTART, row1);
+        const T dy = T(begin) - s.y;
+        V g = value(dy);
+        V step = exponential(-s.c * (dy + half) - bdx);
+        for (int row = begin; row < end; ++row) {
+            visit(row, g);
+            g *= step;
+            step *= decay;
+        }
+    }
+}
+
+// All blocks of a splat: walk(column, far_x, row0, row1) with rows inside [clip0, clip1).
+template <class T, class Walk>
+inline void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&& walk) {
+    constexpr int lanes = Simd<T>::lanes;
+    const int x0 = maximum(ceil_index(s.x - s.hx), 0), x1 = minimum(floor_index(s.x + s.hx), size - 1);
+    const int y0 = maximum(ceil_index(s.y - s.hy), clip0), y1 = minimum(floor_index(s.y + s.hy) + 1, clip1);
+    if (x1 < x0 || y1 <= y0) return;
+    if (x1 - x0 < lanes) {
+        walk(x0, s.hx, y0, y1);
+        return;
+    }
+    // Rows of the ellipse above [d0, d1]: its upper edge is highest at dx = +peak, its lower edge lowest at -peak.
+    const T determinant = s.a * s.c - s.b * s.b;
+    const T limit = s.hx * s.hx * determinant;  // c * cutoff²
+    const T peak = -s.b * s.hy / s.a;
+    for (int column = x0; column <= x1; column += lanes) {
+        const T d0 = T(column) - s.x, d1 = T(minimum(column + lanes - 1, x1)) - s.x;
+        const T up = fmin(fmax(peak, d0), d1), low = fmin(fmax(-peak, d0), d1);
+        const T top = s.y + (-s.b * up + root(fmax(limit - determinant * up * up, T(0)))) / s.c;
+        const T bottom = s.y + (-s.b * low - root(fmax(limit - determinant * low * low, T(0)))) / s.c;
+        const int row0 = maximum(ceil_index(bottom), y0), row1 = minimum(floor_index(top) + 1, y1);
+        if (row1 > row0) walk(column, fmax(fabs(d0), fabs(d1)), row0, row1);
+    }
+}
+
+// `image` points at row clip0.
+template <class T>
+inline void add_splat(const Splat<T>& s, T weight, T* image, int stride, int size, int clip0, int clip1) {
+    for_blocks(s, size, clip0, clip1, [&](int column, T far_x, int row0, int row1) {
+        T* base = image + column;
+        walk_block(s, weight, column, far_x, row0, row1, [&](int row, typename Simd<T>::vec g) {
+            T* p = base + long(row - clip0) * stride;
+            Simd<T>::store(p, Simd<T>::load(p) + g);
+        });
+    });
+}
+
+// Moments of upstream * exp(...) about the centre: 1, dx, dy, dx², dx dy, dy².
+template <class T>
+inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int size, T* moments) {
+    using V = typename Simd<T>::vec;
+    V m0{}, mx{}, my{}, mxx{}, mxy{}, myy{};
+    for_blocks(s, size, 0, size, [&](int column, T far_x, int row0, int row1) {
+        const T* base = upstream + column;
+        // Only dy changes down a column, so three sums per row are enough.
+        V s0{}, s1{}, s2{};
+        V dy = V{} + (T(row0) - s.y);
+        walk_block(s, T(1), column, far_x, row0, row1, [&](int row, V g) {
+            V weighted = g * Simd<T>::load(base + long(row) * stride);
+            V first = weighted * dy;
+            s0 += weighted;
+            s1 += first;
+            s2 += first * dy;
+            dy += T(1);
+        });
+        const V dx = (T(column) - s.x) + Simd<T>::iota();
+        m0 += s0;
+        my += s1;
+        myy += s2;
+        mx += dx * s0;
+        mxy += dx * s1;
+        mxx += dx * dx * s0;
+    });
+    const V all[6] = {m0, mx, my, mxx, mxy, myy};
+    for (int i = 0; i < 6; ++i) moments[i] = sum_lanes<T>(all[i]);
+}
+
+// What projection makes of CHUNK Gaussians.
+template <class T>
+struct Projected {
+    T x[CHUNK], y[CHUNK], a[CHUNK], b[CHUNK], c[CHUNK], hx[CHUNK], hy[CHUNK];
+    T norm[CHUNK];  // 1 / (2π √det)
+    Splat<T> splat(int i) const { return {x[i], y[i], a[i], b[i], c[i], hx[i], hy[i]}; }
+};
+
+template <class T>
+inline void project_geometry(const Mixture<T>& m, const View<T>& view, int first, int last, Projected<T>& out) {
+    const T* u = view.rotation;
+    const T* v = view.rotation + 3;
+    const T scale = T(1) / view.pixel_size, scale2 = scale * scale;
+    const T centre = T(view.size / 2);
+    const T ox = centre - view.shift[0] * scale, oy = centre - view.shift[1] * scale;
+    for (int i = 0; i < last - first; ++i) {
+        const int j = first + i;
+        const T px = m.column[MX][j], py = m.column[MY][j], pz = m.column[MZ][j];
+        const T sxx = m.column[SXX][j], sxy = m.column[SXY][j], sxz = m.column[SXZ][j];
+        const T syy = m.column[SYY][j], syz = m.column[SYZ][j], szz = m.column[SZZ][j];
+        // Σ uᵀ and Σ vᵀ
+        const T ux = sxx * u[0] + sxy * u[1] + sxz * u[2];
+        const T uy = sxy * u[0] + syy * u[1] + syz * u[2];
+        const T uz = sxz * u[0] + syz * u[1] + szz * u[2];
+        const T vx = sxx * v[0] + sxy * v[1] + sxz * v[2];
+        const T vy = sxy * v[0] + syy * v[1] + syz * v[2];
+        const T vz = sxz * v[0] + syz * v[1] + szz * v[2];
+        const T cxx = (u[0] * ux + u[1] * uy + u[2] * uz) * scale2;
+        const T cxy = (v[0] * ux + v[1] * uy + v[2] * uz) * scale2;
+        const T cyy = (v[0] * vx + v[1] * vy + v[2] * vz) * scale2;
+        const T determinant = cxx * cyy - cxy * cxy;
+        const T inverse = T(1) / determinant;
+        out.x[i] = (u[0] * px + u[1] * py + u[2] * pz) * scale + ox;
+        out.y[i] = (v[0] * px + v[1] * py + v[2] * pz) * scale + oy;
+        out.a[i] = cyy * inverse;
+        out.b[i] = -cxy * inverse;
+        out.c[i] = cxx * inverse;
+        out.hx[i] = view.cutoff * root(cxx);
+        out.hy[i] = view.cutoff * root(cyy);
+        out.norm[i] = root(inverse) * T(0.15915494309189535);
+    }
+}
+
+template <class T>
+void project(const Mixture<T>& m, const View<T>& view, T* image, int stride, int row0, int row1) {
+    const FlushDenormals flush;
+    Projected<T> g;
+    for (int first = 0; first < m.count; first += CHUNK) {
+        const int last = minimum(first + CHUNK, m.count);
+        project_geometry(m, view, first, last, g);
+        for (int i = 0; i < last - first; ++i)
+            add_splat(g.splat(i), m.column[AMPLITUDE][first + i] * g.norm[i], image, stride, view.size, row0, row1);
+    }
+}
+
+template <class T>
+void project_gradient(const Mixture<T>& m, const View<T>& view, const T* upstream, int stride, int begin, int end,
+                      T* const* gradient, T* pose) {
+    const FlushDenormals flush;
+    const T* u = view.rotation;
+    const T* v = view.rotation + 3;
+    const T scale = T(1) / view.pixel_size, scale2 = scale * scale;
+    Projected<T> g;
+    T moments[6][CHUNK];
+    for (int first = begin; first < end; first += CHUNK) {
+        const int last = minimum(first + CHUNK, end);
+        project_geometry(m, view, first, last, g);
+        for (int i = 0; i < last - first; ++i) {
+            T of_one[6];
+            splat_moments(g.splat(i), upstream, stride, view.size, of_one);
+            for (int k = 0; k < 6; ++k) moments[k][i] = of_one[k];
+        }
+        for (int i = 0; i < last - first; ++i) {
+            const int j = first + i;
+            const T a = g.a[i], b = g.b[i], c = g.c[i], w = m.column[AMPLITUDE][j] * g.norm[i];
+            const T m0 = moments[0][i], mx = moments[1][i], my = moments[2][i];
+            const T mxx = moments[3][i], mxy = moments[4][i], myy = moments[5][i];
+            // With P the conic and M the second moments: dL/dcentre = w P m, dL/dS = ½ w (P M P - m0 P).
+            const T gx = w * (a * mx + b * my) * scale, gy = w * (b * mx + c * my) * scale;
+            const T pxx = a * mxx + b * mxy, pxy = a * mxy + b * myy;
+            const T pyx = b * mxx + c * mxy, pyy = b * mxy + c * myy;
+            const T half = T(0.5) * w * scale2;
+            const T dxx = half * (pxx * a + pxy * b - m0 * a);
+            const T dxy = half * (pxx * b + pxy * c - m0 * b);
+            const T dyy = half * (pyx * b + pyy * c - m0 * c);
+            gradient[AMPLITUDE][j] += g.norm[i] * m0;
+            gradient[MX][j] += u[0] * gx + v[0] * gy;
+            gradient[MY][j] += u[1] * gx + v[1] * gy;
+            gradient[MZ][j] += u[2] * gx + v[2] * gy;
+            // Uᵀ D U
+            const T qu0 = dxx * u[0] + dxy * v[0], qu1 = dxx * u[1] + dxy * v[1], qu2 = dxx * u[2] + dxy * v[2];
+            const T qv0 = dxy * u[0] + dyy * v[0], qv1 = dxy * u[1] + dyy * v[1], qv2 = dxy * u[2] + dyy * v[2];
+            gradient[SXX][j] += u[0] * qu0 + v[0] * qv0;
+            gradient[SXY][j] += u[0] * qu1 + v[0] * qv1;
+            gradient[SXZ][j] += u[0] * qu2 + v[0] * qv2;
+            gradient[SYY][j] += u[1] * qu1 + v[1] * qv1;
+            gradient[SYZ][j] += u[1] * qu2 + v[1] * qv2;
+            gradient[SZZ][j] += u[2] * qu2 + v[2] * qv2;
+            if (pose) {
+                const T px = m.column[MX][j], py = m.column[MY][j], pz = m.column[MZ][j];
+                const T sxx = m.column[SXX][j], sxy = m.column[SXY][j], sxz = m.column[SXZ][j];
+                const T syy = m.column[SYY][j], syz = m.column[SYZ][j], szz = m.column[SZZ][j];
+                // dL/dU = g pᵀ + 2 D U Σ
+                pose[0] += gx * px + 2 * (qu0 * sxx + qu1 * sxy + qu2 * sxz);
+                pose[1] += gx * py + 2 * (qu0 * sxy + qu1 * syy + qu2 * syz);
+                pose[2] += gx * pz + 2 * (qu0 * sxz + qu1 * syz + qu2 * szz);
+                pose[3] += gy * px + 2 * (qv0 * sxx + qv1 * sxy + qv2 * sxz);
+                pose[4] += gy * py + 2 * (qv0 * sxy + qv1 * syy + qv2 * syz);
+                pose[5] += gy * pz + 2 * (qv0 * sxz + qv1 * syz + qv2 * szz);
+                pose[6] -= gx;
+                pose[7] -= gy;
+            }
+        }
+    }
+}
+
+// A 3D Gaussian cut at z = const is a 2D Gaussian whose conic does not depend on z.
+template <class T>
+struct Solid {
+    T x, y, z;               // centre in voxels
+    T a, b, c;               // conic of every slice
+    T slope_x, slope_y;      // how the slice's centre moves with z
+    T cxx, cyy;              // covariance of the slice, for its extent
+    T szz, norm, cutoff2;    // norm = 1 / ((2π)^1.5 √det Σ)
+    T inverse[6];            // Σ⁻¹: xx xy xz yy yz zz
+
+    Solid(const Mixture<T>& m, int j, T scale, int size, T cutoff) {
+        const T scale2 = scale * scale, centre = T(size / 2);
+        x = m.column[MX][j] * scale + centre;
+        y = m.column[MY][j] * scale + centre;
+        z = m.column[MZ][j] * scale + centre;
+        const T sxx = m.column[SXX][j] * scale2, sxy = m.column[SXY][j] * scale2, sxz = m.column[SXZ][j] * scale2;
+        const T syy = m.column[SYY][j] * scale2, syz = m.column[SYZ][j] * scale2;
+        szz = m.column[SZZ][j] * scale2;
+        slope_x = sxz / szz;
+        slope_y = syz / szz;
+        cxx = sxx - sxz * slope_x;
+        cyy = syy - syz * slope_y;
+        const T cxy = sxy - sxz * slope_y;
+        const T reciprocal = T(1) / (cxx * cyy - cxy * cxy);
+        a = cyy * reciprocal;
+        b = -cxy * reciprocal;
+        c = cxx * reciprocal;
+        norm = root(reciprocal / szz) * T(0.06349363593424097);
+        cutoff2 = cutoff * cutoff;
+        const T xz = -(a * slope_x + b * slope_y), yz = -(b * slope_x + c * slope_y);
+        const T all[6] = {a, b, xz, c, yz, T(1) / szz - xz * slope_x - yz * slope_y};
+        for (int i = 0; i < 6; ++i) inverse[i] = all[i];
+    }
+
+    T half_depth() const { return root(cutoff2 * szz); }
+
+    // The splat of slice `slice`; weight is its value at the slice's centre.
+    bool cut(int slice, Splat<T>& s, T& weight) const {
+        const T dz = T(slice) - z;
+        const T left = cutoff2 - dz * dz / szz;
+        if (left <= 0) return false;
+        s = {x + slope_x * dz, y + slope_y * dz, a, b, c, root(left * cxx), root(left * cyy)};
+        weight = exponential(T(-0.5) * dz * dz / szz);
+        return true;
+    }
+};
+
+template <class T>
+void voxelize(const Mixture<T>& m, T pixel_size, int size, T cutoff, T* volume, int stride, int z0, int z1) {
+    const FlushDenormals flush;
+    const T scale = T(1) / pixel_size;
+    for (int j = 0; j < m.count; ++j) {
+        const T z = m.column[MZ][j] * scale + T(size / 2);
+        const T depth = cutoff * scale * root(m.column[SZZ][j]);
+        const int begin = maximum(ceil_index(z - depth), z0), end = minimum(floor_index(z + depth) + 1, z1);
+        if (end <= begin) continue;
+        const Solid<T> solid(m, j, scale, size, cutoff);
+        Splat<T> s;
+        T weight;
+        for (int slice = begin; slice < end; ++slice)
+            if (solid.cut(slice, s, weight))
+                add_splat(s, m.column[AMPLITUDE][j] * solid.norm * weight,
+                          volume + long(slice - z0) * size * stride, stride, size, 0, size);
+    }
+}
+
+template <class T>
+void voxelize_gradient(const Mixture<T>& m, T pixel_size, int size, T cutoff, const T* upstream, int stride, int first,
+                       int last, T* const* gradient) {
+    const FlushDenormals flush;
+    const T scale = T(1) / pixel_size, scale2 = scale * scale;
+    for (int j = first; j < last; ++j) {
+        const Solid<T> solid(m, j, scale, size, cutoff);
+        const T depth = solid.half_depth();
+        const int begin = maximum(ceil_index(solid.z - depth), 0);
+        const int end = minimum(floor_index(solid.z + depth) + 1, size);
+        T t0 = 0, t[3] = {0, 0, 0}, tt[6] = {0, 0, 0, 0, 0, 0};
+        for (int slice = begin; slice < end; ++slice) {
+            Splat<T> s;
+            T weight, mom[6];
+            if (!solid.cut(slice, s, weight)) continue;
+            splat_moments(s, upstream + long(slice) * size * stride, stride, size, mom);
+            for (int k = 0; k < 6; ++k) mom[k] *= weight;
+            // From the slice's centre to the Gaussian's.
+            const T dz = T(slice) - solid.z, ex = solid.slope_x * dz, ey = solid.slope_y * dz;
+            const T mx = mom[1] + ex * mom[0], my = mom[2] + ey * mom[0];
+            t0 += mom[0];
+            t[0] += mx;
+            t[1] += my;
+            t[2] += dz * mom[0];
+            tt[0] += mom[3] + ex * (mom[1] + mx);
+            tt[1] += mom[4] + ex * mom[2] + ey * mx;
+            tt[2] += dz * mx;
+            tt[3] += mom[5] + ey * (mom[2] + my);
+            tt[4] += dz * my;
+            tt[5] += dz * dz * mom[0];
+        }
+        const T* i = solid.inverse;
+        const T p[3][3] = {{i[0], i[1], i[2]}, {i[1], i[3], i[4]}, {i[2], i[4], i[5]}};
+        const T second[3][3] = {{tt[0], tt[1], tt[2]}, {tt[1], tt[3], tt[4]}, {tt[2], tt[4], tt[5]}};
+        const T w = m.column[AMPLITUDE][j] * solid.norm;
+        gradient[AMPLITUDE][j] += solid.norm * t0;
+        T pm[3][3];
+        for (int r = 0; r < 3; ++r) {
+            gradient[MX + r][j] += w * scale * (p[r][0] * t[0] + p[r][1] * t[1] + p[r][2] * t[2]);
+            for (int q = 0; q < 3; ++q)
+                pm[r][q] = p[r][0] * second[0][q] + p[r][1] * second[1][q] + p[r][2] * second[2][q];
+        }
+        int column = SXX;
+        for (int r = 0; r < 3; ++r)
+            for (int q = r; q < 3; ++q)
+                gradient[column++][j] +=
+                    T(0.5) * w * scale2 * (pm[r][0] * p[0][q] + pm[r][1] * p[1][q] + pm[r][2] * p[2][q] - t0 * p[r][q]);
+    }
+}
+
+template <class T>
+constexpr Kernels<T> table() {
+    return {project<T>, project_gradient<T>, voxelize<T>, voxelize_gradient<T>, Simd<T>::lanes};
+}
+
+#define EMSPLAT_NAME_OF(x) #x
+#define EMSPLAT_NAME(x) EMSPLAT_NAME_OF(x)
+
+}  // namespace
+
+const InstructionSet EMSPLAT_ISA = {EMSPLAT_NAME(EMSPLAT_ISA), table<float>(), table<double>()};
+
+}  // namespace emsplat

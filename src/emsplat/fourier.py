@@ -1,0 +1,76 @@
+"""Fourier transforms of centred images and volumes in rfft order, shells and shifts.
+
+Data are never fft-shifted: ``rfft`` moves the centre pixel ``size // 2`` to the origin first, so that a real symmetric
+object has a real transform.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from emsplat.types import Grid
+
+
+def rfft(image: Float[Tensor, "*p y x"], dims: int = 2) -> Complex[Tensor, "*p y k"]:
+    """Transform of centred images (``dims=2``) or volumes (``dims=3``) over their last axes, unnormalised."""
+    axes = tuple(range(-dims, 0))
+    return torch.fft.rfftn(torch.fft.ifftshift(image, dim=axes), dim=axes)
+
+
+def irfft(spectrum: Complex[Tensor, "*p y k"], dims: int = 2) -> Float[Tensor, "*p y x"]:
+    """Inverse of `rfft` for even sizes."""
+    axes = tuple(range(-dims, 0))
+    size = spectrum.shape[-2]
+    return torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(size,) * dims, dim=axes), dim=axes)
+
+
+def frequencies(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Broadcastable spatial frequencies in 1/Å of the rfft half space, slowest axis first: (ky, kx) or (kz, ky, kx)."""
+    full = torch.fft.fftfreq(grid.size, grid.pixel_size, dtype=dtype)
+    half = torch.fft.rfftfreq(grid.size, grid.pixel_size, dtype=dtype)
+    axes = [full] * (dims - 1) + [half]
+    return tuple(axis.reshape([-1 if i == j else 1 for j in range(dims)]) for i, axis in enumerate(axes))
+
+
+def shell_index(size: int, dims: int = 2) -> Int[Tensor, "*zy k"]:
+    """Shell round(|k| N a) of each rfft coefficient (RELION's rule); corners lie beyond ``size // 2``."""
+    axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64)
+    radius = cast(Tensor, sum(axis**2 for axis in axes)).sqrt()
+    return torch.floor(radius + 0.5).long()
+
+
+def hermitian_weight(size: int) -> Float[Tensor, " k"]:
+    """How often each rfft column stands in the full transform: 1 for kx = 0 and Nyquist, else 2 (even sizes)."""
+    weight = torch.full((size // 2 + 1,), 2.0)
+    weight[0] = weight[-1] = 1.0
+    return weight
+
+
+def shift_phase(shift: Float[Tensor, "p 2"], grid: Grid) -> Complex[Tensor, "p y k"]:
+    """Factors that move each image by +shift (x, y) in Å: exp(-2πi (kx sx + ky sy)) (docs/conventions.md, 3)."""
+    ky, kx = frequencies(grid, dtype=shift.dtype)
+    x, y = shift[:, 0, None], shift[:, 1, None]
+    phase_x = torch.polar(torch.ones_like(x * kx[0]), -2 * torch.pi * x * kx[0])
+    phase_y = torch.polar(torch.ones_like(y * ky[:, 0]), -2 * torch.pi * y * ky[:, 0])
+    return phase_y[:, :, None] * phase_x[:, None, :]
+
+
+def crop(spectrum: Complex[Tensor, "*p y k"], size: int, dims: int = 2) -> Complex[Tensor, "*p q l"]:
+    """The low frequencies of a larger transform, as the transform of a ``size`` box with the same box length.
+
+    The values are unnormalised: divide by (old size / new size)**dims to keep grey values. The Nyquist planes of the
+    smaller box are set to zero, since they would alias two frequencies.
+    """
+    half = size // 2
+    for axis in range(-dims, -1):
+        length = spectrum.shape[axis]
+        spectrum = torch.cat([spectrum.narrow(axis, 0, half), spectrum.narrow(axis, length - half, half)], axis)
+    out = spectrum[..., : half + 1].clone()
+    out[..., half] = 0
+    for axis in range(-dims, -1):
+        out.select(axis, half).zero_()
+    return out

@@ -1,0 +1,129 @@
+"""Orientations: RELION's Euler angles, matrices and quaternions, point groups, uniform sampling of rotations.
+
+Matrices map object to image coordinates (q = A p); see docs/conventions.md.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emsplat.errors import InputError
+
+
+def euler_to_matrix(angles: Float[Tensor, "*p 3"]) -> Float[Tensor, "*p 3 3"]:
+    """Rotation matrices of RELION's (rot, tilt, psi) in radians: intrinsic Z-Y'-Z''.
+
+    The third row is the viewing direction in the object frame.
+    """
+    (ca, cb, cg), (sa, sb, sg) = torch.cos(angles).unbind(-1), torch.sin(angles).unbind(-1)
+    rows = [
+        [cg * cb * ca - sg * sa, cg * cb * sa + sg * ca, -cg * sb],
+        [-sg * cb * ca - cg * sa, -sg * cb * sa + cg * ca, sg * sb],
+        [sb * ca, sb * sa, cb],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def matrix_to_euler(matrix: Float[Tensor, "*p 3 3"]) -> Float[Tensor, "*p 3"]:
+    """RELION's (rot, tilt, psi) in radians; where tilt is 0 or π, rot is 0 and psi carries the in-plane angle."""
+    a = matrix
+    tilt = torch.arccos(a[..., 2, 2].clamp(-1, 1))
+    pole = torch.hypot(a[..., 2, 0], a[..., 2, 1]) < 1e-6
+    rot = torch.where(pole, 0.0, torch.atan2(a[..., 2, 1], a[..., 2, 0]))
+    sign = torch.where(a[..., 2, 2] < 0, -1.0, 1.0)
+    psi = torch.where(
+        pole, torch.atan2(-a[..., 1, 0], sign * a[..., 0, 0]), torch.atan2(a[..., 1, 2], -a[..., 0, 2])
+    )
+    return torch.stack([rot, tilt, psi], -1)
+
+
+def quaternion_to_matrix(quaternion: Float[Tensor, "*g 4"]) -> Float[Tensor, "*g 3 3"]:
+    """Rotation matrices of quaternions (w, x, y, z), which need not be normalised."""
+    w, x, y, z = torch.nn.functional.normalize(quaternion, dim=-1).unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def random_rotations(count: int, generator: torch.Generator) -> Float[Tensor, "p 3 3"]:
+    """Rotations distributed uniformly over SO(3), in float64 (normalised normal quaternions)."""
+    return quaternion_to_matrix(torch.randn(count, 4, generator=generator, dtype=torch.float64))
+
+
+def axis_rotation(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
+    """Right-handed rotation by ``angle`` rad about ``axis`` (need not be normalised), shape (3, 3) (Rodrigues)."""
+    x, y, z = np.asarray(axis, float) / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    rotation: NDArray[np.float64] = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    return rotation
+
+
+def _close(generators: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """All products of the generators."""
+    group = [np.eye(3)]
+    frontier = group
+    while frontier:
+        fresh: list[NDArray[np.float64]] = []
+        for element, generator in product(frontier, generators):
+            candidate = generator @ element
+            if not any(np.allclose(candidate, known, atol=1e-4) for known in group + fresh):
+                fresh.append(candidate)
+        group = group + fresh
+        frontier = fresh
+    return np.stack(group)
+
+
+# Axes (two-fold, five-fold, three-fold) that generate the icosahedral group in RELION's settings (I = I2).
+_ICOSAHEDRAL_AXES = {
+    "1": ([1.0, 0.0, 0.0], [0.8506508, 0.0, -0.5257311], [0.9341724, 0.3568221, 0.0]),
+    "2": ([0.0, 0.0, 1.0], [0.5257311, 0.0, 0.8506508], [0.0, 0.3568221, 0.9341724]),
+    "3": ([-0.5257311, 0.0, 0.8506508], [0.0, 0.0, 1.0], [-0.4911235, 0.3568221, 0.7946545]),
+    "4": ([0.5257311, 0.0, 0.8506508], [0.8944272, 0.0, 0.4472136], [0.4911235, 0.3568221, 0.7946545]),
+}
+
+
+def symmetry_group(symbol: str) -> Float[Tensor, "s 3 3"]:
+    """Rotations R of a point group in RELION's setting, float64, the identity first.
+
+    A particle with pose A has the equivalent poses A R. Cn and Dn have their main axis on z (Dn: a two-fold on x),
+    T, O and I1 to I4 as in RELION (I = I2).
+
+    Raises:
+        InputError: the symbol is not one of Cn, Dn, T, O, I, I1, I2, I3, I4.
+    """
+    name = symbol.strip().upper()
+    z, x = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0])
+    if match := re.fullmatch(r"([CD])([1-9]\d?)", name):
+        generators = [axis_rotation(z, 2 * np.pi / int(match[2]))]
+        if match[1] == "D":
+            generators.append(axis_rotation(x, np.pi))
+    elif name == "T":
+        # RELION: three-fold on z, two-fold at the tetrahedral angle to it.
+        generators = [
+            axis_rotation(z, 2 * np.pi / 3),
+            axis_rotation(np.array([0.0, np.sqrt(2 / 3), np.sqrt(1 / 3)]), np.pi),
+        ]
+    elif name == "O":
+        generators = [axis_rotation(z, np.pi / 2), axis_rotation(np.ones(3), 2 * np.pi / 3)]
+    elif match := re.fullmatch(r"I([1-4]?)", name):
+        generators = [
+            axis_rotation(np.array(axis), 2 * np.pi / order)
+            for axis, order in zip(_ICOSAHEDRAL_AXES[match[1] or "2"], (2, 5, 3), strict=True)
+        ]
+    else:
+        raise InputError(
+            f"--symmetry {symbol}: not a point group; expected C1, C2, ..., D2, D3, ..., T, O, I (= I2), I1, I2, I3 or I4"
+        )
+    return torch.from_numpy(_close(generators))
+
+

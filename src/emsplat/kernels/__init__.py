@@ -1,0 +1,74 @@
+"""Kernels: the two operators of a Gaussian mixture, per kind of device.
+
+The contract, for flat tensors of one dtype on one device: ``project`` and ``voxelize`` return an image stack or a
+volume; ``project_gradient`` and ``voxelize_gradient`` take the upstream gradient and return the gradients with respect
+to the inputs. ``reference`` holds the same operators as plain differentiable PyTorch; every fast twin is tested
+against it. The back end is chosen by the device of the data (`backend`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emsplat.errors import EmsplatError
+
+
+class Kernels(Protocol):
+    """What a back end offers; shapes as in `emsplat.project`, ``pixel_size`` in Å, ``cutoff`` in standard deviations."""
+
+    def project(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        amplitude: Tensor,
+        rotation: Tensor,
+        shift: Tensor,
+        size: int,
+        pixel_size: float,
+        cutoff: float,
+    ) -> Tensor: ...
+
+    def project_gradient(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        amplitude: Tensor,
+        rotation: Tensor,
+        shift: Tensor,
+        upstream: Tensor,
+        pixel_size: float,
+        cutoff: float,
+        with_pose: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def voxelize(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        amplitude: Tensor,
+        size: int,
+        pixel_size: float,
+        cutoff: float,
+    ) -> Tensor: ...
+
+    def voxelize_gradient(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        amplitude: Tensor,
+        upstream: Tensor,
+        pixel_size: float,
+        cutoff: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def backend(device: torch.device) -> Kernels:
+    """The kernels for data on ``device``."""
+    if device.type == "cpu":
+        from emsplat.kernels import cpu
+
+        return cpu
+    raise EmsplatError(f"emsplat has no kernels for the device {device}; expected cpu")

@@ -1,0 +1,222 @@
+"""The splatting kernels against the dense reference, forward and backward, and the laws that they obey."""
+
+import math
+
+import pytest
+import torch
+
+from emsplat import _native
+from emsplat.geometry import axis_rotation, random_rotations
+from emsplat.kernels import reference
+from emsplat.project import CUTOFF, project, voxelize
+from emsplat.types import Gaussians, Grid, Poses
+
+WIDE = 9.0  # footprint at which cutting is below the rounding of either dtype
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request):
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+def mixture(count, grid, dtype=torch.float32, seed=0, smallest=0.6, largest=3.0):
+    """Random Gaussians, some of them partly or wholly outside the box; scales in pixels."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = {"generator": rng, "dtype": torch.float64}
+    mean = 0.25 * grid.length * torch.randn(count, 3, **draw)
+    scale = grid.pixel_size * torch.exp(
+        torch.rand(count, 3, **draw) * math.log(largest / smallest) + math.log(smallest)
+    )
+    axes = random_rotations(count, rng)
+    covariance = axes @ torch.diag_embed(scale**2) @ axes.mT
+    amplitude = torch.rand(count, **draw) + 0.1
+    return Gaussians(*(t.to(dtype) for t in (mean, covariance, amplitude)))
+
+
+def poses(count, dtype=torch.float32, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    return Poses(random_rotations(count, rng).to(dtype), torch.randn(count, 2, generator=rng, dtype=dtype))
+
+
+def gradients(function, leaves, cotangent):
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    return torch.autograd.grad((function(*leaves) * cotangent).sum(), leaves)
+
+
+def assert_gradients_agree(got, expected, error):
+    for a, b in zip(got, expected, strict=True):
+        a, b = a.double().flatten(), b.double().flatten()
+        assert (a - b).norm() <= error * b.norm()
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 1 - 1e-7
+
+
+@pytest.mark.parametrize("size", [16, 33, 50])
+def test_project_forward(instruction_set, size):
+    grid = Grid(size, 1.7)
+    g, p = mixture(40, grid), poses(3)
+    expected = reference.project(g, p, grid)
+    got = project(g, p, grid, cutoff=WIDE)
+    assert (got - expected).norm() <= 5e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_project_gradient(instruction_set, dtype, error):
+    grid = Grid(38, 1.3)
+    g, p = mixture(60, grid, dtype), poses(4, dtype)
+    cotangent = torch.randn(4, 38, 38, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    leaves = [g.mean, g.covariance, g.amplitude, p.rotation, p.shift]
+
+    def fast(m, s, a, r, t):
+        return project(Gaussians(m, s, a), Poses(r, t), grid, cutoff=WIDE)
+
+    def slow(m, s, a, r, t):
+        return reference.project(Gaussians(m, s, a), Poses(r, t), grid)
+
+    expected = gradients(slow, [leaf.double() for leaf in leaves], cotangent.double())
+    assert_gradients_agree(gradients(fast, leaves, cotangent), expected, error)
+
+
+@pytest.mark.parametrize("size", [12, 21])
+def test_voxelize_forward(instruction_set, size):
+    grid = Grid(size, 1.7)
+    g = mixture(30, grid)
+    expected = reference.voxelize(g, grid)
+    got = voxelize(g, grid, cutoff=WIDE)
+    assert (got - expected).norm() <= 5e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_voxelize_gradient(instruction_set, dtype, error):
+    grid = Grid(20, 1.3)
+    g = mixture(40, grid, dtype)
+    cotangent = torch.randn(20, 20, 20, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    leaves = [g.mean, g.covariance, g.amplitude]
+    expected = gradients(
+        lambda m, s, a: reference.voxelize(Gaussians(m, s, a), grid),
+        [leaf.double() for leaf in leaves],
+        cotangent.double(),
+    )
+    got = gradients(lambda m, s, a: voxelize(Gaussians(m, s, a), grid, cutoff=WIDE), leaves, cotangent)
+    assert_gradients_agree(got, expected, error)
+
+
+def test_gradcheck_in_float64():
+    grid = Grid(10, 1.5)
+    g, p = mixture(3, grid, torch.float64, smallest=1.0, largest=1.5), poses(2, torch.float64)
+    leaves = [t.requires_grad_() for t in (g.mean, g.covariance, g.amplitude, p.rotation, p.shift)]
+    # A footprint beyond the whole box: a cut that moves with the parameters is not differentiable.
+    assert torch.autograd.gradcheck(
+        lambda m, s, a, r, t: project(Gaussians(m, s, a), Poses(r, t), grid, cutoff=40.0), leaves
+    )
+    assert torch.autograd.gradcheck(
+        lambda m, s, a: voxelize(Gaussians(m, s, a), grid, cutoff=40.0), leaves[:3]
+    )
+    assert torch.autograd.gradcheck(
+        lambda m, s, a, r, t: reference.project(Gaussians(m, s, a), Poses(r, t), grid), leaves
+    )
+
+
+def test_footprint_cut_stays_within_its_bound(instruction_set):
+    grid = Grid(48, 1.0)
+    g, p = mixture(1, grid, seed=5, smallest=2.0), poses(1)
+    full = reference.project(g, p, grid)
+    for cutoff in (2.5, 3.5, CUTOFF):
+        missing = full - project(g, p, grid, cutoff=cutoff)
+        bound = math.exp(-(cutoff**2) / 2)
+        assert missing.max() <= bound * full.max() * (1 + 1e-4)
+        assert missing.min() >= -1e-6 * full.max()
+        assert missing.sum() <= bound * full.sum() * 1.02
+
+
+def test_sum_over_z_of_voxelize_is_project_at_identity():
+    grid = Grid(40, 1.3)
+    g = mixture(200, grid, smallest=1.0, largest=2.5)
+    identity = Poses(torch.eye(3)[None], torch.zeros(1, 2))
+    inside = Gaussians(*(t[g.mean.abs().amax(1) < 13] for t in (g.mean, g.covariance, g.amplitude)))
+    flat = voxelize(inside, grid, cutoff=WIDE).sum(0)
+    image = project(inside, identity, grid, cutoff=WIDE)[0]
+    assert (flat - image).norm() <= 1e-5 * image.norm()
+
+
+def test_mass_is_conserved():
+    grid = Grid(64, 1.3)
+    g = mixture(50, grid, smallest=1.0, largest=2.0)
+    inside = Gaussians(0.5 * g.mean, g.covariance, g.amplitude)
+    total = inside.amplitude.sum()
+    torch.testing.assert_close(voxelize(inside, grid, cutoff=WIDE).sum(), total, rtol=1e-5, atol=0)
+    images = project(inside, poses(3), grid, cutoff=WIDE)
+    torch.testing.assert_close(images.sum((1, 2)), total.expand(3), rtol=1e-5, atol=0)
+
+
+def test_project_is_linear_in_the_amplitude():
+    grid = Grid(24, 1.0)
+    g, p = mixture(20, grid), poses(2)
+    twice = Gaussians(g.mean, g.covariance, 2 * g.amplitude)
+    torch.testing.assert_close(project(twice, p, grid), 2 * project(g, p, grid))
+
+
+def test_rotating_object_and_pose_together_changes_nothing():
+    grid = Grid(32, 1.2)
+    g, p = mixture(20, grid, torch.float64), poses(2, torch.float64)
+    turn = torch.from_numpy(axis_rotation([1.0, 2.0, -0.5], 0.7))
+    turned = Gaussians(g.mean @ turn.T, turn @ g.covariance @ turn.T, g.amplitude)
+    got = project(turned, Poses(p.rotation @ turn.T, p.shift), grid)
+    torch.testing.assert_close(got, project(g, p, grid))
+
+
+def test_point_lands_where_the_convention_says():
+    # docs/conventions.md: Euler (30, 50, 70)°, point (20, -10, 5) Å, origin (3, -4) Å -> (-19.136, -6.225) Å.
+    from emsplat.geometry import euler_to_matrix
+
+    grid = Grid(64, 1.0)
+    point = Gaussians(torch.tensor([[20.0, -10.0, 5.0]]), 4 * torch.eye(3)[None], torch.ones(1))
+    rotation = euler_to_matrix(torch.deg2rad(torch.tensor([[30.0, 50.0, 70.0]])))
+    image = project(point, Poses(rotation, torch.tensor([[3.0, -4.0]])), grid, cutoff=WIDE)[0]
+    axis = torch.arange(64.0) - 32
+    assert float((image.sum(0) * axis).sum()) == pytest.approx(-19.136, abs=1e-3)
+    assert float((image.sum(1) * axis).sum()) == pytest.approx(-6.225, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(30.0, 0.3, 0.3), (0.05, 0.05, 0.05), (60.0, 60.0, 60.0), (25.0, 25.0, 0.2)])
+def test_extreme_scales(instruction_set, shape):
+    """Needles, points and clouds: finite, and equal to the reference where that resolves them."""
+    grid = Grid(40, 1.0)
+    axes = random_rotations(8, torch.Generator().manual_seed(3)).float()
+    covariance = axes @ torch.diag(torch.tensor(shape) ** 2) @ axes.mT
+    g = Gaussians(torch.linspace(-9, 9, 24).reshape(8, 3), covariance, torch.ones(8))
+    expected = reference.project(Gaussians(*(t.double() for t in vars(g).values())), poses(2, torch.float64), grid)
+    got = project(g, poses(2, torch.float64).to(torch.float32), grid, cutoff=WIDE)
+    assert torch.isfinite(got).all()
+    assert (got - expected).norm() <= 2e-3 * expected.norm() + 1e-6
+
+
+def test_nothing_to_draw():
+    grid = Grid(16, 1.0)
+    none = Gaussians(torch.zeros(0, 3), torch.zeros(0, 3, 3), torch.zeros(0))
+    assert project(none, poses(2), grid).abs().sum() == 0
+    assert voxelize(none, grid).abs().sum() == 0
+    assert project(mixture(3, grid), poses(0), grid).shape == (0, 16, 16)
+
+
+def test_same_bits_for_any_number_of_threads():
+    grid = Grid(48, 1.0)
+    g, p = mixture(500, grid), poses(4)
+    upstream = torch.randn(4, 48, 48, generator=torch.Generator().manual_seed(0))
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = [g.mean, g.covariance, g.amplitude, p.rotation, p.shift]
+        results.append(
+            [
+                project(g, p, grid),
+                *gradients(lambda m, s, a, r, t: project(Gaussians(m, s, a), Poses(r, t), grid), leaves, upstream),
+            ]
+        )
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
