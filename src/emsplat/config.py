@@ -20,11 +20,11 @@ class SimulateConfig:
     """Number of images."""
 
     snr: float = 0.05
-    """Variance of the CTF-modulated noise-free images over all their pixels, divided by the variance of the noise;
-    inf for images without noise."""
+    """Variance of the CTF-modulated noise-free images over all their pixels, divided by the variance of the
+    noise; inf for images without noise."""
 
     noise: Literal["white", "coloured"] = "white"
-    """Spectrum of the noise: flat, or falling smoothly from 14 times the power of the highest shells at k = 0."""
+    """Spectrum of the noise: flat, or with power that falls smoothly by a factor of 14 from k = 0 to Nyquist."""
 
     shift: float = 3.0
     """Standard deviation of the in-plane shifts along x and along y, in Å."""
@@ -39,7 +39,7 @@ class SimulateConfig:
     """Standard deviation of a particle's defocus about that of its micrograph, in Å."""
 
     astigmatism: float = 400.0
-    """Largest difference between the two principal defoci of a micrograph, in Å; drawn uniformly from 0 up."""
+    """Largest difference of a micrograph's two defoci, in Å; drawn uniformly from 0 up."""
 
     voltage: float = 300.0
     """Acceleration voltage in kV."""
@@ -66,8 +66,8 @@ class SimulateConfig:
     """Seed of the procedural protein."""
 
     keep_frame: bool = False
-    """Take the model to be fitted into a map of this box and pixel size with MRC origin 0, instead of moving its
-    centre of mass to the centre of the box."""
+    """Take the model to be fitted into a map of this box and pixel size with MRC origin 0, instead of moving
+    its centre of mass to the centre of the box."""
 
     pose_error: float = 0.0
     """Root-mean-square angle in degrees between the true orientations and those written to the STAR file."""

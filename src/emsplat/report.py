@@ -1,7 +1,7 @@
 """Figures and one HTML page from a run folder alone, without torch.
 
-Each ``draw_*`` writes one PNG into the run folder. `write_report` draws them all and writes ``report.html``: one
-file with everything inside, no scripts, no network. What is missing from the folder is named in the page.
+Each ``draw_*`` writes one PNG into the run folder. `write_report` draws them all and writes ``report.html``:
+one file with everything inside, no scripts, no network. What is missing from the folder is named in the page.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from emsplat.errors import InputError, OutputError
+from emsplat.errors import InputError
+from emsplat.io.files import replacing
 
 FULL_MAP = "run_class001.mrc"
 
@@ -31,7 +32,7 @@ _LINES: Sequence[tuple[str, Any]] = (
     ("#CC79A7", (0, (2, 1))),
     ("#E69F00", (0, (1, 1))),
 )
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -49,13 +50,13 @@ _CURVE_NAMES = {
     "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": "half maps, phases randomised, masked",
 }
 
-# Part of a key under "resolution" in summary.json, what that number is, and what it means; the first match counts.
+# Part of a key under "resolution" in summary.json, what the number is, what it means; the first match counts.
 _MEANINGS = (
     (
         "cross",
         "Cross-validated",
-        "The Gaussians of one half against the plain back-projection of the other half, whose noise they have "
-        "never seen: an estimate of the correlation with the truth. This is the number to quote.",
+        "The Gaussians of one half against the plain back-projection of the other half, whose noise they "
+        "have never seen: an estimate of the correlation with the truth. This is the number to quote.",
     ),
     (
         "backproj",
@@ -71,10 +72,11 @@ _MEANINGS = (
     ("truth", "Against the truth", "Agreement with the map that the images were simulated from."),
 )
 _CAUTION = (
-    "The half-map FSC of a Gaussian model overestimates its resolution. Both halves are fitted with the same kind of "
-    "compact, smooth Gaussians, so the two maps agree in what the model imposes and not only in what the images "
-    "show. Expect the true resolution to be worse than the half-map numbers, and look at the map before you believe "
-    "them. The model of one half against the plain back-projection of the other does not have this bias."
+    "The half-map FSC of a Gaussian model overestimates its resolution. Both halves are fitted with the same "
+    "kind of compact, smooth Gaussians, so the two maps agree in what the model imposes and not only in what "
+    "the images show. Expect the true resolution to be worse than the half-map numbers, and look at the "
+    "map before you believe them. The model of one half against the plain back-projection of the other "
+    "lacks this bias."
 )
 
 # What the files of a run folder are; the first pattern that matches counts.
@@ -104,7 +106,7 @@ _FILES = (
 
 
 def draw_fsc(run: Path) -> Path:
-    """Draw the curves of ``fsc.star`` with the thresholds 0.143 and 0.5, and return the path of ``fsc.png``.
+    """Draw the curves of ``fsc.star`` with the thresholds 0.143 and 0.5, return ``fsc.png``.
 
     The legend gives resolutions by RELION's rule: the last shell before the first drop below the threshold.
 
@@ -126,14 +128,14 @@ def draw_fsc(run: Path) -> Path:
             axes.plot(frequency[1:], values[1:], color=color, linestyle=dashes, label=label)
         low = min((v for values in curves.values() for v in values[1:] if math.isfinite(v)), default=0.0)
         axes.set(xlim=(0, frequency[-1]), ylim=(min(-0.05, 1.1 * low), 1.04))
-        axes.set(ylabel="Fourier shell correlation", xlabel="spatial frequency (1/Å) and spacing (Å)")
+        axes.set(ylabel="Fourier shell correlation", xlabel="spatial frequency (1/Å), spacing (Å)")
         axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}\n{1 / k:.3g} Å" if k > 0 else "0")
         figure.legend(loc="outside lower center", fontsize=9)
     return run / "fsc.png"
 
 
 def draw_slices(run: Path) -> Path:
-    """Draw central slices and projections of the full map along z, y and x; return the path of ``slices.png``.
+    """Draw central slices and projections of the full map along z, y and x; return ``slices.png``.
 
     Slices pass through the centre voxel ``size // 2``; the first named axis points right, the second up.
 
@@ -172,7 +174,7 @@ def draw_slices(run: Path) -> Path:
 
 
 def draw_convergence(run: Path) -> Path:
-    """Draw the loss of every fit in ``convergence.csv`` and its last half enlarged; return ``convergence.png``.
+    """Draw the loss of every fit and its last half enlarged; return ``convergence.png``.
 
     Thin lines are single steps, thick lines running means over 1/40 of a fit.
 
@@ -226,8 +228,9 @@ def write_report(run: Path) -> Path:
     sections.append(("Files", _file_table({*(f.name for f in run.iterdir() if f.is_file()), target.name})))
     name = html.escape(run.resolve().name)
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
-    page = _PAGE.replace("@title", f"emsplat: {name}").replace("@style", _CSS).replace("@name", name)
-    return _replace(target, page.replace("@body", body).encode())
+    with replacing(target) as temporary:
+        temporary.write_text(_PAGE.format(style=_CSS, name=name, body=body), encoding="utf-8")
+    return target
 
 
 # Reading
@@ -308,9 +311,8 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
-    _replace(path, buffer.getvalue())
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=160)
 
 
 def _draw_scale_bar(axes: Any, width: float, height: float) -> None:
@@ -361,39 +363,54 @@ def _picture(path: Path, description: str) -> str:
 
 
 def _headline(run: Path) -> str:
+    """A card for each curve that a resolution was read from, the caution, and the warnings of the run."""
     summary = _read_summary(run)
     found = summary.get("resolution")
-    numbers = found if isinstance(found, dict) else {}
-    order = [part for part, _, _ in _MEANINGS]
-    rank = {key: next((i for i, part in enumerate(order) if part in key), len(order)) for key in numbers}
-    cards = "".join(_card(key, numbers[key], _nyquist(run)) for key in sorted(numbers, key=rank.__getitem__))
+    curves: dict[str, dict[str, object]] = {}
+    for key, value in (found if isinstance(found, dict) else {}).items():
+        match = re.fullmatch(r"(.+)_(0\.\d+)", key)
+        curve, threshold = match.groups() if match else (key, "")
+        curves.setdefault(curve, {})[threshold] = value
+    nyquist = _nyquist(run)
+    cards = "".join(_card(curve, curves[curve], nyquist) for curve in sorted(curves, key=_rank))
     if not cards:
         cards = '<p class="missing">Not shown. summary.json has no "resolution".</p>'
-    caution = f'<p class="caution">{html.escape(_CAUTION)}</p>\n'
     warnings = summary.get("warnings") or []
-    items = "".join(
-        f"<li>{html.escape(_text(w))}</li>" for w in (warnings if isinstance(warnings, list) else [warnings])
-    )
-    listed = f'<div class="warnings"><h3>Warnings</h3><ul>{items}</ul></div>\n' if items else ""
-    return f'<div class="cards">{cards}</div>\n{caution}{listed}'
-
-
-def _card(key: str, value: object, nyquist: float | None) -> str:
-    """One resolution: the number, which curve and threshold it was read from, what it means."""
-    name, meaning = next(((n, m) for part, n, m in _MEANINGS if part in key), (key.replace("_", " "), ""))
-    details = [word for word in ("unmasked", "masked", "corrected") if word in key.split("_")]
-    details += [f"FSC {t}" for t in ("0.5", "0.143") if key.endswith(t)] or ["FSC 0.143"] * (
-        "half_map" in key
-    )
-    number = float(value) if isinstance(value, int | float) else None
-    if nyquist and number and abs(number / nyquist - 1) < 0.01:
-        details.append("the limit set by the pixel size")
-    shown = _spacing(number) if number is not None or value is None else _text(value)
+    texts = [_text(w) for w in (warnings if isinstance(warnings, list) else [warnings])]
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in texts)
     return (
-        f'<div class="card"><div class="number">{html.escape(shown)}</div>'
-        f"<h3>{html.escape(name)}</h3><div class=detail>{html.escape(', '.join(details))}</div>"
-        f"<p>{html.escape(meaning)}</p></div>"
+        f'<div class="cards">{cards}</div>\n<p class="caution">{html.escape(_CAUTION)}</p>\n'
+        + f'<div class="warnings"><h3>Warnings</h3><ul>{items}</ul></div>\n' * bool(items)
     )
+
+
+def _rank(key: str) -> int:
+    """Place in `_MEANINGS` of the kind of resolution that ``key`` names."""
+    return next((i for i, (part, _, _) in enumerate(_MEANINGS) if part in key), len(_MEANINGS))
+
+
+def _card(key: str, values: Mapping[str, object], nyquist: float | None) -> str:
+    """The resolutions of one curve by threshold ("" where the key names none), the first of them in large."""
+    name, meaning = key.replace("_", " "), ""
+    if _rank(key) < len(_MEANINGS):
+        _, name, meaning = _MEANINGS[_rank(key)]
+    (first, headline), *others = sorted(values.items())
+    words = [word for word in key.split("_") if word in ("unmasked", "masked", "corrected")]
+    if threshold := first or ("0.143" if "half_map" in key else ""):
+        words.append(f"FSC {threshold}")
+    lines = [", ".join(words) + _limit(headline, nyquist)]
+    lines += [f"FSC {other}: {_spacing(value)}{_limit(value, nyquist)}" for other, value in others]
+    detail = "<br>".join(html.escape(line) for line in lines)
+    return (
+        f'<div class="card"><div class="number">{html.escape(_spacing(headline))}</div>'
+        f'<h3>{html.escape(name)}</h3><div class="detail">{detail}</div><p>{html.escape(meaning)}</p></div>'
+    )
+
+
+def _limit(value: object, nyquist: float | None) -> str:
+    """A note where a resolution is the finest that the pixels allow, and so says nothing about the data."""
+    at_limit = nyquist and isinstance(value, int | float) and math.isclose(value, nyquist, rel_tol=0.01)
+    return " (the limit set by the pixel size)" if at_limit else ""
 
 
 def _nyquist(run: Path) -> float | None:
@@ -469,21 +486,15 @@ def _text(value: object) -> str:
             return str(value)
 
 
-def _spacing(value: float | None) -> str:
-    return f"{value:.2f} Å" if value is not None and math.isfinite(value) else "not reached"
-
-
-def _replace(path: Path, data: bytes) -> Path:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        return temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); expected a writable folder with space left; "
-            "copy the run folder to one and report from there"
-        ) from error
+def _spacing(value: object) -> str:
+    """A resolution in Å; None and NaN are curves that never reach the threshold."""
+    match value:
+        case float() | int() if math.isfinite(value):
+            return f"{value:.2f} Å"
+        case None | float():
+            return "not reached"
+        case _:
+            return _text(value)
 
 
 _PAGE = """<!DOCTYPE html>
@@ -491,13 +502,13 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@title</title>
-<style>@style</style>
+<title>emsplat: {name}</title>
+<style>{style}</style>
 </head>
 <body>
 <main>
-<header><h1>@name</h1><p>Reconstruction with Gaussians by emsplat</p></header>
-@body
+<header><h1>{name}</h1><p>Reconstruction with Gaussians by emsplat</p></header>
+{body}
 </main>
 </body>
 </html>
@@ -506,13 +517,15 @@ _PAGE = """<!DOCTYPE html>
 _CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f3f4f6; color: #1b1f24; font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+body { margin: 0; background: #f3f4f6; color: #1b1f24; }
+body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 56rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
 header p { margin: 0 0 1rem; color: #555d68; }
 h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
 h2 { margin: 0 0 .8rem; font-size: 1.2rem; }
 h3 { margin: 1.1rem 0 .35rem; font-size: .95rem; }
-section { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 1.1rem 1.2rem; margin: 0 0 1rem; }
+section { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; }
+section { padding: 1.1rem 1.2rem; margin: 0 0 1rem; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
 .card { border-left: 4px solid #0072b2; background: #f7f9fb; border-radius: 4px; padding: .7rem .9rem; }
@@ -520,14 +533,14 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .card p { margin: .4rem 0 0; font-size: .88rem; color: #3d454f; }
 .number { font-size: 1.6rem; font-weight: 650; line-height: 1.2; }
 .detail { font-size: .85rem; color: #555d68; }
-.caution, .warnings { border-left: 4px solid #d55e00; background: #fdf3ec; border-radius: 4px; padding: .7rem .9rem; }
-.caution { margin: .9rem 0 0; }
-.warnings { margin: .9rem 0 0; }
+.caution, .warnings { border-left: 4px solid #d55e00; background: #fdf3ec; border-radius: 4px; }
+.caution, .warnings { padding: .7rem .9rem; margin: .9rem 0 0; }
 .warnings h3 { margin: 0; }
 .warnings ul { margin: .3rem 0 0; padding-left: 1.2rem; }
 .missing { color: #555d68; font-style: italic; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
-td, th { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid #e8ebef; text-align: left; vertical-align: top; }
+td, th { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid #e8ebef; }
+td, th { text-align: left; vertical-align: top; }
 th { width: 40%; font-weight: 400; color: #555d68; }
 td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 a { color: #005a8e; }

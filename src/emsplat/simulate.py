@@ -1,25 +1,24 @@
 """Particle images of an atomic model, by the Fourier slice theorem without interpolation.
 
-The transform of point atoms is evaluated with a non-uniform FFT at the projected atom positions, multiplied by the
-electron form factors. Nothing here uses the Gaussians of the reconstruction, so the two can be tested on each other.
+The transform of point atoms is evaluated by a non-uniform FFT of the projected atom positions, multiplied by
+the electron form factors. Nothing here uses the Gaussians of the reconstruction, so each can test the other.
 
-Grey scale: the sum over a map, and over a projection, is the sum of the form factors at k = 0 (Å). The map summed over
-z is the projection at identity pose.
+Grey scale: the sum over a map, and over a projection, is the sum of the form factors at k = 0 (Å). The map
+summed over z is the projection at identity pose.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import finufft
 import gemmi
 import numpy as np
-import scipy.optimize
 import scipy.spatial
 import tomli_w
 import torch
@@ -27,11 +26,14 @@ from jaxtyping import Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emsplat import fourier
+from emsplat import __version__, fourier
 from emsplat.config import SimulateConfig
 from emsplat.ctf import ctf
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import quaternion_to_matrix, random_rotations
+from emsplat.io.files import replacing
+from emsplat.io.mrc import StackWriter, write_map
+from emsplat.io.relion import write_particles_star
 from emsplat.types import Grid, Optics, Poses
 
 Array = NDArray[Any]
@@ -39,7 +41,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Atoms:
-    """Point atoms; ``weight`` is the occupancy, so that alternative conformers share one atom's scattering."""
+    """Point atoms; ``weight`` is the occupancy, so that alternative conformers share one scattering."""
 
     position: Float[Tensor, "a 3"]  # Å, float64
     element: Int[Tensor, " a"]  # atomic number
@@ -49,13 +51,31 @@ class Atoms:
         return len(self.element)
 
 
-# --- atomic models ---------------------------------------------------------------------------------------------------
+# --- atomic models ------------------------------------------------------------------------------------------
+
+
+_ORGANIC = frozenset(("H", "D", "C", "N", "O", "P", "S", "Se", "F", "Cl", "Br", "I"))
+
+
+def _repair_elements(structure: gemmi.Structure) -> None:
+    """Take elements that cannot be right from the atom's name.
+
+    PDB files of simulation programs lack the element column and shift the names, so that CA is read as
+    calcium and CB as unknown. Ions and ligands known to gemmi may contain anything and are left alone.
+    """
+    for site in structure[0].all() if len(structure) else ():
+        residue = gemmi.find_tabulated_residue(site.residue.name)
+        polymer = residue.is_amino_acid() or residue.is_nucleic_acid()
+        doubtful = polymer or (not residue.found() and len(site.residue) > 1)
+        if doubtful and site.atom.element.name not in _ORGANIC:
+            site.atom.element = gemmi.Element(site.atom.name.lstrip("0123456789")[:1])
 
 
 def read_atoms(path: Path) -> Atoms:
     """Atoms of the first model of a PDB or mmCIF file (also .gz), in the frame of the file.
 
-    Waters are left out, since the images have no other solvent, and hydrogens, since most deposited models have none.
+    Waters are left out, since the images have no other solvent, and hydrogens, since most deposited models
+    have none.
 
     Raises:
         InputError: the file is missing or unreadable, has no atoms, or has an element without form factor.
@@ -66,16 +86,21 @@ def read_atoms(path: Path) -> Atoms:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
-            f"{path}: not readable as PDB or mmCIF: {' '.join(str(error).split())}; expected .pdb, .cif, .pdb.gz or .cif.gz"
+            f"{path}: not readable as an atomic model: {' '.join(str(error).split())}; "
+            "expected PDB or mmCIF, named .pdb, .cif, .pdb.gz or .cif.gz"
         ) from error
+    _repair_elements(structure)
     structure.remove_waters()
     structure.remove_hydrogens()
     sites = [site.atom for site in structure[0].all() if site.atom.occ > 0] if len(structure) else []
     if not sites:
-        raise InputError(f"{path}: no atoms with occupancy above 0 besides waters and hydrogens; expected an atomic model")
-    unknown = {atom.element.name for atom in sites if atom.element.c4322 is None}
+        raise InputError(
+            f"{path}: no atoms of occupancy above 0 besides waters and hydrogens; expected an atomic model"
+        )
+    unknown = {a.element.name for a in sites if a.element.atomic_number == 0 or a.element.c4322 is None}
     if unknown:
-        raise InputError(f"{path}: no electron form factor for element {', '.join(sorted(unknown))}; remove these atoms")
+        names = ", ".join(sorted(unknown))
+        raise InputError(f"{path}: no electron form factor for element {names}; remove or rename these atoms")
     return Atoms(
         torch.tensor([atom.pos.tolist() for atom in sites], dtype=torch.float64),
         torch.tensor([atom.element.atomic_number for atom in sites]),
@@ -86,31 +111,36 @@ def read_atoms(path: Path) -> Atoms:
 def place_atoms(atoms: Atoms, grid: Grid, keep_frame: bool = False) -> Atoms:
     """Atoms in house coordinates, whose origin is voxel ``size // 2`` of the grid.
 
-    The centre of mass goes to the origin; with ``keep_frame`` coordinate 0 goes to voxel (0, 0, 0), as in a map with
-    MRC origin 0.
+    The centre of mass goes to the origin; with ``keep_frame`` coordinate 0 goes to voxel (0, 0, 0), as in a
+    map with MRC origin 0.
     """
     if keep_frame:
         origin = torch.full((3,), grid.size // 2 * grid.pixel_size, dtype=torch.float64)
     else:
-        masses = {number: gemmi.Element(number).weight for number in atoms.element.unique().tolist()}
-        mass = atoms.weight * torch.tensor([masses[number] for number in atoms.element.tolist()])
+        numbers = atoms.element.tolist()
+        masses = {number: gemmi.Element(number).weight for number in set(numbers)}
+        mass = atoms.weight * torch.tensor([masses[number] for number in numbers])
         origin = mass @ atoms.position / mass.sum()
     return Atoms(atoms.position - origin, atoms.element, atoms.weight)
 
 
-def check_fits(atoms: Atoms, grid: Grid, name: str = "model") -> None:
+def check_fits(atoms: Atoms, grid: Grid, name: str = "model", keep_frame: bool = False) -> None:
     """Check that the atoms stay inside the box in every orientation.
 
     Raises:
-        InputError: they do not; says by how much and which box would fit.
+        InputError: they do not; says by how much and what would fit.
     """
     radius = float(atoms.position.norm(dim=1).max())
-    if radius > grid.length / 2:
-        fitting = 2 * math.ceil(radius / grid.pixel_size)
-        raise InputError(
-            f"{name}: reaches {radius:.1f} Å from the box centre, {radius - grid.length / 2:.1f} Å more than the box "
-            f"of {grid.size} × {grid.pixel_size:g} Å has; expected a model inside the box; use --box {fitting} or larger"
-        )
+    excess = radius - grid.length / 2
+    if excess <= 0:
+        return
+    fitting = f"use --box {2 * math.ceil(radius / grid.pixel_size)} or larger"
+    if keep_frame:
+        fitting = "with --keep-frame give --box and --pixel-size of the map that the model was fitted into"
+    raise InputError(
+        f"{name}: reaches {radius:.1f} Å from the box centre, {excess:.1f} Å more than half the box of "
+        f"{grid.size} × {grid.pixel_size:g} Å; {fitting}"
+    )
 
 
 # Backbone and CB of an ideal α-helix (φ -57°, ψ -47°): element, x, y, z in Å. The axis is z; CA lies on x.
@@ -118,8 +148,8 @@ _BACKBONE = ((7, 1.388, -0.698, -0.921), (6, 2.278, 0, 0), (6, 1.483, 0.751, 1.0
 _CB = (6, 3.177, 0.982, -0.754)
 _TURN, _RISE = math.radians(99.43), 1.556  # per residue
 
-# Side chains beyond CB in rotamers that occur in helices: element, index of the atom it is bound to (N, CA and CB are
-# 0, 1, 2, the rest follow) and torsion angle in degrees. In order: A S V L K E M Q D R.
+# Side chains beyond CB in rotamers that occur in helices: element, index of the atom it is bound to (N, CA
+# and CB are 0, 1, 2, the rest follow) and torsion angle in degrees. In order: A S V L K E M Q D R.
 _SIDE_CHAINS: tuple[tuple[tuple[int, int, float], ...], ...] = (
     (),
     ((8, 2, -65),),
@@ -138,7 +168,7 @@ _RESIDUE_VOLUME = 115.7 / 0.813
 
 
 def _bond(a: Array, b: Array, c: Array, torsion: float) -> Array:
-    """Position of an atom bound to c, 1.5 Å away at a bond angle of 112° and ``torsion`` degrees about b-c from a."""
+    """Position of an atom 1.5 Å from c, at an angle of 112° to b and ``torsion`` degrees about b-c from a."""
     along = (c - b) / np.linalg.norm(c - b)
     normal = np.cross(b - a, along)
     normal /= np.linalg.norm(normal)
@@ -149,7 +179,7 @@ def _bond(a: Array, b: Array, c: Array, torsion: float) -> Array:
 
 
 def _residue(side_chain: tuple[tuple[int, int, float], ...]) -> Array:
-    """Atoms (element, x, y, z) of one residue of a helix along z, shape (atoms, 4): N, CA, C, O, CB, side chain."""
+    """Atoms (element, x, y, z) of a residue of a helix along z: N, CA, C, O, CB, side chain; shape (a, 4)."""
     chain = [np.array(row[1:], float) for row in (_BACKBONE[0], _BACKBONE[1], _CB)]
     parents = [-1, 0, 1]
     for _, parent, torsion in side_chain:
@@ -164,7 +194,7 @@ _RESIDUES = tuple(map(_residue, _SIDE_CHAINS))
 
 
 def _helix(length: int, first: Array, axis: Array, turn: float, rng: np.random.Generator) -> Iterator[Array]:
-    """Residues of a helix with random sequence that starts at ``first`` and runs along the unit vector ``axis``."""
+    """Residues of a helix of random sequence that starts at ``first`` and runs along a unit vector."""
     helper = np.eye(3)[np.argmin(np.abs(axis))]
     x = np.cross(helper, axis) / np.linalg.norm(np.cross(helper, axis))
     frame = np.stack([x, np.cross(axis, x), axis])
@@ -197,33 +227,33 @@ def _layers(half: float, rng: np.random.Generator) -> Iterator[tuple[int, Array]
 
 
 def _relax(position: Array, helix: Array, residue: Array, backbone: Array, closest: float = 3.3) -> Array:
-    """Push atoms apart that are closer than ``closest`` Å, while springs keep each helix and each residue in shape."""
+    """Push atoms closer than ``closest`` Å apart, while springs keep each helix and each residue in shape."""
     pairs = scipy.spatial.cKDTree(position).query_pairs(6.0, output_type="ndarray")
     i, j = pairs[np.lexsort(pairs.T)].T
     kept = (residue[i] == residue[j]) | ((helix[i] == helix[j]) & backbone[i] & backbone[j])
     rest = np.where(kept, np.linalg.norm(position[i] - position[j], axis=1), closest)
-
-    def energy(flat: Array) -> tuple[float, Array]:
-        difference = flat.reshape(-1, 3)[i] - flat.reshape(-1, 3)[j]
-        distance = np.linalg.norm(difference, axis=1) + 1e-9
-        strain = np.where(kept | (distance < rest), distance - rest, 0.0)
-        force = (2 * strain / distance)[:, None] * difference
-        gradient = np.stack(
-            [np.bincount(i, f, len(position)) - np.bincount(j, f, len(position)) for f in force.T], axis=1
-        )
-        return float(strain @ strain), gradient.ravel()
-
-    options = {"maxiter": 100}
-    relaxed = scipy.optimize.minimize(energy, position.ravel(), jac=True, method="L-BFGS-B", options=options)
-    result: Array = relaxed.x.reshape(-1, 3)
-    return result
+    velocity = np.zeros_like(position)
+    # Gradient descent with momentum: a minimiser from a library spends most of its time in threads that wait.
+    for _ in range(150):
+        difference = position[i] - position[j]
+        distance = np.sqrt((difference**2).sum(1)) + 1e-9
+        strain = np.where(kept | (distance < rest), rest / distance - 1, 0.0)
+        force = (strain[:, None] * difference).T
+        push = [np.bincount(i, f, len(position)) - np.bincount(j, f, len(position)) for f in force]
+        velocity = 0.9 * velocity + 0.05 * np.stack(push, axis=1)
+        position = position + velocity
+    return position
 
 
 def procedural_protein(atoms: int = 4000, seed: int = 0) -> Atoms:
     """A protein-like globule made by code: layers of α-helices with side chains, at the density of protein.
 
-    Its outline is the union of three overlapping balls, so that it has clefts and no symmetry. Whole residues are
-    kept, so the number of atoms is at most ``atoms`` and less by at most a residue. The centre of mass is the origin.
+    Its outline is the union of three overlapping balls, so that it has clefts and no symmetry. Whole residues
+    are kept, so there are at most ``atoms`` atoms and fewer by less than a residue. The centre of mass is the
+    origin.
+
+    Raises:
+        InputError: fewer than 100 atoms are asked for.
     """
     if atoms < 100:
         raise InputError(f"--atoms {atoms}: too few for a protein; use --atoms 100 or more")
@@ -250,13 +280,13 @@ def procedural_protein(atoms: int = 4000, seed: int = 0) -> Atoms:
     return place_atoms(protein, Grid(2, 1.0))
 
 
-# --- image formation -------------------------------------------------------------------------------------------------
+# --- image formation ----------------------------------------------------------------------------------------
 
 
 def form_factor(element: int, k: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Electron form factor in Å of an element (atomic number) at spatial frequencies |k| in 1/Å.
 
-    Five Gaussians, Peng et al. (1996) as in International Tables C, table 4.3.2.2; the tabulated variable is k/2.
+    Five Gaussians (International Tables for Crystallography C, table 4.3.2.2, whose variable is k/2).
     """
     coefficients = gemmi.Element(element).c4322
     terms = [a * torch.exp(-b / 4 * k**2) for a, b in zip(coefficients.a, coefficients.b, strict=True)]
@@ -267,8 +297,8 @@ def form_factor(element: int, k: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 class _Pair:
     """Two elements that share a transform: their weights are its real and imaginary strengths.
 
-    Each element alone has a Hermitian transform, hence with F the transform of the strengths and g = (f₁ - i f₂)/2
-    (``form``) the scattering of both is F(k) g(k) + conj(F(-k) g(k)).
+    Each element alone has a Hermitian transform, hence with F the transform of the strengths and
+    g = (f₁ - i f₂)/2 (``form``) the scattering of both is F(k) g(k) + conj(F(-k) g(k)).
     """
 
     position: Array  # Å, (atoms, 3)
@@ -276,14 +306,18 @@ class _Pair:
     form: Array  # rfft half space, zero on the Nyquist planes
 
 
+def _radius(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*zy k"]:
+    """|k| in 1/Å of each rfft coefficient."""
+    return cast(Tensor, sum(axis**2 for axis in fourier.frequencies(grid, dims, dtype))).sqrt()
+
+
 def _pairs(atoms: Atoms, grid: Grid, b_factor: float, dims: int, dtype: torch.dtype) -> Iterator[_Pair]:
     """The atoms by pairs of elements, with form factors and B factor on the rfft half space."""
-    axes = fourier.frequencies(grid, dims, dtype)
-    k = torch.stack(torch.broadcast_tensors(*(axis**2 for axis in axes))).sum(0).sqrt()
+    k = _radius(grid, dims, dtype)
     envelope = torch.exp(-b_factor / 4 * k**2)
     for axis in range(dims):
         envelope.select(axis, grid.size // 2).zero_()
-    numbers = atoms.element.unique().tolist()
+    numbers = sorted(set(atoms.element.tolist()))
     for first, second in zip(numbers[::2], [*numbers[1::2], None], strict=False):
         rows = atoms.element == first
         strength = rows.to(torch.complex128)
@@ -304,8 +338,8 @@ def _plan(grid: Grid, dims: int, dtype: torch.dtype) -> Any:
     )
 
 
-def _spectrum(plan: Any, pairs: Iterator[_Pair] | list[_Pair], axes: Array, shift: Array, grid: Grid) -> Array:
-    """Transform of the atoms at ``axes`` p - ``shift``, in rfft order; ``axes`` are the 2 or 3 rows of a rotation."""
+def _spectrum(plan: Any, pairs: Iterable[_Pair], axes: Array, shift: Array, grid: Grid) -> Array:
+    """Transform of atoms at ``axes`` p - ``shift``, in rfft order; ``axes`` are 2 or 3 rows of a rotation."""
     half = np.arange(grid.size // 2 + 1)
     opposite = np.ix_(*[-np.arange(grid.size)] * (len(axes) - 1), -half)
     total: Any = 0
@@ -320,9 +354,9 @@ def _spectrum(plan: Any, pairs: Iterator[_Pair] | list[_Pair], axes: Array, shif
 def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Complex[Tensor, "p y k"]:
     """Transforms (as `fourier.rfft`) of the projections of the atoms, zero at the Nyquist frequency.
 
-    Point p appears at (A p)[:2] - shift, folded back into the box if outside. ``b_factor`` in Å². Precision follows
-    the poses: relative error about 1e-5 in float32 and 1e-9 in float64. Uses as many threads as torch does; the result
-    does not depend on their number.
+    Point p appears at (A p)[:2] - shift, folded back into the box if outside. ``b_factor`` in Å². Precision
+    follows the poses: relative error about 1e-5 in float32 and 1e-9 in float64. Uses as many threads as torch
+    does; the result does not depend on their number.
     """
     dtype = poses.rotation.dtype
     pairs = list(_pairs(atoms, grid, b_factor, 2, dtype))
@@ -343,7 +377,7 @@ def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Co
 def truth_map(
     atoms: Atoms, grid: Grid, b_factor: float, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "z y x"]:
-    """The map whose projections `project_atoms` gives, on the same grey scale; zero at the Nyquist frequency."""
+    """The map whose projections `project_atoms` gives, on the same grey scale; zero at Nyquist."""
     identity = torch.eye(3, dtype=dtype).numpy()
     pairs = _pairs(atoms, grid, b_factor, 3, dtype)
     spectrum = _spectrum(_plan(grid, 3, dtype), pairs, identity, np.zeros_like(identity[0]), grid)
@@ -353,23 +387,20 @@ def truth_map(
 def noise_filter(grid: Grid, noise: str) -> Float[Tensor, "y k"]:
     """Amplitude of the noise in rfft order, with mean power 1 over the full transform.
 
-    Power of "coloured": 14^((1 - k/k_Nyquist)²), constant beyond Nyquist; 14 times more at k = 0 than at Nyquist, as in
-    images of particles in ice.
+    "white" is flat. "coloured" has the power 14^((1 - k/k_Nyquist)²) and is constant beyond Nyquist: 14 times
+    more at k = 0 than at Nyquist, as in images of particles in ice.
     """
-    ky, kx = fourier.frequencies(grid)
-    if noise == "white":
-        return torch.ones_like(ky * kx)
-    fraction = (torch.hypot(*torch.broadcast_tensors(ky, kx)) * grid.nyquist).clamp(max=1)
-    power = 14 ** (1 - fraction) ** 2
+    fraction = (_radius(grid) * grid.nyquist).clamp(max=1)
+    power = 14 ** (1 - fraction) ** 2 if noise == "coloured" else torch.ones_like(fraction)
     weight = fourier.hermitian_weight(grid.size)
     return (power / ((power * weight).sum() / grid.size**2)).sqrt()
 
 
-# --- the particles ---------------------------------------------------------------------------------------------------
+# --- the particles ------------------------------------------------------------------------------------------
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    """Independent random numbers for each purpose, so that one option does not change the draws of another."""
+    """Independent random numbers for each purpose, so that an option does not change the draws of another."""
     state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
@@ -391,7 +422,7 @@ def perturb_poses(poses: Poses, error: float, generator: torch.Generator) -> Pos
 
 
 def random_optics(config: SimulateConfig) -> Optics:
-    """Optics of each particle, float64; particles of one micrograph share defocus, up to the spread, and astigmatism."""
+    """Optics of each particle, float64; a micrograph shares astigmatism and, up to the spread, defocus."""
     count = config.particles
     micrograph = torch.arange(count) // config.micrograph_particles
     generator = _generator(config.seed, 2)
@@ -420,3 +451,122 @@ def random_optics(config: SimulateConfig) -> Optics:
 def random_halves(count: int, generator: torch.Generator) -> Int[Tensor, " p"]:
     """Half-set 1 or 2 of each particle, equally many of each."""
     return 1 + torch.randperm(count, generator=generator) % 2
+
+
+def clean_images(
+    atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_factor: float
+) -> Float[Tensor, "p y x"]:
+    """CTF-modulated images without noise, on the grey scale of `truth_map`."""
+    return fourier.irfft(project_atoms(atoms, poses, grid, b_factor) * ctf(optics, grid))
+
+
+def make_noise(count: int, grid: Grid, noise: str, generator: torch.Generator) -> Float[Tensor, "p y x"]:
+    """Normal noise of variance 1 with the spectrum of `noise_filter`."""
+    white = torch.randn(count, grid.size, grid.size, generator=generator)
+    return fourier.irfft(fourier.rfft(white) * noise_filter(grid, noise)) if noise == "coloured" else white
+
+
+def _chunks(rows: Int[Tensor, " p"], size: int) -> Iterator[Int[Tensor, " q"]]:
+    """The rows in runs whose images together have about four million pixels."""
+    step = max(1, 2**22 // size**2)
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def signal_variance(atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_factor: float) -> float:
+    """Variance of all pixels of the clean images, from at most 1,000 images spread evenly over the stack."""
+    rows = torch.linspace(0, len(poses) - 1, min(len(poses), 1000)).long()
+    moments = torch.zeros(2, dtype=torch.float64)
+    for chunk in _chunks(rows, grid.size):
+        images = clean_images(atoms, poses[chunk], optics[chunk], grid, b_factor).double()
+        moments += torch.stack([images.sum(), images.square().sum()])
+    mean, square = (moments / (len(rows) * grid.size**2)).tolist()
+    return float(square - mean**2)
+
+
+def _check_config(config: SimulateConfig) -> None:
+    """Refuse settings that describe no experiment."""
+    for name in ("particles", "pixel_size", "snr", "voltage", "cs", "micrograph_particles"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a number above 0")
+    for name in ("shift", "defocus_spread", "astigmatism", "pose_error"):
+        if not getattr(config, name) >= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 or more")
+    if config.box < 8 or config.box % 2:
+        raise InputError(f"--box {config.box}: expected an even number of at least 8 pixels; use --box 96")
+    if config.defocus_min > config.defocus_max:
+        raise InputError(
+            f"--defocus-min {config.defocus_min:g} is above --defocus-max {config.defocus_max:g}; swap them"
+        )
+    if not 0 <= config.amplitude_contrast <= 1:
+        raise InputError(f"--amplitude-contrast {config.amplitude_contrast}: expected a fraction from 0 to 1")
+    if config.noise_only and math.isinf(config.snr):
+        raise InputError("--noise-only with --snr inf gives empty images; give a finite --snr, such as 0.05")
+
+
+def _prepare_folder(output: Path, overwrite: bool) -> None:
+    """Make the folder, or check that nothing in it would be lost."""
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OutputError(f"{output}: the folder is not empty; choose another with -o, or use --overwrite")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+
+
+def _load_model(config: SimulateConfig, model: Path | None, grid: Grid) -> Atoms:
+    """The atoms of the file, or else of the procedural protein, in house coordinates and inside the box."""
+    if model is None:
+        atoms = procedural_protein(config.atoms, config.model_seed)
+    else:
+        atoms = place_atoms(read_atoms(model), grid, config.keep_frame)
+    check_fits(atoms, grid, str(model or "procedural protein"), model is not None and config.keep_frame)
+    return atoms
+
+
+def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
+    """Write particles.mrcs, particles.star, truth.mrc and simulate.toml into ``output``; returns the STAR
+    file.
+
+    The noise has standard deviation 1, as RELION normalises the background, and the truth map has the grey
+    scale of the images: its projection is the image without CTF and noise. With ``snr = inf`` the signal has
+    standard deviation 1.
+
+    Raises:
+        InputError: a setting is impossible, the model is unusable or does not fit into the box.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    _check_config(config)
+    grid = Grid(config.box, config.pixel_size)
+    atoms = _load_model(config, model, grid)
+    _prepare_folder(output, config.overwrite)
+
+    poses, optics = random_poses(config), random_optics(config)
+    drawn = poses.to(torch.float32), optics.to(torch.float32)
+    variance = signal_variance(atoms, *drawn, grid, config.b_factor)
+    noiseless = math.isinf(config.snr)
+    gain = math.sqrt((1 if noiseless else config.snr) / variance)
+
+    generator = _generator(config.seed, 3)
+    with StackWriter(output / "particles.mrcs", config.particles, grid, config.dtype) as stack:
+        for rows in _chunks(torch.arange(config.particles), grid.size):
+            images = torch.zeros(len(rows), grid.size, grid.size)
+            if not config.noise_only:
+                images += gain * clean_images(atoms, drawn[0][rows], drawn[1][rows], grid, config.b_factor)
+            if not noiseless:
+                images += make_noise(len(rows), grid, config.noise, generator)
+            stack.write(images)
+    write_map(output / "truth.mrc", gain * truth_map(atoms, grid, config.b_factor), grid.pixel_size)
+    written = perturb_poses(poses, math.radians(config.pose_error), _generator(config.seed, 4))
+    _write_star(output / "particles.star", config, written, optics)
+    settings = {
+        "program": f"emsplat {__version__}",
+        "model": str(model or "procedural"),
+        "atoms": len(atoms),
+        "signal_variance": variance,
+        "gain": gain,
+        "settings": asdict(config),
+    }
+    with replacing(output / "simulate.toml") as temporary:
+        temporary.write_text(tomli_w.dumps(settings), encoding="utf-8")
+    return output / "particles.star"
