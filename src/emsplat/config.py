@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -86,3 +87,102 @@ class SimulateConfig:
 
     overwrite: bool = False
     """Write into an output folder that is not empty."""
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Settings of `emsplat reconstruct`. What is None follows from the recipe (`RECIPES`)."""
+
+    symmetry: str = "C1"
+    """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
+
+    datadir: Path | None = None
+    """Folder that the image paths of the STAR file start from, where they are not found beside it."""
+
+    diameter: float | None = None
+    """Diameter of the particle in Å: outside it is background, for normalisation, noise and the mask of the FSC.
+    Default: 0.9 of the box."""
+
+    invert: bool = False
+    """Invert the contrast. A STAR file means bright protein; use this where protein is dark."""
+
+    recipe: Literal["default", "cryosplat", "gem"] = "default"
+    """Settings that belong together: emsplat's own, or those of one of the two papers."""
+
+    gaussians: int | None = None
+    """Number of Gaussians at the start."""
+
+    init: Literal["map", "ball", "uniform"] | None = None
+    """Where the Gaussians start: on a quick back-projection of the same images, in a ball, or uniformly in the box."""
+
+    epochs: int | None = None
+    """How often every image is presented."""
+
+    batch: int | None = None
+    """Images per optimisation step."""
+
+    learning_rate: float | None = None
+    """Learning rate of Adam, one for all parameters."""
+
+    decay: float | None = None
+    """Factor on the learning rate after each epoch."""
+
+    weighting: Literal["none", "noise", "ramp"] | None = None
+    """Weights of the squared error in Fourier space: none, 1/noise power, or |k|/noise power."""
+
+    min_scale: float | None = None
+    """Smallest standard deviation of a Gaussian, in pixels."""
+
+    split_after: tuple[int, ...] = ()
+    """After these epochs the number of Gaussians doubles, e.g. --split-after 2 4."""
+
+    isotropic: bool = False
+    """Round Gaussians (one scale each)."""
+
+    rotation: bool = True
+    """Let the Gaussians' axes turn."""
+
+    skip_bad: bool = False
+    """Read all images first and leave out those that are constant or hold values that are not finite."""
+
+    trust_star_pixel_size: bool = False
+    """Go by the STAR file where the headers of the stacks give another pixel size."""
+
+    seed: int = 0
+    """Seed of half-sets (where the STAR file has none), start and order of the images."""
+
+    threads: int | None = None
+    """Threads of the computation; default: all cores."""
+
+    checkpoint_every: float = 60.0
+    """Seconds between checkpoints."""
+
+    overwrite: bool = False
+    """Remove the results of an earlier run from the output folder first."""
+
+    resume: bool = False
+    """Go on with the interrupted run in the output folder."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a reconstruction that belong together."""
+
+    gaussians: int | None  # None: from the volume of the particle, see reconstruct.gaussian_count
+    init: Literal["map", "ball", "uniform"]
+    epochs: int
+    batch: int
+    learning_rate: float
+    decay: float
+    weighting: Literal["none", "noise", "ramp"]
+    min_scale: float  # pixels
+    length_unit: float | None  # pixels that one unit of means and scales stands for; None: the box
+
+
+RECIPES = {
+    "default": Recipe(None, "map", 12, 128, 4e-2, 0.75, "ramp", 0.5, 10.0),
+    # cryoSplat, section 4.1. The paper has no lower bound on the scale; 0.1 px keeps float32 away from zero.
+    "cryosplat": Recipe(30_000, "ball", 5, 1, 1e-3, 0.1, "none", 0.1, None),
+    # GEM gives its number of Gaussians, start and batch size; rate and decay are cryoSplat's.
+    "gem": Recipe(50_000, "uniform", 5, 1, 1e-3, 0.1, "none", 0.1, None),
+}

@@ -43,14 +43,18 @@ class State:
     step: int
     terms: dict[str, Tensor]
 
+    @classmethod
+    def begin(cls, model: GaussianField) -> State:
+        """Before the first step."""
+        return cls(model, _adam(model), 0, {})
 
-def fit(model: GaussianField, objective: Objective, plan: Plan, resume: State | None = None) -> Iterator[State]:
-    """Fits the model step by step; what is yielded may be saved (`save_checkpoint`) and handed back as ``resume``.
+
+def fit(state: State, objective: Objective, plan: Plan) -> Iterator[State]:
+    """Fits a model step by step, from `State.begin` or from wherever a checkpoint left off (`load_checkpoint`).
 
     Raises:
         EmsplatError: the loss is no longer finite.
     """
-    state = resume or State(model, _adam(model), 0, {})
     steps = objective.steps_per_epoch
     while state.step < plan.epochs * steps:
         epoch, position = divmod(state.step, steps)

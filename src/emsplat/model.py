@@ -1,17 +1,19 @@
 """The model: a mixture of anisotropic 3D Gaussians with 11 free numbers each, its initialisers and its files.
 
-The parameters live in box units, so that one learning rate serves all of them (cryoSplat, 4.1): means and scales as
-fractions of the box length, amplitudes as fractions of ``unit``. Scale and amplitude pass through softplus, quaternions
-are normalised.
+The parameters are raw numbers that one learning rate can serve (cryoSplat, 4.1): means and scales in units of
+``Bounds.length`` (the papers take the box length), amplitudes in units of ``Bounds.unit``. Scale and amplitude pass
+through softplus, quaternions are normalised.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional
@@ -31,7 +33,7 @@ def inverse_softplus(value: Tensor) -> Tensor:
 class Bounds:
     """What does not change while the model is fitted."""
 
-    length: float  # box length in Å: the unit of means and scales
+    length: float  # the unit of means and scales in Å
     unit: float  # amplitude that a raw amplitude of softplus 1 stands for
     smallest: float  # lower bound on every scale, Å
 
@@ -84,6 +86,11 @@ class GaussianField(torch.nn.Module):
             covariance = torch.diag_embed(scale**2)
         return Gaussians(self.bounds.length * self.mean, covariance, self.amplitudes())
 
+    def with_unit(self, unit: float) -> GaussianField:
+        """The same raw parameters with amplitudes in another unit."""
+        raw = (getattr(self, name).detach() for name in PARAMETERS)
+        return GaussianField(*raw, replace(self.bounds, unit=unit), rotation=self.rotation)
+
     @torch.no_grad()
     def split(self) -> GaussianField:
         """Twice as many Gaussians: each gives way to two halves along its longest axis.
@@ -128,7 +135,7 @@ def ball(
     rng = torch.Generator().manual_seed(seed)
     mean = 0.075 * torch.randn(count, 3, generator=rng)
     scale = torch.full((count, 1 if isotropic else 3), 0.0075 * grid.length)
-    return _field(mean, scale, bounds, rotation)
+    return _field(mean * grid.length / bounds.length, scale, bounds, rotation)
 
 
 def uniform(
@@ -140,14 +147,75 @@ def uniform(
     distance, _ = cKDTree(mean.numpy()).query(mean.numpy(), k=min(4, count))
     nearest = np.atleast_2d(distance)[:, 1:].mean(1) if count > 1 else np.full(1, 0.5)
     scale = torch.from_numpy(nearest).float()[:, None] * grid.length
-    return _field(mean, scale.repeat(1, 1 if isotropic else 3), bounds, rotation)
+    return _field(mean * grid.length / bounds.length, scale.repeat(1, 1 if isotropic else 3), bounds, rotation)
+
+
+def from_map(
+    volume: Float[Tensor, "z y x"],
+    grid: Grid,
+    count: int,
+    bounds: Bounds,
+    seed: int,
+    *,
+    isotropic: bool = False,
+    rotation: bool = True,
+) -> GaussianField:
+    """Gaussians on a jittered lattice over the dense part of a map, with the map's values as amplitudes.
+
+    The spacing follows from the volume where the map exceeds three standard deviations of its surroundings, so that
+    about ``count`` lattice points lie there; the densest ``count`` are taken. Scales are 0.45 of the spacing,
+    amplitudes have mean 1 (in units of ``bounds.unit``), axes are turned at random so that the three directions of a
+    Gaussian do not start alike. ``grid`` is the map's.
+    """
+    size, rng = grid.size, np.random.default_rng(seed)
+    smooth = gaussian_filter(volume.numpy(), 0.5)
+    axis = np.arange(size) - size // 2
+    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) / size
+    around = smooth[(radius > _REACH) & (radius < 0.5)]
+    threshold = around.mean() + 3 * around.std()
+    occupied = int(((smooth > threshold) & (radius < _REACH)).sum())
+    spacing = (max(occupied, 100) / count) ** (1 / 3)  # voxels
+    for _ in range(8):
+        points, density = _lattice(smooth, spacing, threshold, rng)
+        if len(points) >= count:
+            break
+        spacing *= 0.97
+    densest = np.argsort(-density, kind="stable")[:count]
+    points, density = points[densest], density[densest]
+    if len(points) < count:  # a map without density: anywhere will do
+        missing = rng.normal(0, 0.15 * size, (count - len(points), 3))
+        points, density = np.concatenate([points, missing]), np.append(density, np.full(len(missing), 1.0))
+    weight = np.clip(density / density.mean(), 0.1, 10.0)
+    mean = torch.from_numpy(points[:, ::-1] * grid.pixel_size / bounds.length).float()
+    scale = torch.full((count, 1 if isotropic else 3), 0.45 * spacing * grid.pixel_size)
+    quaternion = torch.from_numpy(rng.normal(0, 0.1, (count, 4)) + [1, 0, 0, 0]).float()
+    if isotropic or not rotation:
+        quaternion = _IDENTITY.repeat(count, 1)
+    amplitude = inverse_softplus(torch.from_numpy(weight).float())
+    return GaussianField(mean, _raw_scale(scale, bounds), quaternion, amplitude, bounds, rotation=rotation)
+
+
+_REACH = 0.42  # of the box: beyond it a map is surroundings
+_IDENTITY = torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+
+def _lattice(
+    volume: NDArray[np.float32], spacing: float, threshold: float, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Jittered lattice points (z, y, x from the centre, in voxels) above the threshold, and the map's values there."""
+    half = len(volume) // 2
+    axis = np.arange(-half, half, spacing)
+    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    points += rng.uniform(-0.25, 0.25, points.shape) * spacing
+    points = points[(points**2).sum(1) < (_REACH * len(volume)) ** 2]
+    density = map_coordinates(volume, (points + half).T, order=1).astype(np.float64)
+    dense = density > threshold
+    return points[dense], density[dense]
 
 
 def _field(mean: Tensor, scale: Tensor, bounds: Bounds, rotation: bool) -> GaussianField:
     count = len(mean)
-    quaternion = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(count, 1)
     amplitude = inverse_softplus(torch.full((count,), 0.5 / count))
-    return GaussianField(mean, _raw_scale(scale, bounds), quaternion, amplitude, bounds, rotation=rotation)
-
-
-INITIALISERS = {"ball": ball, "uniform": uniform}
+    return GaussianField(
+        mean, _raw_scale(scale, bounds), _IDENTITY.repeat(count, 1), amplitude, bounds, rotation=rotation
+    )

@@ -32,7 +32,7 @@ from emsplat.ctf import ctf
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import quaternion_to_matrix, random_rotations
 from emsplat.io.files import replacing
-from emsplat.io.mrc import StackWriter, write_map
+from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.relion import write_particles_star
 from emsplat.types import Grid, Optics, Poses
 
@@ -548,17 +548,25 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
     gain = math.sqrt((1 if noiseless else config.snr) / variance)
 
     generator = _generator(config.seed, 3)
-    with StackWriter(output / "particles.mrcs", config.particles, grid, config.dtype) as stack:
+    with writing_stack(output / "particles.mrcs", config.particles, grid, config.dtype) as write:
         for rows in _chunks(torch.arange(config.particles), grid.size):
             images = torch.zeros(len(rows), grid.size, grid.size)
             if not config.noise_only:
                 images += gain * clean_images(atoms, drawn[0][rows], drawn[1][rows], grid, config.b_factor)
             if not noiseless:
                 images += make_noise(len(rows), grid, config.noise, generator)
-            stack.write(images)
+            write(images)
     write_map(output / "truth.mrc", gain * truth_map(atoms, grid, config.b_factor), grid.pixel_size)
     written = perturb_poses(poses, math.radians(config.pose_error), _generator(config.seed, 4))
-    _write_star(output / "particles.star", config, written, optics)
+    write_particles_star(
+        output / "particles.star",
+        [f"{i + 1:06d}@particles.mrcs" for i in range(config.particles)],
+        [f"micrograph_{i // config.micrograph_particles + 1:05d}.mrc" for i in range(config.particles)],
+        written,
+        optics,
+        grid,
+        random_halves(config.particles, _generator(config.seed, 5)) if config.half_sets else None,
+    )
     settings = {
         "program": f"emsplat {__version__}",
         "model": str(model or "procedural"),

@@ -1,0 +1,1 @@
+"""Files in, house units out: particle metadata, image stacks, maps and Gaussians."""

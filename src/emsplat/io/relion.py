@@ -1,0 +1,443 @@
+"""RELION's STAR files, 3.0 and 3.1 or newer, in and out.
+
+gemmi parses them: its reader is strict (a row that is short is an error, not a shifted table) and keeps every value as
+the text that the file holds, so that a rewritten file changes nothing that it does not mean to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gemmi import cif
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emsplat import __version__
+from emsplat.errors import InputError
+from emsplat.geometry import euler_to_matrix, matrix_to_euler
+from emsplat.io.files import replacing
+from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.types import Grid, Optics, Poses
+
+_PIXEL_SIZES = ("ImagePixelSize", "MicrographPixelSize", "MicrographOriginalPixelSize", "TomoTiltSeriesPixelSize")
+_ALREADY_TREATED = ("CtfDataAreCtfPremultiplied", "CtfDataArePhaseFlipped", "CtfDataAreCtfCorrected")
+_ABERRATIONS = {"BeamTiltX": 0.0, "BeamTiltY": 0.0, "MagMat00": 1.0, "MagMat01": 0.0, "MagMat10": 0.0, "MagMat11": 1.0}
+_ZERNIKES = ("OddZernike", "EvenZernike")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One table of a STAR file; columns are named without their ``_rln``."""
+
+    path: Path
+    name: str
+    block: cif.Block
+
+    def has(self, column: str) -> bool:
+        return bool(self._find(column))
+
+    def _find(self, column: str) -> cif.Column:
+        return self.block.find_values(f"_rln{column}")
+
+    def text(self, column: str) -> list[str]:
+        if not self.has(column):
+            raise InputError(f"{self.path}: the table data_{self.name} has no column rln{column}; {_remedy(column)}")
+        return [cif.as_string(value) for value in self._find(column)]
+
+    def numbers(self, column: str) -> NDArray[np.float64]:
+        """A numeric column; every value is finite."""
+        texts = self.text(column)
+        try:
+            values = np.array(texts, dtype=np.float64)
+        except ValueError:
+            values = np.array([_number(text) for text in texts])
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise InputError(
+                f'{self.path}, row {bad[0] + 1} of data_{self.name}: rln{column} is "{texts[bad[0]]}"'
+                f"{_more(len(bad))}; expected a finite number, repair the file or leave the row out"
+            )
+        return values
+
+    def integers(self, column: str) -> NDArray[np.int64]:
+        values = self.numbers(column)
+        bad = np.flatnonzero(values != np.rint(values))
+        if len(bad):
+            raise InputError(
+                f"{self.path}, row {bad[0] + 1} of data_{self.name}: rln{column} is {values[bad[0]]:g}; "
+                "expected a whole number"
+            )
+        return values.astype(np.int64)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _more(count: int) -> str:
+    return f" (and {count - 1} more rows)" if count > 1 else ""
+
+
+def _remedy(column: str) -> str:
+    if column.startswith("Angle"):
+        return "emsplat needs particles with known orientations, take the STAR file of a refinement"
+    if column.startswith(("Defocus", "Voltage", "Spherical")):
+        return "emsplat needs CTF parameters, take the STAR file of a job that came after CTF estimation"
+    return "take the STAR file of a refinement"
+
+
+def _document(path: Path) -> cif.Document:
+    try:
+        return cif.read_file(str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a RELION STAR file") from error
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not a well-formed STAR file ({error}); write it again") from error
+
+
+def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
+    """The particles and, from RELION 3.1 on, the optics groups."""
+    blocks = [_Block(path, block.name.strip(), block) for block in document]
+    optics = next((block for block in blocks if block.name == "optics"), None)
+    particles = next((block for block in blocks if block is not optics and block.has("ImageName")), None)
+    if particles is None:
+        raise InputError(f"{path}: no table has a column rlnImageName; expected a STAR file of particles")
+    return particles, optics
+
+
+def read_star(path: Path, datadir: Path | None = None) -> ParticleTable:
+    """Particles of a STAR file in house units; angles, CTF and origins as in docs/conventions.md.
+
+    A CTF value is taken from the particle table first, from the optics table second. Stacks are looked for as written,
+    in the folder of the STAR file and its parents, and below ``datadir``.
+
+    Raises:
+        InputError: unreadable file, missing column or stack, a value that is no finite number, an optics group that
+            is not in the optics table, images that were multiplied by their CTF.
+    """
+    particles, optics = _tables(path, _document(path))
+    row_of_group, groups, group = _optics_groups(particles, optics)
+    count = len(group)
+
+    def of_group(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return values[row_of_group][group]
+
+    def column(name: str, default: float | NDArray[np.float64] | None = None) -> Tensor:
+        if particles.has(name):
+            values = particles.numbers(name)
+        elif optics is not None and optics.has(name):
+            values = of_group(optics.numbers(name))
+        elif default is None:
+            values = particles.numbers(name)  # raises, naming the column
+        else:
+            values = np.broadcast_to(np.asarray(default, dtype=np.float64), (count,)).copy()
+        return torch.from_numpy(values)
+
+    _refuse_treated_images(path, particles, optics)
+    defocus_u = column("DefocusU")
+    ctf_values = Optics(
+        voltage=column("Voltage"),
+        cs=column("SphericalAberration"),
+        amplitude_contrast=column("AmplitudeContrast", 0.0),
+        defocus_u=defocus_u,
+        defocus_v=column("DefocusV", defocus_u.numpy()),
+        defocus_angle=torch.deg2rad(column("DefocusAngle", 0.0)),
+        phase_shift=torch.deg2rad(column("PhaseShift", 0.0)),
+        b_factor=column("CtfBfactor", 0.0),
+        scale=column("CtfScalefactor", 1.0),
+    )
+    _refuse_impossible_optics(path, ctf_values)
+    pixel_size = np.array([g.pixel_size for g in groups])[group]
+    angles = torch.stack([torch.deg2rad(column(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")], 1)
+    shift = [
+        column(f"Origin{axis}Angst")
+        if particles.has(f"Origin{axis}Angst")
+        else column(f"Origin{axis}", 0.0) * torch.from_numpy(pixel_size)
+        for axis in "XY"
+    ]
+    stacks, stack, image = _images(particles, path, datadir)
+    return ParticleTable(
+        source=path,
+        poses=Poses(euler_to_matrix(angles), torch.stack(shift, 1)),
+        optics=ctf_values,
+        groups=groups,
+        optics_group=torch.from_numpy(group),
+        half=_half_sets(particles),
+        micrograph=_codes(particles.text("MicrographName")) if particles.has("MicrographName") else stack,
+        stacks=stacks,
+        stack=stack,
+        image=image,
+        warnings=_aberrations(path, particles, optics),
+    )
+
+
+def _optics_groups(
+    particles: _Block, optics: _Block | None
+) -> tuple[NDArray[np.int64], tuple[OpticsGroup, ...], NDArray[np.int64]]:
+    """Row of each group in the optics table, the groups, and the group of each particle."""
+    count = len(particles.text("ImageName"))
+    if optics is None:
+        size = _old_pixel_size(particles)
+        return np.zeros(1, np.int64), (OpticsGroup("all", size, None),), np.zeros(count, np.int64)
+    numbers = optics.integers("OpticsGroup")
+    asked = particles.integers("OpticsGroup") if particles.has("OpticsGroup") else np.full(count, numbers[0])
+    unknown = np.flatnonzero(~np.isin(asked, numbers))
+    if len(unknown):
+        raise InputError(
+            f"{particles.path}, row {unknown[0] + 1} of data_{particles.name}: rlnOpticsGroup {asked[unknown[0]]} is "
+            f"not in data_optics, which has {sorted(numbers.tolist())}; repair the optics table"
+        )
+    if len(np.unique(numbers)) != len(numbers):
+        raise InputError(f"{particles.path}: data_optics names an rlnOpticsGroup twice; number the groups 1, 2, ...")
+    names = optics.text("OpticsGroupName") if optics.has("OpticsGroupName") else [str(n) for n in numbers]
+    source = next((name for name in _PIXEL_SIZES if optics.has(name)), None)
+    if source is None:
+        raise InputError(f"{particles.path}: data_optics has no rlnImagePixelSize; add it, in Å")
+    pixel_sizes = optics.numbers(source)
+    boxes = optics.integers("ImageSize").tolist() if optics.has("ImageSize") else [None] * len(numbers)
+    if not pixel_sizes.min() > 0:
+        raise InputError(f"{particles.path}: rln{source} in data_optics is {pixel_sizes.min():g}; expected Å above 0")
+    groups = tuple(OpticsGroup(*values) for values in zip(names, pixel_sizes.tolist(), boxes, strict=True))
+    order = np.argsort(numbers)
+    return np.arange(len(numbers)), groups, order[np.searchsorted(numbers, asked, sorter=order)]
+
+
+def _old_pixel_size(particles: _Block) -> float:
+    """Pixel size in Å of a file without optics table: from the image itself, else from detector and magnification."""
+    for name in _PIXEL_SIZES[:1]:
+        if particles.has(name):
+            sizes = particles.numbers(name)
+            break
+    else:
+        detector, magnification = particles.numbers("DetectorPixelSize"), particles.numbers("Magnification")
+        if not (magnification > 0).all():
+            raise InputError(f"{particles.path}: rlnMagnification is not above 0 everywhere; repair the column")
+        sizes = 1e4 * detector / magnification
+    if not sizes.min() > 0 or sizes.max() - sizes.min() > 1e-4 * sizes.max():
+        raise InputError(
+            f"{particles.path}: pixel sizes from {sizes.min():g} to {sizes.max():g} Å; expected one for all particles, "
+            "select the particles of one microscope setting"
+        )
+    return float(sizes[0])
+
+
+def _refuse_treated_images(path: Path, *tables: _Block | None) -> None:
+    for table in tables:
+        for name in _ALREADY_TREATED:
+            if table is not None and table.has(name) and table.numbers(name).any():
+                raise InputError(
+                    f"{path}: rln{name} is set; emsplat needs images that were not multiplied by or corrected for "
+                    "their CTF, extract the particles again without it"
+                )
+
+
+def _refuse_impossible_optics(path: Path, optics: Optics) -> None:
+    for name, values, possible in (
+        ("rlnVoltage", optics.voltage, optics.voltage > 0),
+        ("rlnAmplitudeContrast", optics.amplitude_contrast, optics.amplitude_contrast.abs() <= 1),
+    ):
+        bad = (~possible).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise InputError(f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value")
+
+
+def _aberrations(path: Path, *tables: _Block | None) -> tuple[str, ...]:
+    """What the file says about the optics that the image formation leaves out."""
+    found = []
+    for table in tables:
+        if table is None:
+            continue
+        found += [
+            name
+            for name, neutral in _ABERRATIONS.items()
+            if table.has(name) and np.abs(table.numbers(name) - neutral).max() > 1e-6
+        ]
+        found += [
+            name for name in _ZERNIKES if table.has(name) and any(c in "123456789" for v in table.text(name) for c in v)
+        ]
+    if not found:
+        return ()
+    return (f"{path}: {', '.join('rln' + name for name in found)} are set and not yet used: detail finer than about "
+            "3 Å may suffer",)  # fmt: skip
+
+
+def _half_sets(particles: _Block) -> Tensor | None:
+    if not particles.has("RandomSubset"):
+        return None
+    half = particles.integers("RandomSubset")
+    bad = np.flatnonzero((half != 1) & (half != 2))
+    if len(bad):
+        raise InputError(
+            f"{particles.path}, row {bad[0] + 1} of data_{particles.name}: rlnRandomSubset is {half[bad[0]]}"
+            f"{_more(len(bad))}; expected 1 or 2, or no such column at all"
+        )
+    return torch.from_numpy(half)
+
+
+def _codes(texts: Sequence[str]) -> Tensor:
+    """Equal numbers for equal texts, in order of appearance."""
+    seen: dict[str, int] = {}
+    return torch.tensor([seen.setdefault(text, len(seen)) for text in texts], dtype=torch.int64)
+
+
+def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[Path, ...], Tensor, Tensor]:
+    """Stacks, and the stack and 0-based index of each image."""
+    names = particles.text("ImageName")
+    index = np.zeros(len(names), np.int64)
+    files = []
+    for row, name in enumerate(names):
+        number, at, file = name.partition("@")
+        if not at:
+            number, file = "1", name
+        if not number.isdecimal() or not file or int(number) < 1:
+            raise InputError(
+                f'{path}, row {row + 1} of data_{particles.name}: rlnImageName is "{name}"; expected index@stack.mrcs '
+                "with an index from 1"
+            )
+        index[row] = int(number) - 1
+        files.append(file)
+    stack = _codes(files)
+    places = _search_places(path, datadir)
+    found, missing = [], []
+    for file in dict.fromkeys(files):
+        place = next((p for p in places(file) if p.is_file()), None)
+        if place is None:
+            missing.append(file)
+        else:
+            found.append(place)
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of {len(found) + len(missing)} image stacks are missing, the first is "
+            f'"{missing[0]}"; looked for it as written, in {path.absolute().parent} and its parents'
+            + (f" and in {datadir}" if datadir else "")
+            + "; give the folder that the paths start from with --datadir"
+        )
+    return tuple(found), stack, torch.from_numpy(index)
+
+
+def _search_places(path: Path, datadir: Path | None) -> Callable[[str], list[Path]]:
+    folder = path.absolute().parent
+    roots = [folder, *folder.parents, *([datadir] if datadir else [])]
+
+    def places(file: str) -> list[Path]:
+        # A leading "/" would make the root disappear from root / file.
+        relative = file.lstrip("/")
+        candidates = [Path(file), *(root / relative for root in roots)]
+        if datadir:
+            candidates.append(datadir / Path(file).name)
+        other = {".mrc": ".mrcs", ".mrcs": ".mrc"}
+        swapped = [p.with_suffix(other[p.suffix]) for p in candidates if p.suffix in other]
+        return candidates + swapped
+
+    return places
+
+
+def rewrite_star(source: Path, target: Path, rows: Tensor, half: Tensor) -> None:
+    """The STAR file ``source`` with only these particle rows and with rlnRandomSubset = ``half`` (one per row).
+
+    Every other table and column keeps its text.
+
+    Raises:
+        InputError: the source is no longer readable.
+        OutputError: the target cannot be written.
+    """
+    document = _document(source)
+    particles, _ = _tables(source, document)
+    loop = particles.block.find_loop("_rlnImageName").get_loop()
+    if loop is None:
+        # A single particle may be written as pairs of name and value; there is nothing to leave out.
+        particles.block.set_pair("_rlnRandomSubset", str(int(half[0])))
+    else:
+        tags = list(loop.tags)
+        columns = [particles.block.find_values(tag) for tag in tags]
+        kept = [[column[row] for row in rows.tolist()] for column in map(list, columns)]
+        subset = [str(value) for value in half.tolist()]
+        if "_rlnRandomSubset" in tags:
+            kept[tags.index("_rlnRandomSubset")] = subset
+        else:
+            tags.append("_rlnRandomSubset")
+            kept.append(subset)
+        new = particles.block.init_loop("", tags)
+        new.set_all_values(kept)
+    _write(document, target)
+
+
+def _write(document: cif.Document, target: Path) -> None:
+    with replacing(target) as temporary:
+        options = cif.WriteOptions()
+        options.align_loops = 0
+        document.write_file(str(temporary), options)
+
+
+def write_particles_star(
+    path: Path,
+    image_names: Sequence[str],
+    micrographs: Sequence[str],
+    poses: Poses,
+    optics: Optics,
+    grid: Grid,
+    half: Tensor | None,
+) -> None:
+    """A RELION 3.1 STAR file with one optics group (voltage, Cs and amplitude contrast of the first particle)."""
+    document = cif.Document()
+    block = document.add_new_block("optics")
+    one = {
+        "OpticsGroup": "1",
+        "OpticsGroupName": "opticsGroup1",
+        "MicrographOriginalPixelSize": f"{grid.pixel_size:.6f}",
+        "Voltage": f"{optics.voltage[0]:.6f}",
+        "SphericalAberration": f"{optics.cs[0]:.6f}",
+        "AmplitudeContrast": f"{optics.amplitude_contrast[0]:.6f}",
+        "ImagePixelSize": f"{grid.pixel_size:.6f}",
+        "ImageSize": str(grid.size),
+        "ImageDimensionality": "2",
+        "CtfDataAreCtfPremultiplied": "0",
+    }
+    block.init_loop("", [f"_rln{name}" for name in one]).set_all_values([[value] for value in one.values()])
+    angles = torch.rad2deg(matrix_to_euler(poses.rotation)).unbind(1)
+    numeric = {
+        "DefocusU": optics.defocus_u,
+        "DefocusV": optics.defocus_v,
+        "DefocusAngle": torch.rad2deg(optics.defocus_angle),
+        "PhaseShift": torch.rad2deg(optics.phase_shift),
+        "CtfBfactor": optics.b_factor,
+        "CtfScalefactor": optics.scale,
+        "AngleRot": angles[0],
+        "AngleTilt": angles[1],
+        "AnglePsi": angles[2],
+        "OriginXAngst": poses.shift[:, 0],
+        "OriginYAngst": poses.shift[:, 1],
+    }
+    columns: dict[str, list[str]] = {
+        "ImageName": [cif.quote(name) for name in image_names],
+        "MicrographName": [cif.quote(name) for name in micrographs],
+        "OpticsGroup": ["1"] * len(image_names),
+        "ClassNumber": ["1"] * len(image_names),
+        **{name: [f"{value:.6f}" for value in values.tolist()] for name, values in numeric.items()},
+    }
+    if half is not None:
+        columns["RandomSubset"] = [str(value) for value in half.tolist()]
+    block = document.add_new_block("particles")
+    block.init_loop("", [f"_rln{name}" for name in columns]).set_all_values(list(columns.values()))
+    _write(document, path)
+
+
+def write_fsc_star(path: Path, general: dict[str, str], columns: dict[str, Sequence[float]]) -> None:
+    """An FSC table in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc."""
+    document = cif.Document()
+    block = document.add_new_block("general")
+    for name, value in {"emsplatVersion": __version__, **general}.items():
+        block.set_pair(f"_{name}", cif.quote(value))
+    block = document.add_new_block("fsc")
+    texts = [[f"{v:.6f}" if isinstance(v, float) else str(v) for v in values] for values in columns.values()]
+    block.init_loop("", [f"_{name}" for name in columns]).set_all_values(texts)
+    _write(document, path)
