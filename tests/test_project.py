@@ -111,9 +111,7 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(
         lambda m, s, a, r, t: project(Gaussians(m, s, a), Poses(r, t), grid, cutoff=40.0), leaves
     )
-    assert torch.autograd.gradcheck(
-        lambda m, s, a: voxelize(Gaussians(m, s, a), grid, cutoff=40.0), leaves[:3]
-    )
+    assert torch.autograd.gradcheck(lambda m, s, a: voxelize(Gaussians(m, s, a), grid, cutoff=40.0), leaves[:3])
     assert torch.autograd.gradcheck(
         lambda m, s, a, r, t: reference.project(Gaussians(m, s, a), Poses(r, t), grid), leaves
     )

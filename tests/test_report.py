@@ -160,9 +160,7 @@ def test_text_is_escaped(run: Path) -> None:
     assert "a <b> & c.star" in text
 
 
-@pytest.mark.parametrize(
-    "name", ["run_class001.mrc", "fsc.star", "convergence.csv", "summary.json", "config.toml"]
-)
+@pytest.mark.parametrize("name", ["run_class001.mrc", "fsc.star", "convergence.csv", "summary.json", "config.toml"])
 @pytest.mark.parametrize("damage", ["missing", "garbage", "empty"])
 def test_damaged_part_is_named(run: Path, name: str, damage: str) -> None:
     """The page is still written, and says which file failed; config.toml is shown as it is."""
@@ -213,10 +211,7 @@ def test_unknown_curves_are_drawn_too(run: Path) -> None:
     """A column that this version does not know, undefined in places, does not stop the figure."""
     star = run / "fsc.star"
     lines = star.read_text().splitlines()
-    rows = [
-        f"{line} {'nan' if i % 5 == 0 else '0.4'}" if line[:1].isdigit() else line
-        for i, line in enumerate(lines)
-    ]
+    rows = [f"{line} {'nan' if i % 5 == 0 else '0.4'}" if line[:1].isdigit() else line for i, line in enumerate(lines)]
     at = next(i for i, line in enumerate(rows) if line.startswith("_rlnFourierShellCorrelationMasked"))
     star.write_text("\n".join([*rows[: at + 1], "_emsplatNewCurve #6", *rows[at + 1 :]]))
     assert draw_fsc(run).read_bytes().startswith(PNG)

@@ -72,7 +72,8 @@ class FourierStatistics:
         volume = torch.fft.fftshift(volume)[box, box, box]
         # Trilinear insertion multiplies the map by sinc² along each axis, and the finer grid by its spacing.
         window = torch.sinc((torch.arange(size) - size // 2) / side) ** 2
-        return volume * (PADDING**3) / (window[:, None, None] * window[:, None] * window)
+        corrected: Tensor = volume * (PADDING**3) / (window[:, None, None] * window[:, None] * window)
+        return corrected
 
 
 def centred_spectrum(batch: Batch, grid: Grid) -> tuple[Complex[Tensor, "p y k"], Float[Tensor, "p y k"]]:

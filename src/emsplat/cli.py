@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -136,7 +136,13 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     print(f"report: {write_report(run)}")
 
 
-_COMMANDS = {"reconstruct": reconstruct, "simulate": simulate, "fsc": fsc, "voxelize": voxelize, "report": report}
+_COMMANDS: dict[str, Any] = {
+    "reconstruct": reconstruct,
+    "simulate": simulate,
+    "fsc": fsc,
+    "voxelize": voxelize,
+    "report": report,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

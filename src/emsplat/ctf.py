@@ -41,4 +41,5 @@ def ctf_at(optics: Optics, kx: Float[Tensor, "..."], ky: Float[Tensor, "..."]) -
     q0 = column["amplitude_contrast"]
     offset = column["phase_shift"] + torch.atan2(q0, torch.sqrt(1 - q0**2))
     gamma = math.pi * wavelength * (0.5 * cs * wavelength**2 * k2**2 - defocus_k2) - offset
-    return -torch.sin(gamma) * torch.exp(-0.25 * column["b_factor"] * k2) * column["scale"]
+    transfer: Tensor = -torch.sin(gamma) * torch.exp(-0.25 * column["b_factor"] * k2) * column["scale"]
+    return transfer

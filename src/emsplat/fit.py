@@ -72,7 +72,10 @@ def fit(state: State, objective: Objective, plan: Plan) -> Iterator[State]:
         total.backward()  # type: ignore[no-untyped-call]
         state.optimiser.step()
         state = State(
-            state.model, state.optimiser, state.step + 1, {name: term.detach() for name, term in terms.items()}
+            state.model,
+            state.optimiser,
+            state.step + 1,
+            {name: term.detach() for name, term in terms.items()},
         )
         yield state
 
@@ -130,8 +133,8 @@ def load_checkpoint(path: Path) -> State:
             about = json.loads(file.metadata()["emsplat"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         model = GaussianField(
-            *(tensors[f"model.{name}"] for name in PARAMETERS),
-            Bounds(**about["bounds"]),
+            **{name: tensors[f"model.{name}"] for name in PARAMETERS},
+            bounds=Bounds(**about["bounds"]),
             rotation=about["rotation"],
         )
         moments = {name.removeprefix("adam."): t for name, t in tensors.items() if name.startswith("adam.")}

@@ -18,14 +18,16 @@ from emsplat.types import Grid
 def rfft(image: Float[Tensor, "*p y x"], dims: int = 2) -> Complex[Tensor, "*p y k"]:
     """Transform of centred images (``dims=2``) or volumes (``dims=3``) over their last axes, unnormalised."""
     axes = tuple(range(-dims, 0))
-    return torch.fft.rfftn(torch.fft.ifftshift(image, dim=axes), dim=axes)
+    spectrum: Tensor = torch.fft.rfftn(torch.fft.ifftshift(image, dim=axes), dim=axes)
+    return spectrum
 
 
 def irfft(spectrum: Complex[Tensor, "*p y k"], dims: int = 2) -> Float[Tensor, "*p y x"]:
     """Inverse of `rfft` for even sizes."""
     axes = tuple(range(-dims, 0))
     size = spectrum.shape[-2]
-    return torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(size,) * dims, dim=axes), dim=axes)
+    image: Tensor = torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(size,) * dims, dim=axes), dim=axes)
+    return image
 
 
 def frequencies(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -38,9 +38,7 @@ def matrix_to_euler(matrix: Float[Tensor, "*p 3 3"]) -> Float[Tensor, "*p 3"]:
     pole = torch.hypot(a[..., 2, 0], a[..., 2, 1]) < 1e-6
     rot = torch.where(pole, 0.0, torch.atan2(a[..., 2, 1], a[..., 2, 0]))
     sign = torch.where(a[..., 2, 2] < 0, -1.0, 1.0)
-    psi = torch.where(
-        pole, torch.atan2(-a[..., 1, 0], sign * a[..., 0, 0]), torch.atan2(a[..., 1, 2], -a[..., 0, 2])
-    )
+    psi = torch.where(pole, torch.atan2(-a[..., 1, 0], sign * a[..., 0, 0]), torch.atan2(a[..., 1, 2], -a[..., 0, 2]))
     return torch.stack([rot, tilt, psi], -1)
 
 
@@ -121,9 +119,5 @@ def symmetry_group(symbol: str) -> Float[Tensor, "s 3 3"]:
             for axis, order in zip(_ICOSAHEDRAL_AXES[match[1] or "2"], (2, 5, 3), strict=True)
         ]
     else:
-        raise InputError(
-            f"--symmetry {symbol}: not a point group; expected C1, C2, ..., D2, D3, ..., T, O, I (= I2), I1, I2, I3 or I4"
-        )
+        raise InputError(f"--symmetry {symbol}: not a point group; expected Cn, Dn, T, O, I (= I2), I1, I2, I3 or I4")
     return torch.from_numpy(_close(generators))
-
-

@@ -88,8 +88,8 @@ class GaussianField(torch.nn.Module):
 
     def with_unit(self, unit: float) -> GaussianField:
         """The same raw parameters with amplitudes in another unit."""
-        raw = (getattr(self, name).detach() for name in PARAMETERS)
-        return GaussianField(*raw, replace(self.bounds, unit=unit), rotation=self.rotation)
+        raw = {name: getattr(self, name).detach() for name in PARAMETERS}
+        return GaussianField(**raw, bounds=replace(self.bounds, unit=unit), rotation=self.rotation)
 
     @torch.no_grad()
     def split(self) -> GaussianField:
@@ -162,19 +162,14 @@ def from_map(
 ) -> GaussianField:
     """Gaussians on a jittered lattice over the dense part of a map, with the map's values as amplitudes.
 
-    The spacing follows from the volume where the map exceeds three standard deviations of its surroundings, so that
-    about ``count`` lattice points lie there; the densest ``count`` are taken. Scales are 0.45 of the spacing,
-    amplitudes have mean 1 (in units of ``bounds.unit``), axes are turned at random so that the three directions of a
+    The spacing is such that about ``count`` lattice points lie in the dense part; the densest ``count`` are taken.
+    Scales are 0.45 of the spacing, amplitudes have mean 1 (in units of ``bounds.unit``), axes are turned at random so that the three directions of a
     Gaussian do not start alike. ``grid`` is the map's.
     """
     size, rng = grid.size, np.random.default_rng(seed)
-    smooth = gaussian_filter(volume.numpy(), 0.5)
-    axis = np.arange(size) - size // 2
-    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) / size
-    around = smooth[(radius > _REACH) & (radius < 0.5)]
-    threshold = around.mean() + 3 * around.std()
-    occupied = int(((smooth > threshold) & (radius < _REACH)).sum())
-    spacing = (max(occupied, 100) / count) ** (1 / 3)  # voxels
+    smooth, dense = dense_part(volume.numpy())
+    threshold = float(smooth[dense].min()) if dense.any() else np.inf
+    spacing = (max(int(dense.sum()), 100) / count) ** (1 / 3)  # voxels
     for _ in range(8):
         points, density = _lattice(smooth, spacing, threshold, rng)
         if len(points) >= count:
@@ -197,6 +192,16 @@ def from_map(
 
 _REACH = 0.42  # of the box: beyond it a map is surroundings
 _IDENTITY = torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+
+def dense_part(volume: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A map smoothed by half a voxel, and where it exceeds its surroundings by three of their standard deviations."""
+    size = len(volume)
+    smooth = gaussian_filter(volume, 0.5)
+    axis = np.arange(size) - size // 2
+    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) / size
+    around = smooth[(radius > _REACH) & (radius < 0.5)]
+    return smooth, (smooth > around.mean() + 3 * around.std()) & (radius < _REACH)
 
 
 def _lattice(

@@ -52,7 +52,7 @@ class _SquaredError(torch.autograd.Function):
         ctx.save_for_backward(transfer, weight, output[1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         transfer, weight, residual = ctx.saved_tensors
         size = residual.shape[-2]

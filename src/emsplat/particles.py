@@ -20,7 +20,7 @@ from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.relion import read_star
 from emsplat.io.table import ParticleTable
-from emsplat.types import Batch, Grid, Optics, Poses
+from emsplat.types import Batch, Grid, Poses
 
 _OPEN_STACKS = 64
 _READ_AHEAD = 2  # batches
@@ -133,17 +133,15 @@ class ParticleStack:
         Order and poses follow from (seed, epoch) alone, and ``skip`` leaves out that many batches, so that a resumed
         run sees what the uninterrupted one would have seen. Images are read ahead by a thread.
         """
-        rng = torch.Generator().manual_seed(hash((seed, epoch)) & 0x7FFFFFFFFFFFFFFF)
+        rng = torch.Generator().manual_seed((seed << 24) + epoch)
         order = torch.randperm(len(self), generator=rng)
         element = torch.randint(len(self.symmetry), (len(self),), generator=rng)
         parts = range(skip * size, len(self), size)
-        return _ahead(
-            self._batch(order[start : start + size], element[start : start + size]) for start in parts
-        )
+        return _ahead(self._batch(order[start : start + size], element[start : start + size]) for start in parts)
 
     def sequential(self, size: int) -> Iterator[Batch]:
         """The particles in order, with the poses of the file."""
-        positions = torch.arange(len(self)).split(size)
+        positions = torch.split(torch.arange(len(self)), size)
         return _ahead(self._batch(part, torch.zeros_like(part)) for part in positions)
 
     def _batch(self, positions: Int[Tensor, " q"], element: Int[Tensor, " q"]) -> Batch:
@@ -179,7 +177,7 @@ class ParticleStack:
 
     def without_bad(self) -> tuple[Self, Int[Tensor, " b"]]:
         """Reads every image once; the stack without bad ones, and the rows of the bad ones."""
-        bad = torch.cat([is_bad(self._files.read(rows)) for rows in self.rows.split(256)])
+        bad = torch.cat([is_bad(self._files.read(rows)) for rows in torch.split(self.rows, 256)])
         return self.take((~bad).nonzero()[:, 0]), self.rows[bad]
 
 
@@ -244,7 +242,7 @@ def draw_halves(micrograph: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
     micrograph are dealt out one by one.
     """
     codes = torch.arange(len(micrograph)) if (micrograph == micrograph[:1]).all() else micrograph
-    names, member = codes.unique(return_inverse=True)
+    names, member = torch.unique(codes, return_inverse=True)
     sizes = torch.bincount(member).tolist()
     rng = torch.Generator().manual_seed(seed)
     totals, half = [0, 0], torch.empty(len(names), dtype=torch.int64)
@@ -281,9 +279,7 @@ def open_particles(
             f"--diameter {diameter:g} Å: the box is {grid.length:.1f} Å wide; expected a diameter above 0 that leaves "
             "background around the particle"
         )
-    return ParticleStack(
-        table, files, grid, symmetry=elements, sign=-1.0 if invert else 1.0, diameter=diameter
-    )
+    return ParticleStack(table, files, grid, symmetry=elements, sign=-1.0 if invert else 1.0, diameter=diameter)
 
 
 def _common_grid(table: ParticleTable, files: ImageFiles, trust_star_pixel_size: bool) -> Grid:
@@ -291,11 +287,13 @@ def _common_grid(table: ParticleTable, files: ImageFiles, trust_star_pixel_size:
     used = sorted(set(table.optics_group.tolist()))
     sizes = {(table.groups[g].box, round(table.groups[g].pixel_size, 4)) for g in used}
     if len(sizes) > 1:
+        kinds = ", ".join(
+            f"{group.name}: {group.box} px of {group.pixel_size:g} Å" for group in (table.groups[g] for g in used)
+        )
         raise InputError(
-            f"{table.source}: optics groups with several boxes or pixel sizes, "
-            + ", ".join(f"{table.groups[g].name}: {table.groups[g].box} px of {table.groups[g].pixel_size:g} Å" for g in used)
-            + "; expected one, re-extract or select one kind of particles"
-        )  # fmt: skip
+            f"{table.source}: optics groups with several boxes or pixel sizes ({kinds}); expected one, re-extract or "
+            "select one kind of particles"
+        )
     group = table.groups[used[0]]
     box = group.box
     highest = torch.zeros(len(table.stacks), dtype=torch.int64).scatter_reduce(0, table.stack, table.image, "amax")

@@ -32,11 +32,13 @@ class _Project(torch.autograd.Function):
         ctx.numbers = inputs[6:]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with_pose = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        mean, covariance, amplitude, rotation, shift = ctx.saved_tensors
+        pixel_size, cutoff = ctx.numbers
         gradients = backend(upstream.device).project_gradient(
-            *ctx.saved_tensors, upstream, *ctx.numbers, with_pose
+            mean, covariance, amplitude, rotation, shift, upstream, pixel_size, cutoff, with_pose
         )
         return (*gradients[:3], *(gradients[3:] if with_pose else (None, None)), None, None, None)
 
@@ -52,15 +54,17 @@ class _Voxelize(torch.autograd.Function):
         ctx.numbers = inputs[4:]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = backend(upstream.device).voxelize_gradient(*ctx.saved_tensors, upstream, *ctx.numbers)
+        mean, covariance, amplitude = ctx.saved_tensors
+        pixel_size, cutoff = ctx.numbers
+        gradients = backend(upstream.device).voxelize_gradient(
+            mean, covariance, amplitude, upstream, pixel_size, cutoff
+        )
         return (*gradients, None, None, None)
 
 
-def project(
-    gaussians: Gaussians, poses: Poses, grid: Grid, *, cutoff: float = CUTOFF
-) -> Float[Tensor, "p y x"]:
+def project(gaussians: Gaussians, poses: Poses, grid: Grid, *, cutoff: float = CUTOFF) -> Float[Tensor, "p y x"]:
     """Projection images: mean (A p)[:2] - shift, covariance (A Σ Aᵀ)[:2, :2], normalisation 1/(2π√det) kept.
 
     GEM eq. 6, cryoSplat eq. 8. Pixel values are line integrals times the pixel area, so that an image sums to the

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from emsplat.io.files import replacing
 from emsplat.io.mrc import write_map
 from emsplat.io.ply import write_ply
 from emsplat.io.relion import rewrite_star, write_fsc_star
-from emsplat.model import Bounds, GaussianField, ball, from_map, uniform
+from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
 from emsplat.objective import ImageObjective
 from emsplat.particles import ParticleStack, estimate_noise, open_particles
 from emsplat.progress import Log
@@ -85,8 +85,10 @@ def settings_of(config: ReconstructConfig) -> Settings:
         InputError: a value that describes no fit.
     """
     recipe = asdict(RECIPES[config.recipe])
-    chosen = {f.name: getattr(config, f.name, None) for f in fields(Settings)}
-    merged = Settings(**{name: recipe[name] if value is None and name in recipe else value for name, value in chosen.items()})
+    chosen: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(Settings)}
+    merged = Settings(
+        **{name: recipe[name] if value is None and name in recipe else value for name, value in chosen.items()}
+    )
     for name, least in (("gaussians", 1), ("epochs", 1), ("batch", 1)):
         value = getattr(merged, name)
         if value is not None and value < least:
@@ -99,11 +101,10 @@ def settings_of(config: ReconstructConfig) -> Settings:
     return merged
 
 
-def gaussian_count(diameter: float, grid: Grid, particles: int) -> int:
-    """How many Gaussians the default recipe takes: one per 2.2 pixels along each axis of a ball half as wide as the
-    particle's surroundings allow, between 2,000 and 50,000."""
-    volume = math.pi / 6 * (0.75 * diameter / grid.pixel_size) ** 3
-    return int(min(max(volume / 5, 2_000), 50_000))
+def gaussian_count(quick: Float[Tensor, "z y x"], grid: Grid) -> int:
+    """One Gaussian per three voxels of the dense part of a quick map, within 1,000 and 50,000."""
+    occupied = int(dense_part(quick.numpy())[1].sum()) * (grid.size / len(quick)) ** 3
+    return int(min(max(occupied / 3, 1_000), 50_000))
 
 
 def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
@@ -126,8 +127,6 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         diameter=config.diameter,
         trust_star_pixel_size=config.trust_star_pixel_size,
     ).with_halves(config.seed)
-    if settings.gaussians is None:
-        settings = replace(settings, gaussians=gaussian_count(stack.diameter, stack.grid, len(stack)))
     for half in (1, 2):
         stack.only(half)
     prepare_folder(config, particles, output)
@@ -142,18 +141,18 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, settings, config)
     rewrite_star(particles, output / "run_data.star", stack.rows, stack.half[stack.rows])  # type: ignore[index]
+    about = {"program": f"emsplat {__version__}", "particles": str(particles)}
     _write_text(
-        output / "config.toml",
-        tomli_w.dumps({"program": f"emsplat {__version__}", "particles": str(particles), "settings": _plain(settings), "options": _plain(config)}),
-    )  # fmt: skip
+        output / "config.toml", tomli_w.dumps({**about, "settings": _plain(settings), "options": _plain(config)})
+    )
     _check_contrast(log, stack)
 
     history = History(output / "convergence.csv")
     maps: dict[str, Tensor] = {}
     fits: dict[str, Any] = {}
     quick: dict[str, Tensor] = {}
-    for name, half in _FITS.items():
-        subset = stack if half is None else stack.only(half)
+    for name, number in _FITS.items():
+        subset = stack if number is None else stack.only(number)
         model, quick[name], fits[name] = _fit_subset(name, subset, settings, config, output, history, log)
         with torch.no_grad():
             maps[name] = voxelize(model(), stack.grid)
@@ -193,10 +192,12 @@ def prepare_folder(config: ReconstructConfig, particles: Path, output: Path) -> 
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not config.overwrite:
             raise OutputError(
-                f"{output}: is not empty; choose another folder with -o, go on with --resume or start anew with --overwrite"
+                f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
             )
         if not (output / "config.toml").is_file():
-            raise OutputError(f"{output}: does not look like a run folder (no config.toml); --overwrite removes only those")
+            raise OutputError(
+                f"{output}: does not look like a run folder (no config.toml); --overwrite removes only those"
+            )
         if particles.resolve().is_relative_to(output.resolve()):
             raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
         shutil.rmtree(output)
@@ -233,21 +234,26 @@ def _check_same_run(config: ReconstructConfig, particles: Path, output: Path) ->
 def _plain(config: Any) -> dict[str, Any]:
     """A dataclass as TOML and JSON can hold it: without None, paths as text."""
     items = asdict(config).items()
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in items if v is not None}
+    return {
+        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in items if v is not None
+    }
 
 
 def _introduce(log: Log, stack: ParticleStack, settings: Settings, config: ReconstructConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
     log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.source} in {len(table.stacks)} stacks")
-    log.line(f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}")
+    log.line(
+        f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
+    )
     source = "of the STAR file" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
-    log.line("  contrast: " + ("inverted with --invert" if config.invert else "bright protein, as a STAR file means it"))
     log.line(
-        f"  {settings.gaussians:,} Gaussians from {settings.init}, {settings.epochs} epochs of batches of {settings.batch}, "
-        f"{torch.get_num_threads()} threads"
+        "  contrast: " + ("inverted with --invert" if config.invert else "bright protein, as a STAR file means it")
     )
+    count = f"{settings.gaussians:,}" if settings.gaussians else "as many as needed"
+    log.line(f"  Gaussians: {count}, from {settings.init}")
+    log.line(f"  {settings.epochs} epochs in batches of {settings.batch}, {torch.get_num_threads()} threads")
 
 
 def _check_contrast(log: Log, stack: ParticleStack) -> None:
@@ -286,10 +292,10 @@ def _fit_subset(
     else:
         history.rewind(name, 0)
         state = State.begin(initial_model(stack, quick, objective, settings))
-    first = state.step
+    start_state, first = state, state.step
     with log.progress(name, total, _images_seen(first, objective)) as update, interruptible() as stop:
         last_save = time.monotonic()
-        for state in fit(state, objective, plan):
+        for state in fit(start_state, objective, plan):
             seen = _images_seen(state.step, objective)
             history.add(name, state, objective.steps_per_epoch, seen)
             update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}, loss {history.recent:.5f}")
@@ -339,7 +345,8 @@ def initial_model(
     stack: ParticleStack, quick: Float[Tensor, "z y x"], objective: ImageObjective, settings: Settings
 ) -> GaussianField:
     """The start of the recipe, its total amplitude matched to the images by least squares."""
-    grid, count = stack.grid, settings.gaussians or 0
+    grid = stack.grid
+    count = settings.gaussians or gaussian_count(quick, grid)
     length = grid.length if settings.length_unit is None else settings.length_unit * grid.pixel_size
     bounds = Bounds(length, 1.0, settings.min_scale * grid.pixel_size)
     shape = {"isotropic": settings.isotropic, "rotation": settings.rotation}
@@ -468,8 +475,8 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         return "none" if values[name] is None else f"{values[name]:.2f} Å"
 
     log.line(
-        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in a soft "
-        f"sphere; 0.5: {text('half_map_unmasked_0.5')}, {text('half_map_masked_0.5')}"
+        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in a "
+        f"soft sphere; 0.5: {text('half_map_unmasked_0.5')}, {text('half_map_masked_0.5')}"
     )
     log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
     log.line(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB at most")

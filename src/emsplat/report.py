@@ -164,9 +164,7 @@ def draw_slices(run: Path) -> Path:
                 image = volume.take(volume.shape[axis] // 2, axis) if kind == "slice" else volume.sum(axis)
                 low, high = np.percentile(image, (0.5, 99.8))
                 height, width = (n * pixel_size for n in image.shape)
-                axes.imshow(
-                    image, cmap="gray", origin="lower", vmin=low, vmax=high, extent=(0, width, 0, height)
-                )
+                axes.imshow(image, cmap="gray", origin="lower", vmin=low, vmax=high, extent=(0, width, 0, height))
                 axes.set(xticks=[], yticks=[], title=f"{plane} {kind}")
                 axes.title.set_size(10)
                 _draw_scale_bar(axes, width, height)
@@ -210,9 +208,7 @@ def write_report(run: Path) -> Path:
         OutputError: the page or a figure cannot be written.
     """
     if not run.is_dir():
-        raise InputError(
-            f"{run}: not a folder; expected the run folder of `emsplat reconstruct`; check the path"
-        )
+        raise InputError(f"{run}: not a folder; expected the run folder of `emsplat reconstruct`; check the path")
     sections = [
         ("Resolution", _part(lambda: _headline(run))),
         ("Map", _part(lambda: _picture(draw_slices(run), "Central slices and projections of the full map"))),
@@ -286,17 +282,13 @@ def _read_summary(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, "a JSON object") from error
     if not isinstance(summary, dict):
-        raise InputError(
-            f"{path}: {type(summary).__name__}; expected a JSON object; run the reconstruction again"
-        )
+        raise InputError(f"{path}: {type(summary).__name__}; expected a JSON object; run the reconstruction again")
     return summary
 
 
 def _unreadable(path: Path, error: Exception, expected: str) -> InputError:
     reason = "missing" if not path.exists() else f"cannot be read ({' '.join(str(error).split())})"
-    return InputError(
-        f"{path}: {reason}; expected {expected}; was the run interrupted or the folder changed?"
-    )
+    return InputError(f"{path}: {reason}; expected {expected}; was the run interrupted or the folder changed?")
 
 
 # Drawing
@@ -466,8 +458,7 @@ def _describe(name: str) -> str:
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
     cells = "".join(
-        f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(text)}</td></tr>"
-        for name, text in rows
+        f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(text)}</td></tr>" for name, text in rows
     )
     return f"<h3>{html.escape(title.replace('_', ' '))}</h3><table>{cells}</table>\n"
 

@@ -333,9 +333,7 @@ def _pairs(atoms: Atoms, grid: Grid, b_factor: float, dims: int, dtype: torch.dt
 def _plan(grid: Grid, dims: int, dtype: torch.dtype) -> Any:
     """A one-threaded type 1 transform with modes in FFT order."""
     name, eps = ("complex64", 2e-5) if dtype == torch.float32 else ("complex128", 1e-9)
-    return finufft.Plan(
-        1, (grid.size,) * dims, eps=eps, isign=-1, dtype=name, nthreads=1, modeord=1, upsampfac=1.25
-    )
+    return finufft.Plan(1, (grid.size,) * dims, eps=eps, isign=-1, dtype=name, nthreads=1, modeord=1, upsampfac=1.25)
 
 
 def _spectrum(plan: Any, pairs: Iterable[_Pair], axes: Array, shift: Array, grid: Grid) -> Array:
@@ -374,9 +372,7 @@ def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Co
     return torch.from_numpy(out)
 
 
-def truth_map(
-    atoms: Atoms, grid: Grid, b_factor: float, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "z y x"]:
+def truth_map(atoms: Atoms, grid: Grid, b_factor: float, dtype: torch.dtype = torch.float32) -> Float[Tensor, "z y x"]:
     """The map whose projections `project_atoms` gives, on the same grey scale; zero at Nyquist."""
     identity = torch.eye(3, dtype=dtype).numpy()
     pairs = _pairs(atoms, grid, b_factor, 3, dtype)
@@ -426,9 +422,9 @@ def random_optics(config: SimulateConfig) -> Optics:
     count = config.particles
     micrograph = torch.arange(count) // config.micrograph_particles
     generator = _generator(config.seed, 2)
-    defocus, astigmatism, angle = torch.rand(
-        3, int(micrograph[-1]) + 1, generator=generator, dtype=torch.float64
-    )[:, micrograph]
+    defocus, astigmatism, angle = torch.rand(3, int(micrograph[-1]) + 1, generator=generator, dtype=torch.float64)[
+        :, micrograph
+    ]
     mean = config.defocus_min + (config.defocus_max - config.defocus_min) * defocus
     mean = mean + config.defocus_spread * torch.randn(count, generator=generator, dtype=torch.float64)
 
@@ -453,9 +449,7 @@ def random_halves(count: int, generator: torch.Generator) -> Int[Tensor, " p"]:
     return 1 + torch.randperm(count, generator=generator) % 2
 
 
-def clean_images(
-    atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_factor: float
-) -> Float[Tensor, "p y x"]:
+def clean_images(atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_factor: float) -> Float[Tensor, "p y x"]:
     """CTF-modulated images without noise, on the grey scale of `truth_map`."""
     return fourier.irfft(project_atoms(atoms, poses, grid, b_factor) * ctf(optics, grid))
 

@@ -23,9 +23,7 @@ class _Rows:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
         """The same bundle with floating tensors in another dtype and all tensors on another device."""
         tensors = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-        return type(self)(
-            *(t.to(device=device, dtype=dtype if t.is_floating_point() else None) for t in tensors)
-        )
+        return type(self)(*(t.to(device=device, dtype=dtype if t.is_floating_point() else None) for t in tensors))
 
     def __len__(self) -> int:
         first: Tensor = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
@@ -106,7 +104,7 @@ class Batch(_Rows):
 
 @dataclass(frozen=True)
 class Curve:
-    """A function of spatial frequency, sampled at shells: shell s holds |k| in [s - 1/2, s + 1/2) / (size * pixel_size)."""
+    """A function of spatial frequency at shells: shell s holds |k| in [s - 1/2, s + 1/2) / box length."""
 
     frequency: Float[Tensor, " s"]  # 1/Å
     value: Float[Tensor, " s"]

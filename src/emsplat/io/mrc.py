@@ -47,7 +47,7 @@ def _speaking(path: Path, expected: str) -> Iterator[None]:
 
 
 def _header(path: Path, expected: str) -> tuple[tuple[int, int, int], np.dtype[Any], int, NDArray[Any]]:
-    """Shape (nz, ny, nx), number type, offset of the data and pixel sizes (x, y, z), checked against the file's length."""
+    """Shape (nz, ny, nx), number type, offset of the data and pixel sizes (x, y, z); the file is that long."""
     with _speaking(path, expected):
         length = path.stat().st_size
         if length < _HEADER_BYTES:
@@ -143,7 +143,7 @@ class StackFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         pixels = self.box**2
         data = np.frombuffer(self._map, self._dtype, self.count * pixels, self._offset)
-        out = data.reshape(self.count, self.box, self.box)[images].astype(np.float32)
+        out: NDArray[np.float32] = data.reshape(self.count, self.box, self.box)[images].astype(np.float32)
         self._since_drop += out.size * self._dtype.itemsize
         if self._since_drop > _DROP_AFTER and hasattr(mmap, "MADV_DONTNEED"):
             # Pages that were read stay in the system's cache, but no longer count as this process's memory.

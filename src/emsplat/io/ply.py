@@ -28,7 +28,14 @@ _UNITS = (
     "comment units: x y z in angstrom from the box centre, scale_* = ln(sigma in angstrom),"
     " rot_* = quaternion w x y z, amplitude = integral of the Gaussian in image grey values times pixels"
 )
-_NUMPY_TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8", "uchar": "u1", "uint8": "u1"}
+_NUMPY_TYPES = {
+    "float": "<f4",
+    "float32": "<f4",
+    "double": "<f8",
+    "float64": "<f8",
+    "uchar": "u1",
+    "uint8": "u1",
+}
 
 
 def write_ply(
@@ -52,9 +59,7 @@ def write_ply(
         "end_header",
     ]
     with replacing(path) as temporary:
-        temporary.write_bytes(
-            "\n".join(header).encode() + b"\n" + columns.detach().numpy().astype("<f4").tobytes()
-        )
+        temporary.write_bytes("\n".join(header).encode() + b"\n" + columns.detach().numpy().astype("<f4").tobytes())
 
 
 def read_ply(path: Path) -> tuple[Gaussians, Grid | None]:

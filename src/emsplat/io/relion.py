@@ -7,7 +7,7 @@ the text that the file holds, so that a rewritten file changes nothing that it d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,21 @@ from emsplat.io.files import replacing
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.types import Grid, Optics, Poses
 
-_PIXEL_SIZES = ("ImagePixelSize", "MicrographPixelSize", "MicrographOriginalPixelSize", "TomoTiltSeriesPixelSize")
+_PIXEL_SIZES = (
+    "ImagePixelSize",
+    "MicrographPixelSize",
+    "MicrographOriginalPixelSize",
+    "TomoTiltSeriesPixelSize",
+)
 _ALREADY_TREATED = ("CtfDataAreCtfPremultiplied", "CtfDataArePhaseFlipped", "CtfDataAreCtfCorrected")
-_ABERRATIONS = {"BeamTiltX": 0.0, "BeamTiltY": 0.0, "MagMat00": 1.0, "MagMat01": 0.0, "MagMat10": 0.0, "MagMat11": 1.0}
+_ABERRATIONS = {
+    "BeamTiltX": 0.0,
+    "BeamTiltY": 0.0,
+    "MagMat00": 1.0,
+    "MagMat01": 0.0,
+    "MagMat10": 0.0,
+    "MagMat11": 1.0,
+}
 _ZERNIKES = ("OddZernike", "EvenZernike")
 
 
@@ -431,7 +443,7 @@ def write_particles_star(
     _write(document, path)
 
 
-def write_fsc_star(path: Path, general: dict[str, str], columns: dict[str, Sequence[float]]) -> None:
+def write_fsc_star(path: Path, general: dict[str, str], columns: Mapping[str, Sequence[float]]) -> None:
     """An FSC table in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc."""
     document = cif.Document()
     block = document.add_new_block("general")

@@ -17,7 +17,7 @@ from emsplat.errors import EmsplatError
 
 
 class Kernels(Protocol):
-    """What a back end offers; shapes as in `emsplat.project`, ``pixel_size`` in Å, ``cutoff`` in standard deviations."""
+    """What a back end offers; shapes as in `emsplat.project`, ``pixel_size`` in Å, ``cutoff`` in σ."""
 
     def project(
         self,

@@ -76,9 +76,7 @@ def voxelize_gradient(
     cutoff: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _arrays(mean, covariance, amplitude, upstream)
-    return _unpack(
-        torch.from_numpy(_native.voxelize_gradient(*inputs, pixel_size, cutoff, torch.get_num_threads()))
-    )
+    return _unpack(torch.from_numpy(_native.voxelize_gradient(*inputs, pixel_size, cutoff, torch.get_num_threads())))
 
 
 def _unpack(packed: Float[Tensor, "g 13"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,39 @@
+# make demo   simulate particles, reconstruct them, say where the results are
+# make test   the test suite
+# Both make .venv first if there is none, and install what has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md $(shell find src native -type f -not -name '*.pyc')
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	@rm -rf demo
+	$(BIN)/emsplat simulate -o demo/particles --particles 3000
+	$(BIN)/emsplat reconstruct demo/particles/particles.star -o demo/run
+	$(BIN)/emsplat fsc demo/run/run_class001.mrc demo/particles/truth.mrc | tail -n 3
+	@echo "The map is demo/run/run_class001.mrc, its FSC demo/run/fsc.png, the report demo/run/report.html"
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo
