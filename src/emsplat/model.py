@@ -163,8 +163,8 @@ def from_map(
     """Gaussians on a jittered lattice over the dense part of a map, with the map's values as amplitudes.
 
     The spacing is such that about ``count`` lattice points lie in the dense part; the densest ``count`` are taken.
-    Scales are 0.45 of the spacing, amplitudes have mean 1 (in units of ``bounds.unit``), axes are turned at random so that the three directions of a
-    Gaussian do not start alike. ``grid`` is the map's.
+    Scales are 0.45 of the spacing, amplitudes have mean 1 (in units of ``bounds.unit``), and axes are turned at random
+    so that the three directions of a Gaussian do not start alike. ``grid`` is the map's.
     """
     size, rng = grid.size, np.random.default_rng(seed)
     smooth, dense = dense_part(volume.numpy())

@@ -1,0 +1,302 @@
+"""The main job on small simulated stacks: what is written, that halves stay apart, resuming, noise, every option."""
+
+import csv
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import mrcfile
+import numpy as np
+import pytest
+import torch
+from gemmi import cif
+
+from emsplat.assess.fsc import crossing, fsc_curve
+from emsplat.cli import main
+from emsplat.config import RECIPES, ReconstructConfig, SimulateConfig
+from emsplat.errors import InputError, OutputError
+from emsplat.io.mrc import read_map
+from emsplat.io.ply import read_ply
+from emsplat.project import voxelize
+from emsplat.reconstruct import reconstruct, settings_of
+from emsplat.simulate import simulate
+
+QUICK = ReconstructConfig(epochs=2, gaussians=400, batch=32)
+
+
+@pytest.fixture(scope="module")
+def particles(tmp_path_factory):
+    """300 images of a small protein, half-sets in the file."""
+    folder = tmp_path_factory.mktemp("stack") / "particles"
+    config = SimulateConfig(box=32, pixel_size=4.0, particles=300, snr=0.5, atoms=1500, seed=3)
+    return simulate(config, None, folder)
+
+
+@pytest.fixture(scope="module")
+def run(particles, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "run"
+    summary = reconstruct(dataclasses.replace(QUICK, epochs=6), particles, output)
+    return output, summary
+
+
+def test_map_is_the_truth_in_frame_hand_and_sign(run, particles):
+    output, _ = run
+    truth, grid = read_map(particles.parent / "truth.mrc")
+    volume, _ = read_map(output / "run_class001.mrc")
+    curve = fsc_curve(volume, truth, grid)
+    assert crossing(curve, 0.5) < 12
+    # The right frame and hand: no mirror or half turn of the truth fits better.
+    right = float(curve.value[1:].mean())
+    for axes in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
+        turned = torch.roll(truth.flip(axes), [1] * len(axes), axes)
+        assert float(fsc_curve(volume, turned, grid).value[1:].mean()) < right - 0.2
+
+
+def test_run_folder_is_complete(run):
+    output, _ = run
+    names = {path.name for path in output.iterdir()}
+    maps = {"run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc", "run_class001.mrc"}
+    assert maps <= names
+    assert {"run_half1.ply", "run_half2.ply", "run_class001.ply"} <= names
+    assert {"run_half1.safetensors", "run_half2.safetensors", "run_class001.safetensors"} <= names
+    assert {"fsc.star", "fsc.png", "slices.png", "report.html", "summary.json", "config.toml", "run.log"} <= names
+    assert {"run_data.star", "convergence.csv"} <= names
+    assert not any("checkpoint" in name or name.endswith(".part") for name in names)
+    for name in maps:
+        assert mrcfile.validate(output / name)
+        with mrcfile.open(output / name) as file:
+            assert float(file.voxel_size.x) == pytest.approx(4.0)
+
+
+def test_summary_holds_what_the_terminal_showed(run, particles):
+    output, summary = run
+    saved = json.loads((output / "summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary))
+    assert saved["input"]["particles"] == 300
+    assert saved["input"]["half_sets"] == [150, 150]
+    assert set(saved["fits"]) == {"half1", "half2", "class001"}
+    assert saved["resolution"]["half_map_masked"] >= 8.0
+    assert saved["peak_memory_mb"] > 0
+    config = tomllib.loads((output / "config.toml").read_text())
+    assert config["settings"]["epochs"] == 6
+    assert config["particles"] == str(particles)
+    assert "half-map FSC" in (output / "run.log").read_text()
+
+
+def test_fsc_star_follows_relion(run):
+    output, _ = run
+    block = cif.read_file(str(output / "fsc.star"))["fsc"]
+    values = np.array([float(v) for v in block.find_values("_rlnFourierShellCorrelationUnmaskedMaps")])
+    a, grid = read_map(output / "run_half1_class001_unfil.mrc")
+    b, _ = read_map(output / "run_half2_class001_unfil.mrc")
+    np.testing.assert_allclose(values, fsc_curve(a, b, grid).value.numpy(), atol=1e-5)
+
+
+def test_ply_gives_the_map_again(run, tmp_path):
+    output, _ = run
+    gaussians, grid = read_ply(output / "run_class001.ply")
+    volume, _ = read_map(output / "run_class001.mrc")
+    assert (voxelize(gaussians, grid) - volume).norm() < 1e-5 * volume.norm()
+    assert main(["voxelize", str(output / "run_class001.ply"), "-o", str(tmp_path / "again.mrc")]) == 0
+    assert (read_map(tmp_path / "again.mrc")[0] - volume).norm() < 1e-5 * volume.norm()
+    fine = ["--box", "64", "--pixel-size", "2", "-o", str(tmp_path / "fine.mrc")]
+    assert main(["voxelize", str(output / "run_class001.ply"), *fine]) == 0
+    assert read_map(tmp_path / "fine.mrc")[1].size == 64
+
+
+def test_a_half_map_depends_on_its_own_half_only(particles, tmp_path):
+    """Spoiling every image of half 2 leaves half 1 as it was, bit for bit."""
+    reconstruct(QUICK, particles, tmp_path / "before")
+    spoiled = tmp_path / "spoiled"
+    spoiled.mkdir()
+    (spoiled / "particles.star").write_bytes(particles.read_bytes())
+    stack = spoiled / "particles.mrcs"
+    stack.write_bytes((particles.parent / "particles.mrcs").read_bytes())
+    block = cif.read_file(str(particles))["particles"]
+    half = np.array([int(v) for v in block.find_values("_rlnRandomSubset")])
+    with mrcfile.mmap(stack, mode="r+") as file:
+        file.data[half == 2] = np.random.default_rng(0).normal(size=(int((half == 2).sum()), 32, 32))
+    reconstruct(QUICK, spoiled / "particles.star", tmp_path / "after")
+    one, two = "run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc"
+    assert torch.equal(read_map(tmp_path / "before" / one)[0], read_map(tmp_path / "after" / one)[0])
+    assert not torch.equal(read_map(tmp_path / "before" / two)[0], read_map(tmp_path / "after" / two)[0])
+
+
+def test_resumed_run_ends_with_the_same_map(particles, tmp_path):
+    """Ctrl-C in a fit: exit code 130, a checkpoint, and bit for bit the same map in the end at one thread."""
+    options = ["--epochs", "40", "--gaussians", "400", "--batch", "16", "--threads", "1"]
+    command = [sys.executable, "-m", "emsplat", "reconstruct", str(particles), *options]
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True)
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([*command, "-o", str(cut), "--checkpoint-every", "0"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (cut / "run_half1.checkpoint.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert not (cut / "run_half1.safetensors").exists()
+    subprocess.run([*command, "-o", str(cut), "--resume"], check=True, capture_output=True)
+    for name in ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc", "run_class001.mrc"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    with (cut / "convergence.csv").open() as file:
+        steps = [(row["fit"], int(row["step"])) for row in csv.DictReader(file)]
+    assert len(set(steps)) == len(steps)
+
+
+def test_resume_refuses_another_run(run, particles):
+    output, _ = run
+    with pytest.raises(InputError, match=r"was run with another .*epochs.*config\.toml"):
+        reconstruct(dataclasses.replace(QUICK, resume=True, epochs=3), particles, output)
+
+
+def test_folder_that_holds_something_is_left_alone(particles, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputError, match="--overwrite"):
+        reconstruct(QUICK, particles, tmp_path)
+    with pytest.raises(OutputError, match="does not look like a run folder"):
+        reconstruct(dataclasses.replace(QUICK, overwrite=True), particles, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_bad_input_leaves_nothing_behind(particles, tmp_path):
+    with pytest.raises(InputError):
+        reconstruct(dataclasses.replace(QUICK, symmetry="Q7"), particles, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_noise_alone_has_no_resolution(tmp_path):
+    config = SimulateConfig(box=48, pixel_size=3.0, particles=600, snr=0.05, atoms=1500, noise_only=True)
+    star = simulate(config, None, tmp_path / "noise")
+    summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
+    given = {name: value for name, value in summary["resolution"].items() if name.startswith("half_map")}
+    assert set(given.values()) == {None}
+    assert any("no particle" in warning for warning in summary["warnings"])
+
+
+def test_inverted_images_are_noticed(particles, tmp_path, capsys):
+    summary = reconstruct(dataclasses.replace(QUICK, invert=True), particles, tmp_path / "run")
+    assert any("--invert" in warning for warning in summary["warnings"])
+    assert "inverted with --invert" in capsys.readouterr().out
+
+
+def test_half_sets_are_drawn_and_written_where_the_file_has_none(particles, tmp_path):
+    document = cif.read_file(str(particles))
+    loop = document["particles"].find_loop("_rlnRandomSubset").get_loop()
+    loop.remove_column("_rlnRandomSubset")
+    star = particles.parent / "no_halves.star"
+    document.write_file(str(star))
+    summary = reconstruct(QUICK, star, tmp_path / "run")
+    assert summary["input"]["half_sets_from"] == "drawn per micrograph"
+    block = cif.read_file(str(tmp_path / "run" / "run_data.star"))["particles"]
+    halves = [int(v) for v in block.find_values("_rlnRandomSubset")]
+    micrographs = list(block.find_values("_rlnMicrographName"))
+    assert len(halves) == 300
+    assert all(
+        len({h for h, m in zip(halves, micrographs, strict=True) if m == name}) == 1 for name in set(micrographs)
+    )
+
+
+def test_skip_bad_leaves_out_and_records(particles, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name in ("particles.star", "particles.mrcs"):
+        (folder / name).write_bytes((particles.parent / name).read_bytes())
+    with mrcfile.mmap(folder / "particles.mrcs", mode="r+") as file:
+        file.data[6] = np.nan
+        file.data[11] = 1.0
+    with pytest.raises(InputError, match=r"2 of .* row 7, 12.*--skip-bad|1 of .* row (7|12).*--skip-bad"):
+        reconstruct(QUICK, folder / "particles.star", tmp_path / "refused")
+    summary = reconstruct(dataclasses.replace(QUICK, skip_bad=True), folder / "particles.star", tmp_path / "run")
+    assert summary["input"]["skipped_rows"] == [7, 12]
+    assert summary["input"]["particles"] == 298
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_recipes_give_what_they_promise(recipe):
+    settings = settings_of(ReconstructConfig(recipe=recipe))
+    assert settings.batch == RECIPES[recipe].batch
+    assert settings.init == RECIPES[recipe].init
+    assert settings_of(ReconstructConfig(recipe=recipe, batch=7)).batch == 7
+
+
+def test_every_option_of_reconstruct(particles, tmp_path):
+    """Each option is understood and changes what it says."""
+    options = {
+        "--symmetry": ["C2"],
+        "--datadir": [str(particles.parent)],
+        "--diameter": ["100"],
+        "--recipe": ["gem"],
+        "--gaussians": ["60"],
+        "--init": ["ball"],
+        "--epochs": ["2"],
+        "--batch": ["50"],
+        "--learning-rate": ["0.002"],
+        "--decay": ["0.5"],
+        "--weighting": ["noise"],
+        "--min-scale": ["0.4"],
+        "--split-after": ["1"],
+        "--seed": ["5"],
+        "--threads": ["1"],
+        "--checkpoint-every": ["0"],
+    }
+    flags = ["--isotropic", "--no-rotation", "--skip-bad", "--trust-star-pixel-size", "--invert", "--overwrite"]
+    words = [word for name, values in options.items() for word in (name, *values)]
+    output = tmp_path / "run"
+    assert main(["reconstruct", str(particles), "-o", str(output), *words, *flags]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    settings = summary["settings"]
+    assert summary["fits"]["half1"]["gaussians"] == 120
+    assert (settings["init"], settings["epochs"], settings["batch"]) == ("ball", 2, 50)
+    assert (settings["learning_rate"], settings["decay"], settings["weighting"]) == (0.002, 0.5, "noise")
+    assert (settings["isotropic"], settings["rotation"], settings["min_scale"]) == (True, False, 0.4)
+    assert summary["input"]["symmetry_elements"] == 2
+    assert summary["input"]["diameter"] == 100
+    assert summary["input"]["contrast"] == "inverted"
+    assert summary["threads"] == 1
+    named = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(ReconstructConfig)}
+    assert named - {"--resume", "--rotation"} == set(options) | set(flags) - {"--no-rotation"}
+    # A second time: refused as it is, done with --resume, which finds everything finished.
+    assert main(["reconstruct", str(particles), "-o", str(output), *words, *flags[:-1]]) == 2
+    assert main(["reconstruct", str(particles), "-o", str(output), *words, *flags[:-1], "--resume"]) == 0
+
+
+def test_experimental_particles(shared_data, tmp_path):
+    """Beta-galactosidase: a few epochs are enough for the envelope and the helices' level in the right frame."""
+    config = ReconstructConfig(symmetry="D2", epochs=3)
+    reconstruct(config, shared_data / "bgal" / "particles.star", tmp_path / "run")
+    volume, grid = read_map(tmp_path / "run" / "run_class001.mrc")
+    from emsplat.simulate import place_atoms, read_atoms, truth_map
+
+    atoms = place_atoms(read_atoms(shared_data / "bgal" / "8bk7_in_map_frame.cif.gz"), grid, keep_frame=True)
+    mask, _ = read_map(shared_data / "bgal" / "mask_soft.mrc")
+    curve = fsc_curve(volume, truth_map(atoms, grid, 60.0), grid, mask)
+    assert crossing(curve, 0.5) < 10
+    assert float(curve.value[1:].mean()) > 0.65
+
+
+def test_full_disk_is_one_line(particles, tmp_path, monkeypatch, capsys):
+    """A write that fails for want of space ends with exit code 2, one line and no half-written file."""
+    from pathlib import Path
+
+    genuine = Path.replace
+
+    def full(self, target):
+        if Path(target).suffix == ".mrc":
+            raise OSError(28, "No space left on device")
+        return genuine(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    words = ["--epochs", "1", "--gaussians", "100", "--batch", "100"]
+    assert main(["reconstruct", str(particles), "-o", str(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "run").glob("*.mrc")) + list((tmp_path / "run").glob(".*.part"))
