@@ -19,6 +19,8 @@ from emsplat.particles import ParticleStack
 from emsplat.project import CUTOFF, project
 from emsplat.types import Batch, Gaussians, Grid, Poses
 
+_CACHED_PIXELS = 2**19
+
 
 class Objective(Protocol):
     """A scalar to make small, in named terms; ``step`` chooses the data."""
@@ -28,36 +30,41 @@ class Objective(Protocol):
     def __call__(self, model: GaussianField, step: int) -> dict[str, Tensor]: ...
 
 
-class _SquaredError(torch.autograd.Function):
-    """Mean over the batch of Σ_k h w |C P̂ - Ŷ|² / N⁴, which for w = 1 is the mean squared error per pixel (Parseval).
-
-    The derivative with respect to the projection is 2 irfft(w C (C P̂ - Ŷ)) / N² per image: one inverse transform,
-    where automatic differentiation of rfft would take a full complex one. h counts the coefficients that the half
-    plane leaves out.
-    """
+class _KnownGradient(torch.autograd.Function):
+    """A value whose gradient with respect to ``projection`` is known already."""
 
     @staticmethod
-    def forward(projection: Tensor, transfer: Tensor, observed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        size = projection.shape[-1]
-        residual = torch.fft.rfft2(projection) * transfer - observed
-        power = residual.real**2 + residual.imag**2
-        counted = (power * weight).sum((0, 1)) if weight.dim() == 3 else (power.sum(0) * weight).sum(0)
-        error = (counted * hermitian_weight(size).to(counted)).sum() / (len(projection) * size**4)
-        return error, residual
+    def forward(projection: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return value.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, transfer, _, weight = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(transfer, weight, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        transfer, weight, residual = ctx.saved_tensors
-        size = residual.shape[-2]
-        gradient = torch.fft.irfft2(residual * (transfer * weight), s=(size, size))
-        return gradient * (2 * upstream / (len(residual) * size**2)), None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return upstream * ctx.saved_tensors[0], None, None
+
+
+def error_and_gradient(
+    projection: Float[Tensor, "p y x"],
+    transfer: Float[Tensor, "p y k"],
+    observed: Complex[Tensor, "p y k"],
+    weight: Float[Tensor, "*p y k"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "p y x"]]:
+    """Sum over the images of Σ_k h w |C P̂ - Ŷ|² / N⁴, and its gradient with respect to the projections.
+
+    For w = 1 an image adds its mean squared error per pixel (Parseval); h counts the coefficients that the half plane
+    leaves out. The gradient is 2 irfft(w C (C P̂ - Ŷ)) / N²: one inverse transform, where automatic differentiation of
+    rfft would take a full complex one.
+    """
+    size = projection.shape[-1]
+    residual = torch.fft.rfft2(projection) * transfer - observed
+    power = (residual.real**2 + residual.imag**2) * weight
+    error = (power.sum((0, 1)) * hermitian_weight(size).to(power)).sum() / size**4
+    gradient = torch.fft.irfft2(residual * (transfer * weight), s=(size, size))
+    return error, gradient * (2 / size**2)
 
 
 def squared_error(
@@ -66,14 +73,15 @@ def squared_error(
     observed: Complex[Tensor, "p y k"],
     weight: Float[Tensor, "*p y k"],
 ) -> Float[Tensor, ""]:
-    """Weighted squared error between CTF-modulated projections and observed images, per image and pixel.
+    """Weighted squared error between CTF-modulated projections and observed images, mean over images and pixels.
 
     Transforms are those of images as they lie in memory (origin in the corner): the phase of the true centre is the
     same in both and cancels. ``weight`` is 1 for the plain mean squared error (GEM eq. 7, cryoSplat 3.3.5), or
     1/σ²(shell) of the particle's noise.
     """
-    error, _ = _SquaredError.apply(projection, transfer, observed, weight)  # type: ignore[no-untyped-call]
-    return cast(Tensor, error)
+    error, gradient = error_and_gradient(projection.detach(), transfer, observed, weight)
+    count = len(projection)
+    return cast(Tensor, _KnownGradient.apply(projection, error / count, gradient / count))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,6 @@ class Observed:
     spectrum: Complex[Tensor, "p y k"]  # of the images, shifted so that their particles are centred
     transfer: Float[Tensor, "p y k"]
     weight: Float[Tensor, "*p y k"]
-    poses: Poses
 
 
 class ImageObjective:
@@ -113,19 +120,31 @@ class ImageObjective:
 
     def __call__(self, model: GaussianField, step: int) -> dict[str, Tensor]:
         """The loss of the mini-batch of ``step``, counted from the first step of the first epoch."""
-        return {"loss": self.loss(model(), self.observe(self._load(step)))}
+        return {"loss": self.loss(model(), self._load(step))}
 
-    def loss(self, gaussians: Gaussians, seen: Observed) -> Float[Tensor, ""]:
-        projection = project(gaussians, seen.poses, self.stack.grid, cutoff=self.cutoff)
-        return squared_error(projection, seen.transfer, seen.spectrum, seen.weight)
+    def loss(self, gaussians: Gaussians, batch: Batch) -> Float[Tensor, ""]:
+        """`squared_error` of a batch, the transforms a few images at a time so that they stay in the cache."""
+        grid = self.stack.grid
+        centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
+        projection = project(gaussians, centred, grid, cutoff=self.cutoff)
+        few = max(1, _CACHED_PIXELS // grid.size**2)
+        error, gradient = torch.zeros(()), torch.empty_like(projection)
+        for start in range(0, len(projection), few):
+            part = slice(start, start + few)
+            seen = self.observe(batch[part])
+            added, gradient[part] = error_and_gradient(
+                projection.detach()[part], seen.transfer, seen.spectrum, seen.weight
+            )
+            error += added
+        count = len(projection)
+        return cast(Tensor, _KnownGradient.apply(projection, error / count, gradient / count))  # type: ignore[no-untyped-call]
 
     def observe(self, batch: Batch) -> Observed:
         """Transforms the images, moves their particles to the centre and works out CTF and weight."""
         grid = self.stack.grid
         spectrum = torch.fft.rfft2(batch.images) * shift_phase(batch.poses.shift, grid)
         weight = torch.ones(1, 1) if self._weight is None else self._weight[batch.optics_group]
-        centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
-        return Observed(spectrum, ctf(batch.optics, grid), weight, centred)
+        return Observed(spectrum, ctf(batch.optics, grid), weight)
 
     def _load(self, step: int) -> Batch:
         if step != self._next_step or step % self.steps_per_epoch == 0:

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from emsplat.errors import InputError
@@ -43,14 +43,12 @@ class ImageFiles:
     def read(self, rows: Int[Tensor, " p"]) -> Float[Tensor, "p y x"]:
         """Images of these rows of the table, as they are on disk."""
         stack, image = self._table.stack[rows].numpy(), self._table.image[rows].numpy()
-        out: np.ndarray | None = None
+        box = self.stack(int(stack[0])).box
+        out = np.empty((len(rows), box, box), np.float32)
         for index in np.unique(stack):
             here = np.flatnonzero(stack == index)
-            images = self.stack(int(index)).read(image[here])
-            if out is None:
-                out = np.empty((len(rows), *images.shape[1:]), np.float32)
-            out[here] = images
-        return torch.from_numpy(out) if out is not None else torch.empty(0, 0, 0)
+            self.stack(int(index)).read_into(out, image[here].tolist(), here.tolist())
+        return torch.from_numpy(out)
 
 
 class ParticleStack:
@@ -80,7 +78,7 @@ class ParticleStack:
         self.sign = sign
         self.diameter = 0.9 * grid.length if diameter is None else diameter
         self._files = files
-        self._background = background(grid, self.diameter)
+        self._background = background(grid, self.diameter).flatten().nonzero()[:, 0]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,13 +157,11 @@ class ParticleStack:
         )
 
     def normalise(self, images: Float[Tensor, "p y x"]) -> Float[Tensor, "p y x"]:
-        """Background mean 0 and standard deviation 1, bright protein."""
+        """Background mean 0 and standard deviation 1, bright protein; the images are changed in place."""
         flat = images.reshape(len(images), -1)
-        weight = self._background.flatten() / self._background.sum()
-        mean = flat @ weight
-        variance = (flat - mean[:, None]).square_() @ weight
+        variance, mean = torch.var_mean(flat[:, self._background], 1, correction=0)
         gain = self.sign / variance.clamp(min=1e-20).sqrt()
-        return (images - mean[:, None, None]) * gain[:, None, None]
+        return flat.sub_(mean[:, None]).mul_(gain[:, None]).reshape(images.shape)
 
     def _refuse_bad(self, images: Tensor, rows: Tensor) -> None:
         bad = is_bad(images)
@@ -189,15 +185,14 @@ def _name_rows(rows: Tensor) -> str:
 
 def is_bad(images: Float[Tensor, "p y x"]) -> Tensor:
     """Which images are constant or hold values that are not finite."""
-    # Any NaN or infinity makes the sum so; float64 keeps large finite pixels from overflowing.
-    flat = images.flatten(1)
-    return ~torch.isfinite(flat.sum(1, dtype=torch.float64)) | (flat == flat[:, :1]).all(1)
+    low, high = images.flatten(1).aminmax(dim=1)  # NaN where any pixel is
+    return ~torch.isfinite(low) | ~torch.isfinite(high) | (low == high)
 
 
-def background(grid: Grid, diameter: float) -> Float[Tensor, "y x"]:
-    """1 in the pixels outside a circle of ``diameter`` Å about the centre, 0 inside."""
+def background(grid: Grid, diameter: float) -> Bool[Tensor, "y x"]:
+    """The pixels outside a circle of ``diameter`` Å about the centre."""
     axis = (torch.arange(grid.size) - grid.size // 2) * grid.pixel_size
-    return ((axis[:, None] ** 2 + axis**2).sqrt() > diameter / 2).float()
+    return (axis[:, None] ** 2 + axis**2).sqrt() > diameter / 2
 
 
 def _ahead(source: Iterable[Batch]) -> Iterator[Batch]:

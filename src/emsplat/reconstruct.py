@@ -45,7 +45,7 @@ from emsplat.objective import ImageObjective
 from emsplat.particles import ParticleStack, estimate_noise, open_particles
 from emsplat.progress import Log
 from emsplat.project import project, voxelize
-from emsplat.types import Curve, Grid
+from emsplat.types import Curve, Grid, Poses
 
 _INSERTIONS = 8000  # images times symmetry elements of the quick back-projection
 _QUICK_BOX = 96  # its largest box
@@ -368,7 +368,8 @@ def matching_unit(model: GaussianField, objective: ImageObjective, particles: in
         gaussians = model()
         for batch in stack.take(positions).sequential(32):
             seen = objective.observe(batch)
-            predicted = torch.fft.rfft2(project(gaussians, seen.poses, stack.grid)) * seen.transfer
+            centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
+            predicted = torch.fft.rfft2(project(gaussians, centred, stack.grid)) * seen.transfer
             numerator += float(((predicted.conj() * seen.spectrum).real * seen.weight).sum())
             denominator += float((predicted.abs().square() * seen.weight).sum())
     factor = numerator / max(denominator, 1e-30)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from emsplat.io.files import replacing
 from emsplat.types import Grid
 
 _HEADER_BYTES = 1024
+_BYTE_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _MODES = {0, 1, 2, 6, 12}
 _DROP_AFTER = 64 * 2**20  # bytes read before mapped pages are handed back
 
@@ -52,7 +53,7 @@ def _header(path: Path, expected: str) -> tuple[tuple[int, int, int], np.dtype[A
         length = path.stat().st_size
         if length < _HEADER_BYTES:
             raise InputError(f"{path}: {length} bytes are too few for an MRC header; expected {expected}")
-        # Opened without its data, so that nothing is allocated on the word of a damaged header.
+        _refuse_long_extension(path, length)
         with mrcfile.open(path, permissive=True, header_only=True) as file:
             header = file.header
             shape = (int(header.nz), int(header.ny), int(header.nx))
@@ -72,9 +73,23 @@ def _header(path: Path, expected: str) -> tuple[tuple[int, int, int], np.dtype[A
             f"{path}: truncated, the header says {shape[0]} sections of {shape[2]} x {shape[1]} and the file holds "
             f"{held}; copy or extract it again"
         )
+    if length - needed >= shape[1] * shape[2] * dtype.itemsize:
+        raise InputError(
+            f"{path}: {length} bytes, and the header accounts for {needed}; the header or the copy is damaged, copy or "
+            "extract it again"
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
         voxel = np.where((sampling > 0) & np.isfinite(cell), cell / sampling, 0.0)
     return shape, dtype, offset, voxel
+
+
+def _refuse_long_extension(path: Path, length: int) -> None:
+    """mrcfile allocates the extended header on the word of the file: see first that the file is that long."""
+    with path.open("rb") as file:
+        field = file.read(_HEADER_BYTES)[92:96]
+    sizes = [int.from_bytes(field, order, signed=True) for order in _BYTE_ORDERS]
+    if not any(0 <= size <= length - _HEADER_BYTES for size in sizes):
+        raise InputError(f"{path}: the header announces more header than the file is long; copy or extract it again")
 
 
 def read_map(path: Path) -> tuple[Float[Tensor, "z y x"], Grid]:
@@ -136,23 +151,23 @@ class StackFile:
         self._map: mmap.mmap | None = None
         self._since_drop = 0
 
-    def read(self, images: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """The images with these 0-based indices, (n, y, x)."""
+    def read_into(self, out: NDArray[np.float32], images: Iterable[int], places: Iterable[int]) -> None:
+        """Copies the images with these 0-based indices to these places of ``out`` (n, y, x)."""
         if self._map is None:
             with _speaking(self.path, "an MRC image stack"), self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        pixels = self.box**2
-        data = np.frombuffer(self._map, self._dtype, self.count * pixels, self._offset)
-        out: NDArray[np.float32] = data.reshape(self.count, self.box, self.box)[images].astype(np.float32)
-        self._since_drop += out.size * self._dtype.itemsize
+        flat = np.frombuffer(self._map, self._dtype, self.count * self.box**2, self._offset)
+        data = flat.reshape(self.count, self.box, self.box)
+        for place, image in zip(places, images, strict=True):
+            out[place] = data[image]
+            self._since_drop += data[image].nbytes
         if self._since_drop > _DROP_AFTER and hasattr(mmap, "MADV_DONTNEED"):
             # Pages that were read stay in the system's cache, but no longer count as this process's memory.
             self._map.madvise(mmap.MADV_DONTNEED)
             self._since_drop = 0
-        return out
 
     def close(self) -> None:
-        """Lets go of the file; the next `read` opens it again."""
+        """Lets go of the file; the next `read_into` opens it again."""
         self._map = None
 
 

@@ -65,6 +65,8 @@ class _Block:
         """A numeric column; every value is finite."""
         texts = self.text(column)
         try:
+            if "_" in "".join(texts):  # Python reads 1_000 as a number
+                raise ValueError
             values = np.array(texts, dtype=np.float64)
         except ValueError:
             values = np.array([_number(text) for text in texts])
@@ -89,7 +91,7 @@ class _Block:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return math.nan if "_" in text else float(text)
     except ValueError:
         return math.nan
 

@@ -1,0 +1,63 @@
+"""What all benchmarks share: synthetic mixtures, timing, and results with machine, commit and versions."""
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from emsplat.geometry import random_rotations
+from emsplat.types import Gaussians, Grid, Poses
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def best_time(work, repeats=3):
+    """Shortest of several timings in seconds; the first call, which warms up, does not count."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def globule(count, grid, sigma, seed=0):
+    """Gaussians of about ``sigma`` pixels, evenly in a ball of 0.6 box lengths."""
+    rng = torch.Generator().manual_seed(seed)
+    direction = torch.nn.functional.normalize(torch.randn(count, 3, generator=rng), dim=1)
+    mean = 0.3 * grid.length * direction * torch.rand(count, 1, generator=rng) ** (1 / 3)
+    axes = random_rotations(count, rng).float()
+    scale = sigma * grid.pixel_size * torch.exp(0.2 * torch.randn(count, 3, generator=rng))
+    return Gaussians(mean, axes @ torch.diag_embed(scale**2) @ axes.mT, torch.rand(count, generator=rng))
+
+
+def random_poses(count, seed=1):
+    return Poses(random_rotations(count, torch.Generator().manual_seed(seed)).float(), torch.zeros(count, 2))
+
+
+def processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor()
+
+
+def save(name, rows):
+    """Writes results/<name>.json."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    about = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip(),
+        "versions": {package: version(package) for package in ("emsplat", "torch", "numpy")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+__all__ = ["Grid", "best_time", "globule", "random_poses", "save"]
