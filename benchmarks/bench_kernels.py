@@ -90,9 +90,7 @@ def step_rate(stack, size, count, sigma):
 def main():
     rows = []
     print(f"instruction set {_native.instruction_set()}, {torch.get_num_threads()} threads; images/s")
-    print(
-        f"{'box':>4} {'Gaussians':>9} {'σ/px':>5} {'kernel':>8} {'naive':>8} {'ratio':>8} {'step':>8} {'kernel/step':>11}"
-    )
+    print(" box Gaussians  σ/px   kernel    naive    ratio     step kernel/step")
     with tempfile.TemporaryDirectory() as folder:
         stacks = {}
         for size, count, sigma in CASES:

@@ -1,7 +1,7 @@
 """Quality of whole reconstructions: five seeds, the papers' ablations, the classical map, and experimental particles.
 
-Simulated: one subunit of GroEL (1AON chain A) where the atomic models are at hand, else the procedural protein; box 96 at
-1.5 Å, 6,000 images, SNR 0.05. Experimental: beta-galactosidase (EMPIAR-10204), against the atomic model 8BK7.
+Simulated: one subunit of GroEL (1AON chain A) where the atomic models are at hand, else the procedural protein; box
+96 at 1.5 Å, 6,000 images, SNR 0.05. Experimental: beta-galactosidase (EMPIAR-10204), against the atomic model 8BK7.
 Usage: bench_quality.py [folder of the test data]
 """
 

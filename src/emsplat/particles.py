@@ -201,7 +201,8 @@ def _ahead(source: Iterable[Batch]) -> Iterator[Batch]:
     stop = threading.Event()
 
     def put(item: Batch | BaseException | None) -> bool:
-        while not stop.is_set():
+        # The main thread is over when the interpreter shuts down, whether or not the consumer was closed.
+        while not stop.is_set() and threading.main_thread().is_alive():
             try:
                 ready.put(item, timeout=0.1)
                 return True
@@ -218,7 +219,7 @@ def _ahead(source: Iterable[Batch]) -> Iterator[Batch]:
         except BaseException as error:  # noqa: BLE001 (raised again by the consumer)
             put(error)
 
-    thread = threading.Thread(target=read, daemon=True)
+    thread = threading.Thread(target=read)
     thread.start()
     try:
         while (item := ready.get()) is not None:

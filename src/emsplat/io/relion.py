@@ -7,6 +7,7 @@ the text that the file holds, so that a rewritten file changes nothing that it d
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,8 @@ def _optics_groups(
         size = _old_pixel_size(particles)
         return np.zeros(1, np.int64), (OpticsGroup("all", size, None),), np.zeros(count, np.int64)
     numbers = optics.integers("OpticsGroup")
+    if len(np.unique(numbers)) != len(numbers):
+        raise InputError(f"{particles.path}: data_optics names an rlnOpticsGroup twice; number the groups 1, 2, ...")
     asked = particles.integers("OpticsGroup") if particles.has("OpticsGroup") else np.full(count, numbers[0])
     unknown = np.flatnonzero(~np.isin(asked, numbers))
     if len(unknown):
@@ -209,8 +212,6 @@ def _optics_groups(
             f"{particles.path}, row {unknown[0] + 1} of data_{particles.name}: rlnOpticsGroup {asked[unknown[0]]} is "
             f"not in data_optics, which has {sorted(numbers.tolist())}; repair the optics table"
         )
-    if len(np.unique(numbers)) != len(numbers):
-        raise InputError(f"{particles.path}: data_optics names an rlnOpticsGroup twice; number the groups 1, 2, ...")
     names = optics.text("OpticsGroupName") if optics.has("OpticsGroupName") else [str(n) for n in numbers]
     source = next((name for name in _PIXEL_SIZES if optics.has(name)), None)
     if source is None:
@@ -323,7 +324,7 @@ def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[
     places = _search_places(path, datadir)
     found, missing = [], []
     for file in dict.fromkeys(files):
-        place = next((p for p in places(file) if p.is_file()), None)
+        place = next((p for p in places(file) if os.path.isfile(p)), None)  # noqa: PTH113 (False where a path is impossible)
         if place is None:
             missing.append(file)
         else:

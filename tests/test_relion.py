@@ -1,0 +1,271 @@
+"""RELION STAR files: every dialect reads right, and what cannot be read right is refused by name."""
+
+import math
+
+import pytest
+import torch
+
+from emsplat.errors import InputError
+from emsplat.geometry import euler_to_matrix, random_rotations
+from emsplat.io.mrc import writing_stack
+from emsplat.io.relion import read_star, rewrite_star, write_particles_star
+from emsplat.types import Grid, Optics, Poses
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A project folder with two stacks of 8 images of 8 x 8 pixels."""
+    for name in ("a", "b"):
+        with writing_stack(tmp_path / f"{name}.mrcs", 8, Grid(8, 2.0)) as write:
+            write(torch.randn(8, 8, 8))
+    return tmp_path
+
+
+OPTICS = """
+data_optics
+
+loop_
+_rlnOpticsGroup #1
+_rlnOpticsGroupName #2
+_rlnVoltage #3
+_rlnSphericalAberration #4
+_rlnAmplitudeContrast #5
+_rlnImagePixelSize #6
+_rlnImageSize #7
+1 first 300.0 2.7 0.1 2.0 8
+2 second 200.0 1.4 0.07 2.0 8
+"""
+COLUMNS = "ImageName OpticsGroup DefocusU DefocusV DefocusAngle AngleRot AngleTilt AnglePsi OriginXAngst OriginYAngst"
+ROWS = [
+    "000002@a.mrcs 1 15000 14000 35 30 50 70 3 -4",
+    "000001@b.mrcs 2 16000 15500 10 -30 90 0 0 0",
+    "8@a.mrcs 1 12000 12000 0 0 0 45 1.5 2.5",
+    "5@b.mrcs 1 12000 12000 0 0 180 45 -1 -2",
+]
+
+
+def particles(rows=ROWS, columns=COLUMNS, name="particles"):
+    head = "".join(f"_rln{column} #{i + 1}\n" for i, column in enumerate(columns.split()))
+    return f"\ndata_{name}\n\nloop_\n{head}" + "\n".join(rows) + "\n"
+
+
+def write(folder, text, name="p.star"):
+    path = folder / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_version_31_in_house_units(folder):
+    table = read_star(write(folder, OPTICS + particles()))
+    assert len(table) == 4
+    torch.testing.assert_close(
+        table.poses.rotation[0], euler_to_matrix(torch.deg2rad(torch.tensor([30.0, 50, 70]).double()))
+    )
+    assert table.poses.shift.tolist() == [[3, -4], [0, 0], [1.5, 2.5], [-1, -2]]
+    assert table.optics.voltage.tolist() == [300, 200, 300, 300]
+    assert table.optics.cs.tolist() == [2.7, 1.4, 2.7, 2.7]
+    assert table.optics.amplitude_contrast.tolist() == [0.1, 0.07, 0.1, 0.1]
+    assert table.optics.defocus_v.tolist() == [14000, 15500, 12000, 12000]
+    assert table.optics.defocus_angle[0] == pytest.approx(math.radians(35))
+    assert table.optics_group.tolist() == [0, 1, 0, 0]
+    assert [g.pixel_size for g in table.groups] == [2.0, 2.0]
+    # index@stack is honoured, not the order of the rows
+    assert [table.stacks[i].name for i in table.stack] == ["a.mrcs", "b.mrcs", "a.mrcs", "b.mrcs"]
+    assert table.image.tolist() == [1, 0, 7, 4]
+    assert table.half is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        particles() + OPTICS,
+        (OPTICS + particles()).replace("\n", "\r\n"),
+        (OPTICS + particles()).replace(" ", "\t"),
+        "# version 50001\n\n" + OPTICS + "# a remark\n" + particles().replace("loop_\n", "loop_ \n"),
+        (OPTICS + particles()).replace("8@a.mrcs", "'8@a.mrcs'").replace("first", '"first group"'),
+        (OPTICS + particles()).replace("#1\n", "\n").replace("\n8@a", "\n\n8@a"),
+    ],
+    ids=["optics last", "CRLF", "tabs", "remarks", "quotes", "blank lines"],
+)
+def test_spellings_of_the_same_table(folder, text):
+    expected = read_star(write(folder, OPTICS + particles()))
+    table = read_star(write(folder, text, "other.star"))
+    assert torch.equal(table.poses.rotation, expected.poses.rotation)
+    assert torch.equal(table.poses.shift, expected.poses.shift)
+    assert torch.equal(table.image, expected.image)
+    assert torch.equal(table.optics.defocus_u, expected.optics.defocus_u)
+
+
+def test_column_order_is_free(folder):
+    order = [9, 3, 0, 5, 1, 2, 8, 4, 7, 6]
+    columns = " ".join(COLUMNS.split()[i] for i in order)
+    rows = [" ".join(row.split()[i] for i in order) for row in ROWS]
+    table = read_star(write(folder, OPTICS + particles(rows, columns)))
+    expected = read_star(write(folder, OPTICS + particles(), "q.star"))
+    assert torch.equal(table.poses.rotation, expected.poses.rotation)
+    assert torch.equal(table.poses.shift, expected.poses.shift)
+
+
+def test_particle_column_wins_over_optics_column(folder):
+    rows = [f"{row} {300 + i} 40 0.5 90" for i, row in enumerate(ROWS)]
+    columns = f"{COLUMNS} Voltage CtfBfactor CtfScalefactor PhaseShift"
+    optics = read_star(write(folder, OPTICS + particles(rows, columns))).optics
+    assert optics.voltage.tolist() == [300, 301, 302, 303]
+    assert optics.b_factor.tolist() == [40] * 4
+    assert optics.scale.tolist() == [0.5] * 4
+    assert optics.phase_shift[0] == pytest.approx(math.pi / 2)
+
+
+def test_version_30(folder):
+    columns = (
+        "ImageName MicrographName DefocusU DefocusV DefocusAngle Voltage SphericalAberration AmplitudeContrast "
+        "DetectorPixelSize Magnification AngleRot AngleTilt AnglePsi OriginX OriginY RandomSubset"
+    )
+    rows = [
+        f"{i + 1}@a.mrcs m{i // 2}.mrc 15000 14000 35 300 2.7 0.1 5.0 25000 30 50 70 1.5 -2 {i % 2 + 1}"
+        for i in range(4)
+    ]
+    for name in ("", "images", "particles"):
+        table = read_star(write(folder, particles(rows, columns, name)))
+        assert table.groups[0].pixel_size == pytest.approx(2.0)  # 5 µm / 25,000
+        assert table.poses.shift[0].tolist() == [3.0, -4.0]  # pixels to Å
+        assert table.half.tolist() == [1, 2, 1, 2]
+        assert table.micrograph.tolist() == [0, 0, 1, 1]
+
+
+def test_paths_are_tried_in_order(folder, tmp_path_factory, monkeypatch):
+    deep = folder / "Refine3D" / "job001"
+    deep.mkdir(parents=True)
+    star = write(deep, OPTICS + particles())
+    assert read_star(star).stacks[0] == folder / "a.mrcs"  # a parent of the STAR file
+    far = write(tmp_path_factory.mktemp("far"), OPTICS + particles())
+    assert read_star(far, folder).stacks[0] == folder / "a.mrcs"  # --datadir
+    elsewhere = write(far.parent, OPTICS + particles().replace("a.mrcs", "Extract/job2/a.mrcs"), "q.star")
+    assert read_star(elsewhere, folder).stacks[0] == folder / "a.mrcs"  # --datadir and the file name
+    (folder / "a.mrcs").rename(folder / "a.mrc")
+    assert read_star(far, folder).stacks[0] == folder / "a.mrc"
+    monkeypatch.chdir(folder)
+    assert not read_star(far).stacks[1].is_absolute()  # as written
+    monkeypatch.chdir(far.parent)
+    with pytest.raises(InputError, match=r'2 of 2 image stacks are missing, the first is "a\.mrcs".*--datadir'):
+        read_star(far)
+
+
+def change(old, new):
+    return (OPTICS + particles()).replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (change("_rlnAngleTilt #7", "_rlnSomething #7"), "no column rlnAngleTilt; .*known orientations"),
+        (change("_rlnDefocusU #3", "_rlnOther #3"), "no column rlnDefocusU; .*CTF"),
+        (change("_rlnVoltage #3", "_rlnOther #3"), "no column rlnVoltage"),
+        (change("_rlnImageName #1", "_rlnOther #1"), "no table has a column rlnImageName"),
+        (change("15000", "nan"), r'row 1 of data_particles: rlnDefocusU is "nan".*finite number'),
+        (change("16000", "1_6000"), r'row 2 of data_particles: rlnDefocusU is "1_6000"'),
+        (change("-30 90", "west 90"), r'row 2 of data_particles: rlnAngleRot is "west"'),
+        (change("8@a.mrcs", "0@a.mrcs"), r'row 3 of data_particles: rlnImageName is "0@a\.mrcs"; .*index from 1'),
+        (change("8@a.mrcs", "x@a.mrcs"), "row 3 of data_particles: rlnImageName"),
+        (change("b.mrcs 2", "b.mrcs 7"), "row 2 of data_particles: rlnOpticsGroup 7 is not in data_optics"),
+        (change("2 second", "1 second"), "names an rlnOpticsGroup twice"),
+        (change("0.1 2.0 8", "0.1 -2.0 8"), "rlnImagePixelSize in data_optics is -2"),
+        (change("first 300.0", "first 0.0"), "rlnVoltage is 0"),
+        (change(" 3 -4\n", " 3\n"), "not a well-formed STAR file"),
+        (change("_rlnImageSize #7", "_rlnCtfDataAreCtfPremultiplied #7"), "rlnCtfDataAreCtfPremultiplied is set"),
+        ("", "no table has a column rlnImageName"),
+        ("data_particles\nloop_\n", "STAR"),
+    ],
+)
+def test_bad_tables_are_refused_by_name(folder, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read_star(write(folder, text))
+    assert str(folder / "p.star") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_half_sets(folder):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_star(folder / "none.star")
+    rows = [f"{row} {half}" for row, half in zip(ROWS, (1, 2, 3, 1), strict=True)]
+    with pytest.raises(InputError, match="row 3 of data_particles: rlnRandomSubset is 3"):
+        read_star(write(folder, OPTICS + particles(rows, f"{COLUMNS} RandomSubset")))
+
+
+def test_aberrations_that_are_not_used_are_said(folder):
+    rows = [f"{row} 0.2" for row in ROWS]
+    table = read_star(write(folder, OPTICS + particles(rows, f"{COLUMNS} BeamTiltX")))
+    assert "rlnBeamTiltX" in table.warnings[0]
+
+
+def test_rewriting_keeps_every_column(folder):
+    rows = [f"{row} 'two words' 1e-3" for row in ROWS]
+    source = write(folder, OPTICS + particles(rows, f"{COLUMNS} Unknown Other"))
+    rewrite_star(source, folder / "out.star", torch.tensor([0, 2, 3]), torch.tensor([2, 1, 1]))
+    text = (folder / "out.star").read_text()
+    assert "'two words' 1e-3" in text
+    assert "000001@b.mrcs" not in text
+    table, before = read_star(folder / "out.star"), read_star(source)
+    assert table.half.tolist() == [2, 1, 1]
+    assert torch.equal(table.poses.rotation, before.poses.rotation[[0, 2, 3]])
+    assert torch.equal(table.optics.voltage, before.optics.voltage[[0, 2, 3]])
+
+
+def test_written_particles_read_back(folder):
+    rng = torch.Generator().manual_seed(0)
+    poses = Poses(random_rotations(6, rng), torch.randn(6, 2, generator=rng).double())
+    values = (300, 2.7, 0.1, 15000.5, 14000.25, 0.6, 0.3, 20, 0.9)
+    optics = Optics(*(torch.full((6,), float(v), dtype=torch.float64) for v in values))
+    names, half = [f"{i + 1}@a.mrcs" for i in range(6)], torch.tensor([1, 2, 1, 2, 1, 2])
+    write_particles_star(folder / "w.star", names, ["m.mrc"] * 6, poses, optics, Grid(8, 2.0), half)
+    table = read_star(folder / "w.star")
+    torch.testing.assert_close(table.poses.rotation, poses.rotation, atol=1e-7, rtol=0)
+    torch.testing.assert_close(table.poses.shift, poses.shift, atol=1e-6, rtol=0)
+    for name in vars(optics):
+        torch.testing.assert_close(getattr(table.optics, name), getattr(optics, name), atol=1e-6, rtol=1e-6)
+    assert torch.equal(table.half, half)
+
+
+def test_experimental_particles(shared_data):
+    table = read_star(shared_data / "bgal" / "particles.star")
+    assert len(table) == 2374
+    assert len(table.stacks) == 10
+    assert (table.groups[0].pixel_size, table.groups[0].box) == (3.54, 64)
+    assert table.optics.voltage.unique().tolist() == [200]
+    assert table.optics.cs.unique().tolist() == [1.4]
+    # first row of the file: rot 167.257, tilt 42.1381, psi -93.6008, origin (-7.08, -7.08), subset 2
+    angles = torch.deg2rad(torch.tensor([167.257, 42.1381, -93.6008], dtype=torch.float64))
+    torch.testing.assert_close(table.poses.rotation[0], euler_to_matrix(angles))
+    assert table.poses.shift[0].tolist() == [-7.08, -7.08]
+    assert table.optics.defocus_u[0].item() == pytest.approx(10863.857422)
+    assert int(table.half[0]) == 2
+    assert int(table.image[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "groups", "pixel_size"),
+    [
+        ("FinalRefinement-OriginalParticles-PfCRT.star", None, 1, 1.035),
+        ("relion31.star", 5, 1, 2.806),
+        ("relion31.v2.star", 5, 1, 2.806),
+        ("relion31.6opticsgroups.star", None, 6, None),
+        ("sample_particles_relion30.star", None, 1, None),
+        ("sample_particles_relion31.star", None, 2, 1.4),
+    ],
+)
+def test_files_of_other_programs(shared_data, tmp_path, name, count, groups, pixel_size):
+    """With empty stacks of the right names: counts, groups and pixel sizes as the files give them."""
+    source = shared_data / "formats" / name
+    star = tmp_path / name
+    star.write_bytes(source.read_bytes())
+    for word in source.read_text().split():
+        if "@" in word:
+            stack = tmp_path / word.split("@")[1]
+            stack.parent.mkdir(parents=True, exist_ok=True)
+            stack.touch()
+    table = read_star(star)
+    assert len(table) == (count or sum("@" in line for line in source.read_text().splitlines()))
+    assert len(table.groups) == groups
+    if pixel_size:
+        assert table.groups[0].pixel_size == pytest.approx(pixel_size, rel=1e-3)
+    assert torch.isfinite(table.poses.rotation).all()
