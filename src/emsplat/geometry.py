@@ -34,11 +34,11 @@ def euler_to_matrix(angles: Float[Tensor, "*p 3"]) -> Float[Tensor, "*p 3 3"]:
 def matrix_to_euler(matrix: Float[Tensor, "*p 3 3"]) -> Float[Tensor, "*p 3"]:
     """RELION's (rot, tilt, psi) in radians; where tilt is 0 or π, rot is 0 and psi carries the in-plane angle."""
     a = matrix
-    tilt = torch.arccos(a[..., 2, 2].clamp(-1, 1))
-    pole = torch.hypot(a[..., 2, 0], a[..., 2, 1]) < 1e-6
+    sine = torch.hypot(a[..., 2, 0], a[..., 2, 1])
+    tilt = torch.atan2(sine, a[..., 2, 2])
+    pole = sine < 1e-6
     rot = torch.where(pole, 0.0, torch.atan2(a[..., 2, 1], a[..., 2, 0]))
-    sign = torch.where(a[..., 2, 2] < 0, -1.0, 1.0)
-    psi = torch.where(pole, torch.atan2(-a[..., 1, 0], sign * a[..., 0, 0]), torch.atan2(a[..., 1, 2], -a[..., 0, 2]))
+    psi = torch.where(pole, torch.atan2(a[..., 0, 1], a[..., 1, 1]), torch.atan2(a[..., 1, 2], -a[..., 0, 2]))
     return torch.stack([rot, tilt, psi], -1)
 
 

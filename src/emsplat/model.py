@@ -21,6 +21,7 @@ from torch.nn import functional
 from emsplat.geometry import quaternion_to_matrix
 from emsplat.types import Gaussians, Grid
 
+_IDENTITY = torch.tensor([1.0, 0.0, 0.0, 0.0])
 PARAMETERS = ("mean", "scale", "quaternion", "amplitude")
 
 
@@ -61,6 +62,8 @@ class GaussianField(torch.nn.Module):
         self.rotation = rotation and scale.shape[1] == 3
         self.mean = torch.nn.Parameter(mean)
         self.scale = torch.nn.Parameter(scale)
+        if not self.rotation:
+            quaternion = _IDENTITY.repeat(len(mean), 1)
         self.quaternion = torch.nn.Parameter(quaternion, requires_grad=self.rotation)
         self.amplitude = torch.nn.Parameter(amplitude)
 
@@ -184,14 +187,11 @@ def from_map(
     mean = torch.from_numpy(points[:, ::-1] * grid.pixel_size / bounds.length).float()
     scale = torch.full((count, 1 if isotropic else 3), 0.45 * spacing * grid.pixel_size)
     quaternion = torch.from_numpy(rng.normal(0, 0.1, (count, 4)) + [1, 0, 0, 0]).float()
-    if isotropic or not rotation:
-        quaternion = _IDENTITY.repeat(count, 1)
     amplitude = inverse_softplus(torch.from_numpy(weight).float())
     return GaussianField(mean, _raw_scale(scale, bounds), quaternion, amplitude, bounds, rotation=rotation)
 
 
 _REACH = 0.42  # of the box: beyond it a map is surroundings
-_IDENTITY = torch.tensor([1.0, 0.0, 0.0, 0.0])
 
 
 def dense_part(volume: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -480,10 +480,10 @@ def signal_variance(atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_fa
 
 def _check_config(config: SimulateConfig) -> None:
     """Refuse settings that describe no experiment."""
-    for name in ("particles", "pixel_size", "snr", "voltage", "cs", "micrograph_particles"):
+    for name in ("particles", "pixel_size", "snr", "voltage", "micrograph_particles"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a number above 0")
-    for name in ("shift", "defocus_spread", "astigmatism", "pose_error"):
+    for name in ("cs", "shift", "defocus_spread", "astigmatism", "pose_error"):
         if not getattr(config, name) >= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 or more")
     if config.box < 8 or config.box % 2:

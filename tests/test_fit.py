@@ -1,0 +1,164 @@
+"""Objective and loop on a stack in memory: the loss, its gradient, checkpoints, splitting."""
+
+import pytest
+import torch
+
+from emsplat.ctf import ctf
+from emsplat.errors import EmsplatError, InputError
+from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
+from emsplat.fourier import shell_index
+from emsplat.geometry import random_rotations
+from emsplat.model import Bounds, ball
+from emsplat.objective import ImageObjective, error_and_gradient, noise_weight, squared_error
+from emsplat.project import project
+from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
+
+GRID = Grid(24, 2.0)
+
+
+def optics(count, dtype=torch.float32):
+    values = (300, 2.7, 0.1, 9000, 8500, 0.6, 0, 0, 1)
+    return Optics(*(torch.full((count,), float(v), dtype=dtype) for v in values))
+
+
+class Memory:
+    """Images that a hidden mixture made, with the interface of a ParticleStack."""
+
+    def __init__(self, count=60, noise=0.0):
+        rng = torch.Generator().manual_seed(0)
+        self.grid = GRID
+        self.truth = Gaussians(4 * torch.randn(8, 3, generator=rng), 9 * torch.eye(3).expand(8, 3, 3), torch.ones(8))
+        poses = Poses(random_rotations(count, rng).float(), torch.randn(count, 2, generator=rng))
+        clean = torch.fft.rfft2(project(self.truth, poses, GRID)) * ctf(optics(count), GRID)
+        images = torch.fft.irfft2(clean, s=(24, 24)) + noise * torch.randn(count, 24, 24, generator=rng)
+        rows = torch.arange(count)
+        self.all = Batch(images, poses, optics(count), torch.zeros(count, dtype=torch.int64), rows)
+
+    def __len__(self):
+        return len(self.all)
+
+    def batches(self, size, *, seed, epoch=0, skip=0):
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(100 * seed + epoch))
+        for start in range(skip * size, len(self), size):
+            yield self.all[order[start : start + size]]
+
+
+def start(seed=0, **options):
+    return State.begin(ball(40, GRID, Bounds(12.0, 4.0, 1.0), seed, **options))
+
+
+def run(state, objective, plan):
+    *_, last = fit(state, objective, plan)
+    return last
+
+
+def test_loss_is_the_mean_squared_error_in_real_space():
+    stack = Memory(7, noise=0.1)
+    stack.all.poses.shift.zero_()  # a fractional shift leaves a part at Nyquist that no real image has
+    objective = ImageObjective(stack, batch=7, seed=0)
+    seen = objective.observe(stack.all)
+    model = ball(20, GRID, Bounds(12.0, 4.0, 1.0), 0)()
+    centred = Poses(stack.all.poses.rotation, torch.zeros(7, 2))
+    predicted = torch.fft.irfft2(torch.fft.rfft2(project(model, centred, GRID)) * seen.transfer, s=(24, 24))
+    observed = torch.fft.irfft2(seen.spectrum, s=(24, 24))
+    expected = (predicted - observed).square().mean()
+    torch.testing.assert_close(objective.loss(model, stack.all), expected, rtol=1e-4, atol=0)
+    projection = project(model, centred, GRID)
+    torch.testing.assert_close(
+        squared_error(projection, seen.transfer, seen.spectrum, seen.weight), expected, rtol=1e-4, atol=0
+    )
+
+
+def test_loss_vanishes_for_the_model_that_made_the_images():
+    stack = Memory(9)
+    objective = ImageObjective(stack, batch=9, seed=0)
+    power = stack.all.images.square().mean()
+    # Shifting images in Fourier space wraps around, rendering them shifted does not: hence not exactly 0.
+    assert objective.loss(stack.truth, stack.all) < 1e-4 * power
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_of_the_loss(weighted):
+    rng = torch.Generator().manual_seed(0)
+    projection = torch.randn(3, 8, 8, generator=rng, dtype=torch.float64, requires_grad=True)
+    transfer = torch.randn(3, 8, 5, generator=rng, dtype=torch.float64)
+    observed = torch.fft.rfft2(torch.randn(3, 8, 8, generator=rng, dtype=torch.float64))
+    # A transfer function is real and even, as that of a real filter: make it so on the self-conjugate columns.
+    for column in (0, 4):
+        transfer[:, :, column] = 0.5 * (transfer[:, :, column] + transfer[:, -torch.arange(8) % 8, column])
+    weight = 1.0 / (1 + shell_index(8).double()).expand(3, 8, 5) if weighted else torch.ones(1, 1).double()
+    assert torch.autograd.gradcheck(lambda p: squared_error(p, transfer, observed, weight), [projection])
+    error, gradient = error_and_gradient(projection.detach(), transfer, observed, weight)
+    (automatic,) = torch.autograd.grad(squared_error(projection, transfer, observed, weight), projection)
+    torch.testing.assert_close(gradient / 3, automatic)
+    assert float(error) > 0
+
+
+def test_noise_weights_are_per_shell_and_group():
+    noise = torch.stack([torch.arange(1.0, 14.0), torch.full((13,), 2.0)])
+    weight = noise_weight(noise, GRID)
+    assert weight.shape == (2, 24, 13)
+    assert weight[0, 0, 3] == pytest.approx(1 / 4)
+    assert weight[1, 0, 3] == pytest.approx(1 / 2)
+    assert weight[0, 12, 12] == 0  # a corner
+
+
+@pytest.mark.parametrize("batch", [1, 7, 60])
+def test_fitting_lowers_the_loss(batch):
+    stack = Memory()
+    objective = ImageObjective(stack, batch=batch, seed=0)
+    state = start()
+    before = objective.loss(state.model(), stack.all)
+    state = run(state, objective, Plan({1: 4, 7: 30, 60: 150}[batch], 2e-2, 0.98))
+    assert objective.loss(state.model(), stack.all) < 0.2 * before
+
+
+def test_resumed_fit_is_bit_identical(tmp_path):
+    torch.set_num_threads(1)
+    objective, plan = ImageObjective(Memory(), batch=8, seed=0), Plan(4, 1e-2, 0.8, splits=(2,))
+    whole = run(start(), objective, plan).model
+    for stop in (3, 8, 17, 20):
+        for state in fit(start(), objective, plan):
+            if state.step == stop:
+                save_checkpoint(tmp_path / "c.safetensors", state)
+                break
+        again = run(load_checkpoint(tmp_path / "c.safetensors"), ImageObjective(Memory(), batch=8, seed=0), plan).model
+        for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_splitting_and_learning_rate_follow_the_plan():
+    objective, plan = ImageObjective(Memory(), batch=20, seed=0), Plan(4, 1e-2, 0.5, splits=(1, 3))
+    counts, rates = [], []
+    for state in fit(start(), objective, plan):
+        counts.append(len(state.model))
+        rates.append(state.optimiser.param_groups[0]["lr"])
+    assert counts == [40] * 3 + [80] * 6 + [160] * 3
+    assert rates == pytest.approx([1e-2] * 3 + [5e-3] * 3 + [2.5e-3] * 3 + [1.25e-3] * 3)
+    steps = {float(moments["step"]) for moments in state.optimiser.state.values()}
+    assert steps == {12.0}
+
+
+def test_constrained_models_are_fitted_and_saved(tmp_path):
+    for options in ({"isotropic": True}, {"rotation": False}):
+        state = run(start(**options), ImageObjective(Memory(), batch=20, seed=0), Plan(2, 1e-2, 1.0))
+        save_checkpoint(tmp_path / "c.safetensors", state)
+        again = load_checkpoint(tmp_path / "c.safetensors").model
+        assert torch.equal(again().covariance, state.model().covariance)
+        assert again.rotation == state.model.rotation
+
+
+def test_divergence_is_said():
+    stack = Memory()
+    stack.all.images[3] = torch.inf
+    with pytest.raises(EmsplatError, match=r"diverged in epoch 1.*--learning-rate"):
+        run(start(), ImageObjective(stack, batch=60, seed=0), Plan(1, 1e-2, 1.0))
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:50], lambda c: b"", lambda c: b"x" * 200, lambda c: c[:-40]])
+def test_damaged_checkpoints_are_refused(tmp_path, damage):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, start())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"not a checkpoint that can be resumed .*--overwrite"):
+        load_checkpoint(path)

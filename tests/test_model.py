@@ -1,0 +1,115 @@
+"""Gaussians as parameters: starts, bounds, splitting."""
+
+import pytest
+import torch
+
+from emsplat.model import Bounds, GaussianField, ball, from_map, inverse_softplus, uniform
+from emsplat.project import voxelize
+from emsplat.types import Gaussians, Grid
+
+GRID = Grid(32, 2.0)
+BOX = Bounds(GRID.length, 3.0, 0.2)
+
+
+def wild(count=30, seed=0, **options):
+    rng = torch.Generator().manual_seed(seed)
+    scale = torch.randn(count, 1 if options.pop("isotropic", False) else 3, generator=rng) - 2
+    return GaussianField(
+        0.1 * torch.randn(count, 3, generator=rng),
+        scale,
+        torch.randn(count, 4, generator=rng),
+        torch.randn(count, generator=rng),
+        Bounds(10.0, 2.0, 0.5),
+        **options,
+    )
+
+
+def test_inverse_softplus():
+    values = torch.tensor([1e-12, 1e-3, 1.0, 50.0])
+    torch.testing.assert_close(torch.nn.functional.softplus(inverse_softplus(values)), values, rtol=1e-3, atol=0)
+
+
+def test_ball_is_cryosplat_s_start():
+    model = ball(4000, GRID, BOX, seed=1)
+    assert model().mean.std(0).tolist() == pytest.approx([0.075 * 64] * 3, rel=0.05)
+    torch.testing.assert_close(model.scales(), torch.full((4000, 3), 0.0075 * 64))
+    torch.testing.assert_close(model.amplitudes(), torch.full((4000,), 3.0 / 8000), rtol=1e-4, atol=0)
+    other_unit = ball(4000, GRID, Bounds(10.0, 3.0, 0.2), seed=1)
+    torch.testing.assert_close(other_unit().mean, model().mean)
+
+
+def test_uniform_is_gem_s_start():
+    model = uniform(3000, GRID, BOX, seed=1)
+    mean = model().mean.detach()
+    assert float(mean.abs().max()) <= 32
+    assert mean.std(0).tolist() == pytest.approx([64 / 12**0.5] * 3, rel=0.05)
+    distance = torch.cdist(mean, mean).sort(1).values[:, 1:4].mean(1)
+    torch.testing.assert_close(model.scales()[:, 0], distance, rtol=1e-3, atol=1e-3)
+
+
+def test_starts_follow_from_the_seed():
+    for start in (ball, uniform):
+        assert torch.equal(start(50, GRID, BOX, 3)().mean, start(50, GRID, BOX, 3)().mean)
+        assert not torch.equal(start(50, GRID, BOX, 3)().mean, start(50, GRID, BOX, 4)().mean)
+
+
+def test_start_from_a_map_lies_on_its_density():
+    centre = torch.tensor([[8.0, -12.0, 4.0]])
+    blob = Gaussians(centre, 25 * torch.eye(3)[None], torch.ones(1))
+    noise = torch.randn(32, 32, 32, generator=torch.Generator().manual_seed(0))
+    volume = voxelize(blob, GRID) + 1e-6 * noise
+    model = from_map(volume, GRID, 200, Bounds(20.0, 1.0, 1.0), seed=0)
+    assert len(model) == 200
+    assert (model().mean - centre).norm(dim=1).max() < 30
+    weighted = (model.amplitudes()[:, None] * model().mean).sum(0) / model.amplitudes().sum()
+    assert (weighted - centre[0]).norm() < 1.5
+    assert len(from_map(torch.zeros(32, 32, 32), GRID, 50, Bounds(20.0, 1.0, 1.0), seed=0)) == 50
+
+
+def test_bounds_hold_whatever_the_parameters():
+    model = wild()
+    with torch.no_grad():
+        model.scale.fill_(-1e4)
+        model.amplitude.fill_(-1e4)
+    assert float(model.scales().min()) >= 0.5
+    assert float(model.amplitudes().min()) >= 0
+    assert torch.linalg.eigvalsh(model().covariance.double()).min() > 0.2
+
+
+def moments(gaussians):
+    weight = gaussians.amplitude[:, None]
+    mass = weight.sum()
+    mean = (weight * gaussians.mean).sum(0) / mass
+    centred = gaussians.mean - mean
+    spread = gaussians.covariance + centred[:, :, None] * centred[:, None, :]
+    return mass, mean, (weight[..., None] * spread).sum(0) / mass
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation": False}, {"isotropic": True}])
+def test_splitting_doubles_and_keeps_the_moments(options):
+    model = wild(**options)
+    twice = model.split()
+    assert len(twice) == 2 * len(model)
+    before, after = moments(model()), moments(twice())
+    torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(after[1], before[1], rtol=1e-4, atol=1e-5)
+    if not options.get("isotropic"):
+        torch.testing.assert_close(after[2], before[2], rtol=0.02, atol=1e-3)
+
+
+def test_constraints():
+    round_ones = wild(isotropic=True)()
+    scale = round_ones.covariance[:, 0, 0]
+    torch.testing.assert_close(round_ones.covariance, scale[:, None, None] * torch.eye(3))
+    straight = wild(rotation=False)
+    off = straight().covariance - torch.diag_embed(straight().covariance.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() == 0
+    for model in (straight, wild(isotropic=True)):
+        assert not model.quaternion.requires_grad
+
+
+def test_unit_scales_the_amplitudes_only():
+    model = wild()
+    other = model.with_unit(8.0)
+    torch.testing.assert_close(other.amplitudes(), 4 * model.amplitudes())
+    assert torch.equal(other().covariance, model().covariance)
