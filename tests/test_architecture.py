@@ -72,3 +72,11 @@ def test_every_convention_names_a_test_that_exists():
     for file, name in named:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
     assert "(test:" not in text
+
+
+def test_no_error_is_swallowed_unseen():
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path}:{node.lineno}"
+                assert [type(line) for line in node.body] != [ast.Pass], f"{path}:{node.lineno}"

@@ -66,3 +66,26 @@ def test_on_the_grid_it_is_the_formula_particle_by_particle():
     for y, x in ((0, 0), (3, 2), (-2, 5)):
         assert float(values[0, y, x]) == pytest.approx(at((float(kx[0, x]), float(ky[y, 0]))))
         assert float(values[1, y, x]) == pytest.approx(at((float(kx[0, x]), float(ky[y, 0])), cs=1.4))
+
+
+def test_at_zero_frequency_it_is_the_amplitude_contrast():
+    for contrast in (0.0, 0.07, 0.3):
+        assert at((0, 0), amplitude_contrast=contrast, defocus_u=3e4, b_factor=80.0) == pytest.approx(contrast)
+
+
+def test_defocus_u_acts_along_its_angle_from_x_towards_y():
+    for degrees in (0, 35, 90, 145):
+        angle = math.radians(degrees)
+        along = (0.06 * math.cos(angle), 0.06 * math.sin(angle))
+        across = (-0.06 * math.sin(angle), 0.06 * math.cos(angle))
+        for k, defocus in ((along, 16000.0), (across, 12000.0)):
+            astigmatic = at(k, defocus_u=16000.0, defocus_v=12000.0, defocus_angle=angle)
+            assert astigmatic == pytest.approx(at(k, defocus_u=defocus, defocus_v=defocus))
+
+
+def test_single_precision_is_good_enough():
+    grid = Grid(128, 1.0)
+    double = ctf(optics(defocus_u=25000.0), grid)
+    torch.testing.assert_close(
+        ctf(optics(defocus_u=25000.0).to(torch.float32), grid).double(), double, atol=1e-3, rtol=0
+    )

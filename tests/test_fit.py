@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from emsplat.ctf import ctf
 from emsplat.errors import EmsplatError, InputError
@@ -162,3 +163,51 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match=r"not a checkpoint that can be resumed .*--overwrite"):
         load_checkpoint(path)
+
+
+def test_a_fit_stopped_right_before_it_splits_splits_when_it_is_resumed(tmp_path):
+    plan = Plan(2, 1e-2, 0.8, splits=(1,))
+    whole = run(start(), ImageObjective(Memory(), batch=20, seed=0), plan).model
+    for state in fit(start(), ImageObjective(Memory(), batch=20, seed=0), plan):
+        if state.step == 3:
+            assert len(state.model) == 40
+            save_checkpoint(tmp_path / "c.safetensors", state)
+    again = run(load_checkpoint(tmp_path / "c.safetensors"), ImageObjective(Memory(), batch=20, seed=0), plan).model
+    assert len(again) == 80
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_both_halves_of_a_gaussian_inherit_its_moments():
+    stack = Memory()
+    plan = Plan(2, 0.0, 1.0, splits=(1,))  # a rate of 0: parameters rest, moments move
+    before, after = list(fit(start(), ImageObjective(stack, batch=60, seed=0), plan))
+    gradient = torch.autograd.grad(
+        ImageObjective(stack, batch=60, seed=0)(after.model, 1)["loss"], list(after.model.parameters())
+    )
+    old = start().model
+    ImageObjective(stack, batch=60, seed=0)(old, 0)["loss"].backward()
+    for parameter, origin, g in zip(after.model.parameters(), old.parameters(), gradient, strict=True):
+        inherited = 0.1 * torch.cat([origin.grad, origin.grad])
+        moment = after.optimiser.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moment, 0.9 * inherited + 0.1 * g, rtol=1e-3, atol=1e-7)
+    assert len(before.model) == 40
+
+
+def test_checkpoint_holds_the_whole_state(tmp_path):
+    state = run(start(), ImageObjective(Memory(), batch=20, seed=0), Plan(2, 1e-2, 1.0, splits=(1,)))
+    save_checkpoint(tmp_path / "c.safetensors", state)
+    again = load_checkpoint(tmp_path / "c.safetensors")
+    assert again.step == state.step == 6
+    assert again.model.bounds == state.model.bounds
+    for a, b in zip(state.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name, moment in state.optimiser.state[a].items():
+            assert torch.equal(moment, again.optimiser.state[b][name]), name
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_missing_and_foreign_checkpoints_are_refused(tmp_path):
+    save_file({"mean": torch.zeros(3)}, tmp_path / "foreign")
+    for name in ("missing", "foreign"):
+        with pytest.raises(InputError, match=rf"{name}: not a checkpoint that can be resumed .*--overwrite"):
+            load_checkpoint(tmp_path / name)

@@ -1,5 +1,7 @@
 """Transforms of centred images, shells, shifts and cropping."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -77,3 +79,13 @@ def test_cropping_is_sampling_a_smooth_object_more_coarsely(dims):
 
     small = irfft(crop(rfft(blob(32, 1.0), dims), 16, dims), dims) / 2**dims
     torch.testing.assert_close(small, blob(16, 2.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_cropping_keeps_every_frequency_below_the_new_nyquist_and_no_other(dims):
+    large = rfft(noise(*[16] * dims), dims)
+    small = crop(large, 8, dims)
+    assert small.shape == (8,) * (dims - 1) + (5,)
+    full = [0, 1, 2, 3, -4, -3, -2, -1]
+    for place in product(*[full] * (dims - 1), range(5)):
+        assert small[place] == (0 if -4 in place or 4 in place else large[place])

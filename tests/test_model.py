@@ -71,8 +71,8 @@ def test_bounds_hold_whatever_the_parameters():
     with torch.no_grad():
         model.scale.fill_(-1e4)
         model.amplitude.fill_(-1e4)
-    assert float(model.scales().min()) >= 0.5
-    assert float(model.amplitudes().min()) >= 0
+    assert float(model.scales().detach().min()) >= 0.5
+    assert float(model.amplitudes().detach().min()) >= 0
     assert torch.linalg.eigvalsh(model().covariance.double()).min() > 0.2
 
 
@@ -113,3 +113,45 @@ def test_unit_scales_the_amplitudes_only():
     other = model.with_unit(8.0)
     torch.testing.assert_close(other.amplitudes(), 4 * model.amplitudes())
     assert torch.equal(other().covariance, model().covariance)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation": False}, {"isotropic": True}])
+def test_each_pair_stands_for_the_gaussian_it_replaces(options):
+    model = wild(**options)
+    old, new = model(), model.split()()
+    count = len(old)
+    pairs = [Gaussians(*(t[[i, i + count]].detach() for t in vars(new).values())) for i in range(count)]
+    for i, pair in enumerate(pairs):
+        mass, mean, spread = moments(pair)
+        torch.testing.assert_close(mass, old.amplitude[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean, old.mean[i], rtol=0, atol=1e-4)
+        if not options.get("isotropic"):
+            torch.testing.assert_close(
+                spread, old.covariance[i], rtol=0, atol=1e-3 * float(spread.diagonal().max().detach())
+            )
+        volume = torch.linalg.det(pair.covariance).sqrt() / torch.linalg.det(old.covariance[i]).sqrt()
+        torch.testing.assert_close(volume, torch.full((2,), 0.8), rtol=1e-3, atol=0)
+
+
+def test_start_from_a_map_leaves_the_empty_part_empty():
+    centres = torch.tensor([[14.0, 0.0, -6.0], [-14.0, 4.0, 6.0]])
+    blobs = Gaussians(centres, 9 * torch.eye(3).expand(2, 3, 3), torch.tensor([1.0, 1.0]))
+    noise = torch.randn(32, 32, 32, generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"isotropic": True}, {"rotation": False}):
+        model = from_map(voxelize(blobs, GRID) + 1e-6 * noise, GRID, 60, Bounds(20.0, 1.0, 1.0), seed=0, **options)
+        distance = torch.cdist(model().mean, centres)
+        assert distance.min(1).values.max() < 14
+        near = distance.argmin(1)
+        assert 20 <= int(near.sum()) <= 40
+        assert model.quaternion.requires_grad == (not options)
+        assert float(model.amplitudes().detach().mean()) == pytest.approx(1, abs=0.1)
+        twin = from_map(voxelize(blobs, GRID) + 1e-6 * noise, GRID, 60, Bounds(20.0, 1.0, 1.0), seed=0, **options)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_splitting_is_along_the_longest_axis():
+    model = wild()
+    halves = model.split()().mean.detach()
+    step = torch.nn.functional.normalize(halves[:30] - halves[30:], dim=1)
+    along = torch.linalg.eigh(model().covariance.detach()).eigenvectors[:, :, -1]
+    torch.testing.assert_close((step * along).sum(1).abs(), torch.ones(30), rtol=0, atol=1e-3)

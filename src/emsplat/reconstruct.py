@@ -277,6 +277,7 @@ def _fit_subset(
 ) -> tuple[GaussianField, Tensor, dict[str, Any]]:
     """One fit, from the checkpoint if there is one: the model, the quick back-projection and what is to be reported."""
     start = time.monotonic()
+    log.line(f"{name}: {len(stack):,} particles, quick back-projection")
     finished, checkpoint = output / f"run_{name}.safetensors", output / f"run_{name}.checkpoint.safetensors"
     quick = quick_map(stack)
     noise = None if settings.weighting == "none" else estimate_noise(stack)
