@@ -114,6 +114,18 @@ def test_noise_free_images_give_the_grey_values_of_the_map():
     assert float((volume[dense] * truth[dense]).sum() / truth[dense].square().sum()) == pytest.approx(1, abs=0.15)
 
 
+def test_brightness_does_not_fade_away_from_the_centre():
+    stack = Memory()
+    truth, volume = voxelize(stack.truth, stack.grid), backproject(stack)
+    axis = torch.arange(32) - 16
+    radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
+    dense = truth > 0.15 * truth.max()
+    inner, outer = dense & (radius < 5), dense & (radius > 7)
+    assert int(outer.sum()) > 50
+    gain = [float((volume[part] * truth[part]).sum() / truth[part].square().sum()) for part in (inner, outer)]
+    assert gain[1] / gain[0] == pytest.approx(1, abs=0.02)
+
+
 def test_contrast_of_noise_free_images():
     assert contrast(Memory(200)) > 1
     assert contrast(Memory(200, sign=-1.0)) < -1

@@ -22,6 +22,15 @@ def optics(count, dtype=torch.float32):
     return Optics(*(torch.full((count,), float(v), dtype=dtype) for v in values))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Problems this small are faster, and resuming is bit-identical, with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Memory:
     """Images that a hidden mixture made, with the interface of a ParticleStack."""
 
@@ -115,7 +124,6 @@ def test_fitting_lowers_the_loss(batch):
 
 
 def test_resumed_fit_is_bit_identical(tmp_path):
-    torch.set_num_threads(1)
     objective, plan = ImageObjective(Memory(), batch=8, seed=0), Plan(4, 1e-2, 0.8, splits=(2,))
     whole = run(start(), objective, plan).model
     for stop in (3, 8, 17, 20):

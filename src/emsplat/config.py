@@ -91,7 +91,7 @@ class SimulateConfig:
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Settings of `emsplat reconstruct`. What is None follows from the recipe (`RECIPES`)."""
+    """Settings of a reconstruction; numbers that are not given follow from the recipe."""
 
     symmetry: str = "C1"
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""

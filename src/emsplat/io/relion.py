@@ -110,6 +110,8 @@ def _remedy(column: str) -> str:
 
 
 def _document(path: Path) -> cif.Document:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a RELION STAR file of particles")
     try:
         return cif.read_file(str(path))
     except OSError as error:
