@@ -1,0 +1,104 @@
+"""The command line beside `reconstruct`: every option once, exit codes, one-line errors."""
+
+import dataclasses
+import tomllib
+
+import pytest
+
+from emsplat.cli import main
+from emsplat.config import SimulateConfig
+from emsplat.io.mrc import read_map
+from emsplat.io.relion import read_star
+
+
+def test_every_option_of_simulate(tmp_path):
+    options = {
+        "--box": "32",
+        "--pixel-size": "4",
+        "--particles": "30",
+        "--snr": "0.2",
+        "--noise": "coloured",
+        "--shift": "2",
+        "--defocus-min": "9000",
+        "--defocus-max": "10000",
+        "--defocus-spread": "10",
+        "--astigmatism": "100",
+        "--voltage": "200",
+        "--cs": "1.4",
+        "--amplitude-contrast": "0.07",
+        "--phase-shift": "30",
+        "--micrograph-particles": "10",
+        "--b-factor": "80",
+        "--atoms": "800",
+        "--model-seed": "3",
+        "--pose-error": "2",
+        "--dtype": "float16",
+        "--seed": "4",
+    }
+    flags = ["--keep-frame", "--noise-only", "--no-half-sets", "--overwrite"]
+    words = [word for pair in options.items() for word in pair]
+    assert main(["simulate", "-o", str(tmp_path / "out"), *words, *flags]) == 0
+    named = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(SimulateConfig)}
+    assert named - {"--half-sets"} == set(options) | set(flags) - {"--no-half-sets"}
+    written = tomllib.loads((tmp_path / "out" / "simulate.toml").read_text())["settings"]
+    for name, value in options.items():
+        assert str(written[name[2:].replace("-", "_")]).removesuffix(".0") == value.removesuffix(".0")
+    table = read_star(tmp_path / "out" / "particles.star")
+    assert (len(table), table.half) == (30, None)
+    assert table.optics.voltage.unique().tolist() == [200]
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "particles"
+    words = ["--box", "32", "--pixel-size", "4", "--particles", "20", "--atoms", "800"]
+    assert main(["simulate", "-o", str(folder), *words]) == 0
+    return folder / "truth.mrc"
+
+
+def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
+    words = ["--mask", str(truth), "-o", str(tmp_path / "fsc.star")]
+    assert main(["fsc", str(truth), str(truth)]) == 0
+    printed = capsys.readouterr().out
+    assert "FSC 0.143: 8" in printed  # Nyquist
+    assert "shell" in printed
+    assert main(["fsc", str(truth), str(truth), *words]) == 2  # a density is no mask: values outside 0 to 1
+    assert "mask" in capsys.readouterr().err
+    volume, grid = read_map(truth)
+    from emsplat.io.mrc import write_map
+
+    write_map(tmp_path / "mask.mrc", (volume > volume.mean()).float(), grid.pixel_size)
+    assert main(["fsc", str(truth), str(truth), "--mask", str(tmp_path / "mask.mrc"), *words[2:]]) == 0
+    assert "rlnFourierShellCorrelationMaskedMaps" in (tmp_path / "fsc.star").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["reconstruct", "none.star", "-o", "run"],
+        ["fsc", "none.mrc", "none.mrc"],
+        ["voxelize", "none.ply", "-o", "map.mrc"],
+        ["report", "nowhere"],
+        ["simulate", "none.cif", "-o", "out"],
+        ["reconstruct", "none.star", "-o", "run", "--epochs", "0"],
+        ["reconstruct", "none.star", "-o", "run", "--decay", "0"],
+        ["reconstruct", "none.star", "-o", "run", "--split-after", "99"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("emsplat: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_draws_what_is_there(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("emsplat 0.")
