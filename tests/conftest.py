@@ -4,7 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# The problems of the tests are small: threads would mostly wait for each other.
+torch.set_num_threads(1)
+
+# Shapes in signatures are checked while the tests run.
+_CHECKED = ("assess", "ctf", "fourier", "geometry", "io", "kernels.reference", "model", "project")
+install_import_hook([f"emsplat.{name}" for name in _CHECKED], "beartype.beartype")
 
 settings.register_profile("emsplat", deadline=None, derandomize=True)
 settings.load_profile("emsplat")

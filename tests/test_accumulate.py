@@ -106,7 +106,6 @@ def test_noise_free_images_give_the_map_in_frame_and_hand():
     assert max(likeness(truth.permute(order)) for order in list(permutations(range(3)))[1:]) < 0.85
 
 
-@pytest.mark.xfail(strict=True, reason="FourierStatistics.solve multiplies by PADDING**3: 8 times too bright")
 def test_noise_free_images_give_the_grey_values_of_the_map():
     stack = Memory()
     truth, volume = voxelize(stack.truth, stack.grid), backproject(stack)

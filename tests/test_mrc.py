@@ -79,8 +79,14 @@ def test_written_stack_is_valid(tmp_path, dtype, mode):
 def test_a_stack_that_is_not_finished_does_not_appear(tmp_path):
     path = tmp_path / "stack.mrcs"
     path.write_bytes(b"before")
-    with pytest.raises(AttributeError), writing_stack(path, 5, Grid(8, 1.0)) as write:
-        write(None)
+
+    def interrupted():
+        with writing_stack(path, 5, Grid(8, 1.0)) as write:
+            write(torch.zeros(2, 8, 8))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert path.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["stack.mrcs"]
 

@@ -192,19 +192,20 @@ def test_noise_spectrum(tmp_path, slope):
 
 
 LARGE = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 import torch
 from emsplat.particles import open_particles
+from emsplat.progress import peak_memory
 start = time.monotonic()
 stack = open_particles(Path(sys.argv[1]))
 batches = stack.sequential(50)
 next(batches)
 first = time.monotonic() - start
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 for _ in range(60):
     next(batches)
-print(first, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3, before / 1e3)
+print(first, peak_memory() - before, before)
 """
 
 

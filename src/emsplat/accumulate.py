@@ -70,9 +70,9 @@ class FourierStatistics:
         start = (side - size) // 2
         box = slice(start, start + size)
         volume = torch.fft.fftshift(volume)[box, box, box]
-        # Trilinear insertion multiplies the map by sinc² along each axis, and the finer grid by its spacing.
+        # Trilinear insertion multiplies the map by sinc² along each axis.
         window = torch.sinc((torch.arange(size) - size // 2) / side) ** 2
-        corrected: Tensor = volume * (PADDING**3) / (window[:, None, None] * window[:, None] * window)
+        corrected: Tensor = volume / (window[:, None, None] * window[:, None] * window)
         return corrected
 
 

@@ -12,7 +12,7 @@ from emsplat.fourier import frequencies
 from emsplat.types import Grid, Optics
 
 
-def electron_wavelength(voltage: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+def electron_wavelength(voltage: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
     """Relativistic wavelength in Å of electrons of ``voltage`` kV (docs/conventions.md, 7)."""
     volts = 1000 * voltage
     return 12.2643247 / torch.sqrt(volts * (1 + 0.978466e-6 * volts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float, Int, Shaped
 from torch import Tensor
 
 from emsplat.types import Grid
@@ -61,7 +61,7 @@ def shift_phase(shift: Float[Tensor, "p 2"], grid: Grid) -> Complex[Tensor, "p y
     return phase_y[:, :, None] * phase_x[:, None, :]
 
 
-def crop(spectrum: Complex[Tensor, "*p y k"], size: int, dims: int = 2) -> Complex[Tensor, "*p q l"]:
+def crop(spectrum: Shaped[Tensor, "..."], size: int, dims: int = 2) -> Shaped[Tensor, "..."]:
     """The low frequencies of a larger transform, as the transform of a ``size`` box with the same box length.
 
     The values are unnormalised: divide by (old size / new size)**dims to keep grey values. The Nyquist planes of the

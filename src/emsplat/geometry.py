@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from emsplat.errors import InputError
@@ -58,7 +58,7 @@ def random_rotations(count: int, generator: torch.Generator) -> Float[Tensor, "p
     return quaternion_to_matrix(torch.randn(count, 4, generator=generator, dtype=torch.float64))
 
 
-def axis_rotation(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
+def axis_rotation(axis: ArrayLike, angle: float) -> NDArray[np.float64]:
     """Right-handed rotation by ``angle`` rad about ``axis`` (need not be normalised), shape (3, 3) (Rodrigues)."""
     x, y, z = np.asarray(axis, float) / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])

@@ -174,20 +174,20 @@ def from_map(
     threshold = float(smooth[dense].min()) if dense.any() else np.inf
     # A finer lattice than half a voxel would add points, but no detail.
     spacing = max((int(dense.sum()) / count) ** (1 / 3), 0.5)  # voxels
-    for _ in range(8):
+    points, density = np.empty((0, 3)), np.empty(0)
+    while dense.any():
         points, density = _lattice(smooth, spacing, threshold, rng)
         if len(points) >= count or spacing == 0.5:
             break
         spacing = max(0.97 * spacing, 0.5)
     densest = np.argsort(-density, kind="stable")[:count]
     points, density = points[densest], density[densest]
-    if missing := count - len(
-        points
-    ):  # too little density for so many: crowd around it, or anywhere where there is none
-        around = points[rng.integers(len(points), size=missing)] if len(points) else np.zeros((missing, 3))
-        spread = spacing if len(points) else 0.15 * size
-        points = np.concatenate([points, around + rng.normal(0, spread, (missing, 3))])
-        density = np.append(density, np.full(missing, density.mean() if len(density) else 1.0))
+    missing = count - len(points)
+    if missing and len(points):  # too little density for so many: crowd around it
+        extra = points[rng.integers(len(points), size=missing)] + rng.normal(0, spacing, (missing, 3))
+        points, density = np.concatenate([points, extra]), np.append(density, np.full(missing, density.mean()))
+    elif missing:  # no density at all: anywhere will do
+        points, density = rng.normal(0, 0.15 * size, (missing, 3)), np.ones(missing)
     weight = np.clip(density / density.mean(), 0.1, 10.0)
     mean = torch.from_numpy(points[:, ::-1] * grid.pixel_size / bounds.length).float()
     scale = torch.full((count, 1 if isotropic else 3), 0.45 * spacing * grid.pixel_size)

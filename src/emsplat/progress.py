@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,3 +80,14 @@ class Log:
             self.line(f"{name}: {100 * images / total:.0f} %, {rate:,.0f} images/s, {left:.0f} s left, {remark}")
 
         return update
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count what the parent process held when it started this one.
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

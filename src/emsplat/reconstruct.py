@@ -11,10 +11,8 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -43,7 +41,7 @@ from emsplat.io.relion import rewrite_star, write_fsc_star
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
 from emsplat.objective import ImageObjective
 from emsplat.particles import ParticleStack, estimate_noise, open_particles
-from emsplat.progress import Log
+from emsplat.progress import Log, peak_memory
 from emsplat.project import project, voxelize
 from emsplat.types import Curve, Grid, Poses
 
@@ -167,7 +165,7 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         "settings": _plain(settings),
         "options": _plain(config),
         "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_mb": round(_peak_memory()),
+        "peak_memory_mb": round(peak_memory()),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
@@ -548,9 +546,3 @@ def interruptible() -> Iterator[threading.Event]:
 def _write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _peak_memory() -> float:
-    """Largest resident memory of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)

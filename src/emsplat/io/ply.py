@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def read_ply(path: Path) -> tuple[Gaussians, Grid | None]:
     )
 
 
-def _names(table: NDArray[np.void]) -> tuple[str, ...]:
+def _names(table: NDArray[Any]) -> tuple[str, ...]:
     return table.dtype.names or ()
 
 

@@ -448,7 +448,7 @@ def write_particles_star(
     _write(document, path)
 
 
-def write_fsc_star(path: Path, general: dict[str, str], columns: Mapping[str, Sequence[float]]) -> None:
+def write_fsc_star(path: Path, general: dict[str, str], columns: Mapping[str, Sequence[float | int]]) -> None:
     """An FSC table in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc."""
     document = cif.Document()
     block = document.add_new_block("general")
