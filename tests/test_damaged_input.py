@@ -164,3 +164,66 @@ def test_files_cut_short_are_refused(good, tmp_path, length, name):
 def test_ply_with_changed_bytes(good, tmp_path, where):
     folder = lay_out(tmp_path, {"g.ply": flip(good["g.ply"], where)})
     attempt(lambda: read_ply(folder / "g.ply"))
+
+
+@settings(max_examples=150, suppress_health_check=HEALTH)
+@given(
+    row=st.integers(0, COUNT - 1),
+    column=st.integers(0, 15),
+    token=st.sampled_from([*STRANGE, "1e300", "1e30", "9" * 20]),
+)
+def test_a_strange_value_changes_no_other_row(good, tmp_path, row, column, token):
+    """Not even where the strange value itself can be read."""
+    lines = good["p.star"].decode().splitlines()
+    first = next(i for i, text in enumerate(lines) if "@" in text)
+    words = lines[first + row].split()
+    words[column % len(words)] = token
+    lines[first + row] = " ".join(words)
+    whole = next(open_particles(lay_out(tmp_path, good) / "p.star").sequential(COUNT))
+    folder = lay_out(tmp_path, {"p.star": "\n".join(lines).encode() + b"\n"})
+    batch = attempt(lambda: next(open_particles(folder / "p.star").sequential(COUNT)))
+    if batch is not None and len(batch) == COUNT:
+        others = torch.arange(COUNT) != row
+        for a, b in ((batch, whole), (batch.poses, whole.poses), (batch.optics, whole.optics)):
+            for name, value in vars(a[others]).items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(value, getattr(b[others], name))
+
+
+@settings(max_examples=100, suppress_health_check=HEALTH)
+@given(
+    row=st.integers(0, COUNT - 1), index=st.text("0123456789-+.eE_x", max_size=30), repeat=st.sampled_from([1, 1, 400])
+)
+def test_an_image_index_is_right_or_refused(good, tmp_path, row, index, repeat):
+    text = good["p.star"].decode().replace(f"\n{row + 1}@", f"\n{index * repeat}@")
+    folder = lay_out(tmp_path, {**good, "p.star": text.encode()})
+    stack = attempt(lambda: open_particles(folder / "p.star"))
+    if stack is not None:
+        assert int(stack.table.image[row]) == int(index * repeat) - 1
+
+
+@settings(max_examples=150, suppress_health_check=HEALTH)
+@given(where=st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 255)), min_size=1, max_size=4))
+def test_map_with_changed_header(good, tmp_path, where):
+    folder = lay_out(tmp_path, good)
+    expected, _ = read_map(folder / "map.mrc")
+    lay_out(tmp_path, {"map.mrc": flip(good["map.mrc"][:1024], where) + good["map.mrc"][1024:]})
+    read = attempt(lambda: read_map(folder / "map.mrc"))
+    if read is not None:
+        assert torch.equal(read[0], expected)
+        assert 0 < read[1].pixel_size < float("inf")
+
+
+@settings(max_examples=100, suppress_health_check=HEALTH)
+@given(where=flips)
+def test_damaged_pixels_stay_in_their_image(good, tmp_path, where):
+    where = [(1024 + position % (len(good["s.mrcs"]) - 1024), value) for position, value in where]
+    folder = lay_out(tmp_path, good)
+    expected = next(open_particles(folder / "p.star").sequential(COUNT)).images
+    lay_out(tmp_path, {"s.mrcs": flip(good["s.mrcs"], where)})
+    batch = attempt(lambda: next(open_particles(folder / "p.star").sequential(COUNT)))
+    if batch is not None:
+        touched = {(position - 1024) // 256 for position, _ in where}
+        untouched = [i for i in range(COUNT) if i not in touched]
+        assert torch.equal(batch.images[untouched], expected[untouched])
+        assert torch.isfinite(batch.images).all()

@@ -171,3 +171,97 @@ def test_experimental_stack_without_identifier(shared_data):
     stack = StackFile(shared_data / "formats" / "relion31.mrcs")
     assert (stack.count, stack.box, stack.pixel_size) == (5, 256, None)
     assert read_all(stack).std() == pytest.approx(1.013, abs=1e-3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("mode", "dtype"), [(0, "i1"), (1, "i2"), (2, "f4"), (6, "u2"), (12, "f2")])
+def test_maps_of_every_mode_and_byte_order(tmp_path, mode, dtype, order):
+    values = np.arange(6**3).reshape(6, 6, 6) % 100 - (0 if dtype == "u2" else 50)
+    path = tmp_path / "map.mrc"
+    with mrcfile.new(path) as file:
+        file.set_data(values.astype(dtype))
+        file.voxel_size = 1.5
+        assert int(file.header.mode) == mode
+    if order == ">":
+        swap(path, np.dtype(dtype).itemsize)
+    volume, grid = read_map(path)
+    assert volume.dtype == torch.float32
+    np.testing.assert_array_equal(volume, values)
+    assert (grid.size, grid.pixel_size) == (6, pytest.approx(1.5))
+
+
+def test_header_of_a_written_stack(tmp_path):
+    with writing_stack(tmp_path / "s.mrcs", 3, Grid(8, 1.25)) as write:
+        write(torch.arange(192.0).reshape(3, 8, 8))
+    with mrcfile.open(tmp_path / "s.mrcs") as file:
+        header = file.header
+        assert header.origin.tolist() == (0, 0, 0)
+        assert (int(header.nxstart), int(header.nystart), int(header.nzstart)) == (0, 0, 0)
+        assert (int(header.mapc), int(header.mapr), int(header.maps)) == (1, 2, 3)
+        assert header.cella.tolist() == (10.0, 10.0, 1.25)
+        assert header.cellb.tolist() == (90, 90, 90)
+        assert (float(header.dmin), float(header.dmax), float(header.dmean)) == (0, 191, 95.5)
+        assert float(header.rms) == pytest.approx(np.arange(192).std())
+        assert bytes(header.label[0]).startswith(b"emsplat")
+
+
+def test_same_content_gives_the_same_bytes(tmp_path):
+    """No clock in the header, so that runs can be compared."""
+    for name in ("a.mrc", "b.mrc"):
+        write_map(tmp_path / name, torch.ones(4, 4, 4), 1.5)
+    assert (tmp_path / "a.mrc").read_bytes() == (tmp_path / "b.mrc").read_bytes()
+
+
+def test_a_full_disk_keeps_the_old_map(tmp_path, monkeypatch):
+    path = tmp_path / "map.mrc"
+    write_map(path, torch.ones(4, 4, 4), 1.5)
+    before = path.read_bytes()
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mrcfile.mrcfile.MrcFile, "set_data", full)
+    with pytest.raises(OutputError, match=r"map\.mrc: cannot be written \(No space left on device\)"):
+        write_map(path, torch.zeros(4, 4, 4), 1.5)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["map.mrc"]
+
+
+def test_images_are_read_only_when_asked_for(tmp_path):
+    """A header is enough to open a stack; an image shows what the disk holds at the time of reading."""
+    path = tmp_path / "s.mrcs"
+    with writing_stack(path, 4, Grid(8, 2.0)) as write:
+        write(torch.zeros(4, 8, 8))
+    stack = StackFile(path)
+    with path.open("r+b") as file:
+        file.seek(1024 + 2 * 256)
+        file.write(np.full(64, 7, "<f4").tobytes())
+    out = np.full((3, 8, 8), -1, np.float32)
+    stack.read_into(out, [2, 0], [0, 2])
+    assert [set(image.ravel().tolist()) for image in out] == [{7.0}, {-1.0}, {0.0}]
+    stack.close()
+    stack.read_into(out, [3], [1])  # opens again
+    assert set(out[1].ravel().tolist()) == {0.0}
+
+
+@pytest.mark.parametrize("read", [read_map, StackFile])
+def test_what_is_no_mrc_file_is_refused(tmp_path, read):
+    (tmp_path / "t.mrc").write_text("some text\n" * 500)
+    for path, message in (
+        (tmp_path / "none.mrc", "no such file; expected"),
+        (tmp_path / "t.mrc", "MRC|header"),
+        (tmp_path, "cannot be read .*; expected"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_truncated_stack_says_how_many_images_are_there(tmp_path):
+    path = tmp_path / "s.mrcs"
+    with writing_stack(path, 4, Grid(8, 2.0)) as write:
+        write(torch.zeros(4, 8, 8))
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(InputError, match="the header says 4 sections of 8 x 8 and the file holds 2; copy or extract"):
+        StackFile(path)

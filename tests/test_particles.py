@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import mrcfile
 import pytest
@@ -249,3 +250,90 @@ def test_experimental_particles(shared_data):
     assert [len(stack.only(half)) for half in (1, 2)] == [1187, 1187]
     noise = estimate_noise(stack)[0]
     assert float(noise[1] / noise[-1]) > 3  # far from white
+
+
+def test_optics_groups_of_several_pixel_sizes(tmp_path):
+    star = make(tmp_path)
+    lines = star.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("1 opticsGroup1"))
+    other = lines[first].replace("1 opticsGroup1", "2 other").replace("2.000000", "2.200000")
+    text = "\n".join([*lines[: first + 1], other, *lines[first + 1 :]]) + "\n"
+    star.write_text(text)
+    assert len(open_particles(star)) == COUNT  # a group that no particle uses does no harm
+    star.write_text(text.replace("m7.mrc 1 ", "m7.mrc 2 "))
+    with pytest.raises(
+        InputError, match=r"opticsGroup1: 16 px of 2 Å, other: 16 px of 2\.2 Å\); expected one, re-extract"
+    ):
+        open_particles(star)
+
+
+def test_too_few_particles(tmp_path):
+    with pytest.raises(InputError, match="2 particles; expected at least 2 in each"):
+        open_particles(make(tmp_path, torch.randn(2, 16, 16)))
+
+
+def test_halves_stay_together_when_particles_are_left_out(tmp_path):
+    stack = open_particles(make(tmp_path)).with_halves(3)
+    fewer = stack.take(torch.arange(0, COUNT, 3))
+    for half in (1, 2):
+        expected = [row for row in range(0, COUNT, 3) if stack.half[row] == half]
+        assert fewer.only(half).rows.tolist() == expected
+    with pytest.raises(InputError, match="no half-sets"):
+        open_particles(make(tmp_path)).only(1)
+
+
+def test_reader_ends_when_the_consumer_fails_or_forgets(tmp_path):
+    stack = open_particles(make(tmp_path))
+    before = threading.active_count()
+
+    def failing():
+        for _ in stack.batches(1, seed=0):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    next(stack.sequential(1))  # dropped at once
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_many_stacks_do_not_use_up_the_files_of_a_process(tmp_path):
+    images = torch.randn(300, 16, 16, generator=torch.Generator().manual_seed(3))
+    stack = open_particles(make(tmp_path, images, stacks=150))
+    handles = Path("/proc/self/fd")
+    if not handles.is_dir():
+        pytest.skip("no /proc on this system")
+    before = len(list(handles.iterdir()))
+    most = 0
+    for batch in stack.sequential(10):
+        torch.testing.assert_close(batch.images, stack.normalise(images[batch.index]))
+        most = max(most, len(list(handles.iterdir())) - before)
+    assert most <= 70
+
+
+def test_each_optics_group_has_its_noise(tmp_path):
+    """Groups of 60, 60 and 10 images; the smallest shares the spectrum of all."""
+    rng = torch.Generator().manual_seed(2)
+    white = torch.randn(130, 16, 16, generator=rng)
+    smooth = sum(white.roll((y, x), (1, 2)) for y in (0, 1) for x in (0, 1)) / 2
+    images = torch.cat([white[:60], smooth[60:120], white[120:]])
+    star = make(tmp_path, images)
+    lines = star.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("1 opticsGroup1"))
+    lines[first + 1 : first + 1] = [lines[first].replace("1 opticsGroup1", f"{n} other{n}") for n in (2, 3)]
+    text = "\n".join(lines) + "\n"
+    for i in range(60, 130):
+        text = text.replace(
+            f"\n{i % 65 + 1}@s{i // 65}.mrcs m{i // 5}.mrc 1 ",
+            f"\n{i % 65 + 1}@s{i // 65}.mrcs m{i // 5}.mrc {2 + i // 120} ",
+        )
+    star.write_text(text)
+    stack = open_particles(star)
+    assert torch.bincount(stack.table.optics_group).tolist() == [60, 60, 10]
+    noise = estimate_noise(stack)
+    assert noise.shape == (3, 9)
+    assert float(noise[0, 8] / noise[0, 2]) == pytest.approx(1, abs=0.3)
+    assert float(noise[1, 8] / noise[1, 2]) < 0.4
+    assert ((noise[2] - noise[0]) * (noise[2] - noise[1]) < 0)[2:].float().mean() > 0.5  # between the two

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from emsplat.errors import InputError
+from emsplat.errors import InputError, OutputError
 from emsplat.geometry import euler_to_matrix, random_rotations
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import read_star, rewrite_star, write_particles_star
@@ -269,3 +269,180 @@ def test_files_of_other_programs(shared_data, tmp_path, name, count, groups, pix
     if pixel_size:
         assert table.groups[0].pixel_size == pytest.approx(pixel_size, rel=1e-3)
     assert torch.isfinite(table.poses.rotation).all()
+
+
+ONE_COLUMN = particles(["1@a.mrcs", "2@a.mrcs", "3@a.mrcs", "4@a.mrcs"], "ImageName")
+SPLIT = OPTICS + ONE_COLUMN + "\nloop_\n" + "".join(f"_rln{name}\n" for name in COLUMNS.split()[2:])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # a second loop of other length would shift the table
+        (SPLIT + "1 2 3 4 5 6 7 8\n" * 3, "has 4 rows and 3 values of rlnDefocusU; .*loop_"),
+        (SPLIT + "1 2 3 4 5 6 7 8\n" * 5, "has 4 rows and 5 values of rlnDefocusU; .*loop_"),
+        (OPTICS + particles() + "_rlnVoltage 300\n", "data_particles has 4 rows and 1 values of rlnVoltage"),
+        (OPTICS + "_rlnPhaseShift 3\n" + particles(), "data_optics has 2 rows and 1 values of rlnPhaseShift"),
+        # numbers that do not fit
+        (change("15000", "1e300"), r'row 1 of data_particles: rlnDefocusU is "1e300"; expected a finite number'),
+        (change("b.mrcs 2", "b.mrcs 1e30"), r"row 2 of data_particles: rlnOpticsGroup is 1e\+30; expected a whole"),
+        (change("b.mrcs 2", "b.mrcs 1.5"), r"row 2 of data_particles: rlnOpticsGroup is 1\.5; expected a whole"),
+        (change("8@a.mrcs", "9" * 20 + "@a.mrcs"), "row 3 of data_particles: rlnImageName"),
+        (change("8@a.mrcs", "9" * 5000 + "@a.mrcs"), "row 3 of data_particles: rlnImageName"),
+        (change("8@a.mrcs", "-8@a.mrcs"), r'row 3 of data_particles: rlnImageName is "-8@a\.mrcs"'),
+        (change("8@a.mrcs", "8@"), r'row 3 of data_particles: rlnImageName is "8@"'),
+        (change("2.7 0.1 2.0", "2.7 1.5 2.0"), r"row 1: rlnAmplitudeContrast is 1\.5"),
+        (change("_rlnImagePixelSize #6", "_rlnOther #6"), "data_optics has no rlnImagePixelSize; add it"),
+        (change("_rlnOriginYAngst #10", "_rlnCtfDataArePhaseFlipped #10"), "PhaseFlipped is set; .*extract"),
+        (OPTICS + particles() + particles(), "not a well-formed STAR file"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_right_are_refused_by_name(folder, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read_star(write(folder, text))
+    assert str(folder / "p.star") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+OLD = "ImageName DefocusU Voltage SphericalAberration AngleRot AngleTilt AnglePsi DetectorPixelSize Magnification"
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("5 0", "rlnMagnification is not above 0"),
+        ("6 25000", r"pixel sizes from 2 to 2\.4 Å; .*one microscope setting"),
+    ],
+)
+def test_old_files_need_one_pixel_size(folder, last, message):
+    rows = [f"{i + 1}@a.mrcs 15000 300 2.7 0 0 0 {'5 25000' if i < 3 else last}" for i in range(4)]
+    with pytest.raises(InputError, match=message):
+        read_star(write(folder, particles(rows, OLD, "")))
+
+
+def test_defaults_of_what_the_file_leaves_out(folder):
+    rows = [f"{i + 1}@a.mrcs 15000 300 2.7 0 0 0 5 25000" for i in range(4)]
+    table = read_star(write(folder, particles(rows, OLD, "")))
+    expected = {
+        "amplitude_contrast": 0,
+        "defocus_v": 15000,
+        "defocus_angle": 0,
+        "phase_shift": 0,
+        "b_factor": 0,
+        "scale": 1,
+    }
+    for name, value in expected.items():
+        assert getattr(table.optics, name).tolist() == [value] * 4
+    assert table.poses.shift.tolist() == [[0, 0]] * 4
+
+
+def test_optics_groups_are_joined_by_number(folder):
+    optics = OPTICS.replace("1 first", "7 first").replace("2 second", "3 second")
+    table = read_star(write(folder, optics + particles().replace("mrcs 1 ", "mrcs 7 ").replace("mrcs 2 ", "mrcs 3 ")))
+    assert table.optics.voltage.tolist() == [300, 200, 300, 300]
+    assert [table.groups[g].name for g in table.optics_group] == ["first", "second", "first", "first"]
+
+
+def test_stack_with_a_space_in_its_name(folder):
+    (folder / "b.mrcs").rename(folder / "b c.mrcs")
+    rows = [row.replace("000001@b.mrcs", "'000001@b c.mrcs'").replace("5@b.mrcs", '"5@b c.mrcs"') for row in ROWS]
+    table = read_star(write(folder, OPTICS + particles(rows)))
+    assert [table.stacks[i].name for i in table.stack] == ["a.mrcs", "b c.mrcs", "a.mrcs", "b c.mrcs"]
+
+
+def test_rewriting_replaces_half_sets_and_leaves_the_other_tables(folder):
+    rows = [f"{row} 1 -0.000000" for row in ROWS]
+    extra = "\ndata_job\n_rlnJobTypeLabel  'relion.refine3d'\n"
+    source = write(folder, OPTICS + extra + particles(rows, f"{COLUMNS} RandomSubset Other"))
+    before = source.read_bytes()
+    rewrite_star(source, folder / "out.star", torch.tensor([3, 1]), torch.tensor([2, 1]))
+    lines = (folder / "out.star").read_text().splitlines()
+    assert "1 first 300.0 2.7 0.1 2.0 8" in lines
+    assert any("'relion.refine3d'" in line for line in lines)
+    assert [line for line in lines if "@" in line] == [f"{ROWS[3]} 2 -0.000000", f"{ROWS[1]} 1 -0.000000"]
+    assert source.read_bytes() == before
+
+
+def test_a_file_can_be_rewritten_in_place_or_not_at_all(folder):
+    source = write(folder, OPTICS + particles())
+    with pytest.raises(OutputError, match="cannot be written"):
+        rewrite_star(source, folder / "nowhere" / "out.star", torch.arange(4), torch.ones(4, dtype=torch.int64))
+    rewrite_star(source, source, torch.arange(3), torch.tensor([1, 2, 1]))
+    assert read_star(source).half.tolist() == [1, 2, 1]
+    assert not list(folder.glob(".*"))
+
+
+def with_empty_stacks(source, folder):
+    """A copy of the STAR file, with empty files where it expects image stacks."""
+    star = folder / source.name
+    star.write_bytes(source.read_bytes())
+    for word in source.read_text().split():
+        if "@" in word:
+            (folder / word.split("@")[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / word.split("@")[1]).touch()
+    return star
+
+
+def test_golden_values_of_relion_30_from_cryosparc(shared_data, tmp_path):
+    source = shared_data / "formats" / "FinalRefinement-OriginalParticles-PfCRT.star"
+    table = read_star(with_empty_stacks(source, tmp_path))
+    angles = torch.deg2rad(torch.tensor([16.09353, 86.352776, 98.22569], dtype=torch.float64))
+    torch.testing.assert_close(table.poses.rotation[0], euler_to_matrix(angles))
+    # -0.14063 and -0.04688 pixels of 1.035 µm / 10,000
+    assert table.poses.shift[0].tolist() == pytest.approx([-0.14555205, -0.0485208])
+    assert table.optics[:1].defocus_v.tolist() == [17521.4]
+    assert (table.optics.voltage[0], table.optics.cs[0]) == (300, 0.001)
+    assert math.degrees(table.optics.defocus_angle[0]) == pytest.approx(87.62907)
+    assert table.half.tolist() == [2, 1, 2, 2, 2]
+    assert table.image.tolist() == [0, 1, 2, 3, 4]  # of rlnImageName, not of rlnImageOriginalName
+    assert table.micrograph.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_golden_values_of_relion_30(shared_data, tmp_path):
+    table = read_star(with_empty_stacks(shared_data / "formats" / "sample_particles_relion30.star", tmp_path))
+    # 5 µm / 37,369.207 = 1.338 Å; 0.1996, 0.4496 and 0.9496 pixels
+    assert table.groups[0].pixel_size == pytest.approx(1.338, abs=1e-6)
+    assert table.poses.shift[0].tolist() == pytest.approx([0.2670648, 0.2670648], abs=1e-6)
+    assert table.poses.shift[5].tolist() == pytest.approx([0.6015648, 1.2705648], abs=1e-6)
+    assert table.optics.voltage.tolist() == [300] * 8 + [200] * 9
+    assert table.half[:6].tolist() == [2, 2, 1, 1, 1, 2]
+
+
+def test_golden_values_of_relion_31(shared_data, tmp_path):
+    table = read_star(with_empty_stacks(shared_data / "formats" / "sample_particles_relion31.star", tmp_path))
+    assert table.optics.voltage.tolist() == [300] * 8 + [200] * 9  # of the optics group
+    assert table.poses.shift[5].tolist() == [0.4496, 0.9496]  # already in Å
+    angles = torch.deg2rad(torch.tensor([-2.063664, 91.760648, -136.161912], dtype=torch.float64))
+    torch.testing.assert_close(table.poses.rotation[11], euler_to_matrix(angles))
+    assert [(g.name, g.pixel_size, g.box) for g in table.groups] == [
+        ("opticsGroup1", 1.4, None),
+        ("opticsGroup2", 1.4, None),
+    ]
+
+
+def test_golden_values_of_six_optics_groups(shared_data, tmp_path):
+    table = read_star(with_empty_stacks(shared_data / "formats" / "relion31.6opticsgroups.star", tmp_path))
+    assert torch.bincount(table.optics_group).tolist() == [48, 29, 5, 7, 26, 24]
+    assert [g.pixel_size for g in table.groups] == [1.25, 1.24, 1.25, 1.25, 1.24, 1.25]
+    assert table.groups[table.optics_group[0]].name == "opticsGroup6"
+    # opticsGroup1 is the fourth row of data_optics and the only one of Cs 2.6
+    assert torch.equal(table.optics.cs == 2.6, table.optics_group == 3)
+    assert (int(table.image[0]), int(table.image[1])) == (2, 278)
+    assert table.stacks[table.stack[1]] == tmp_path / "Polish/job520/Micrographs/0027_shiny.mrcs"
+    assert table.poses.shift[0].tolist() == [13.284554, -3.21701]
+    for name in ("rlnBeamTiltX", "rlnMagMat00", "rlnOddZernike", "rlnEvenZernike"):
+        assert name in table.warnings[0]
+
+
+def test_golden_values_of_relion_5(shared_data, tmp_path):
+    table = read_star(with_empty_stacks(shared_data / "formats" / "relion5.star", tmp_path))
+    assert (table.groups[0].pixel_size, table.groups[0].box) == (0.89, 448)
+    assert (table.optics.voltage[0], table.optics.cs[0]) == (100, 1.6)
+    assert table.optics.defocus_u[0] == 11949.06133
+    assert [table.stacks[i].name[-6] for i in table.stack[:5]] == ["a", "b", "a", "a", "b"]
+    assert table.image[:5].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_file_without_orientations_says_what_to_take(shared_data):
+    with pytest.raises(InputError, match=r"no column rlnAngleRot; .*known orientations"):
+        read_star(shared_data / "formats" / "empiar_10076_7.star")

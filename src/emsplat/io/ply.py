@@ -7,6 +7,7 @@ quaternion (w, x, y, z), ``amplitude`` the integral of each Gaussian (emsplat's 
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,25 @@ def read_ply(path: Path) -> tuple[Gaussians, Grid | None]:
 
     rotation = quaternion_to_matrix(columns("rot_0", "rot_1", "rot_2", "rot_3"))
     axes = rotation * columns("scale_0", "scale_1", "scale_2").exp()[:, None, :]
-    grid = re.search(r"^comment box (\d+) pixel_size (\S+)$", "\n".join(lines), re.MULTILINE)
-    return (
-        Gaussians(columns("x", "y", "z"), axes @ axes.mT, columns("amplitude")[:, 0]),
-        Grid(int(grid[1]), float(grid[2])) if grid else None,
-    )
+    covariance = axes @ axes.mT
+    if not torch.isfinite(covariance).all():
+        raise InputError(f"{path}: scale_* hold numbers that are too large; expected ln(sigma in Å)")
+    return Gaussians(columns("x", "y", "z"), covariance, columns("amplitude")[:, 0]), _grid(path, lines)
+
+
+def _grid(path: Path, lines: list[str]) -> Grid | None:
+    """The grid of the comment, None where the file has no such comment."""
+    line = next((line for line in lines if line.startswith("comment box ")), None)
+    if line is None:
+        return None
+    found = re.fullmatch(r"comment box (\d{1,9}) pixel_size ([\d.e+-]+)", line)
+    try:
+        grid = Grid(int(found[1]), float(found[2])) if found else Grid(0, 0.0)
+    except ValueError:
+        grid = Grid(0, 0.0)
+    if not (grid.size > 0 and 0 < grid.pixel_size < math.inf):
+        raise InputError(f"{path}: '{line}' is not understood; expected 'comment box 64 pixel_size 3.54' or none")
+    return grid
 
 
 def _names(table: NDArray[Any]) -> tuple[str, ...]:
@@ -110,13 +125,15 @@ def _names(table: NDArray[Any]) -> tuple[str, ...]:
 
 def _layout(path: Path, lines: list[str]) -> tuple[int, list[tuple[str, str]]]:
     """Number of vertices and the fields of one vertex."""
-    count, fields = -1, []
+    count, fields = -1, list[tuple[str, str]]()
     for words in map(str.split, lines):
-        if words[:2] == ["element", "vertex"] and len(words) == 3 and words[2].isdigit():
+        if words[:2] == ["element", "vertex"] and re.fullmatch(r"\d{1,9}", " ".join(words[2:])):
             count = int(words[2])
         elif words[:1] == ["property"]:
             if len(words) != 3 or words[1] not in _NUMPY_TYPES:
                 raise InputError(f"{path}: property '{' '.join(words[1:])}' is not understood; expected float numbers")
+            if words[2] in (name for name, _ in fields):
+                raise InputError(f"{path}: has property {words[2]} twice; write the file again")
             fields.append((words[2], _NUMPY_TYPES[words[1]]))
     if count < 0 or not fields:
         raise InputError(f"{path}: the PLY header names no vertices; expected one vertex per Gaussian")

@@ -41,6 +41,8 @@ _ABERRATIONS = {
     "MagMat11": 1.0,
 }
 _ZERNIKES = ("OddZernike", "EvenZernike")
+_LARGEST = float(np.finfo(np.float32).max)  # batches are float32
+_INDEX_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,14 @@ class _Block:
     def text(self, column: str) -> list[str]:
         if not self.has(column):
             raise InputError(f"{self.path}: the table data_{self.name} has no column rln{column}; {_remedy(column)}")
-        return [cif.as_string(value) for value in self._find(column)]
+        values = self._find(column)
+        rows = len(self._find("OpticsGroup" if self.name == "optics" else "ImageName"))
+        if len(values) != rows:
+            raise InputError(
+                f"{self.path}: the table data_{self.name} has {rows} rows and {len(values)} values of rln{column}; "
+                "write all its columns in one loop_"
+            )
+        return [cif.as_string(value) for value in values]
 
     def numbers(self, column: str) -> NDArray[np.float64]:
         """A numeric column; every value is finite."""
@@ -71,7 +80,7 @@ class _Block:
             values = np.array(texts, dtype=np.float64)
         except ValueError:
             values = np.array([_number(text) for text in texts])
-        bad = np.flatnonzero(~np.isfinite(values))
+        bad = np.flatnonzero(~(np.abs(values) <= _LARGEST))
         if len(bad):
             raise InputError(
                 f'{self.path}, row {bad[0] + 1} of data_{self.name}: rln{column} is "{texts[bad[0]]}"'
@@ -81,11 +90,11 @@ class _Block:
 
     def integers(self, column: str) -> NDArray[np.int64]:
         values = self.numbers(column)
-        bad = np.flatnonzero(values != np.rint(values))
+        bad = np.flatnonzero((values != np.rint(values)) | (np.abs(values) >= 10**_INDEX_DIGITS))
         if len(bad):
             raise InputError(
                 f"{self.path}, row {bad[0] + 1} of data_{self.name}: rln{column} is {values[bad[0]]:g}; "
-                "expected a whole number"
+                f"expected a whole number of at most {_INDEX_DIGITS} digits"
             )
         return values.astype(np.int64)
 
@@ -315,12 +324,13 @@ def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[
         number, at, file = name.partition("@")
         if not at:
             number, file = "1", name
-        if not number.isdecimal() or not file or int(number) < 1:
+        digits = number.lstrip("0")
+        if not number.isdecimal() or not file or not 1 <= len(digits) <= _INDEX_DIGITS:
             raise InputError(
                 f'{path}, row {row + 1} of data_{particles.name}: rlnImageName is "{name}"; expected index@stack.mrcs '
                 "with an index from 1"
             )
-        index[row] = int(number) - 1
+        index[row] = int(digits) - 1
         files.append(file)
     stack = _codes(files)
     places = _search_places(path, datadir)
