@@ -239,7 +239,7 @@ def test_a_hundred_thousand_images_start_at_once_and_stay_on_disk(tmp_path):
     )
     first, growth, resident = map(float, done.stdout.split())
     assert time.monotonic() - started < 60
-    assert first < 15  # about 2 s where nothing else runs
+    assert first < 5
     assert growth < 300
     assert resident < 2000
 
@@ -336,4 +336,7 @@ def test_each_optics_group_has_its_noise(tmp_path):
     assert noise.shape == (3, 9)
     assert float(noise[0, 8] / noise[0, 2]) == pytest.approx(1, abs=0.3)
     assert float(noise[1, 8] / noise[1, 2]) < 0.4
-    assert ((noise[2] - noise[0]) * (noise[2] - noise[1]) < 0)[2:].float().mean() > 0.5  # between the two
+    # shell 8 of 60 + 10 white images and 60 smooth ones; alone, the 10 would be as white as the first group
+    expected = (70 * noise[0, 8] + 60 * noise[1, 8]) / 130
+    assert float(noise[2, 8]) == pytest.approx(float(expected), rel=0.1)
+    assert float(noise[2, 8] / noise[0, 8]) < 0.75
