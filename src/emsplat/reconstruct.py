@@ -172,8 +172,7 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         "warnings": log.warnings,
     }
     _write_text(output / "summary.json", json.dumps(summary, indent=2))
-    for draw in (report.draw_fsc, report.draw_slices, report.draw_convergence, report.write_report):
-        draw(output)
+    report.write_report(output)  # and every figure in it
     _conclude(log, summary, output)
     return summary
 
