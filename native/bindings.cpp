@@ -1,11 +1,13 @@
 // Python binding of the CPU kernels: memory, threads and the choice of the instruction set.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/complex.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
+#include <complex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -229,6 +231,33 @@ Result<T, 2> voxelize_gradient(Array2<T> mean, Array3<T> covariance, Array1<T> a
     return adopt<T, 2>(gathered, shape);
 }
 
+using Slots = nb::ndarray<std::complex<float>, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Weights = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Spectra = nb::ndarray<const std::complex<float>, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+// Adds slices to the half space (numerator, weight), in place.
+void insert(Slots numerator, Weights weight, Spectra values, Array3<float> weights, Array3<float> rotation,
+            Array2<float> polynomials, double radius, double step, int threads) {
+    const int images = int(values.shape(0)), box = int(values.shape(1)), side = int(numerator.shape(0));
+    Slices slices{reinterpret_cast<const float*>(values.data()), weights.data(), rotation.data(), polynomials.data(),
+                  images, box, float(radius), float(step)};
+    HalfSpace space{reinterpret_cast<float*>(numerator.data()), weight.data(), (side - 3) / 2};
+    auto same = [](const auto& a, const auto& b) {
+        return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1) && a.shape(2) == b.shape(2);
+    };
+    if (side != space.side() || int(numerator.shape(1)) != side || int(numerator.shape(2)) != space.width() ||
+        !same(numerator, weight) || !same(values, weights) || int(values.shape(2)) != box / 2 + 1 ||
+        int(rotation.shape(0)) != images || rotation.shape(1) != 3 || rotation.shape(2) != 3 ||
+        polynomials.shape(0) != DEGREE + 1 || polynomials.shape(1) != TAPS)
+        throw std::invalid_argument("expected a half space (s, s, (s + 3) / 2), slices (p, n, n / 2 + 1)");
+    if (!(radius <= box / 2) || !(radius * step <= space.reach))
+        throw std::invalid_argument("the slices reach beyond the half space");
+    nb::gil_scoped_release unlocked;
+    const int slab = std::max(8, (side + 4 * threads - 1) / (4 * threads));
+    share((side + slab - 1) / slab, threads,
+          [&](int task) { chosen->insert(slices, space, task * slab, std::min((task + 1) * slab, side)); });
+}
+
 template <class T>
 void bind(nb::module_& m) {
     m.def("project", &project<T>);
@@ -243,6 +272,7 @@ NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of emsplat; see emsplat.kernels.cpu";
     bind<float>(m);
     bind<double>(m);
+    m.def("insert", &insert);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const auto* set : available()) names.emplace_back(set->name);

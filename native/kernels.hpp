@@ -42,10 +42,39 @@ struct Kernels {
     int lanes;  // how many numbers beyond the end of a row may be touched
 };
 
+// Taps of the interpolation kernel per axis, and the degree of the polynomial that gives each from the fraction.
+constexpr int TAPS = 4;
+constexpr int DEGREE = 7;
+
+// Central slices of one box: half planes in rfft order, only |k| < radius.
+struct Slices {
+    const float* numerator;    // complex, interleaved: images x box x (box / 2 + 1)
+    const float* weight;       // real, the same shape
+    const float* rotation;     // 3 x 3 per image, object to image
+    const float* polynomials;  // DEGREE + 1 rows of TAPS coefficients, highest power first
+    int images;
+    int box;
+    float radius;  // pixels of the image transform
+    float step;    // voxels of the volume per pixel of the image transform
+};
+
+// The half space x >= 0 of a volume about its origin, with room for the taps: (z + reach + 1, y + reach + 1, x + 1).
+struct HalfSpace {
+    float* numerator;  // complex, interleaved: side x side x width
+    float* weight;
+    int reach;
+
+    int side() const { return 2 * reach + 3; }
+    int width() const { return reach + 3; }
+};
+
 struct InstructionSet {
     const char* name;
     Kernels<float> single;
     Kernels<double> twice;
+    // Adds slices to planes [z0, z1) of the half space. Every voxel receives its terms in the order of the images,
+    // however the planes are shared out.
+    void (*insert)(const Slices&, const HalfSpace&, int z0, int z1);
 };
 
 extern const InstructionSet baseline;

@@ -440,6 +440,8 @@ void voxelize_gradient(const Mixture<T>& m, T pixel_size, int size, T cutoff, co
     }
 }
 
+#include "insert_kernel.hpp"
+
 template <class T>
 constexpr Kernels<T> table() {
     return {project<T>, project_gradient<T>, voxelize<T>, voxelize_gradient<T>, Simd<T>::lanes};
@@ -450,6 +452,6 @@ constexpr Kernels<T> table() {
 
 }  // namespace
 
-const InstructionSet EMSPLAT_ISA = {EMSPLAT_NAME(EMSPLAT_ISA), table<float>(), table<double>()};
+const InstructionSet EMSPLAT_ISA = {EMSPLAT_NAME(EMSPLAT_ISA), table<float>(), table<double>(), insert};
 
 }  // namespace emsplat

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from emsplat import __version__
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import InputConfig, ReconstructConfig, SimulateConfig
 from emsplat.errors import EmsplatError, InputError
 
 _Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -27,6 +27,22 @@ def reconstruct(
         output: Run folder.
     """
     from emsplat.reconstruct import reconstruct as run
+
+    run(config, particles, output)
+
+
+def backproject(
+    particles: tyro.conf.Positional[Path],
+    output: _Output,
+    config: tyro.conf.OmitArgPrefixes[InputConfig] = InputConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Classical half maps and a full map, regularised by their signal-to-noise ratio, in one pass.
+
+    Args:
+        particles: RELION STAR file (3.0 or newer).
+        output: Run folder.
+    """
+    from emsplat.reconstruct import backproject as run
 
     run(config, particles, output)
 
@@ -138,6 +154,7 @@ def report(run: tyro.conf.Positional[Path]) -> None:
 
 _COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
+    "backproject": backproject,
     "simulate": simulate,
     "fsc": fsc,
     "voxelize": voxelize,

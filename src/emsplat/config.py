@@ -90,8 +90,8 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
-class ReconstructConfig:
-    """Settings of a reconstruction; numbers that are not given follow from the recipe."""
+class InputConfig:
+    """How particles are read, and where results go: common to everything that starts from particles."""
 
     symmetry: str = "C1"
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
@@ -103,50 +103,24 @@ class ReconstructConfig:
     """Diameter of the particle in Å: outside it is background, for normalisation, noise and the mask of the FSC.
     Default: 0.9 of the box."""
 
+    mask: Path | None = None
+    """MRC map with values from 0 to 1 for the FSC; default: made from the classical map."""
+
     invert: bool = False
     """Invert the contrast. A STAR file means bright protein; use this where protein is dark."""
-
-    recipe: Literal["default", "cryosplat", "gem"] = "default"
-    """Settings that belong together: emsplat's own, or those of one of the two papers."""
-
-    gaussians: int | None = None
-    """Number of Gaussians at the start."""
-
-    init: Literal["map", "ball", "uniform"] | None = None
-    """Where the Gaussians start: on a quick back-projection of the same images, in a ball, or uniformly in the box."""
-
-    epochs: int | None = None
-    """How often every image is presented."""
-
-    batch: int | None = None
-    """Images per optimisation step."""
-
-    learning_rate: float | None = None
-    """Learning rate of Adam, one for all parameters."""
-
-    decay: float | None = None
-    """Factor on the learning rate after each epoch."""
-
-    weighting: Literal["none", "noise", "ramp"] | None = None
-    """Weights of the squared error in Fourier space: none, 1/noise power, or |k|/noise power."""
-
-    min_scale: float | None = None
-    """Smallest standard deviation of a Gaussian, in pixels."""
-
-    split_after: tuple[int, ...] = ()
-    """After these epochs the number of Gaussians doubles, e.g. --split-after 2 4."""
-
-    isotropic: bool = False
-    """Round Gaussians (one scale each)."""
-
-    rotation: bool = True
-    """Let the Gaussians' axes turn."""
 
     skip_bad: bool = False
     """Read all images first and leave out those that are constant or hold values that are not finite."""
 
     trust_star_pixel_size: bool = False
     """Go by the STAR file where the headers of the stacks give another pixel size."""
+
+    add_statistics: tuple[Path, ...] = ()
+    """Run folders with sums that --keep-statistics left there, of other particles in the same frame: they are added
+    half to half."""
+
+    keep_statistics: bool = False
+    """Keep the sums over the particles in the run folder, for --add-statistics and for fits without the images."""
 
     seed: int = 0
     """Seed of half-sets (where the STAR file has none), start and order of the images."""
@@ -165,24 +139,80 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Defaults of a reconstruction that belong together."""
+class ReconstructConfig(InputConfig):
+    """Settings of a reconstruction; numbers that are not given follow from the recipe."""
 
+    engine: Literal["one-pass", "images"] | None = None
+    """Fit to sums accumulated in one pass over the images (the default), or image by image."""
+
+    recipe: Literal["default", "cryosplat", "gem"] = "default"
+    """Settings that belong together: emsplat's own, or those of one of the two papers (engine: images)."""
+
+    gaussians: int | None = None
+    """Number of Gaussians at the start. Given with the one-pass engine, it stays the number unless --growth is
+    given too."""
+
+    growth: int | None = None
+    """One-pass: how often the number of Gaussians may grow by half, each time only if the cross-validated FSC
+    gains by it."""
+
+    independent_halves: bool = False
+    """One-pass: let no number pass between the half-sets; the course of the fits is fixed beforehand."""
+
+    init: Literal["map", "ball", "uniform"] | None = None
+    """Where the Gaussians start: on the classical map of the same images, in a ball, or uniformly in the box."""
+
+    epochs: int | None = None
+    """Images: how often every image is presented. One-pass: at most so many times ten steps before the number of
+    Gaussians grows."""
+
+    batch: int | None = None
+    """Images: images per optimisation step."""
+
+    learning_rate: float | None = None
+    """Learning rate of Adam, one for all parameters."""
+
+    decay: float | None = None
+    """Factor on the learning rate after each epoch."""
+
+    weighting: Literal["none", "noise", "ramp"] | None = None
+    """Images: weights of the squared error in Fourier space: none, 1/noise power, or |k|/noise power."""
+
+    min_scale: float | None = None
+    """Smallest standard deviation of a Gaussian, in pixels."""
+
+    split_after: tuple[int, ...] = ()
+    """Images: after these epochs the number of Gaussians doubles, e.g. --split-after 2 4."""
+
+    isotropic: bool = False
+    """Round Gaussians (one scale each)."""
+
+    rotation: bool = True
+    """Let the Gaussians' axes turn."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a reconstruction that belong together; None where an option does not apply."""
+
+    engine: Literal["one-pass", "images"]
     gaussians: int | None  # None: from the volume of the particle, see reconstruct.gaussian_count
     init: Literal["map", "ball", "uniform"]
     epochs: int
-    batch: int
+    batch: int | None
     learning_rate: float
     decay: float
-    weighting: Literal["none", "noise", "ramp"]
+    weighting: Literal["none", "noise", "ramp"] | None
     min_scale: float  # pixels
     length_unit: float | None  # pixels that one unit of means and scales stands for; None: the box
+    growth: int | None = None
 
 
 RECIPES = {
-    "default": Recipe(None, "map", 12, 128, 4e-2, 0.75, "ramp", 0.5, 10.0),
+    "default": Recipe("one-pass", None, "map", 12, None, 2e-2, 0.75, None, 0.7, 10.0, 2),
+    "images": Recipe("images", None, "map", 12, 128, 4e-2, 0.75, "ramp", 0.5, 10.0),
     # cryoSplat, section 4.1. The paper has no lower bound on the scale; 0.1 px keeps float32 away from zero.
-    "cryosplat": Recipe(30_000, "ball", 5, 1, 1e-3, 0.1, "none", 0.1, None),
+    "cryosplat": Recipe("images", 30_000, "ball", 5, 1, 1e-3, 0.1, "none", 0.1, None),
     # GEM gives its number of Gaussians, start and batch size; rate and decay are cryoSplat's.
-    "gem": Recipe(50_000, "uniform", 5, 1, 1e-3, 0.1, "none", 0.1, None),
+    "gem": Recipe("images", 50_000, "uniform", 5, 1, 1e-3, 0.1, "none", 0.1, None),
 }

@@ -26,12 +26,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast: the learning rate is multiplied by ``decay`` after every epoch."""
+    """How long and how fast: the learning rate is multiplied by ``decay`` after every epoch.
+
+    A plan may follow another: ``first`` counts the epochs before it.
+    """
 
     epochs: int
     learning_rate: float
     decay: float
     splits: tuple[int, ...] = ()  # after these epochs (1-based) the number of Gaussians doubles
+    first: int = 0
 
 
 @dataclass
@@ -44,9 +48,9 @@ class State:
     terms: dict[str, Tensor]
 
     @classmethod
-    def begin(cls, model: GaussianField) -> State:
-        """Before the first step."""
-        return cls(model, _adam(model), 0, {})
+    def begin(cls, model: GaussianField, step: int = 0) -> State:
+        """Before the first step, or at a later one with nothing remembered of those before."""
+        return cls(model, _adam(model), step, {})
 
 
 def fit(state: State, objective: Objective, plan: Plan) -> Iterator[State]:
@@ -56,12 +60,12 @@ def fit(state: State, objective: Objective, plan: Plan) -> Iterator[State]:
         EmsplatError: the loss is no longer finite.
     """
     steps = objective.steps_per_epoch
-    while state.step < plan.epochs * steps:
+    while state.step < (plan.first + plan.epochs) * steps:
         epoch, position = divmod(state.step, steps)
         if position == 0 and epoch in plan.splits:
             state = _split(state)
         for group in state.optimiser.param_groups:
-            group["lr"] = plan.learning_rate * plan.decay**epoch
+            group["lr"] = plan.learning_rate * plan.decay ** (epoch - plan.first)
         state.optimiser.zero_grad(set_to_none=True)
         terms = objective(state.model, state.step)
         total = torch.stack(list(terms.values())).sum()

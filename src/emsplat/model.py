@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
@@ -94,14 +94,25 @@ class GaussianField(torch.nn.Module):
         raw = {name: getattr(self, name).detach() for name in PARAMETERS}
         return GaussianField(**raw, bounds=replace(self.bounds, unit=unit), rotation=self.rotation)
 
+    def copy(self) -> GaussianField:
+        """The same numbers, no longer changed by an optimiser that holds this model."""
+        return self.take(torch.arange(len(self)))
+
+    def take(self, rows: Tensor) -> GaussianField:
+        """Some of the Gaussians: by index or by a Boolean per Gaussian."""
+        raw = {name: getattr(self, name).detach()[rows] for name in PARAMETERS}
+        return GaussianField(**raw, bounds=self.bounds, rotation=self.rotation)
+
     @torch.no_grad()
-    def split(self) -> GaussianField:
-        """Twice as many Gaussians: each gives way to two halves along its longest axis.
+    def split(self, chosen: Bool[Tensor, " g"] | None = None) -> GaussianField:
+        """The chosen Gaussians (all by default) give way to two halves along their longest axes.
 
         The halves sit ±0.6 s from the old centre with 0.8 s in that direction, so that mass, mean and covariance of
         every pair are those of the Gaussian it replaces (as far as the lower bound on the scale allows; an isotropic
-        pair shrinks in all directions by the same volume).
+        pair shrinks in all directions by the same volume). The first halves stand where the Gaussians stood, the second
+        ones follow in the same order.
         """
+        chosen = torch.ones(len(self), dtype=torch.bool) if chosen is None else chosen
         scale = self.scales()
         longest = scale.argmax(1)
         axes = quaternion_to_matrix(self.quaternion)
@@ -113,16 +124,19 @@ class GaussianField(torch.nn.Module):
         else:
             smaller = scale.clone()
             smaller[rows, longest] *= 0.8
-        raw_scale = _raw_scale(smaller, self.bounds)
-        raw_amplitude = inverse_softplus(0.5 * functional.softplus(self.amplitude))
-        return GaussianField(
-            torch.cat([self.mean + offset, self.mean - offset]),
-            raw_scale.repeat(2, 1),
-            self.quaternion.detach().repeat(2, 1),
-            raw_amplitude.repeat(2),
-            self.bounds,
-            rotation=self.rotation,
-        )
+        half = {
+            "scale": _raw_scale(smaller, self.bounds),
+            "quaternion": self.quaternion.detach(),
+            "amplitude": inverse_softplus(0.5 * functional.softplus(self.amplitude)),
+        }
+        first = half | {"mean": self.mean + offset}
+        second = half | {"mean": self.mean - offset}
+        raw = {}
+        for name in PARAMETERS:
+            before = getattr(self, name).detach()
+            changed = chosen.reshape(-1, *[1] * (before.dim() - 1))
+            raw[name] = torch.cat([torch.where(changed, first[name], before), second[name][chosen]])
+        return GaussianField(**raw, bounds=self.bounds, rotation=self.rotation)
 
 
 def _raw_scale(scale: Tensor, bounds: Bounds) -> Tensor:

@@ -316,7 +316,7 @@ def _common_grid(table: ParticleTable, files: ImageFiles, trust_star_pixel_size:
     return Grid(box, group.pixel_size)
 
 
-def estimate_noise(stack: ParticleStack, particles: int = 2000) -> Float[Tensor, "o s"]:
+def estimate_noise(stack: ParticleStack, particles: int = 600) -> Float[Tensor, "o s"]:
     """Noise power of the normalised images per optics group and shell (0 ... N/2), 1 for unit white noise.
 
     From the pixels outside the particle, with a soft edge that keeps the signal from leaking in. Groups with fewer

@@ -37,16 +37,18 @@ class Log:
         self.line(f"Warning: {text}")
 
     @contextmanager
-    def progress(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-        """Gives ``update(images done, remark)``: a bar on a terminal, now and then a plain line elsewhere."""
+    def progress(
+        self, name: str, total: int, done: int = 0, unit: str = "images"
+    ) -> Iterator[Callable[[int, str], None]]:
+        """Gives ``update(how many are done, remark)``: a bar on a terminal, now and then a plain line elsewhere."""
         if self._stream.isatty():
-            with self._bar(name, total, done) as update:
+            with self._bar(name, total, done, unit) as update:
                 yield update
         else:
-            yield self._plain(name, total, done)
+            yield self._plain(name, total, done, unit)
 
     @contextmanager
-    def _bar(self, name: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    def _bar(self, name: str, total: int, done: int, unit: str) -> Iterator[Callable[[int, str], None]]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -62,11 +64,11 @@ class Log:
 
             def update(images: int, remark: str) -> None:
                 rate = (images - done) / max(time.monotonic() - start, 1e-9)
-                bar.update(task, completed=images, remark=f"{rate:,.0f} images/s  {remark}")
+                bar.update(task, completed=images, remark=f"{rate:,.0f} {unit}/s  {remark}")
 
             yield update
 
-    def _plain(self, name: str, total: int, done: int) -> Callable[[int, str], None]:
+    def _plain(self, name: str, total: int, done: int, unit: str) -> Callable[[int, str], None]:
         start = last = time.monotonic()
 
         def update(images: int, remark: str) -> None:
@@ -77,7 +79,7 @@ class Log:
             last = now
             rate = (images - done) / max(now - start, 1e-9)
             left = (total - images) / max(rate, 1e-9)
-            self.line(f"{name}: {100 * images / total:.0f} %, {rate:,.0f} images/s, {left:.0f} s left, {remark}")
+            self.line(f"{name}: {100 * images / total:.0f} %, {rate:,.0f} {unit}/s, {left:.0f} s left, {remark}")
 
         return update
 

@@ -1,22 +1,18 @@
-"""The programme: particles in, two half maps, a full map, their FSC and a run folder out.
+"""The programmes: particles in; half maps, a full map, their FSC and a run folder out.
 
-Half 1, half 2 and the full set are three fits of one function on three subsets of the particles. A fit sees nothing
-but its own subset: start, noise spectrum and grey scale come from the same images that it is fitted to.
+`backproject` stops at the classical maps. `reconstruct` goes on from them to Gaussians, fitted to the accumulated sums
+(engine one-pass) or to the images themselves (engine images). Half 1, half 2 and the full set are fits of one function
+on three subsets of the particles. A fit sees nothing but its own subset: start, noise spectrum and grey scale come from
+the same images that it is fitted to. What the halves share is written in `emsplat.one_pass`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import platform
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,39 +24,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat import __version__, report
-from emsplat.accumulate import backproject, contrast
-from emsplat.assess.fsc import fsc_curve, resolution
-from emsplat.assess.mask import spherical_mask
-from emsplat.config import RECIPES, ReconstructConfig
-from emsplat.errors import EmsplatError, InputError, OutputError
+from emsplat.accumulate import PADDING, NormalEquations, accumulate, begin, contrast, mean_per_shell
+from emsplat.assess.crossvalidate import CrossValidation
+from emsplat.assess.fsc import common_grid, crossing, fsc_curve, resolution
+from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
+from emsplat.config import RECIPES, InputConfig, ReconstructConfig
+from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
-from emsplat.io.files import replacing
-from emsplat.io.mrc import write_map
+from emsplat.fourier import shell_index
+from emsplat.io.mrc import read_map, write_map
 from emsplat.io.ply import write_ply
 from emsplat.io.relion import rewrite_star, write_fsc_star
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
-from emsplat.objective import ImageObjective
+from emsplat.objective import ImageObjective, VolumeObjective, support_size
+from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
 from emsplat.particles import ParticleStack, estimate_noise, open_particles
 from emsplat.progress import Log, peak_memory
-from emsplat.project import project, voxelize
-from emsplat.types import Curve, Grid, Poses
+from emsplat.project import voxelize
+from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
+from emsplat.types import Curve, Grid
 
-_INSERTIONS = 8000  # images times symmetry elements of the quick back-projection
-_QUICK_BOX = 96  # its largest box
-_FITS = {"half1": 1, "half2": 2, "class001": None}
+_HALVES = {"half1": 1, "half2": 2}
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
-
-
-class Interrupted(EmsplatError):
-    """The user or the system asked the run to end; a checkpoint has been written."""
-
-    exit_code = 130
+_FIRST_SHELLS = 4
+_FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
 
 
 @dataclass(frozen=True)
 class Settings:
     """A `ReconstructConfig` with everything decided."""
 
+    engine: str
     gaussians: int | None
     init: str
     epochs: int
@@ -73,36 +67,83 @@ class Settings:
     split_after: tuple[int, ...]
     isotropic: bool
     rotation: bool
+    growth: int
+    independent_halves: bool
     seed: int
+
+
+_OF_ONE_ENGINE = {
+    "one-pass": ("growth", "independent_halves"),
+    "images": ("batch", "weighting", "split_after"),
+}
 
 
 def settings_of(config: ReconstructConfig) -> Settings:
     """Options where given, the recipe's values elsewhere.
 
     Raises:
-        InputError: a value that describes no fit.
+        InputError: a value that describes no fit, or an option of the other engine.
     """
-    recipe = asdict(RECIPES[config.recipe])
+    basis: str = "images" if config.recipe == "default" and config.engine == "images" else config.recipe
+    recipe = asdict(RECIPES[basis])
+    if config.engine not in (None, recipe["engine"]):
+        raise InputError(f"--recipe {basis} trains on images; expected --engine images, or leave --engine out")
+    for engine, names in _OF_ONE_ENGINE.items():
+        for option in names:
+            if engine != recipe["engine"] and getattr(config, option) not in (None, False, ()):
+                raise InputError(f"--{option.replace('_', '-')} belongs to --engine {engine}; leave it out or add that")
     chosen: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(Settings)}
+    if config.gaussians is not None and config.growth is None:
+        recipe["growth"] = 0
+    recipe |= {
+        key: value for key, value in (("batch", 0), ("weighting", "noise"), ("growth", 0)) if recipe[key] is None
+    }
     merged = Settings(
         **{name: recipe[name] if value is None and name in recipe else value for name, value in chosen.items()}
     )
-    for name, least in (("gaussians", 1), ("epochs", 1), ("batch", 1)):
-        value = getattr(merged, name)
+    for option, least in (("gaussians", 1), ("epochs", 1), ("batch", 1), ("growth", 0)):
+        value = getattr(config, option)
         if value is not None and value < least:
-            raise InputError(f"--{name} {value}: expected at least {least}")
-    for name in ("learning_rate", "decay", "min_scale"):
-        if not 0 < getattr(merged, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(merged, name)}: expected a number above 0")
+            raise InputError(f"--{option} {value}: expected at least {least}")
+    for option in ("learning_rate", "decay", "min_scale"):
+        if not 0 < getattr(merged, option) < math.inf:
+            raise InputError(f"--{option.replace('_', '-')} {getattr(merged, option)}: expected a number above 0")
     if any(not 0 < epoch < merged.epochs for epoch in merged.split_after):
         raise InputError(f"--split-after {merged.split_after}: expected epochs from 1 to {merged.epochs - 1}")
     return merged
 
 
-def gaussian_count(quick: Float[Tensor, "z y x"], grid: Grid) -> int:
-    """One Gaussian per three voxels of the dense part of a quick map, within 1,000 and 50,000."""
-    occupied = int(dense_part(quick.numpy())[1].sum()) * (grid.size / len(quick)) ** 3
-    return int(min(max(occupied / 3, 1_000), 50_000))
+@dataclass(frozen=True)
+class Classical:
+    """What one pass over the particles gives: equations and unregularised maps of the halves and of all, a mask."""
+
+    equations: dict[str, NormalEquations]
+    raw: dict[str, Tensor]
+    mask: Tensor
+    validation: CrossValidation
+    resolution: float | None  # Å, half maps in the mask at 0.143
+    evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
+
+
+def backproject(config: InputConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+    """Classical half maps and a full map regularised by their SSNR, into ``output``; returns summary.json.
+
+    Raises:
+        InputError: the input or an option cannot be used.
+        OutputError: the folder is not empty or cannot be written.
+        Interrupted: asked to stop; ``resume`` goes on from the sums so far.
+    """
+    start = time.monotonic()
+    log = log or Log()
+    stack, skipped = _open(config, particles, output, log, {})
+    classical = _accumulate_all(stack, config, output, log)
+    grid = stack.grid
+    maps = {name: classical.raw[name] for name in _HALVES}
+    maps["class001"] = classical.equations["class001"].solve(_prior(classical.validation.raw))
+    for name, volume in maps.items():
+        write_map(output / _map_name(name), volume, grid.pixel_size)
+    summary = _finish(log, output, stack, particles, skipped, config, {}, maps, classical, {}, start, [])
+    return summary
 
 
 def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
@@ -115,8 +156,38 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
     """
     start = time.monotonic()
     log = log or Log()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
     settings = settings_of(config)
+    stack, skipped = _open(config, particles, output, log, plain(settings))
+    _introduce_fit(log, settings)
+    classical = _accumulate_all(stack, config, output, log)
+    history = History(output / "convergence.csv")
+    stages: list[Stage] = []
+    if settings.engine == "one-pass":
+        models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
+    else:
+        models, fits = {}, {}
+        for name in (*_HALVES, "class001"):
+            subset = stack.only(_HALVES[name]) if name in _HALVES else stack
+            models[name], fits[name] = _fit_images(
+                name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
+            )
+    maps = {}
+    for name, model in models.items():
+        with torch.no_grad():
+            maps[name] = voxelize(model(), stack.grid)
+        _write_model(output, name, model, maps[name], stack.grid)
+    for name, volume in classical.raw.items():
+        write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
+    return _finish(
+        log, output, stack, particles, skipped, config, plain(settings), maps, classical, fits, start, stages
+    )
+
+
+def _open(
+    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any]
+) -> tuple[ParticleStack, list[int]]:
+    """The particles with half-sets, and the run folder with what is known before the work begins."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
     stack = open_particles(
         particles,
         datadir=config.datadir,
@@ -125,8 +196,10 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         diameter=config.diameter,
         trust_star_pixel_size=config.trust_star_pixel_size,
     ).with_halves(config.seed)
-    for half in (1, 2):
+    for half in _HALVES.values():
         stack.only(half)
+    if config.mask is not None:
+        _read_mask(config.mask, stack.grid)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
     for warning in stack.table.warnings:
@@ -137,149 +210,219 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         skipped = [row + 1 for row in bad.tolist()]
         if skipped:
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
-    _introduce(log, stack, settings, config)
+    _introduce(log, stack, config)
     rewrite_star(particles, output / "run_data.star", stack.rows, stack.half[stack.rows])  # type: ignore[index]
     about = {"program": f"emsplat {__version__}", "particles": str(particles)}
-    _write_text(
-        output / "config.toml", tomli_w.dumps({**about, "settings": _plain(settings), "options": _plain(config)})
-    )
-    _check_contrast(log, stack)
-
-    history = History(output / "convergence.csv")
-    maps: dict[str, Tensor] = {}
-    fits: dict[str, Any] = {}
-    quick: dict[str, Tensor] = {}
-    for name, number in _FITS.items():
-        subset = stack if number is None else stack.only(number)
-        model, quick[name], fits[name] = _fit_subset(name, subset, settings, config, output, history, log)
-        with torch.no_grad():
-            maps[name] = voxelize(model(), stack.grid)
-        _write_model(output, name, model, maps[name], stack.grid)
-    shells, resolutions = assess(maps["half1"], maps["half2"], quick, stack)
-    _judge(log, resolutions, stack)
-    write_fsc_star(output / "fsc.star", {name: str(value) for name, value in resolutions.items()}, shells)
-    summary = {
-        "resolution": resolutions,
-        "input": _describe(stack, particles, skipped),
-        "fits": fits,
-        "settings": _plain(settings),
-        "options": _plain(config),
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_mb": round(peak_memory()),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-        "warnings": log.warnings,
-    }
-    _write_text(output / "summary.json", json.dumps(summary, indent=2))
-    report.write_report(output)  # and every figure in it
-    _conclude(log, summary, output)
-    return summary
+    write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+    return stack, skipped
 
 
-def prepare_folder(config: ReconstructConfig, particles: Path, output: Path) -> None:
-    """An empty folder, or with ``resume`` one that holds the same run.
-
-    Raises:
-        OutputError: it holds something else.
-        InputError: it holds a run with other settings.
-    """
-    if config.resume:
-        _check_same_run(config, particles, output)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not config.overwrite:
-            raise OutputError(
-                f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
-            )
-        if not (output / "config.toml").is_file():
-            raise OutputError(
-                f"{output}: does not look like a run folder (no config.toml); --overwrite removes only those"
-            )
-        if particles.resolve().is_relative_to(output.resolve()):
-            raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
-        shutil.rmtree(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
-
-
-_MAY_CHANGE = {"resume", "overwrite", "threads", "checkpoint_every", "datadir"}
-
-
-def _check_same_run(config: ReconstructConfig, particles: Path, output: Path) -> None:
-    import tomllib
-
-    try:
-        before = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{output}: no run to resume ({error}); start it without --resume") from error
-    options = before.get("options", {})
-    now = json.loads(json.dumps(_plain(config)))
-    changed = [
-        name for name in now.keys() | options.keys() if name not in _MAY_CHANGE and now.get(name) != options.get(name)
-    ]
-    if before.get("particles") != str(particles):
-        changed.append("particles")
-    if changed:
-        raise InputError(
-            f"{output}: was run with another {', '.join(sorted(changed))}; resume with the same options, see "
-            f"{output / 'config.toml'}"
-        )
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A dataclass as TOML and JSON can hold it: without None, paths as text."""
-    items = asdict(config).items()
-    return {
-        k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in items if v is not None
-    }
-
-
-def _introduce(log: Log, stack: ParticleStack, settings: Settings, config: ReconstructConfig) -> None:
-    grid, table = stack.grid, stack.table
-    halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
-    log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.source} in {len(table.stacks)} stacks")
-    log.line(
-        f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
-    )
-    source = "of the STAR file" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
-    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
-    log.line(
-        "  contrast: " + ("inverted with --invert" if config.invert else "bright protein, as a STAR file means it")
-    )
-    count = f"{settings.gaussians:,}" if settings.gaussians else "as many as needed"
-    log.line(f"  Gaussians: {count}, from {settings.init}")
-    log.line(f"  {settings.epochs} epochs in batches of {settings.batch}, {torch.get_num_threads()} threads")
-
-
-def _check_contrast(log: Log, stack: ParticleStack) -> None:
-    brightness = contrast(stack)
+def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> Classical:
+    """One pass over the particles; the full set is the sum of the halves."""
+    equations = {name: _accumulate_half(name, stack, config, output, log) for name in _HALVES}
+    equations["class001"] = equations["half1"] + equations["half2"]
+    raw = {name: part.solve() for name, part in equations.items()}
+    brightness = contrast(raw["class001"])
     if brightness < -0.5:
         log.warn(
-            f"a quick back-projection is dark in the centre ({brightness:.1f} standard deviations): the contrast of "
-            "the images seems to be the opposite of what was assumed, try "
+            f"the classical map is dark in the centre ({brightness:.1f} standard deviations): the contrast of the "
+            "images seems to be the opposite of what was assumed, try "
             + ("without --invert" if stack.sign < 0 else "--invert")
         )
+    edge = 6 * stack.grid.pixel_size
+    mask = spherical_mask(stack.grid, min(stack.diameter, stack.grid.length - 2 * edge), edge)
+    first = resolution(fsc_curve(raw["half1"], raw["half2"], stack.grid, mask), 0.143)
+    evident = first is not None and first < stack.grid.length / _FIRST_SHELLS
+    if config.mask is not None:
+        mask = _read_mask(config.mask, stack.grid)
+    elif evident:
+        # Cut out of noise, a mask would pick the places where both halves happen to be alike.
+        mask = solvent_mask(raw["class001"], stack.grid, stack.diameter)
+    write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
+    validation = CrossValidation((raw["half1"], raw["half2"]), mask, stack.grid)
+    curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
+    covered = equations["class001"].coverage()
+    if covered < 0.97:
+        log.warn(
+            f"{1 - covered:.0%} of the Fourier voxels within Nyquist are hardly measured (preferred orientations or "
+            "too few particles); they are left empty, not amplified: see the sampling in the report"
+        )
+    found = resolution(curve, 0.143)
+    text = "nowhere above" if found is None else f"{found:.2f} Å at"
+    log.line(f"classical half maps in the mask: {text} FSC 0.143; Fourier voxels measured: {covered:.1%}")
+    return Classical(equations, raw, mask, validation, found, evident)
 
 
-def _fit_subset(
+def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> NormalEquations:
+    """The sums of one half, from where an interrupted run left them, with those of other runs."""
+    saved = output / f"run_{name}_statistics.safetensors"
+    subset = stack.only(_HALVES[name])
+    statistics = begin(subset)
+    if config.resume and saved.is_file():
+        statistics.load(saved)
+    start, first = time.monotonic(), statistics.particles
+    with log.progress(name, len(subset), first) as update, interruptible() as stop:
+        last_save = time.monotonic()
+        for _ in accumulate(statistics, subset, estimate_noise(subset)):
+            update(statistics.particles, "one pass over the particles")
+            if stop.is_set() or time.monotonic() - last_save > config.checkpoint_every:
+                statistics.save(saved)
+                last_save = time.monotonic()
+            if stop.is_set():
+                raise Interrupted(f"stopped in {name} after {statistics.particles} particles; go on with --resume")
+    seconds = time.monotonic() - start
+    rate = (statistics.particles - first) / max(seconds, 1e-9)
+    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s, {rate:,.0f} images/s")
+    if config.keep_statistics or seconds > config.checkpoint_every:
+        statistics.save(saved)
+    own = statistics.equations()
+    total = own
+    for folder in config.add_statistics:
+        other = begin(subset)
+        other.load(folder / saved.name, but={"particles"})
+        statistics.check_addable(other, str(folder / saved.name))
+        more = other.equations()
+        gain = more.gain(own.solve()) / own.gain(own.solve())
+        total = total + more.scaled(gain)
+        log.line(f"{name}: {other.particles:,} particles added from {folder}, grey values {gain:.3f} times these")
+    return total
+
+
+def _read_mask(path: Path, grid: Grid) -> Tensor:
+    mask, own = read_map(path)
+    common_grid({"the particles": grid, str(path): own})
+    return check_mask(mask, str(path))
+
+
+def _prior(fsc: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+    """1/SSNR of the full set per shell from the FSC of the half maps (Scheres 2012, as RELION uses it).
+
+    The SSNR of a half is FSC / (1 - FSC), that of both together twice as much. From the first shell below 0.143 on it
+    is taken as good as empty.
+    """
+    value = fsc.float().clamp(1e-3, 0.999)
+    below = torch.cumsum(fsc < 0.143, 0) > 0
+    return torch.where(below, torch.tensor(1e3), (1 - value) / (2 * value))
+
+
+def _fit_volumes(
+    stack: ParticleStack,
+    classical: Classical,
+    settings: Settings,
+    stages: list[Stage],
+    output: Path,
+    history: History,
+    log: Log,
+) -> tuple[dict[str, GaussianField], dict[str, Any]]:
+    """The one-pass engine: both halves in step, then all particles on the course that the halves found (``stages``)."""
+    grid = stack.grid
+    shared = not settings.independent_halves
+    judge = classical.validation if shared and classical.evident else None
+    detail = grid.pixel_size
+    if judge is not None and classical.resolution is not None:
+        detail = max(detail, _FINEST_DETAIL * classical.resolution)
+    support = _support(classical.mask, stack)
+    coarse = coarse_steps(settings.epochs) if grid.size > 128 else 0
+    plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
+
+    def begin_fit(name: str) -> VolumeFit:
+        objective = VolumeObjective(classical.equations[name], support, coarse_steps=coarse)
+        model = start_model(classical.raw[name], grid, settings, detail)
+        return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
+
+    halves = [begin_fit(name) for name in _HALVES]
+    memory = 4 * (6 * grid.size**3 + 5 * (3 * support // 2) ** 3 + 400 * len(halves[0].model)) / 2**20
+    log.line(
+        f"fits of {len(halves[0].model):,} Gaussians in {support}³ voxels, at most {settings.epochs} epochs of "
+        f"{VolumeObjective.steps_per_epoch} steps, up to {settings.growth} growths; about {memory:,.0f} MB more"
+    )
+    models: dict[str, GaussianField] = {}
+    about: dict[str, Any] = {}
+    for fits in (halves, None):
+        fits = fits or [begin_fit("class001")]
+        start = time.monotonic()
+        label = " and ".join(one.name for one in fits)
+        total = _course_steps(settings, stages) * len(fits)
+        with log.progress(label, total, unit="steps") as update, interruptible() as stop:
+            done = 0
+            for one in fit_course(fits, plan, settings.growth, judge if len(fits) == 2 else None, stages):
+                done += 1
+                history.add(one.name, one.state, VolumeObjective.steps_per_epoch, one.equations.particles)
+                update(min(done, total), f"{len(one.state.model):,} Gaussians, loss {history.recent:.5f}")
+                if stop.is_set():
+                    raise Interrupted(f"stopped in {label}; go on with --resume (the fits begin anew)")
+        seconds = time.monotonic() - start
+        for one in fits:
+            models[one.name] = one.model
+            save_checkpoint(output / f"run_{one.name}.safetensors", State.begin(one.model, one.state.step))
+            about[one.name] = {
+                "particles": one.equations.particles,
+                "gaussians": len(one.model),
+                "steps": one.state.step,
+                "loss": float(one.state.terms["loss"]),
+                "seconds": round(seconds / len(fits), 1),
+                "milliseconds_per_step": round(1000 * seconds / max(done, 1), 1),
+            }
+        log.line(f"{label}: {', '.join(f'{len(one.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
+    history.write()
+    for number, stage in enumerate(stages):
+        log.line(
+            f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
+            + ("" if stage.score is None else f", mean cross-validated FSC {stage.score:.4f}")
+            + ("" if stage.kept else " (no gain, not kept)")
+        )
+    return models, about
+
+
+def _course_steps(settings: Settings, stages: list[Stage]) -> int:
+    epochs = sum(s.epochs for s in stages if s.kept) if stages else settings.epochs * (1 + settings.growth)
+    return epochs * VolumeObjective.steps_per_epoch
+
+
+def _support(mask: Tensor, stack: ParticleStack) -> int:
+    """Voxels across that hold the mask, with a margin for the Gaussians' tails."""
+    positions = (mask > 0.01).nonzero() - len(mask) // 2
+    reach = int(positions.abs().max()) if len(positions) else len(mask) // 2
+    return support_size(2 * reach + 4, stack.grid.size)
+
+
+def start_model(raw: Float[Tensor, "z y x"], grid: Grid, settings: Settings, detail: float) -> GaussianField:
+    """The start of a fit; ``detail`` (Å, at least a voxel) is the finest spacing that the data resolve."""
+    fraction = 6 if settings.engine == "one-pass" and settings.growth else 3
+    count = settings.gaussians or gaussian_count(raw, grid, detail, fraction)
+    length = grid.length if settings.length_unit is None else settings.length_unit * detail
+    bounds = Bounds(length, 1.0, settings.min_scale * detail)
+    shape = {"isotropic": settings.isotropic, "rotation": settings.rotation}
+    if settings.init == "map":
+        return from_map(raw, grid, count, bounds, settings.seed, **shape)
+    start = {"ball": ball, "uniform": uniform}[settings.init]
+    return start(count, grid, bounds, settings.seed, **shape)
+
+
+def gaussian_count(raw: Float[Tensor, "z y x"], grid: Grid, detail: float, fraction: int) -> int:
+    """One Gaussian per ``fraction`` cells of ``detail``³ in the dense part of a classical map, 1,000 to 100,000."""
+    volume = int(dense_part(raw.numpy())[1].sum()) * grid.pixel_size**3
+    return int(min(max(volume / detail**3 / fraction, 1_000), 100_000))
+
+
+def _fit_images(
     name: str,
     stack: ParticleStack,
+    equations: NormalEquations,
+    raw: Float[Tensor, "z y x"],
     settings: Settings,
     config: ReconstructConfig,
     output: Path,
     history: History,
     log: Log,
-) -> tuple[GaussianField, Tensor, dict[str, Any]]:
-    """One fit, from the checkpoint if there is one: the model, the quick back-projection and what is to be reported."""
+) -> tuple[GaussianField, dict[str, Any]]:
+    """The image-domain engine: one fit, from the checkpoint if there is one; the model and what is to be reported."""
     start = time.monotonic()
-    log.line(f"{name}: {len(stack):,} particles, quick back-projection")
+    grid = stack.grid
     finished, checkpoint = output / f"run_{name}.safetensors", output / f"run_{name}.checkpoint.safetensors"
-    quick = quick_map(stack)
     noise = None if settings.weighting == "none" else estimate_noise(stack)
     if noise is not None and settings.weighting == "ramp":
-        noise = noise / ramp(stack.grid.size)
+        noise = noise / ramp(grid.size)
     objective = ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay, settings.split_after)
     total = plan.epochs * len(stack)
@@ -289,7 +432,9 @@ def _fit_subset(
         history.rewind(name, state.step)
     else:
         history.rewind(name, 0)
-        state = State.begin(initial_model(stack, quick, objective, settings))
+        model = start_model(raw, grid, settings, grid.pixel_size)
+        whole = VolumeObjective(equations, support_size(grid.size, grid.size))
+        state = State.begin(model.with_unit(whole.best_gain(model)))
     start_state, first = state, state.step
     with log.progress(name, total, _images_seen(first, objective)) as update, interruptible() as stop:
         last_save = time.monotonic()
@@ -317,7 +462,7 @@ def _fit_subset(
         "seconds": round(seconds, 1),
         "images_per_second": round(rate),
     }
-    return state.model, quick, about
+    return state.model, about
 
 
 def _images_seen(step: int, objective: ImageObjective) -> int:
@@ -332,91 +477,56 @@ def ramp(size: int) -> Float[Tensor, " s"]:
     return shells.clamp(min=1) / (size // 2)
 
 
-def quick_map(stack: ParticleStack) -> Float[Tensor, "z y x"]:
-    """A back-projection of at most `_INSERTIONS` slices in a box of at most `_QUICK_BOX`."""
-    rows = min(len(stack), max(_INSERTIONS // len(stack.symmetry), 200))
-    positions = torch.linspace(0, len(stack) - 1, rows).long()
-    return backproject(stack.take(positions), min(stack.grid.size, _QUICK_BOX))
-
-
-def initial_model(
-    stack: ParticleStack, quick: Float[Tensor, "z y x"], objective: ImageObjective, settings: Settings
-) -> GaussianField:
-    """The start of the recipe, its total amplitude matched to the images by least squares."""
-    grid = stack.grid
-    count = settings.gaussians or gaussian_count(quick, grid)
-    length = grid.length if settings.length_unit is None else settings.length_unit * grid.pixel_size
-    bounds = Bounds(length, 1.0, settings.min_scale * grid.pixel_size)
-    shape = {"isotropic": settings.isotropic, "rotation": settings.rotation}
-    if settings.init == "map":
-        coarse = Grid(len(quick), grid.length / len(quick))
-        model = from_map(quick, coarse, count, bounds, settings.seed, **shape)
-    else:
-        start = {"ball": ball, "uniform": uniform}[settings.init]
-        model = start(count, grid, bounds, settings.seed, **shape)
-    return model.with_unit(matching_unit(model, objective))
-
-
-def matching_unit(model: GaussianField, objective: ImageObjective, particles: int = 512) -> float:
-    """The factor on all amplitudes that brings projections closest to the images; positive."""
-    stack = objective.stack
-    numerator, denominator = 0.0, 0.0
-    positions = torch.linspace(0, len(stack) - 1, min(particles, len(stack))).long()
-    with torch.no_grad():
-        gaussians = model()
-        for batch in stack.take(positions).sequential(32):
-            seen = objective.observe(batch)
-            centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
-            predicted = torch.fft.rfft2(project(gaussians, centred, stack.grid)) * seen.transfer
-            numerator += float(((predicted.conj() * seen.spectrum).real * seen.weight).sum())
-            denominator += float((predicted.abs().square() * seen.weight).sum())
-    factor = numerator / max(denominator, 1e-30)
-    # Where the images do not correlate with the start, a tenth of their own power is a harmless beginning.
-    return factor if factor > 0 else 0.1 * stack.grid.size / math.sqrt(max(denominator, 1e-30) / particles)
-
-
 def assess(
-    half1: Tensor, half2: Tensor, quick: dict[str, Tensor], stack: ParticleStack
-) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Columns of the FSC table and resolutions in Å (None where a curve does not reach the threshold)."""
-    grid = stack.grid
-    edge = 6 * grid.pixel_size
-    mask = spherical_mask(grid, min(stack.diameter, grid.length - 2 * edge), edge)
-    curves = {"unmasked": fsc_curve(half1, half2, grid), "masked": fsc_curve(half1, half2, grid, mask)}
-    coarse = Grid(len(quick["half1"]), grid.length / len(quick["half1"]))
-    coarse_edge = max(edge, 3 * coarse.pixel_size)
-    coarse_mask = spherical_mask(coarse, min(stack.diameter, grid.length - 2 * coarse_edge), coarse_edge)
-    classical = fsc_curve(quick["half1"], quick["half2"], coarse, coarse_mask)
-    resolutions = {
+    maps: dict[str, Tensor], classical: Classical, grid: Grid, *, validated: bool
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Columns of the FSC table and resolutions in Å (None where a curve does not reach the threshold).
+
+    ``validated`` is for models: the classical maps themselves cannot be cross-validated.
+    """
+    halves = maps["half1"], maps["half2"]
+    frequency = torch.arange(grid.size // 2 + 1).double() / grid.length
+    curves = {
+        "unmasked": fsc_curve(*halves, grid),
+        "masked": fsc_curve(*halves, grid, classical.mask),
+    }
+    backprojection = Curve(frequency, classical.validation.raw)
+    resolutions: dict[str, Any] = {
         f"half_map_{name}{suffix}": resolution(curve, threshold)
         for name, curve in curves.items()
         for suffix, threshold in (("", 0.143), ("_0.5", 0.5))
     }
-    resolutions["quick_backprojection_masked"] = resolution(classical, 0.143)
-    return _fsc_columns(curves["unmasked"], curves["masked"], grid), resolutions
-
-
-def _fsc_columns(unmasked: Curve, masked: Curve, grid: Grid) -> dict[str, list[float]]:
-    shells = range(len(unmasked.value))
-    return {
+    resolutions["backprojection_masked"] = resolution(backprojection, 0.143)
+    shells = range(len(frequency))
+    columns = {
         "rlnSpectralIndex": list(shells),
-        "rlnResolution": [s / grid.length for s in shells],
+        "rlnResolution": frequency.tolist(),
         "rlnAngstromResolution": [grid.length / s if s else 999.0 for s in shells],
-        "rlnFourierShellCorrelationUnmaskedMaps": unmasked.value.tolist(),
-        "rlnFourierShellCorrelationMaskedMaps": masked.value.tolist(),
+        "rlnFourierShellCorrelationUnmaskedMaps": curves["unmasked"].value.tolist(),
+        "rlnFourierShellCorrelationMaskedMaps": curves["masked"].value.tolist(),
     }
+    if validated:
+        curve = classical.validation.curve(halves)
+        low, high = classical.validation.interval(curve)
+        resolutions["cross_validated"] = crossing(curve, 0.5)
+        ends = [crossing(Curve(frequency, end), 0.5) for end in (low, high)]
+        resolutions["cross_validated_interval"] = (
+            None if None in ends or None is resolutions["cross_validated"] else ends
+        )
+        columns["emsplatBackprojectionMasked"] = backprojection.value.tolist()
+        columns["emsplatCrossValidated"] = curve.value.tolist()
+    return columns, resolutions
 
 
-def _judge(log: Log, resolutions: dict[str, float | None], stack: ParticleStack) -> None:
+def _judge(log: Log, resolutions: dict[str, Any], evident: bool) -> None:
     """Takes back resolutions that the particles themselves do not bear out.
 
     The start from a map and the shape of the box make two fits to noise alike in the first shells, so a model's FSC
     alone says nothing there. The classical maps of the halves carry no such likeness: where they do not correlate
     beyond the first few shells, there is no particle to resolve.
     """
-    classical = resolutions["quick_backprojection_masked"]
-    if classical is None or classical > stack.grid.length / _FIRST_SHELLS:
-        for name in [name for name in resolutions if name.startswith("half_map")]:
+    if not evident:
+        for name in resolutions:
             resolutions[name] = None
         log.warn(
             "the two half-sets, classically back-projected, do not agree beyond the first "
@@ -425,12 +535,70 @@ def _judge(log: Log, resolutions: dict[str, float | None], stack: ParticleStack)
         )
 
 
-_FIRST_SHELLS = 4
+def _finish(
+    log: Log,
+    output: Path,
+    stack: ParticleStack,
+    particles: Path,
+    skipped: list[int],
+    config: InputConfig,
+    settings: dict[str, Any],
+    maps: dict[str, Tensor],
+    classical: Classical,
+    fits: dict[str, Any],
+    start: float,
+    stages: list[Stage],
+) -> dict[str, Any]:
+    """FSC, summary and report of a run folder whose maps are written."""
+    grid = stack.grid
+    write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
+    columns, resolutions = assess(maps, classical, grid, validated=bool(fits))
+    _judge(log, resolutions, classical.evident)
+    general = {name: str(value) for name, value in resolutions.items() if not isinstance(value, list)}
+    write_fsc_star(output / "fsc.star", general, columns)
+    if not config.keep_statistics:
+        for name in _HALVES:
+            (output / f"run_{name}_statistics.safetensors").unlink(missing_ok=True)
+    summary = {
+        "resolution": resolutions,
+        "input": _describe(stack, particles, skipped),
+        "coverage": round(classical.equations["class001"].coverage(), 4),
+        "fits": fits,
+        "course": [asdict(stage) for stage in stages],
+        "settings": settings,
+        "options": plain(config),
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_memory_mb": round(peak_memory()),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "warnings": log.warnings,
+    }
+    write_text(output / "summary.json", json.dumps(summary, indent=2))
+    report.write_report(output)  # and every figure in it
+    _conclude(log, summary, output)
+    return summary
+
+
+def sampling(equations: NormalEquations) -> Float[Tensor, "z y x"]:
+    """The data's weight in Fourier space relative to the mean of its shell, origin at the centre voxel; 0 beyond
+    Nyquist."""
+    size = equations.grid.size
+    weight, shells = equations.weight(), shell_index(size, 3)
+    relative = weight / mean_per_shell(weight).clamp(min=1e-30)[shells.clamp(max=size // 2)]
+    relative[shells > size // 2] = 0
+    mirror = (-torch.arange(size)) % size
+    rest = relative[mirror][:, mirror][..., mirror[size // 2 + 1 :]]
+    centred: Tensor = torch.fft.fftshift(torch.cat([relative, rest], -1))
+    return centred
+
+
+def _map_name(name: str) -> str:
+    return "run_class001.mrc" if name == "class001" else f"run_{name}_class001_unfil.mrc"
 
 
 def _write_model(output: Path, name: str, model: GaussianField, volume: Tensor, grid: Grid) -> None:
-    suffix = "class001" if name == "class001" else f"{name}_class001_unfil"
-    write_map(output / f"run_{suffix}.mrc", volume, grid.pixel_size)
+    write_map(output / _map_name(name), volume, grid.pixel_size)
     with torch.no_grad():
         gaussians = model()
         write_ply(
@@ -442,6 +610,37 @@ def _write_model(output: Path, name: str, model: GaussianField, volume: Tensor, 
             grid,
             f"emsplat {__version__}",
         )
+
+
+def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
+    grid, table = stack.grid, stack.table
+    halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
+    log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.source} in {len(table.stacks)} stacks")
+    log.line(
+        f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
+    )
+    source = "of the STAR file" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
+    log.line(
+        "  contrast: " + ("inverted with --invert" if config.invert else "bright protein, as a STAR file means it")
+    )
+    sums = 12 * (PADDING * grid.size) ** 3 / 2 / 2**20
+    read = len(stack) * grid.size**2 * 4 / 2**30
+    log.line(
+        f"  one pass over {read:,.1f} GiB of images; {3 * sums:,.0f} MB of memory for the sums, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _introduce_fit(log: Log, settings: Settings) -> None:
+    count = f"{settings.gaussians:,}" if settings.gaussians else "as many as needed"
+    log.line(f"  Gaussians: {count}, from {settings.init}; engine {settings.engine}")
+    if settings.engine == "images":
+        log.line(f"  {settings.epochs} epochs in batches of {settings.batch}")
+    elif settings.independent_halves:
+        log.line("  nothing passes between the half-sets")
+    else:
+        log.line("  the halves share one number per candidate: the mean cross-validated FSC")
 
 
 def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict[str, Any]:
@@ -471,13 +670,19 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
     values = summary["resolution"]
 
     def text(name: str) -> str:
-        return "none" if values[name] is None else f"{values[name]:.2f} Å"
+        return "none" if values.get(name) is None else f"{values[name]:.2f} Å"
 
+    if "cross_validated" in values:
+        ends = values["cross_validated_interval"]
+        band = "" if ends is None else f" (95 %: {max(ends):.2f} to {min(ends):.2f} Å)"
+        log.line(f"resolution, cross-validated FSC 0.5: {text('cross_validated')}{band}")
+        log.line(f"classical half maps in the mask, FSC 0.143: {text('backprojection_masked')}")
     log.line(
-        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in a "
-        f"soft sphere; 0.5: {text('half_map_unmasked_0.5')}, {text('half_map_masked_0.5')}"
+        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in the "
+        f"mask; 0.5: {text('half_map_unmasked_0.5')}, {text('half_map_masked_0.5')}"
     )
-    log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
+    if "cross_validated" in values:
+        log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
     log.line(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB at most")
     for what, name in (
         ("map", "run_class001.mrc"),
@@ -486,62 +691,3 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         ("report", "report.html"),
     ):
         log.line(f"  {what}: {output / name}")
-
-
-class History:
-    """The loss over time, one row per `_EVERY` steps and at the end of each epoch, kept in convergence.csv."""
-
-    _EVERY = 20
-    _COLUMNS = ("fit", "epoch", "step", "images", "loss")
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows: list[tuple[str, int, int, int, float]] = []
-        self._pending: list[Tensor] = []
-        self.recent = math.nan
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self._rows = [
-                    (row["fit"], int(row["epoch"]), int(row["step"]), int(row["images"]), float(row["loss"]))
-                    for row in csv.DictReader(file)
-                ]
-
-    def rewind(self, name: str, step: int) -> None:
-        """Forgets what this fit did after ``step``."""
-        self._rows = [row for row in self._rows if row[0] != name or row[2] <= step]
-        self._pending = []
-        self.recent = next((row[4] for row in reversed(self._rows) if row[0] == name), math.nan)
-
-    def add(self, name: str, state: State, steps_per_epoch: int, images: int) -> None:
-        self._pending.append(state.terms["loss"])
-        if state.step % steps_per_epoch == 0 or len(self._pending) == self._EVERY:
-            self.recent = float(torch.stack(self._pending).mean())
-            epoch = math.ceil(state.step / steps_per_epoch)
-            self._rows.append((name, epoch, state.step, images, self.recent))
-            self._pending = []
-
-    def write(self) -> None:
-        with replacing(self._path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(self._COLUMNS)
-            writer.writerows(self._rows)
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a polite kill sets, so that a step is never cut in two."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -47,6 +47,8 @@ _CURVE_NAMES = {
     "rlnFourierShellCorrelationUnmaskedMaps": "half maps, unmasked",
     "rlnFourierShellCorrelationMaskedMaps": "half maps, masked",
     "rlnFourierShellCorrelationCorrected": "half maps, masked and corrected",
+    "emsplatCrossValidated": "cross-validated (models against unseen data)",
+    "emsplatBackprojectionMasked": "classical half maps, masked",
     "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": "half maps, phases randomised, masked",
 }
 

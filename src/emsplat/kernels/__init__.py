@@ -1,9 +1,10 @@
-"""Kernels: the two operators of a Gaussian mixture, per kind of device.
+"""Kernels: the two operators of a Gaussian mixture and the insertion of Fourier slices, per kind of device.
 
 The contract, for flat tensors of one dtype on one device: ``project`` and ``voxelize`` return an image stack or a
 volume; ``project_gradient`` and ``voxelize_gradient`` take the upstream gradient and return the gradients with respect
-to the inputs. ``reference`` holds the same operators as plain differentiable PyTorch; every fast twin is tested
-against it. The back end is chosen by the device of the data (`backend`).
+to the inputs; ``insert`` adds slices to a half space in place (`emsplat.accumulate`). ``reference`` holds the first two
+as plain differentiable PyTorch; every fast twin is tested against a slow one. The back end is chosen by the device of
+the data (`backend`).
 """
 
 from __future__ import annotations
@@ -63,6 +64,18 @@ class Kernels(Protocol):
         pixel_size: float,
         cutoff: float,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def insert(
+        self,
+        total: Tensor,
+        total_weight: Tensor,
+        numerator: Tensor,
+        weight: Tensor,
+        rotation: Tensor,
+        polynomials: Tensor,
+        radius: float,
+        step: float,
+    ) -> None: ...
 
 
 def backend(device: torch.device) -> Kernels:

@@ -7,16 +7,17 @@ an image can (in its last bit) when there are fewer images than threads.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat import _native
 
 
-def _arrays(*tensors: Tensor) -> list[NDArray[np.floating]]:
+def _arrays(*tensors: Tensor) -> list[NDArray[Any]]:
     return [t.detach().contiguous().numpy() for t in tensors]
 
 
@@ -77,6 +78,21 @@ def voxelize_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _arrays(mean, covariance, amplitude, upstream)
     return _unpack(torch.from_numpy(_native.voxelize_gradient(*inputs, pixel_size, cutoff, torch.get_num_threads())))
+
+
+def insert(
+    total: Complex[Tensor, "z y x"],
+    total_weight: Float[Tensor, "z y x"],
+    numerator: Complex[Tensor, "p v u"],
+    weight: Float[Tensor, "p v u"],
+    rotation: Float[Tensor, "p 3 3"],
+    polynomials: Float[Tensor, "d t"],
+    radius: float,
+    step: float,
+) -> None:
+    """Threads share out planes of the volume: sums do not depend on their number."""
+    inputs = (_arrays(t)[0] for t in (numerator, weight, rotation, polynomials))
+    _native.insert(total.numpy(), total_weight.numpy(), *inputs, radius, step, torch.get_num_threads())
 
 
 def _unpack(packed: Float[Tensor, "g 13"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""The run folder: made, checked, resumed; what a run writes down while it goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emsplat.config import InputConfig
+from emsplat.errors import EmsplatError, InputError, OutputError
+from emsplat.fit import State
+from emsplat.io.files import replacing
+
+
+class Interrupted(EmsplatError):
+    """The user or the system asked the run to end; a checkpoint has been written."""
+
+    exit_code = 130
+
+
+def prepare_folder(config: InputConfig, particles: Path, output: Path) -> None:
+    """An empty folder, or with ``resume`` one that holds the same run.
+
+    Raises:
+        OutputError: it holds something else.
+        InputError: it holds a run with other settings.
+    """
+    if config.resume:
+        _check_same_run(config, particles, output)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not config.overwrite:
+            raise OutputError(
+                f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
+            )
+        if not (output / "config.toml").is_file():
+            raise OutputError(
+                f"{output}: does not look like a run folder (no config.toml); --overwrite removes only those"
+            )
+        if particles.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+
+
+_MAY_CHANGE = {"resume", "overwrite", "threads", "checkpoint_every", "datadir"}
+
+
+def _check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
+    import tomllib
+
+    try:
+        before = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{output}: no run to resume ({error}); start it without --resume") from error
+    options = before.get("options", {})
+    now = json.loads(json.dumps(plain(config)))
+    changed = [
+        name for name in now.keys() | options.keys() if name not in _MAY_CHANGE and now.get(name) != options.get(name)
+    ]
+    if before.get("particles") != str(particles):
+        changed.append("particles")
+    if changed:
+        raise InputError(
+            f"{output}: was run with another {', '.join(sorted(changed))}; resume with the same options, see "
+            f"{output / 'config.toml'}"
+        )
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as TOML and JSON can hold it: without None, paths as text."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [simple(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: simple(value) for name, value in asdict(config).items() if value is not None}
+
+
+class History:
+    """The loss over time, one row per `_EVERY` steps and at the end of each epoch, kept in convergence.csv."""
+
+    _EVERY = 20
+    _COLUMNS = ("fit", "epoch", "step", "images", "loss")
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[tuple[str, int, int, int, float]] = []
+        self._pending: list[Tensor] = []
+        self.recent = math.nan
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self._rows = [
+                    (row["fit"], int(row["epoch"]), int(row["step"]), int(row["images"]), float(row["loss"]))
+                    for row in csv.DictReader(file)
+                ]
+
+    def rewind(self, name: str, step: int) -> None:
+        """Forgets what this fit did after ``step``."""
+        self._rows = [row for row in self._rows if row[0] != name or row[2] <= step]
+        self._pending = []
+        self.recent = next((row[4] for row in reversed(self._rows) if row[0] == name), math.nan)
+
+    def add(self, name: str, state: State, steps_per_epoch: int, images: int) -> None:
+        self._pending.append(state.terms["loss"])
+        if state.step % steps_per_epoch == 0 or len(self._pending) == self._EVERY:
+            self.recent = float(torch.stack(self._pending).mean())
+            epoch = math.ceil(state.step / steps_per_epoch)
+            self._rows.append((name, epoch, state.step, images, self.recent))
+            self._pending = []
+
+    def write(self) -> None:
+        with replacing(self._path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self._COLUMNS)
+            writer.writerows(self._rows)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a polite kill sets, so that a step is never cut in two."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
