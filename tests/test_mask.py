@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from emsplat.assess.mask import spherical_mask
+from emsplat.accumulate import backproject
+from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
 from emsplat.errors import InputError
+from emsplat.io.mrc import read_map
+from emsplat.particles import open_particles
 from emsplat.types import Grid
 
 
@@ -49,3 +53,55 @@ def test_range_and_volume() -> None:
 def test_errors(diameter: float, edge: float) -> None:
     with pytest.raises(InputError, match="expected diameter > 0 and edge >= 0"):
         spherical_mask(Grid(16, 1.0), diameter, edge)
+
+
+def noisy_particle(level: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Grid]:
+    """A dumbbell with noise of ``level`` times its density, its inside, and the grid."""
+    grid = Grid(64, 3.0)
+    axis = (torch.arange(64) - 32) * 3.0
+    z, y, x = axis[:, None, None], axis[:, None], axis
+    inside = ((x - 25) ** 2 + y**2 + z**2 < 30**2) | ((x + 25) ** 2 + y**2 + z**2 < 20**2)
+    noise = torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return inside + level * noise, inside, grid
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 2.0])
+def test_solvent_mask_covers_the_particle_and_little_else(level: float) -> None:
+    volume, inside, grid = noisy_particle(level)
+    mask = solvent_mask(volume, grid, 160.0)
+    assert mask.dtype == torch.float32
+    assert 0 <= float(mask.min()) <= float(mask.max()) <= 1
+    assert float(mask[inside].mean()) > 0.98
+    assert float((mask > 0.5).sum()) < 2.6 * float(inside.sum())
+
+
+def test_solvent_mask_drops_specks_and_fills_holes() -> None:
+    volume, _, grid = noisy_particle(0.0)
+    volume = volume.clone()
+    volume[30:35, 30:35, 38:42] = 0  # a hole
+    volume[8:12, 32, 32] = 3.0  # a speck far away
+    mask = solvent_mask(volume, grid, 180.0)
+    assert float(mask[32, 32, 40]) == 1
+    assert float(mask[8, 32, 32]) == 0
+
+
+def test_solvent_mask_of_nothing_is_the_sphere() -> None:
+    grid = Grid(32, 4.0)
+    mask = solvent_mask(torch.zeros(32, 32, 32), grid, 80.0)
+    torch.testing.assert_close(mask, spherical_mask(grid, 80.0, 12.0))
+
+
+def test_solvent_mask_of_experimental_particles(shared_data: Path) -> None:
+    stack = open_particles(shared_data / "bgal" / "particles.star", symmetry="D2")
+    mask = solvent_mask(backproject(stack), stack.grid, stack.diameter)
+    reference = read_map(shared_data / "bgal" / "mask_soft.mrc")[0] > 0.5
+    assert float(mask[reference].mean()) > 0.95
+    assert float((mask > 0.5).sum()) < 1.6 * float(reference.sum())
+
+
+def test_masks_of_users_are_checked() -> None:
+    good = torch.linspace(-0.0005, 1.0005, 64).reshape(4, 4, 4)
+    assert float(check_mask(good, "m.mrc").max()) == 1
+    for bad, word in ((good * 2, "expected 0 to 1"), (good * 0.4, "above 0.5"), (good * math.nan, "expected 0 to 1")):
+        with pytest.raises(InputError, match=rf"m\.mrc: .*{word}"):
+            check_mask(bad, "m.mrc")

@@ -317,7 +317,7 @@ def _fit_volumes(
     """The one-pass engine: both halves in step, then all particles on the course that the halves found (``stages``)."""
     grid = stack.grid
     shared = not settings.independent_halves
-    judge = classical.validation if shared and classical.evident else None
+    judge = classical.validation if shared and classical.evident and classical.validation.defined[1:].any() else None
     detail = grid.pixel_size
     if judge is not None and classical.resolution is not None:
         detail = max(detail, _FINEST_DETAIL * classical.resolution)

@@ -58,8 +58,8 @@ class CrossValidation:
         self._power = [self._sum(spectrum, spectrum) for spectrum in self._raw]
         self.raw = self._sum(*self._raw) / (self._power[0] * self._power[1]).sqrt().clamp(min=1e-30)
         self.count = independent_coefficients(mask)
-        # The first shells hold hardly more than one independent number: there a high correlation has to do.
-        noise = torch.tanh(_SIGNIFICANT / (2 * self.count).sqrt()).clamp(max=0.9)
+        # The first shells hold hardly more than one independent number: no level is beyond chance there.
+        noise = torch.tanh(_SIGNIFICANT / (2 * self.count).sqrt()).clamp(max=0.5)
         below = ~(self.raw > noise)
         below[0] = False
         self.defined: Bool[Tensor, " s"] = torch.cumsum(below, 0) == 0

@@ -1,0 +1,263 @@
+"""The quadratic form of the accumulated sums, density control, and the course that the halves find."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from emsplat.accumulate import NormalEquations, equations_of
+from emsplat.assess.crossvalidate import CrossValidation
+from emsplat.assess.mask import solvent_mask
+from emsplat.config import SimulateConfig
+from emsplat.density import grow, missing_power
+from emsplat.fit import Plan, State, fit
+from emsplat.io.mrc import read_map
+from emsplat.model import Bounds, GaussianField, from_map, inverse_softplus
+from emsplat.objective import VolumeObjective, support_size
+from emsplat.one_pass import Stage, VolumeFit, fit_course
+from emsplat.particles import open_particles
+from emsplat.project import voxelize
+from emsplat.simulate import simulate
+from emsplat.types import Grid
+
+GRID = Grid(16, 2.0)
+
+
+def field(count=5, seed=0, spread=4.0, scale=2.0):
+    rng = torch.Generator().manual_seed(seed)
+    bounds = Bounds(10.0, 1.0, 0.5)
+    quaternion = torch.randn(count, 4, generator=rng)
+    raw_scale = inverse_softplus(
+        torch.full((count, 3), (scale - 0.5) / 10) + 0.05 * torch.rand(count, 3, generator=rng)
+    )
+    mean = spread / 10 * torch.randn(count, 3, generator=rng)
+    return GaussianField(mean, raw_scale, quaternion, 1 + torch.rand(count, generator=rng), bounds)
+
+
+def random_equations(grid=GRID, reach=12, seed=1):
+    """K symmetric and short enough that nothing is wrapped, positive definite in the sense of a spectrum above 0."""
+    rng = torch.Generator().manual_seed(seed)
+    half = torch.randn((reach // 2 + 1,) * 3, generator=rng).double()
+    small = torch.nn.functional.conv3d(half[None, None], half[None, None], padding=reach // 2)[0, 0]
+    correlation = torch.nn.functional.conv3d(
+        torch.nn.functional.pad(half, (reach // 2,) * 6)[None, None], half[None, None]
+    )[0, 0]
+    assert small.shape == correlation.shape
+    side = 2 * ((3 * grid.size + 3) // 4)
+    kernel = torch.zeros((side,) * 3, dtype=torch.float64)
+    middle = slice(side // 2 - reach // 2, side // 2 + reach // 2 + 1)
+    kernel[middle, middle, middle] = correlation
+    return NormalEquations(grid, torch.randn((grid.size,) * 3, generator=rng), kernel.float(), 10)
+
+
+def dense(equations):
+    """K as a matrix over the voxels of the box."""
+    size, middle = equations.grid.size, len(equations.kernel) // 2
+    axis = torch.arange(size)
+    lag = axis[:, None] - axis + middle
+    inside = (lag >= 0) & (lag < len(equations.kernel))
+    lag = lag.clamp(0, len(equations.kernel) - 1)
+    matrix = equations.kernel[lag][:, :, lag][:, :, :, :, lag]
+    known = inside[:, :, None, None, None, None] & inside[:, :, None, None] & inside
+    return (matrix * known).permute(0, 2, 4, 1, 3, 5).reshape(size**3, size**3).double()
+
+
+def test_value_and_gradient_are_those_of_the_dense_form():
+    grid = Grid(8, 2.0)
+    equations = random_equations(grid, reach=4)
+    objective = VolumeObjective(equations, 8)
+    volume = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(3))
+    matrix, v, b = dense(equations) / 10, volume.flatten().double(), equations.linear.flatten().double() / 10
+    error, gradient = objective.error_and_gradient(volume)
+    assert float(error) == pytest.approx(float(0.5 * v @ matrix @ v - b @ v), rel=1e-5)
+    torch.testing.assert_close(gradient.flatten().double(), matrix @ v - b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_reaches_every_parameter():
+    equations, model = random_equations(), field()
+    objective = VolumeObjective(equations, 16)
+    objective(model, 0)["loss"].backward()
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    slope = sum(float((p.grad * direction[name]).sum()) for name, p in model.named_parameters())
+    values = []
+    for sign in (1, -1):
+        moved = model.copy()
+        for name, p in moved.named_parameters():
+            p.data += sign * 1e-3 * direction[name]
+        values.append(float(objective(moved, 0)["loss"]))
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=5e-2)
+
+
+def test_support_cuts_out_the_middle():
+    equations, model = random_equations(), field(spread=1.0, scale=1.5)
+    whole, part = VolumeObjective(equations, 16), VolumeObjective(equations, 12)
+    assert part.render(model()).shape == (12, 12, 12)
+    torch.testing.assert_close(part.render(model()), whole.render(model())[2:14, 2:14, 2:14])
+
+
+def test_coarse_level_is_the_same_form_of_low_frequencies(stack):
+    """For a model without fine detail both levels agree."""
+    equations = equations_of(stack)
+    fine, coarse = VolumeObjective(equations, 32), VolumeObjective(equations, 32, coarse_steps=5)
+    model = field(30, spread=15.0, scale=9.0).with_unit(20.0)
+    model = model.with_unit(20.0 * fine.best_gain(model))
+    assert float(coarse(model, 0)["loss"]) == pytest.approx(float(fine(model, 0)["loss"]), rel=0.03)
+    assert float(coarse(model, 5)["loss"]) == pytest.approx(float(fine(model, 5)["loss"]), rel=1e-6)
+
+
+def test_best_gain_is_at_the_minimum(stack):
+    objective = VolumeObjective(equations_of(stack), 32)
+    model = field(30, spread=15.0, scale=5.0)
+    gain = objective.best_gain(model)
+    losses = [float(objective(model.with_unit(f * gain), 0)["loss"]) for f in (0.95, 1.0, 1.05)]
+    assert losses[1] < min(losses[0], losses[2])
+
+
+def test_support_sizes_have_fast_transforms():
+    assert support_size(50, 96) == 64
+    assert support_size(97, 100) == 96
+    assert support_size(10, 8) == 8
+    for extent in range(1, 200, 7):
+        size = support_size(extent, 256)
+        assert size >= extent
+        assert size % 8 == 0
+
+
+@pytest.fixture(scope="module")
+def star(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stack") / "p"
+    return simulate(SimulateConfig(box=32, pixel_size=4.0, particles=400, snr=0.1, atoms=1500, seed=2), None, folder)
+
+
+@pytest.fixture(scope="module")
+def stack(star):
+    return open_particles(star)
+
+
+def test_cost_of_a_step_knows_no_number_of_images(stack):
+    few, many = equations_of(stack.take(torch.arange(50))), equations_of(stack)
+    a, b = VolumeObjective(few, 32), VolumeObjective(many, 32)
+    assert [t.shape for t in vars(a._fine).values() if torch.is_tensor(t)] == [
+        t.shape for t in vars(b._fine).values() if torch.is_tensor(t)
+    ]
+
+
+def test_missing_detail_is_found_where_it_is(stack):
+    """The residual of a model that lacks one of its Gaussians is largest under that one's neighbours."""
+    equations = equations_of(stack)
+    whole = field(40, seed=5, spread=14.0, scale=5.0)
+    with torch.no_grad():
+        truth = voxelize(whole(), stack.grid)
+    objective = VolumeObjective(equations, 32)
+    # Noise-free data of exactly this mixture.
+    applied, _ = objective._fine._filtered(truth, objective._fine._response), None
+    clean = dataclasses.replace(equations, linear=applied * equations.particles)
+    objective = VolumeObjective(clean, 32)
+    lacking = whole.copy()
+    lacking.amplitude.data[0] = inverse_softplus(torch.tensor(0.02))
+    power = missing_power(lacking, objective)
+    distance = (whole.mean - whole.mean[0]).norm(dim=1)
+    near = distance.argsort()[:8]
+    assert int(power.argmax()) in near.tolist()
+    assert float(missing_power(whole, objective).max()) < 0.05 * float(power.max())
+
+
+def test_growth_is_deterministic_and_keeps_the_map(stack):
+    equations = equations_of(stack)
+    objective = VolumeObjective(equations, 32)
+    model = from_map(equations.solve(), stack.grid, 100, Bounds(40.0, 1.0, 2.0), 0)
+    model = model.with_unit(objective.best_gain(model))
+    model.amplitude.data[3] = -12.0  # carries nothing
+    one, two = grow(model, objective), grow(model, objective)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len(one) == 99 + 49
+    before, after = (voxelize(m(), stack.grid).detach() for m in (model, one))
+    assert float((before - after).norm()) < 0.1 * float(before.norm())
+    assert float(after.sum()) == pytest.approx(float(before.sum()), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def halves(star):
+    stack = open_particles(star).with_halves(0)
+    equations = [equations_of(stack.only(half)) for half in (1, 2)]
+    raw = [part.solve() for part in equations]
+    mask = solvent_mask((raw[0] + raw[1]) / 2, stack.grid, stack.diameter)
+    return stack, equations, CrossValidation((raw[0], raw[1]), mask, stack.grid)
+
+
+def begin(equations, count=120, seed=0):
+    fits = []
+    for number, part in enumerate(equations):
+        objective = VolumeObjective(part, 32)
+        model = from_map(part.solve(), part.grid, count, Bounds(40.0, 1.0, 2.8), seed)
+        fits.append(VolumeFit(f"half{number + 1}", part, objective, model.with_unit(objective.best_gain(model))))
+    return fits
+
+
+def run(fits, plan, growth, judge, stages):
+    for _ in fit_course(fits, plan, growth, judge, stages):
+        pass
+    return fits
+
+
+def test_found_course_can_be_followed_to_the_same_models(halves):
+    _, equations, judge = halves
+    stages: list[Stage] = []
+    found = run(begin(equations), Plan(5, 2e-2, 0.75), 1, judge, stages)
+    assert 1 <= len(stages) <= 2
+    again = run(begin(equations), Plan(5, 2e-2, 0.75), 1, None, list(stages))
+    for a, b in zip(found, again, strict=True):
+        assert len(a.model) == len(b.model)
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_growth_that_adds_nothing_is_taken_back(halves):
+    """A judge that likes the first stage best: its models are the result."""
+    _, equations, judge = halves
+
+    class Content(CrossValidation):
+        def __init__(self):
+            vars(self).update(vars(judge))
+            self.seen = 0
+
+        def score(self, models):
+            self.seen += 1
+            return 1.0 - 0.01 * max(self.seen - 3, 0) + 0.01 * min(self.seen, 3)
+
+    stages: list[Stage] = []
+    fits = run(begin(equations), Plan(3, 2e-2, 0.75), 3, Content(), stages)
+    assert [stage.kept for stage in stages] == [True, False]
+    assert [len(one.model) for one in fits] == [120, 120]
+
+
+def test_without_a_judge_the_loss_decides(halves):
+    _, equations, _ = halves
+    stages: list[Stage] = []
+    fits = run(begin(equations), Plan(40, 2e-2, 0.6), 2, None, stages)
+    assert len(stages) == 1
+    assert stages[0].epochs < 40
+    assert stages[0].score is None
+    assert fits[0].state.step == 10 * stages[0].epochs
+
+
+def test_fit_is_better_than_the_classical_map(halves):
+    stack, equations, judge = halves
+    truth, _ = read_map(stack.table.stacks[0].parent / "truth.mrc")
+    from emsplat.assess.fsc import fsc
+
+    fits = run(begin(equations, 600), Plan(8, 2e-2, 0.75), 1, judge, [])
+    for one, part in zip(fits, equations, strict=True):
+        with torch.no_grad():
+            fitted = voxelize(one.model(), stack.grid)
+        gained, plain = (float(fsc(volume, truth, judge._mask)[1:].mean()) for volume in (fitted, part.solve()))
+        assert gained > plain
+
+
+def test_plan_after_a_plan_goes_on_counting(stack):
+    objective = VolumeObjective(equations_of(stack), 32)
+    model = field(10, spread=10.0)
+    states = list(fit(State.begin(model, 20), objective, Plan(1, 1e-3, 0.5, first=2)))
+    assert [state.step for state in states] == list(range(21, 31))
+    assert states[0].optimiser.param_groups[0]["lr"] == 1e-3
