@@ -242,7 +242,7 @@ def test_statistics_of_other_settings_are_refused_by_name(star, tmp_path):
         with pytest.raises(InputError, match=f"another {word}.*same settings"):
             begin(other).load(tmp_path / "s.safetensors")
     with pytest.raises(InputError, match=r"another (box|pixel size)"):
-        begin(stack, 16).load(tmp_path / "s.safetensors")
+        begin(stack, Grid(16, 8.0)).load(tmp_path / "s.safetensors")
     with pytest.raises(InputError, match=r"same particles.*twice"):
         begin(stack).merge(begin(stack))
     (tmp_path / "bad.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:1000])

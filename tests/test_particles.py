@@ -261,10 +261,16 @@ def test_optics_groups_of_several_pixel_sizes(tmp_path):
     star.write_text(text)
     assert len(open_particles(star)) == COUNT  # a group that no particle uses does no harm
     star.write_text(text.replace("m7.mrc 1 ", "m7.mrc 2 "))
-    with pytest.raises(
-        InputError, match=r"opticsGroup1: 16 px of 2 Å, other: 16 px of 2\.2 Å\); expected one, re-extract"
-    ):
+    with pytest.raises(InputError, match=r"pixel size 2 Å in the stack's header and 2\.2 Å in"):
         open_particles(star)
+    stack = open_particles(star, trust_star_pixel_size=True)
+    assert stack.grid == Grid(16, 2.0)
+    first, second = stack.parts()
+    assert (first.grid, second.grid) == (Grid(16, 2.0), Grid(16, 2.2))
+    assert len(first) + len(second) == COUNT == len(set(first.rows.tolist()) | set(second.rows.tolist()))
+    assert len(next(second.sequential(50)).images) == len(second)
+    with pytest.raises(InputError, match=r"16 px of 2 Å, 16 px of 2\.2 Å\).*--engine one-pass"):
+        next(stack.sequential(5))
 
 
 def test_too_few_particles(tmp_path):

@@ -228,6 +228,42 @@ def test_back_projection_is_a_run_of_its_own(particles, tmp_path):
     assert torch.allclose(sampling[12:21, 12:21, 12:21], sampling[12:21, 12:21, 12:21].flip([0, 1, 2]), rtol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def several_grids(particles):
+    """150 of the particles with others of the same molecule in a finer, larger box, as two optics groups."""
+    folder = particles.parent
+    config = SimulateConfig(box=48, pixel_size=3.0, particles=120, snr=0.5, atoms=1500, seed=9)
+    finer = cif.read_file(str(simulate(config, None, folder / "finer")))
+    document = cif.read_file(str(particles))
+    for name, tag in (("optics", "_rlnOpticsGroupName"), ("particles", "_rlnImageName")):
+        loop, other = (d[name].find_loop(tag).get_loop() for d in (document, finer))
+        group = loop.tags.index("_rlnOpticsGroup")
+        for row in range(other.length()):
+            values = [other[row, column] for column in range(other.width())]
+            values[group] = "2"
+            values[loop.tags.index(tag)] = values[loop.tags.index(tag)].replace("@", "@finer/")
+            loop.add_row(values)
+    document.write_file(str(folder / "mixed.star"))
+    return folder / "mixed.star"
+
+
+def test_several_boxes_and_pixel_sizes_make_one_map(several_grids, particles, tmp_path):
+    summary = backproject(InputConfig(), several_grids, tmp_path / "mixed")
+    assert summary["input"]["particles"] == 420
+    assert summary["input"]["box"] == 32
+    backproject(InputConfig(), particles, tmp_path / "alone")
+    truth, grid = read_map(particles.parent / "truth.mrc")
+    mask, _ = read_map(tmp_path / "mixed" / "mask.mrc")
+    scores = []
+    for name in ("mixed", "alone"):
+        volume, _ = read_map(tmp_path / name / "run_class001.mrc")
+        scores.append(float(fsc_curve(volume, truth, grid, mask).value[1:].mean()))
+    assert scores[0] > scores[1] + 0.005
+    with pytest.raises(InputError, match=r"48 px of 3 Å.*--engine one-pass"):
+        reconstruct(IMAGES, several_grids, tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+
+
 def test_options_of_the_other_engine_are_refused(particles, tmp_path):
     for change, word in (
         ({"batch": 5}, "--batch belongs to --engine images"),

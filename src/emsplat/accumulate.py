@@ -322,13 +322,11 @@ def fingerprint(stack: ParticleStack) -> str:
     return digest.hexdigest()[:16]
 
 
-def begin(stack: ParticleStack, size: int | None = None) -> FourierStatistics:
-    """Empty sums for a stack, on its own grid or, with ``size``, on a coarser one of the same box length."""
-    grid = stack.grid if size is None else Grid(size, stack.grid.length / size)
+def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
+    """Empty sums for a stack, on its own grid or another."""
     elements = hashlib.sha256(stack.symmetry.numpy().round(6).tobytes()).hexdigest()[:8]
-    return FourierStatistics(
-        grid, {"symmetry": f"{len(stack.symmetry)} elements, {elements}", "particles": fingerprint(stack)}
-    )
+    about = {"symmetry": f"{len(stack.symmetry)} elements, {elements}", "particles": fingerprint(stack)}
+    return FourierStatistics(grid or stack.grid, about)
 
 
 def accumulate(
@@ -365,16 +363,43 @@ def centred_spectrum(batch: Batch, grid: Grid) -> Complex[Tensor, "p y k"]:
 
 
 def equations_of(stack: ParticleStack, size: int | None = None) -> NormalEquations:
-    """The normal equations of a stack, in one go."""
-    statistics = begin(stack, size)
-    for _ in accumulate(statistics, stack, estimate_noise(stack)):
-        pass
-    return statistics.equations()
+    """The normal equations of a stack in one go; ``size`` < box gives the same box length at a coarser pixel."""
+    grid = stack.grid if size is None else Grid(size, stack.grid.length / size)
+    parts = []
+    for part in stack.parts():
+        statistics = begin(part, grid)
+        for _ in accumulate(statistics, part, estimate_noise(part)):
+            pass
+        parts.append(statistics.equations())
+    return combined(parts)
+
+
+def combined(parts: list[NormalEquations]) -> NormalEquations:
+    """The sum of several sets of particles, brought to the grey scale of the first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.scaled(relative_gain(parts[0], part))
+    return total
+
+
+def relative_gain(one: NormalEquations, other: NormalEquations) -> float:
+    """Grey values of ``other`` relative to ``one``, from the low frequencies, where noise is no matter.
+
+    Normalised images of another pixel size or dose show the same particle with another brightness.
+    """
+    volume = _lowpass(one.solve(), len(one.linear) / 8)
+    return other.gain(volume) / one.gain(volume)
 
 
 def backproject(stack: ParticleStack, size: int | None = None) -> Float[Tensor, "z y x"]:
-    """The classical map of a stack; ``size`` < box gives the same box length at a coarser pixel."""
+    """The classical map of a stack; ``size`` as for `equations_of`."""
     return equations_of(stack, size).solve()
+
+
+def _lowpass(volume: Float[Tensor, "z y x"], width: float) -> Float[Tensor, "z y x"]:
+    """A Gaussian filter of ``width`` shells."""
+    kz, ky, kx = frequencies(Grid(len(volume), 1.0 / len(volume)), 3)
+    return irfft(rfft(volume, 3) * torch.exp(-(kx**2 + ky**2 + kz**2) / (2 * width**2)), 3)
 
 
 def contrast(volume: Float[Tensor, "z y x"]) -> float:
@@ -384,8 +409,7 @@ def contrast(volume: Float[Tensor, "z y x"]) -> float:
     negative when the images are inverted.
     """
     size = len(volume)
-    kz, ky, kx = frequencies(Grid(size, 1.0 / size), 3)
-    low = irfft(rfft(volume, 3) * torch.exp(-(kx**2 + ky**2 + kz**2) / (2 * 8.0**2)), 3)
+    low = _lowpass(volume, 8.0)
     axis = (torch.arange(size) - size // 2) / size
     radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
     centre, around = low[radius < 0.15], low[(radius > 0.35) & (radius < 0.5)]

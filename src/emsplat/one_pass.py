@@ -112,8 +112,10 @@ def _stage(
                 one.state = next(states)
                 yield one
         if judge is not None and len(fits) == 2:
+            if fits[0].state.step < fits[0].objective.coarse_steps:
+                continue  # nothing holds the high shells yet
             score = judge.score((fits[0].volume(), fits[1].volume()))
-            if score > top + _BETTER or epoch == 1:
+            if score > top + _BETTER or top == -math.inf:
                 top, length = score, epoch
                 if score > to_beat + _WORTH or to_beat == -math.inf:
                     _keep(fits)

@@ -56,6 +56,9 @@ class ParticleStack:
 
     Images come normalised: mean 0 and standard deviation 1 in the background, the pixels further than ``diameter`` / 2
     from the centre (default: 0.9 of the box). ``sign`` -1 inverts the contrast first, so that protein is bright.
+
+    Optics groups may differ in box and pixel size (``grids``, one per group). ``grid`` is that of most particles, and
+    `parts` are stacks of one grid each; only those can be read.
     """
 
     def __init__(
@@ -69,9 +72,11 @@ class ParticleStack:
         symmetry: Float[Tensor, "s 3 3"] | None = None,
         sign: float = 1.0,
         diameter: float | None = None,
+        grids: tuple[Grid, ...] = (),
     ) -> None:
         self.table = table
         self.grid = grid
+        self.grids = grids or (grid,) * len(table.groups)
         self.rows = torch.arange(len(table)) if rows is None else rows
         self.half = table.half if half is None else half  # one entry per row of the table
         self.symmetry = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry
@@ -83,17 +88,29 @@ class ParticleStack:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _like(self, rows: Tensor, half: Tensor | None, sign: float) -> Self:
+    def _like(self, rows: Tensor, half: Tensor | None, sign: float, grid: Grid | None = None) -> Self:
+        grid = grid or self.grid
         return type(self)(
             self.table,
             self._files,
-            self.grid,
+            grid,
             rows=rows,
             half=half,
             symmetry=self.symmetry,
             sign=sign,
-            diameter=self.diameter,
+            diameter=min(self.diameter, 0.95 * grid.length) if grid != self.grid else self.diameter,
+            grids=self.grids,
         )
+
+    def parts(self) -> list[Self]:
+        """The particles of each grid, those of ``grid`` first; together they are this stack."""
+        group = self.table.optics_group[self.rows]
+        found = []
+        for grid in dict.fromkeys((self.grid, *self.grids)):
+            here = torch.tensor([own == grid for own in self.grids])[group]
+            if here.any():
+                found.append(self._like(self.rows[here], self.half, self.sign, grid))
+        return found
 
     def take(self, rows: Int[Tensor, " q"]) -> Self:
         """The particles at these positions of this stack."""
@@ -131,6 +148,7 @@ class ParticleStack:
         Order and poses follow from (seed, epoch) alone, and ``skip`` leaves out that many batches, so that a resumed
         run sees what the uninterrupted one would have seen. Images are read ahead by a thread.
         """
+        self.require_one_grid()
         rng = torch.Generator().manual_seed((seed << 24) + epoch)
         order = torch.randperm(len(self), generator=rng)
         element = torch.randint(len(self.symmetry), (len(self),), generator=rng)
@@ -139,8 +157,22 @@ class ParticleStack:
 
     def sequential(self, size: int) -> Iterator[Batch]:
         """The particles in order, with the poses of the file."""
+        self.require_one_grid()
         positions = torch.split(torch.arange(len(self)), size)
         return _ahead(self._batch(part, torch.zeros_like(part)) for part in positions)
+
+    def require_one_grid(self) -> None:
+        """
+        Raises:
+            InputError: the particles have several boxes or pixel sizes.
+        """
+        kinds = dict.fromkeys(self.grids[group] for group in sorted(set(self.table.optics_group[self.rows].tolist())))
+        if any(grid != self.grid for grid in kinds):
+            named = ", ".join(f"{grid.size} px of {grid.pixel_size:g} Å" for grid in kinds)
+            raise InputError(
+                f"{self.table.source}: optics groups with several boxes or pixel sizes ({named}) can only be "
+                "accumulated; use --engine one-pass, or select particles of one kind"
+            )
 
     def _batch(self, positions: Int[Tensor, " q"], element: Int[Tensor, " q"]) -> Batch:
         rows = self.rows[positions]
@@ -173,8 +205,11 @@ class ParticleStack:
 
     def without_bad(self) -> tuple[Self, Int[Tensor, " b"]]:
         """Reads every image once; the stack without bad ones, and the rows of the bad ones."""
-        bad = torch.cat([is_bad(self._files.read(rows)) for rows in torch.split(self.rows, 256)])
-        return self.take((~bad).nonzero()[:, 0]), self.rows[bad]
+        bad = torch.zeros(len(self.table), dtype=torch.bool)
+        for part in self.parts():
+            for rows in torch.split(part.rows, 256):
+                bad[rows] = is_bad(self._files.read(rows))
+        return self.take((~bad[self.rows]).nonzero()[:, 0]), self.rows[bad[self.rows]]
 
 
 def _name_rows(rows: Tensor) -> str:
@@ -261,7 +296,7 @@ def open_particles(
     """The particles of a RELION STAR file, checked against the headers of their stacks; no image is read.
 
     Raises:
-        InputError: see `read_star`; an image index outside its stack, stacks of odd, unequal or unexpected boxes, pixel
+        InputError: see `read_star`; an image index outside its stack, stacks of odd or unexpected boxes, pixel
             sizes that disagree, a diameter that leaves no background, fewer than 4 particles.
     """
     elements = symmetry_group(symmetry)
@@ -269,35 +304,32 @@ def open_particles(
     if len(table) < 4:
         raise InputError(f"{path}: {len(table)} particles; expected at least 2 in each of two halves")
     files = ImageFiles(table)
-    grid = _common_grid(table, files, trust_star_pixel_size)
+    grids = _grids(table, files, trust_star_pixel_size)
+    particles = dict.fromkeys(grids, 0)
+    for number in table.optics_group.tolist():
+        particles[grids[number]] += 1
+    grid = max(particles, key=particles.__getitem__)
     if diameter is not None and not 0 < diameter <= 0.98 * grid.length:
         raise InputError(
             f"--diameter {diameter:g} Å: the box is {grid.length:.1f} Å wide; expected a diameter above 0 that leaves "
             "background around the particle"
         )
-    return ParticleStack(table, files, grid, symmetry=elements, sign=-1.0 if invert else 1.0, diameter=diameter)
+    sign = -1.0 if invert else 1.0
+    return ParticleStack(table, files, grid, symmetry=elements, sign=sign, diameter=diameter, grids=grids)
 
 
-def _common_grid(table: ParticleTable, files: ImageFiles, trust_star_pixel_size: bool) -> Grid:
-    """The one grid of all images."""
-    used = sorted(set(table.optics_group.tolist()))
-    sizes = {(table.groups[g].box, round(table.groups[g].pixel_size, 4)) for g in used}
-    if len(sizes) > 1:
-        kinds = ", ".join(
-            f"{group.name}: {group.box} px of {group.pixel_size:g} Å" for group in (table.groups[g] for g in used)
-        )
-        raise InputError(
-            f"{table.source}: optics groups with several boxes or pixel sizes ({kinds}); expected one, re-extract or "
-            "select one kind of particles"
-        )
-    group = table.groups[used[0]]
-    box = group.box
+def _grids(table: ParticleTable, files: ImageFiles, trust_star_pixel_size: bool) -> tuple[Grid, ...]:
+    """The grid of each optics group; groups without particles take that of the largest one."""
     highest = torch.zeros(len(table.stacks), dtype=torch.int64).scatter_reduce(0, table.stack, table.image, "amax")
-    for index, path in enumerate(table.stacks):
-        file = files.stack(index)
-        box = box or file.box
-        if file.box != box:
-            raise InputError(f"{path}: images of {file.box} pixels; expected {box} as elsewhere in {table.source}")
+    boxes = {number: group.box for number, group in enumerate(table.groups)}
+    pairs = torch.unique(torch.stack([table.stack, table.optics_group], 1), dim=0).tolist()
+    for index, number in pairs:
+        path, group, file = table.stacks[index], table.groups[number], files.stack(index)
+        boxes[number] = boxes[number] or file.box
+        if file.box != boxes[number]:
+            raise InputError(
+                f"{path}: images of {file.box} pixels; expected {boxes[number]} as elsewhere in {table.source}"
+            )
         if highest[index] >= file.count:
             row = int(((table.stack == index) & (table.image >= file.count)).nonzero()[0])
             raise InputError(
@@ -311,9 +343,14 @@ def _common_grid(table: ParticleTable, files: ImageFiles, trust_star_pixel_size:
                 f"{path}: pixel size {said:g} Å in the stack's header and {group.pixel_size:g} Å in {table.source}; "
                 "mend the wrong one, or go by the STAR file with --trust-star-pixel-size"
             )
-    if box is None or box % 2:
-        raise InputError(f"{table.source}: box of {box} pixels; expected an even number")
-    return Grid(box, group.pixel_size)
+    sizes = torch.bincount(table.optics_group, minlength=len(table.groups)).tolist()
+    for number, count in enumerate(sizes):
+        box = boxes[number]
+        if count and (box is None or box % 2):
+            raise InputError(f"{table.source}: box of {box} pixels; expected an even number")
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    used = [number if count else largest for number, count in enumerate(sizes)]
+    return tuple(Grid(boxes[number] or 0, table.groups[number].pixel_size) for number in used)
 
 
 def estimate_noise(stack: ParticleStack, particles: int = 600) -> Float[Tensor, "o s"]:

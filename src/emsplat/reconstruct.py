@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat import __version__, report
-from emsplat.accumulate import PADDING, NormalEquations, accumulate, begin, contrast, mean_per_shell
+from emsplat.accumulate import (
+    PADDING,
+    NormalEquations,
+    accumulate,
+    begin,
+    combined,
+    contrast,
+    mean_per_shell,
+    relative_gain,
+)
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import common_grid, crossing, fsc_curve, resolution
 from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
@@ -135,7 +145,7 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
     """
     start = time.monotonic()
     log = log or Log()
-    stack, skipped = _open(config, particles, output, log, {})
+    stack, skipped = _open(config, particles, output, log, {}, several_grids=True)
     classical = _accumulate_all(stack, config, output, log)
     grid = stack.grid
     maps = {name: classical.raw[name] for name in _HALVES}
@@ -157,12 +167,13 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
     start = time.monotonic()
     log = log or Log()
     settings = settings_of(config)
-    stack, skipped = _open(config, particles, output, log, plain(settings))
+    one_pass = settings.engine == "one-pass"
+    stack, skipped = _open(config, particles, output, log, plain(settings), several_grids=one_pass)
     _introduce_fit(log, settings)
     classical = _accumulate_all(stack, config, output, log)
     history = History(output / "convergence.csv")
     stages: list[Stage] = []
-    if settings.engine == "one-pass":
+    if one_pass:
         models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
     else:
         models, fits = {}, {}
@@ -184,7 +195,7 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
 
 
 def _open(
-    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any]
+    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
 ) -> tuple[ParticleStack, list[int]]:
     """The particles with half-sets, and the run folder with what is known before the work begins."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
@@ -198,6 +209,8 @@ def _open(
     ).with_halves(config.seed)
     for half in _HALVES.values():
         stack.only(half)
+    if not several_grids:
+        stack.require_one_grid()
     if config.mask is not None:
         _read_mask(config.mask, stack.grid)
     prepare_folder(config, particles, output)
@@ -255,37 +268,59 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
 
 def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> NormalEquations:
     """The sums of one half, from where an interrupted run left them, with those of other runs."""
-    saved = output / f"run_{name}_statistics.safetensors"
     subset = stack.only(_HALVES[name])
-    statistics = begin(subset)
+    parts = []
+    start = time.monotonic()
+    with log.progress(name, len(subset)) as update:
+        for number, part in enumerate(subset.parts()):
+            saved = output / f"run_{name}_statistics{number or ''}.safetensors"
+            parts.append(_accumulate_part(part, stack.grid, saved, len(subset), config, update))
+    seconds = time.monotonic() - start
+    rate = len(subset) / max(seconds, 1e-9)
+    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s, {rate:,.0f} images/s")
+    for folder in config.add_statistics:
+        found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+        if not found:
+            raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+        for path in found:
+            other = begin(subset)
+            other.load(path, but={"particles"})
+            for part in subset.parts():
+                begin(part, stack.grid).check_addable(other, str(path))
+            parts.append(other.equations())
+            log.line(
+                f"{name}: {other.particles:,} particles added from {path}, grey values "
+                f"{relative_gain(parts[0], parts[-1]):.3f} times these"
+            )
+    return combined(parts)
+
+
+def _accumulate_part(
+    part: ParticleStack,
+    grid: Grid,
+    saved: Path,
+    total: int,
+    config: InputConfig,
+    update: Callable[[int, str], None],
+) -> NormalEquations:
+    """The sums over particles of one box and pixel size."""
+    statistics = begin(part, grid)
     if config.resume and saved.is_file():
         statistics.load(saved)
-    start, first = time.monotonic(), statistics.particles
-    with log.progress(name, len(subset), first) as update, interruptible() as stop:
-        last_save = time.monotonic()
-        for _ in accumulate(statistics, subset, estimate_noise(subset)):
-            update(statistics.particles, "one pass over the particles")
+    start = last_save = time.monotonic()
+    with interruptible() as stop:
+        for _ in accumulate(statistics, part, estimate_noise(part)):
+            update(min(statistics.particles, total), "one pass over the particles")
             if stop.is_set() or time.monotonic() - last_save > config.checkpoint_every:
                 statistics.save(saved)
                 last_save = time.monotonic()
             if stop.is_set():
-                raise Interrupted(f"stopped in {name} after {statistics.particles} particles; go on with --resume")
-    seconds = time.monotonic() - start
-    rate = (statistics.particles - first) / max(seconds, 1e-9)
-    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s, {rate:,.0f} images/s")
-    if config.keep_statistics or seconds > config.checkpoint_every:
+                raise Interrupted(
+                    f"stopped after {statistics.particles:,} particles of {saved.stem}; go on with --resume"
+                )
+    if config.keep_statistics or time.monotonic() - start > config.checkpoint_every:
         statistics.save(saved)
-    own = statistics.equations()
-    total = own
-    for folder in config.add_statistics:
-        other = begin(subset)
-        other.load(folder / saved.name, but={"particles"})
-        statistics.check_addable(other, str(folder / saved.name))
-        more = other.equations()
-        gain = more.gain(own.solve()) / own.gain(own.solve())
-        total = total + more.scaled(gain)
-        log.line(f"{name}: {other.particles:,} particles added from {folder}, grey values {gain:.3f} times these")
-    return total
+    return statistics.equations()
 
 
 def _read_mask(path: Path, grid: Grid) -> Tensor:
@@ -557,8 +592,8 @@ def _finish(
     general = {name: str(value) for name, value in resolutions.items() if not isinstance(value, list)}
     write_fsc_star(output / "fsc.star", general, columns)
     if not config.keep_statistics:
-        for name in _HALVES:
-            (output / f"run_{name}_statistics.safetensors").unlink(missing_ok=True)
+        for path in output.glob("run_half?_statistics*.safetensors"):
+            path.unlink()
     summary = {
         "resolution": resolutions,
         "input": _describe(stack, particles, skipped),
@@ -616,6 +651,10 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
     log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.source} in {len(table.stacks)} stacks")
+    others = [own for own in dict.fromkeys(stack.grids) if own != grid]
+    if others:
+        kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
+        log.line(f"  several kinds of images are put on the grid of most of them; others: {kinds}")
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
     )
