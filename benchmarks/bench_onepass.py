@@ -77,7 +77,7 @@ def steps(rows, folder):
         seconds = []
         for _ in fit(state, objective, Plan(30, 2e-2, 0.9)):
             seconds.append(time.perf_counter())
-        gaps = torch.tensor(seconds).double().diff()[50:]
+        gaps = torch.tensor(seconds, dtype=torch.float64).diff()[50:]
         report(rows, what="step", images=count, milliseconds=round(1000 * float(gaps.median()), 2))
 
 

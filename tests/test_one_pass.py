@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from emsplat.accumulate import NormalEquations, equations_of
+from emsplat.accumulate import NormalEquations, equations_of, mean_per_shell
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.mask import solvent_mask
 from emsplat.config import SimulateConfig
 from emsplat.density import grow, missing_power
 from emsplat.fit import Plan, State, fit
+from emsplat.fourier import rfft, shell_index
 from emsplat.io.mrc import read_map
 from emsplat.model import Bounds, GaussianField, from_map, inverse_softplus
 from emsplat.objective import VolumeObjective, support_size
@@ -261,3 +262,20 @@ def test_plan_after_a_plan_goes_on_counting(stack):
     states = list(fit(State.begin(model, 20), objective, Plan(1, 1e-3, 0.5, first=2)))
     assert [state.step for state in states] == list(range(21, 31))
     assert states[0].optimiser.param_groups[0]["lr"] == 1e-3
+
+
+def test_unmeasured_frequencies_are_not_amplified(star):
+    """Views near one axis only: in the empty cone the Gaussians have no more power than the truth."""
+    stack = open_particles(star)
+    top = (stack.table.poses.rotation[:, 2, 2].abs() > 0.7).nonzero()[:, 0]
+    equations = equations_of(stack.take(top))
+    assert equations.coverage() < 0.9
+    [one] = run(begin([equations], 600), Plan(8, 2e-2, 0.75), 0, None, [])
+    truth, _ = read_map(stack.table.stacks[0].parent / "truth.mrc")
+    with torch.no_grad():
+        fitted = voxelize(one.model(), stack.grid) / equations.gain(truth)
+    shells = shell_index(32, 3)
+    relative = equations.weight() / mean_per_shell(equations.weight())[shells.clamp(max=16)]
+    empty = (relative < 0.1) & (shells > 2) & (shells < 14)
+    power = [float(rfft(volume, 3)[empty].abs().square().sum()) for volume in (fitted, truth)]
+    assert 0.1 * power[1] < power[0] < 1.2 * power[1]

@@ -25,6 +25,7 @@ from emsplat.project import voxelize
 _COARSE = 0.25  # of the epochs of the first stage
 _PATIENCE = 2  # epochs without a better score before a stage ends
 _BETTER = 2e-4  # what an epoch must add to the score to count
+_CONVERGED = 3e-4  # relative; an epoch that lowers the loss by less ends a stage that nobody judges
 _WORTH = 5e-4  # what a stage with more Gaussians must add to be kept
 
 
@@ -70,7 +71,7 @@ def fit_course(
     Given ``stages`` are followed. Otherwise the course is found, and ``stages`` filled: a first stage of ``plan``, then
     up to ``growth`` stages with half as many Gaussians more and half the rate, as long as the judge finds them worth
     it. A stage ends with its epochs, when the judge has seen no better epoch for two, or without a judge when an epoch
-    lowers the loss by less than a thousandth; the best epoch counts.
+    lowers the loss by less than 3e-4 of itself; the best epoch counts.
     """
     following = bool(stages)
     epochs_before = 0
@@ -123,7 +124,7 @@ def _stage(
                 break
         elif not follow:
             loss = sum(float(one.state.terms["loss"]) for one in fits)
-            if before - loss < 1e-3 * abs(loss):
+            if before - loss < _CONVERGED * abs(loss):
                 length = epoch
                 break
             before = loss

@@ -103,8 +103,8 @@ def settings_of(config: ReconstructConfig) -> Settings:
             if engine != recipe["engine"] and getattr(config, option) not in (None, False, ()):
                 raise InputError(f"--{option.replace('_', '-')} belongs to --engine {engine}; leave it out or add that")
     chosen: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(Settings)}
-    if config.gaussians is not None and config.growth is None:
-        recipe["growth"] = 0
+    if config.growth is None and (config.gaussians is not None or config.independent_halves):
+        recipe["growth"] = 0  # a number that was asked for stays; nobody judges independent halves
     recipe |= {
         key: value for key, value in (("batch", 0), ("weighting", "noise"), ("growth", 0)) if recipe[key] is None
     }
@@ -115,6 +115,8 @@ def settings_of(config: ReconstructConfig) -> Settings:
         value = getattr(config, option)
         if value is not None and value < least:
             raise InputError(f"--{option} {value}: expected at least {least}")
+    if config.independent_halves and merged.growth:
+        raise InputError("--growth with --independent-halves: only the other half can tell whether more Gaussians pay")
     for option in ("learning_rate", "decay", "min_scale"):
         if not 0 < getattr(merged, option) < math.inf:
             raise InputError(f"--{option.replace('_', '-')} {getattr(merged, option)}: expected a number above 0")
