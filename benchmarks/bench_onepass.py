@@ -39,7 +39,7 @@ def accumulation(rows, star, name):
         pass
     seconds = time.perf_counter() - start
     row = {"what": f"accumulation, {name}", "images": len(stack), "images_per_second": round(len(stack) / seconds)}
-    if shutil.which("cryodrgn"):
+    if shutil.which("cryodrgn") and stack.grid.size <= 128:  # it needs minutes for larger boxes
         row |= cryodrgn(star, row["images_per_second"])
     report(rows, **row)
 

@@ -73,7 +73,7 @@ def simulated(rows, data, folder):
     ]
     print(f"five seeds: mean FSC ± {np.std(seeds):.5f}")
     for name, change in (("500 images", {"particles": 500}), ("pose error of 2 degrees", {"pose_error": 2.0})):
-        hard = simulate(dataclasses.replace(config, **change), model, folder / name.replace(" ", "_"))
+        hard = simulate(dataclasses.replace(config, **change), model, folder / f"particles_{name.replace(' ', '_')}")
         run(rows, name, hard, default, *same, classical=True)
 
 
