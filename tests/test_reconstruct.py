@@ -290,7 +290,12 @@ def test_growth_is_kept_only_where_it_pays(particles, tmp_path):
     kept = [stage for stage in stages if stage["kept"]]
     assert all(b["score"] > a["score"] for a, b in itertools.pairwise(kept))
     assert summary["fits"]["class001"]["gaussians"] == pytest.approx(kept[-1]["gaussians"], rel=0.05)
-    assert summary["fits"]["class001"]["steps"] == 10 * sum(stage["epochs"] for stage in kept)
+    assert {fit["steps"] for fit in summary["fits"].values()} == {10 * sum(stage["epochs"] for stage in kept)}
+    with (tmp_path / "run" / "convergence.csv").open() as file:
+        rows = [(row["fit"], int(row["step"])) for row in csv.DictReader(file)]
+    for name in ("half1", "half2", "class001"):  # epochs that were taken back are not in the record
+        steps = [step for fit, step in rows if fit == name]
+        assert steps == list(range(10, summary["fits"][name]["steps"] + 1, 10))
 
 
 def test_resume_refuses_another_run(run, particles):

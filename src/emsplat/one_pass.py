@@ -93,12 +93,14 @@ def fit_course(
             if not kept:
                 break
             best = score
-            if judge is None:
-                break
         # The step counter goes on from the best epoch, as it will where the course is followed.
         epochs_before += length
+        if not following and judge is None:
+            break
         for one in fits:
             one.state.step = epochs_before * one.objective.steps_per_epoch
+    for one in fits:
+        one.state.step = epochs_before * one.objective.steps_per_epoch
 
 
 def _stage(

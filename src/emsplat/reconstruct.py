@@ -381,15 +381,19 @@ def _fit_volumes(
         label = " and ".join(one.name for one in fits)
         total = _course_steps(settings, stages) * len(fits)
         with log.progress(label, total, unit="steps") as update, interruptible() as stop:
-            done = 0
+            done, last = 0, dict[str, int]()
             for one in fit_course(fits, plan, settings.growth, judge if len(fits) == 2 else None, stages):
                 done += 1
+                if one.state.step <= last.get(one.name, 0):  # back to the best epoch of the stage before
+                    history.rewind(one.name, one.state.step - 1)
+                last[one.name] = one.state.step
                 history.add(one.name, one.state, VolumeObjective.steps_per_epoch, one.equations.particles)
                 update(min(done, total), f"{len(one.state.model):,} Gaussians, loss {history.recent:.5f}")
                 if stop.is_set():
                     raise Interrupted(f"stopped in {label}; go on with --resume (the fits begin anew)")
         seconds = time.monotonic() - start
         for one in fits:
+            history.rewind(one.name, one.state.step)
             models[one.name] = one.model
             save_checkpoint(output / f"run_{one.name}.safetensors", State.begin(one.model, one.state.step))
             about[one.name] = {
