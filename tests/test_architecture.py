@@ -19,8 +19,9 @@ FLOORS = [
     {"accumulate", "config"},
     {"objective", "report"},
     {"fit", "density"},
-    {"one_pass", "run_folder"},
-    {"reconstruct", "simulate"},
+    {"one_pass", "run_folder", "assessment", "residuals"},
+    {"reconstruct", "simulate", "postprocess"},
+    {"nulltest"},
     {"cli"},
     {"__main__"},
 ]

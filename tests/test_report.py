@@ -1,4 +1,4 @@
-"""The report: complete and damaged run folders, text that must be escaped, and no torch."""
+"""The report: complete and damaged run folders, text that must be escaped, a real browser, and no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,48 +19,134 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from plotly.offline import get_plotlyjs
+from scipy.ndimage import gaussian_filter
 
-from emsplat.assess.fsc import resolution
+from emsplat.assess.fsc import crossing, last_crossing, resolution
 from emsplat.errors import InputError
-from emsplat.report import _resolution, _round_length, draw_convergence, draw_fsc, draw_slices, write_report
-from emsplat.types import Curve
+from emsplat.io.ply import read_ply, write_ply
+from emsplat.report import figures, plots, read, surface, write_report
+from emsplat.report.words import CURVE_NAMES
+from emsplat.types import Curve, Grid
 
 PNG = b"\x89PNG\r\n\x1a\n"
-SIZE, PIXEL_SIZE = 48, 3.54
+SIZE, PIXEL_SIZE = 32, 3.54
+FIGURES = ("fsc", "slices", "convergence", "local_resolution", "local_resolution_slices", "directions", "residual")
+FIGURES += ("gaussians",)
+EXAMPLES = 2
 
 
-def write_map(path: Path) -> None:
-    """Three blobs that differ along every axis."""
-    z, y, x = np.meshgrid(*[np.arange(SIZE) - SIZE // 2] * 3, indexing="ij")
-    centres = [(0, 0, 0, 5.0), (0, 0, 11, 3.0), (0, 12, 0, 2.0), (-10, 0, 0, 4.0)]
-    volume = sum(np.exp(-((x - c) ** 2 + (y - b) ** 2 + (z - a) ** 2) / (2 * w**2)) for a, b, c, w in centres)
-    noise = np.random.default_rng(0).normal(0, 0.03, volume.shape)
-    with mrcfile.new(path, (volume + noise).astype(np.float32), overwrite=True) as file:
+def write_volume(path: Path, values: np.ndarray) -> None:
+    with mrcfile.new(path, values.astype(np.float32), overwrite=True) as file:
         file.voxel_size = PIXEL_SIZE
 
 
-def write_fsc(path: Path) -> None:
-    frequency = np.arange(SIZE // 2 + 1) / (SIZE * PIXEL_SIZE)
-    unmasked, masked = (1 / (1 + np.exp((frequency - middle) / 0.01)) for middle in (0.085, 0.105))
-    rows = "".join(
-        f"{s} {k:.6f} {1 / k if s else 999:.3f} {u:.6f} {m:.6f}\n"
-        for s, (k, u, m) in enumerate(zip(frequency, unmasked, masked, strict=True))
+def blobs(size: int) -> np.ndarray:
+    """Three blobs that differ along every axis, and a cloud of small ones for detail."""
+    z, y, x = np.meshgrid(*[np.arange(size) - size // 2] * 3, indexing="ij")
+    unit = size / 48
+    centres = [(0, 0, 0, 5.0), (0, 0, 11, 3.0), (0, 12, 0, 2.0), (-10, 0, 0, 4.0)]
+    volume = sum(
+        np.exp(-((x - c * unit) ** 2 + (y - b * unit) ** 2 + (z - a * unit) ** 2) / (2 * (w * unit) ** 2))
+        for a, b, c, w in centres
     )
-    path.write_text(
-        "# version 50001\n\ndata_general\n\n_rlnFinalResolution 8.5\n\n\ndata_fsc\n\nloop_\n"
-        "_rlnSpectralIndex #1\n_rlnResolution #2\n_rlnAngstromResolution #3\n"
-        "_rlnFourierShellCorrelationUnmaskedMaps #4\n_rlnFourierShellCorrelationMaskedMaps #5\n" + rows
+    detail = gaussian_filter(np.random.default_rng(2).normal(0, 1, volume.shape), 1.2)
+    return volume * (1 + 3 * detail)
+
+
+def write_maps(folder: Path, size: int) -> None:
+    volume = blobs(size)
+    noise = np.random.default_rng(0).normal(0, 0.01, volume.shape)
+    for name in ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc", "run_class001.mrc"):
+        write_volume(folder / name, volume + noise)
+    mask = (gaussian_filter(volume, 1.5) > 0.08).astype(float)
+    write_volume(folder / "mask.mrc", gaussian_filter(mask, 1))
+    radius = np.sqrt(sum((axis - size // 2) ** 2 for axis in np.indices(volume.shape)))
+    local = np.where(mask > 0, 2.2 * PIXEL_SIZE + 8 * radius / size, np.nan)
+    write_volume(folder / "local_resolution.mrc", local)
+    write_volume(folder / "local_resolution_half_maps.mrc", 0.9 * local)
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> None:
+    rows = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    path.write_text("\n".join(rows) + "\n")
+
+
+def write_directions(path: Path, step: float = 10) -> None:
+    elevation, azimuth = (np.arange(step / 2, end, step) for end in (180, 360))
+    e, a = (grid.ravel() for grid in np.meshgrid(elevation, azimuth, indexing="ij"))
+    belt = np.exp(-(((e - 90) / 30) ** 2))
+    write_table(
+        path,
+        {
+            "elevation": e,
+            "azimuth": a,
+            "fslc": 0.95 + 0.03 * belt,
+            "conical_resolution": np.where(e < 10, np.nan, 9 - belt),
+            "sampling": 0.5 + belt,
+            "particles": np.random.default_rng(3).poisson(20 * belt * np.sin(np.radians(e))),
+        },
     )
 
 
-def write_convergence(path: Path) -> None:
+def write_residual(path: Path, size: int) -> None:
+    frequency = np.arange(1, size // 2 + 1) / (size * PIXEL_SIZE)
+    noise = 1 + 0.02 / frequency
+    write_table(path, {"frequency": frequency, "noise": noise, "own": 0.98 * noise, "other": 1.01 * noise})
+
+
+def write_examples(path: Path, size: int) -> None:
+    generator = np.random.default_rng(4)
+    images = []
+    for axis in range(EXAMPLES):
+        projection, noise = blobs(size).sum(axis), generator.normal(0, 3, (size, size))
+        images += [projection + noise, projection, noise]
+    write_volume(path, np.array(images))
+
+
+def write_gaussians(path: Path, count: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    mean, quaternion = torch.randn(count, 3, generator=generator), torch.randn(count, 4, generator=generator)
+    scale = 2 + torch.rand(count, 3, generator=generator)
+    write_ply(path, mean * 20, scale, quaternion, torch.ones(count), Grid(SIZE, PIXEL_SIZE), "test")
+
+
+def write_fsc(path: Path, size: int) -> None:
+    """RELION's and emsplat's columns, with a value that is undefined."""
+    shells = np.arange(size // 2 + 1)
+    frequency = shells / (size * PIXEL_SIZE)
+    curves = {
+        name: 1 / (1 + np.exp((frequency - 0.08 - 0.004 * place) / 0.01))
+        for place, name in enumerate([*CURVE_NAMES, "emsplatCrossValidatedLow", "emsplatCrossValidatedHigh"])
+    }
+    curves["emsplatCrossValidatedLow"] = curves["emsplatCrossValidated"] - 0.03
+    curves["emsplatCrossValidatedHigh"] = curves["emsplatCrossValidated"] + 0.03
+    curves["emsplatCrossValidatedLow"][0] = curves["emsplatReferenceMasked"][-1] = np.nan
+    columns = {
+        "rlnSpectralIndex": shells,
+        "rlnResolution": frequency,
+        "rlnAngstromResolution": np.append(999, 1 / frequency[1:]),
+        **curves,
+    }
+    header = "".join(f"_{name} #{i + 1}\n" for i, name in enumerate(columns))
+    rows = "".join(" ".join(f"{v:.6g}" for v in row) + "\n" for row in zip(*columns.values(), strict=True))
+    general = "# version 50001\n\ndata_general\n\n_rlnFinalResolution 8.5\n\n\n"
+    path.write_text(f"{general}data_fsc\n\nloop_\n{header}{rows}")
+
+
+def write_convergence(path: Path, steps: int = 400) -> None:
     generator = np.random.default_rng(1)
     lines = ["fit,epoch,step,images,loss"]
     for offset, fit in enumerate(("half 1", "half 2", "full")):
-        for step in range(400):
+        for step in range(steps):
             loss = offset * 0.01 - 1 + math.exp(-step / 60) + generator.normal(0, 0.02)
             lines.append(f"{fit},{step // 100},{step},{step * 32},{loss:.6f}")
     path.write_text("\n".join(lines) + "\n")
+
+
+def write_scores(path: Path) -> None:
+    epochs = np.arange(12)
+    write_table(path, {"epoch": epochs % 6, "gaussians": 2000 + 1000 * (epochs // 6), "score": 1 - 0.5**epochs})
 
 
 SUMMARY: dict[str, Any] = {
@@ -66,7 +155,29 @@ SUMMARY: dict[str, Any] = {
         "half_map_unmasked_0.5": 11.71,
         "half_map_masked": 7.08,
         "half_map_masked_0.5": None,
+        "half_map_corrected": 8.71,
+        "half_map_masked_cryodrgn": 7.12,
+        "backprojection_masked": 9.87,
+        "cross_validated": 9.31,
+        "cross_validated_interval": [9.72, 9.05],
+        "reference_masked_0.5": 9.44,
     },
+    "local_resolution": {
+        "half_maps": {"mean": 8.01, "median": 7.9, "p5": 7.1, "p25": 7.5, "p75": 8.4, "p95": 9.8},
+        "cross_validated": {"mean": 9.13, "median": 9.0, "p5": 8.1, "p25": 8.5, "p75": 9.4, "p95": 10.8},
+        "window": 42.5,
+    },
+    "directional": {
+        "fslc_mean": 0.9721,
+        "fslc_std": 0.0123,
+        "band": [30.0, 8.5],
+        "conical_best": 8.25,
+        "conical_worst": 9.75,
+        "sampling_compensation": 0.871,
+        "unsampled": 0.0,
+    },
+    "examples": [{"row": 17, "half": 1, "defocus": 12345.0}, {"row": 91, "half": 2, "defocus": 9876.0}],
+    "course": [{"gaussians": 2740, "epochs": 11, "score": 0.909344, "kept": True}],
     "input": {"file": "particles.star", "particles": 2374, "box": SIZE, "pixel_size": PIXEL_SIZE},
     "fits": {"half 1": {"gaussians": 4000, "seconds": 41.25}, "half 2": {"gaussians": 4000}},
     "settings": {"epochs": 4, "symmetry": "D2", "learning_rates": [0.01, 0.001]},
@@ -76,41 +187,70 @@ SUMMARY: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+def write_run(folder: Path, size: int = SIZE, gaussians: int = 500) -> Path:
     """A run folder as `emsplat reconstruct` leaves it."""
-    folder = tmp_path / "run <1> & co"
     folder.mkdir()
-    for name in ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc", "run_class001.mrc"):
-        write_map(folder / name)
-    write_fsc(folder / "fsc.star")
+    write_maps(folder, size)
+    write_fsc(folder / "fsc.star", size)
     write_convergence(folder / "convergence.csv")
+    write_scores(folder / "scores.csv")
+    write_directions(folder / "directions.csv")
+    write_residual(folder / "residual.csv", size)
+    write_examples(folder / "examples.mrcs", size)
+    write_gaussians(folder / "run_class001.ply", gaussians)
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     (folder / "config.toml").write_text('out = "<run>"\n')
     return folder
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("template") / "run")
+
+
+@pytest.fixture
+def run(template: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "run <1> & co"
+    shutil.copytree(template, folder)
+    return folder
+
+
+@pytest.fixture
+def no_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering with matplotlib takes most of the time; what it draws is still read and checked."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: path.write_bytes(PNG))
+
+
 class Checker(HTMLParser):
-    """Collects text and links, and insists that tags close in order."""
+    """Collects text, images and figures, and insists that tags close in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
         self.texts: list[str] = []
         self.sources: list[str] = []
-        self.tags: set[str] = set()
+        self.scripts: list[str] = []
+        self.plots: list[dict[str, Any]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
         self.sources += [value or "" for name, value in attrs if name == "src"]
+        assert not any(name.startswith("on") for name, _ in attrs)
         if tag not in ("br", "img", "meta"):
-            self.open.append(tag)
+            self.open.append("json" if ("type", "application/json") in attrs else tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open.pop() in (("script", "json") if tag == "script" else (tag,))
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        match self.open[-1:]:
+            case ["json"]:
+                self.plots.append(json.loads(data))
+            case ["script"]:
+                self.scripts.append(data)
+            case ["style"]:
+                pass
+            case _:
+                self.texts.append(data)
 
 
 def read_page(path: Path) -> tuple[Checker, str]:
@@ -120,77 +260,188 @@ def read_page(path: Path) -> tuple[Checker, str]:
     return checker, " ".join(" ".join(checker.texts).split())
 
 
+def traces(checker: Checker) -> list[dict[str, Any]]:
+    return [trace for plot in checker.plots for trace in plot["data"]]
+
+
 def test_whole_folder(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report.html"
     checker, text = read_page(path)
-    assert len(checker.sources) == 3
+    assert len(checker.sources) == 2 + 3 * EXAMPLES
     assert all(source.startswith("data:image/png;base64,") for source in checker.sources)
     for expected in (
-        "10.60 Å",
-        "overestimates",
-        "not reached",
-        "the limit set by the pixel size",
-        "2374",
-        "0.01, 0.001",
-        "half 1 / seconds",
-        "41.25",
-        "rlnRandomSubset",
-        "run <1> & co",
+        *("10.60 Å", "overestimates", "not reached", "the limit set by the pixel size", "2374", "0.01, 0.001"),
+        *("half 1 / seconds", "41.25", "rlnRandomSubset", "run <1> & co"),
+        *("95 % interval: 9.72 to 9.05 Å", "RELION's rule", "first crosses", "cryoDRGN's shells"),
+        *("9.13 Å", "8.01 Å", "42.50 Å", "30.00 to 8.50 Å", "9.75 Å", "0.871", "missing wedge"),
+        *("row 17, half 1, defocus 1.23 µm", "row 91", "2740", "0.909344", "What to check", "overfitting"),
+        *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
     ):
         assert expected in text
     assert "Not shown" not in text
+    assert "Not coloured" not in text
+    kinds = [sorted({trace["type"] for trace in plot["data"]}) for plot in checker.plots]
+    curves, bars = ["scatter"], ["bar"]
+    assert kinds == [["mesh3d"], curves, bars, *[["heatmap"]] * 4, curves, curves, curves, bars, bars]
+    for name in FIGURES:
+        assert (run / f"{name}.png").read_bytes().startswith(PNG)
+        assert "</svg>" in (run / f"{name}.svg").read_text()
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
-def test_page_needs_nothing_else(run: Path) -> None:
-    page = write_report(run).read_text()
-    assert not re.search(r"<script|<link|@import|url\(|https?://", page)
+def test_headline_starts_with_what_to_quote(run: Path, no_rendering: None) -> None:
+    _, text = read_page(write_report(run))
+    places = [text.index(f"{number:.2f} Å ") for number in (9.31, 9.87, 8.71, 7.08, 10.6, 7.12, 9.44)]
+    assert places == sorted(places)
 
 
-def test_text_is_escaped(run: Path) -> None:
-    nasty = "<script>alert('x')</script> & \"quoted\""
+def test_page_needs_nothing_else(run: Path, no_rendering: None) -> None:
+    """Neither the page nor its script name another file; the browser is told to fetch nothing."""
+    path = write_report(run)
+    checker, _ = read_page(path)
+    assert [script == get_plotlyjs() for script in checker.scripts] == [True, False]
+    rest = path.read_text().replace(get_plotlyjs(), "")
+    assert not re.search(r"<link|@import|url\(|https?://|<script src", rest)
+    assert "default-src 'none'" in rest
+
+
+def test_text_is_escaped(run: Path, no_rendering: None) -> None:
+    nasty = "</script><script>alert('x')</script> & \"quoted\""
     summary = {nasty: {nasty: nasty}, "warnings": [nasty], "resolution": {nasty: nasty}}
+    summary |= {"directional": {nasty: nasty}, "examples": [{"row": nasty}], "course": [{"gaussians": nasty}]}
+    summary |= {"local_resolution": {"half_maps": {"mean": nasty}}}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "config.toml").write_text(nasty)
     (run / "a <b> & c.star").write_text("")
+    named = "<script>alert('y')</script>"
+    (run / "convergence.csv").write_text(f"fit,step,loss\n{named},1,2\n{named},2,1\n")
+    star = run / "fsc.star"
+    star.write_text(star.read_text().replace("_emsplatReferenceMasked", f"_{named.replace(' ', '')}"))
     checker, text = read_page(write_report(run))
-    assert "script" not in checker.tags
-    assert nasty in text
+    assert len(checker.scripts) == 2
+    assert text.count(nasty) >= 7
     assert "a <b> & c.star" in text
+    names = [trace.get("name", "") for trace in traces(checker)]
+    assert sum("&lt;script&gt;" in name for name in names) == 2
+    assert not any("<script" in name for name in names)
 
 
-@pytest.mark.parametrize("name", ["run_class001.mrc", "fsc.star", "convergence.csv", "summary.json", "config.toml"])
-@pytest.mark.parametrize("damage", ["missing", "garbage", "empty"])
-def test_damaged_part_is_named(run: Path, name: str, damage: str) -> None:
-    """The page is still written, and says which file failed; config.toml is shown as it is."""
+# How many interactive figures and how many pictures the page loses with each file.
+LOSSES = {
+    "run_class001.mrc": (1, 2),
+    "mask.mrc": (2, 1),
+    "local_resolution.mrc": (1, 1),
+    "local_resolution_half_maps.mrc": (1, 0),
+    "fsc.star": (1, 0),
+    "directions.csv": (4, 0),
+    "examples.mrcs": (0, 3 * EXAMPLES),
+    "residual.csv": (1, 0),
+    "convergence.csv": (1, 0),
+    "scores.csv": (1, 0),
+    "run_class001.ply": (2, 0),
+    "summary.json": (0, 0),
+    "config.toml": (0, 0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("damage", ["missing", "garbage", "empty", "cut short"])
+def test_damaged_part_is_named(run: Path, no_rendering: None, name: str, damage: str) -> None:
+    """The page is still written with everything else, and says which file failed."""
+    content = (run / name).read_bytes()
     if damage == "missing":
         (run / name).unlink()
     else:
-        (run / name).write_bytes(b"\xff\x00 not what it should be" if damage == "garbage" else b"")
-    _, text = read_page(write_report(run))
-    if not (name == "config.toml" and damage == "empty"):
-        assert "Not shown" in text
-        assert name in text
+        kinds = {"garbage": b"\xff\x00 not what it should be", "empty": b"", "cut short": content[: len(content) // 3]}
+        (run / name).write_bytes(kinds[damage])
+    checker, text = read_page(write_report(run))
+    lost = 12 - len(checker.plots), 2 + 3 * EXAMPLES - len(checker.sources)
+    text_before_files = text[: text.rindex("Files")]
+    match name, damage:
+        case ("config.toml", "empty" | "cut short") | (_, "cut short") if name.endswith((".csv", ".star", ".toml")):
+            pass  # shown as far as it goes
+        case ("scores.csv" | "local_resolution_half_maps.mrc", "missing"):
+            assert "Not shown" not in text
+        case ("mask.mrc", "missing"):
+            assert "there is no mask.mrc" in text
+            assert lost == (0, 0)
+        case _:
+            assert lost == LOSSES[name]
+            assert "Not shown" in text
+            assert f"{name}: " in text_before_files
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    _, text = read_page(write_report(tmp_path))
-    assert text.count("Not shown") == 6
+    checker, text = read_page(write_report(tmp_path))
+    assert text.count("Not shown") == 15
+    assert not checker.plots
+    assert "What to check" in text
+
+
+def test_run_without_particles_has_no_views(run: Path, no_rendering: None) -> None:
+    table = (run / "directions.csv").read_text().splitlines()
+    (run / "directions.csv").write_text("\n".join(",".join(line.split(",")[:4]) for line in table))
+    checker, text = read_page(write_report(run))
+    assert sum(trace["type"] == "heatmap" for trace in traces(checker)) == 2
+    assert "Not shown" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("residual.csv", "frequency,noise,own,other\nnan,1,1,1\n"),
+        ("residual.csv", "frequency,noise,own\n0.1,1,1\n"),
+        ("convergence.csv", "fit,step,loss\nhalf 1\n"),
+        ("directions.csv", "elevation,azimuth,fslc,conical_resolution\n5,5,1,8\n"),
+        ("scores.csv", "epoch,gaussians,score\n1,many,0.9\n"),
+        ("fsc.star", "data_fsc\nloop_\n_rlnResolution\n_emsplatCrossValidated\n0 1\n0 0.5\n"),
+        ("run_class001.ply", "ply\nformat binary_little_endian 1.0\nelement vertex 0\nend_header\n"),
+        ("run_class001.ply", "ply\nformat binary_little_endian 1.0\nelement vertex\nend_header\n"),
+        ("summary.json", "[1]"),
+    ],
+)
+def test_wrong_content_is_named(run: Path, no_rendering: None, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    checker, text = read_page(write_report(run))
+    assert 12 - len(checker.plots) == LOSSES[name][0]
+    assert f"{name}: " in text
+
+
+def test_maps_on_another_grid_are_named(run: Path, no_rendering: None) -> None:
+    write_volume(run / "local_resolution.mrc", np.ones((8, 8, 8)))
+    _, text = read_page(write_report(run))
+    assert "local_resolution.mrc: (8, 8, 8) voxels, but the map has (32, 32, 32)" in text
+
+
+def test_undefined_values_are_drawn_as_gaps(run: Path) -> None:
+    """No direction with a resolution, no noise in a shell: nothing to see there, and no warning."""
+    table = (run / "directions.csv").read_text().splitlines()
+    rows = [",".join([*line.split(",")[:3], "nan", *line.split(",")[4:]]) for line in table[1:]]
+    (run / "directions.csv").write_text("\n".join([table[0], *rows]))
+    (run / "residual.csv").write_text("frequency,noise,own,other\n0.1,0,1,1\n0.2,1,nan,1\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_page(write_report(run))
 
 
 @pytest.mark.parametrize(
     "summary",
     [
         {},
-        {"resolution": None},
-        {"resolution": {}, "warnings": None},
-        {"resolution": {"new_kind": 5}, "input": 3},
+        {"resolution": None, "local_resolution": None, "directional": None, "course": None, "examples": None},
+        {"resolution": {}, "warnings": None, "course": [], "examples": [], "directional": {"band": None}},
+        {"resolution": {"new_kind": 5}, "input": 3, "course": [3], "examples": [None], "directional": {"band": [1]}},
+        {"resolution": {"cross_validated": None, "cross_validated_interval": None, "half_map_masked": "x"}},
+        {"local_resolution": {"half_maps": {"mean": None}, "cross_validated": 3, "window": None}},
+        {"directional": {"conical_best": None, "unsampled": "x", "new": [1]}, "examples": [{"defocus": None}] * 9},
+        {"resolution": {"cross_validated": math.nan, "half_map_masked": math.inf, "half_map_masked_0.5": True}},
     ],
 )
-def test_sparse_summary(run: Path, summary: dict[str, Any]) -> None:
+def test_sparse_summary(run: Path, no_rendering: None, summary: dict[str, Any]) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
-    read_page(write_report(run))
+    checker, _ = read_page(write_report(run))
+    assert len(checker.plots) == 12
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
@@ -198,13 +449,14 @@ def test_not_a_folder(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    ("draw", "name"),
-    [(draw_fsc, "fsc.png"), (draw_slices, "slices.png"), (draw_convergence, "convergence.png")],
-)
-def test_figures(run: Path, draw: Any, name: str) -> None:
-    assert draw(run) == run / name
-    assert (run / name).read_bytes().startswith(PNG)
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures(run: Path, name: str) -> None:
+    draw = getattr(figures, f"draw_{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw(run) == run / f"{name}.png"
+    assert (run / f"{name}.png").read_bytes().startswith(PNG)
+    assert "<svg" in (run / f"{name}.svg").read_text()
 
 
 def test_unknown_curves_are_drawn_too(run: Path) -> None:
@@ -212,24 +464,161 @@ def test_unknown_curves_are_drawn_too(run: Path) -> None:
     star = run / "fsc.star"
     lines = star.read_text().splitlines()
     rows = [f"{line} {'nan' if i % 5 == 0 else '0.4'}" if line[:1].isdigit() else line for i, line in enumerate(lines)]
-    at = next(i for i, line in enumerate(rows) if line.startswith("_rlnFourierShellCorrelationMasked"))
-    star.write_text("\n".join([*rows[: at + 1], "_emsplatNewCurve #6", *rows[at + 1 :]]))
-    assert draw_fsc(run).read_bytes().startswith(PNG)
+    at = max(i for i, line in enumerate(rows) if line.startswith("_emsplat"))
+    star.write_text("\n".join([*rows[: at + 1], "_emsplatNewCurve #99", *rows[at + 1 :]]))
+    assert figures.draw_fsc(run).read_bytes().startswith(PNG)
+    names = [trace.name for trace in plots.plot_fsc(run).data]
+    assert any("emsplatNewCurve" in name for name in names)
+    assert names[1].startswith("cross-validated")
 
 
-def test_resolution_twin() -> None:
-    """The report's rule is that of emsplat.assess.fsc."""
+def test_band_is_an_area_and_no_curve(run: Path) -> None:
+    data = plots.plot_fsc(run).data
+    assert [trace.fill for trace in data if trace.fill] == ["toself"]
+    assert len(data) == 1 + len(CURVE_NAMES)
+    # The first shell of the band is undefined.
+    assert all(math.isfinite(y) for y in data[0].y)
+    assert not any("Low" in (trace.name or "") or "High" in (trace.name or "") for trace in data)
+
+
+def test_resolution_twins() -> None:
+    """The report's rules are those of emsplat.assess.fsc."""
     generator = torch.Generator().manual_seed(0)
     frequency = torch.arange(12).double() / 60
     for _ in range(50):
         value = torch.rand(12, generator=generator, dtype=torch.float64)
         value[5] = math.nan
-        expected = resolution(Curve(frequency, value), 0.2)
-        assert _resolution(frequency.tolist(), value.tolist(), 0.2) == pytest.approx(expected)
+        for own, twin in (
+            (read.resolution, resolution),
+            (read.crossing, crossing),
+            (read.last_crossing, last_crossing),
+        ):
+            expected = twin(Curve(frequency, value), 0.2)
+            assert own(frequency.tolist(), value.tolist(), 0.2) == pytest.approx(expected)
+
+
+def test_widths_are_those_of_the_gaussians(run: Path) -> None:
+    gaussians, _ = read_ply(run / "run_class001.ply")
+    expected = torch.linalg.eigvalsh(gaussians.covariance.double()).sqrt()
+    widths = read.read_widths(run)
+    np.testing.assert_allclose(widths.sigma, expected, rtol=1e-4)
+    np.testing.assert_allclose(widths.anisotropy, expected[:, 2] / expected[:, 0], rtol=1e-4)
+
+
+def test_uniform_views_are_flat(run: Path) -> None:
+    """Particles in proportion to the solid angle of a cell have density 1 everywhere, at the poles too."""
+    write_directions(run / "directions.csv", 5)
+    elevation, azimuth = (np.arange(2.5, end, 5) for end in (180, 360))
+    e, a = (grid.ravel() for grid in np.meshgrid(elevation, azimuth, indexing="ij"))
+    particles = np.cos(np.radians(e - 2.5)) - np.cos(np.radians(e + 2.5))
+    columns = {"elevation": e, "azimuth": a, "fslc": a, "conical_resolution": e, "sampling": e, "particles": particles}
+    write_table(run / "directions.csv", columns)
+    found = read.read_directions(run)
+    np.testing.assert_allclose(found.density, 1, rtol=1e-6)
+    assert found.fslc.shape == (36, 72)
+    np.testing.assert_allclose(found.fslc[3], azimuth)
+    np.testing.assert_allclose(found.conical_resolution[:, 5], elevation)
+
+
+def make_ball(size: int, centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    """A soft ball whose value is 0.5 at ``radius`` voxels from its centre (x, y, z)."""
+    z, y, x = np.meshgrid(*[np.arange(size) - size // 2] * 3, indexing="ij")
+    distance = np.sqrt((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2)
+    return (1 / (1 + np.exp((distance - radius) / 1.5))).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [40, 41, 100])
+def test_surface_lies_where_the_density_is(size: int) -> None:
+    """In Å from the centre voxel, x first, cropped or reduced or not; with the local resolution of its place."""
+    centre, radius = (0.1 * size, -0.06 * size, 0.04 * size), 0.2 * size
+    ball = make_ball(size, centre, radius)
+    local = (10 + 0.1 * (np.arange(size) - size // 2)) * np.ones((size, size, size))  # grows along x
+    mask = make_ball(size, centre, radius + 0.1 * size) > 0.5
+    found = surface.make_surface(read.Volume(ball, 2.0), mask, local.astype(np.float32), Path())
+    for mesh in found.meshes:
+        value = mesh.level * ball.std()
+        expected = radius + 1.5 * math.log(1 / value - 1)
+        points = mesh.vertices * surface.UNIT / 2.0
+        distance = np.linalg.norm(points - centre, axis=1)
+        assert abs(distance.mean() - expected) < 0.15
+        assert distance.std() < 0.15
+        assert mesh.resolution is not None
+        np.testing.assert_allclose(mesh.resolution, 10 + 0.1 * points[:, 0], atol=0.02)
+    levels = [mesh.level for mesh in found.meshes]
+    assert levels == sorted(levels)
+    assert len(levels) >= 5
+    enclosed = (ball[mask] > levels[found.default] * ball.std()).mean()
+    assert enclosed == pytest.approx(0.4, abs=0.08)
+
+
+def test_surfaces_of_noise_stay_small() -> None:
+    noise = np.random.default_rng(0).normal(size=(96, 96, 96)).astype(np.float32)
+    found = surface.make_surface(read.Volume(noise, 1.0), None, None, Path())
+    assert 0 < sum(mesh.nbytes for mesh in found.meshes) <= 2_200_000
+    assert found.meshes[0].resolution is None
+
+
+def test_flat_map_has_no_surface() -> None:
+    flat = read.Volume(np.zeros((16, 16, 16), np.float32), 1.0)
+    with pytest.raises(InputError, match="no level has a surface"):
+        surface.make_surface(flat, None, None, Path("run"))
+
+
+def test_slider_shows_one_level_at_a_time(run: Path, no_rendering: None) -> None:
+    checker, _ = read_page(write_report(run))
+    plot = checker.plots[0]
+    (slider,) = plot["layout"]["sliders"]
+    count = len(plot["data"])
+    assert 5 <= count <= 8
+    assert [trace["visible"] for trace in plot["data"]] == [i == slider["active"] for i in range(count)]
+    for i, step in enumerate(slider["steps"]):
+        assert step["args"] == [{"visible": [other == i for other in range(count)]}]
 
 
 def test_scale_bar_is_round() -> None:
-    assert [_round_length(x) for x in (0.7, 1.0, 4.9, 56.6, 130.0)] == [0.5, 1.0, 2.0, 50.0, 100.0]
+    assert [figures.round_length(x) for x in (0.7, 1.0, 4.9, 56.6, 130.0)] == [0.5, 1.0, 2.0, 50.0, 100.0]
+
+
+def test_large_run_stays_small_and_quick(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "large", 128, 20_000)
+    write_directions(folder / "directions.csv", 5)
+    write_convergence(folder / "convergence.csv", 3000)
+    start = time.perf_counter()
+    path = write_report(folder)
+    seconds = time.perf_counter() - start
+    assert len(read_page(path)[0].plots) == 12
+    assert path.stat().st_size < 10e6
+    assert seconds < 10
+
+
+def test_browser_draws_every_figure(run: Path, tmp_path: Path) -> None:
+    """In a real browser, offline: no error, no refused access, every figure there, WebGL and slider included."""
+    names = ("chromium", "google-chrome", "chromium-browser")
+    browser = next((found for found in map(shutil.which, names) if found), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(names)} is on PATH")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader"]
+    options += ["--enable-logging=stderr", "--virtual-time-budget=15000", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,6000", "--dump-dom"]
+    url = write_report(run).as_uri()
+    done = subprocess.run([browser, *options, url], capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not [line for line in console if re.search(r"Uncaught|[Ee]rror|Refused|violates", line)]
+    shown = re.sub(r"<(script|style)\b.*?</\1>", "", done.stdout, flags=re.DOTALL)
+    assert "cannot be drawn here" not in shown
+    assert "no-webgl" not in shown
+    assert shown.count("js-plotly-plot") == 12
+    assert shown.count('class="main-svg"') >= 12
+    assert re.search(r'class="gl-container".*?<canvas', shown, re.DOTALL)
+    assert shown.count('class="slider-group"') == 1
+    assert shown.count('class="slider-label-group"') >= 5
+    assert shown.count('class="js-line"') >= len(CURVE_NAMES)
+    assert shown.count('class="hm"') >= 4
+    # What stands in for WebGL on paper.
+    assert re.search(r'<img class="for-print" alt="Isosurface[^>]*src="data:image/png;base64,.{1000}', shown)
+    # Plotly's own button that uploads a figure.
+    assert 'class="modebar' in shown
+    assert not re.search(r"cloud|[Ss]hare chart", shown)
 
 
 def test_imports_no_torch() -> None:
@@ -239,9 +628,9 @@ def test_imports_no_torch() -> None:
         "import types; package = types.ModuleType('emsplat'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['emsplat'] = package\n"
         "import emsplat.report\n"
-        "assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules), 'heavy import'\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'plotly', 'skimage', 'scipy'} & set(sys.modules), 'heavy import'\n"
     )
     import emsplat.report
 
-    folder = str(Path(emsplat.report.__file__).parent)
+    folder = str(Path(emsplat.report.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code, folder], check=True, env={**os.environ, "PYTHONPATH": ""})

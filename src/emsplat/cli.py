@@ -9,9 +9,22 @@ from typing import Annotated, Any
 import tyro
 
 from emsplat import __version__
-from emsplat.config import InputConfig, ReconstructConfig, SimulateConfig
+from emsplat.config import (
+    AssessConfig,
+    InputConfig,
+    NullTestConfig,
+    PostprocessConfig,
+    ReconstructConfig,
+    SimulateConfig,
+)
 from emsplat.errors import EmsplatError, InputError
 
+_FSC_COLUMNS = {
+    "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
+    "masked": "rlnFourierShellCorrelationMaskedMaps",
+    "corrected": "rlnFourierShellCorrelationCorrected",
+    "random phases": "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
+}
 _Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
@@ -64,51 +77,110 @@ def simulate(
     print(f"particles: {run(config, model, output)}")
 
 
+def assess(
+    run: tyro.conf.Positional[Path],
+    config: tyro.conf.OmitArgPrefixes[AssessConfig] = AssessConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Measure the maps of a run folder again: FSC, local resolution, resolution by direction; write the report.
+
+    Args:
+        run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
+    """
+    from emsplat.reconstruct import reassess as work
+
+    work(run, config)
+
+
+def nulltest(
+    particles: tyro.conf.Positional[Path],
+    output: _Output,
+    config: tyro.conf.OmitArgPrefixes[NullTestConfig] = NullTestConfig(),  # noqa: B008 (frozen)
+) -> int:
+    """Reconstruct noise, random phases and shuffled poses, and see whether the resolution stays silent.
+
+    Exit code 1 if it does not.
+
+    Args:
+        particles: RELION STAR file (3.0 or newer).
+        output: Folder for the tests and their table.
+    """
+    from emsplat.nulltest import null_test
+
+    return 0 if null_test(config, particles, output) else 1
+
+
+def postprocess(
+    run: tyro.conf.Positional[Path],
+    config: tyro.conf.OmitArgPrefixes[PostprocessConfig] = PostprocessConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Weight and sharpen the average of the half maps; write postprocess.mrc, postprocess.star and EMDB's FSC.
+
+    Args:
+        run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
+    """
+    from emsplat.postprocess import postprocess as work
+    from emsplat.progress import Log
+
+    work(run, config, Log())
+
+
 def fsc(
     a: tyro.conf.Positional[Path],
     b: tyro.conf.Positional[Path],
     mask: Path | None = None,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
 ) -> None:
-    """Fourier shell correlation of two maps (RELION's shells and first crossing).
+    """Fourier shell correlation of two maps: RELION's shells and first crossing, and cryoDRGN's beside them.
+
+    With a mask also that of maps with random phases, and the curve corrected by it: these mean something for two half
+    maps, not for a map and its model.
 
     Args:
         a: MRC map.
         b: MRC map of the same box and pixel size.
         mask: MRC map of the same box, values from 0 to 1, that both maps are multiplied with.
-        output: Write the curve to this STAR file as well.
+        output: Write the curves to this STAR file as well.
     """
-    from emsplat.assess.fsc import common_grid, crossing, fsc_curve, resolution
+    import torch
+
+    from emsplat.assess.fsc import common_grid, crossing, fsc_curve, last_crossing, resolution
+    from emsplat.assessment import RunMaps, read_mask, shell_curves
     from emsplat.io.mrc import read_map
     from emsplat.io.relion import write_fsc_star
+    from emsplat.types import Curve
 
-    paths = [a, b] + ([mask] if mask else [])
-    maps = {str(path): read_map(path) for path in paths}
-    grid = common_grid({name: grid for name, (_, grid) in maps.items()})
-    volumes = [maps[str(path)][0] for path in paths]
-    curve = fsc_curve(volumes[0], volumes[1], grid, volumes[2] if mask else None)
-    print("shell  resolution (Å)  FSC")
-    for shell, value in enumerate(curve.value.tolist()):
-        print(f"{shell:5d}  {grid.length / shell if shell else 999:14.3f}  {value:.4f}")
-    print(f"mean over shells 1 to {grid.size // 2}: {float(curve.value[1:].mean()):.4f}")
-    for threshold in (0.143, 0.5):
-        spacing, between = resolution(curve, threshold), crossing(curve, threshold)
-        print(
-            f"FSC {threshold}: "
-            + ("never reached" if spacing is None else f"{spacing:.2f} Å (last shell before the first drop)")
-            + ("" if between is None else f", {between:.2f} Å (interpolated)")
-        )
+    (first, grid), (second, other) = read_map(a), read_map(b)
+    common_grid({str(a): grid, str(b): other})
+    soft = None if mask is None else read_mask(mask, grid)
+    curves = {"unmasked": fsc_curve(first, second, grid)}
+    if soft is not None:
+        table, _ = shell_curves(RunMaps(grid, (first, second), None, None, soft))
+        for label in ("masked", "corrected", "random phases"):
+            curves[label] = Curve(curves["unmasked"].frequency, torch.tensor(table[_FSC_COLUMNS[label]]))
+    print("shell  resolution (Å)  " + "  ".join(f"{label:>13}" for label in curves))
+    for shell, frequency in enumerate(curves["unmasked"].frequency.tolist()):
+        values = "  ".join(f"{float(curve.value[shell]):13.4f}" for curve in curves.values())
+        print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
+    main = curves.get("masked", curves["unmasked"])
+    print(f"mean over shells 1 to {grid.size // 2}: {float(main.value[1:].mean()):.4f}")
+    for label in [label for label in curves if label != "random phases"]:
+        for threshold in (0.143, 0.5):
+            found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
+            print(
+                f"FSC {threshold} {label}: "
+                + ("never reached" if found is None else f"{found:.2f} Å (RELION's rule: last shell before the drop)")
+                + ("" if between is None else f", {between:.2f} Å (interpolated)")
+            )
+    found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
+    text = "never reached" if found is None else f"{found:.2f} Å"
+    print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
-        column = "rlnFourierShellCorrelation" + ("MaskedMaps" if mask else "UnmaskedMaps")
-        write_fsc_star(
-            output,
-            {},
-            {
-                "rlnSpectralIndex": list(range(len(curve.value))),
-                "rlnResolution": curve.frequency.tolist(),
-                column: curve.value.tolist(),
-            },
-        )
+        columns: dict[str, list[Any]] = {
+            "rlnSpectralIndex": list(range(len(main.value))),
+            "rlnResolution": main.frequency.tolist(),
+        }
+        named = {_FSC_COLUMNS[label]: curve.value.tolist() for label, curve in curves.items()}
+        write_fsc_star(output, {}, columns | named)
 
 
 def voxelize(
@@ -155,6 +227,9 @@ def report(run: tyro.conf.Positional[Path]) -> None:
 _COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
     "backproject": backproject,
+    "assess": assess,
+    "postprocess": postprocess,
+    "nulltest": nulltest,
     "simulate": simulate,
     "fsc": fsc,
     "voxelize": voxelize,
@@ -163,13 +238,13 @@ _COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, 2 for input or output that cannot be used, 130 when interrupted."""
+    """Runs a command; the exit code is 0, 1 for a failed null test, 2 for unusable input or output, 130 on Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     if words == ["--version"]:
         print(f"emsplat {__version__}")
         return 0
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        code = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,
             prog="emsplat",
             description="Cryo-EM reconstruction with mixtures of 3D Gaussians.",
@@ -181,4 +256,4 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("emsplat: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0

@@ -139,6 +139,41 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
+class AssessConfig:
+    """Settings of an assessment of a run folder."""
+
+    mask: Path | None = None
+    """MRC map with values from 0 to 1; default: the mask of the run. It becomes the mask of the run."""
+
+    reference: Path | None = None
+    """MRC map on the same grid that the full map is compared with as well."""
+
+    window: float | None = None
+    """Width of the moving window of the local resolution in Å; default: 25, or five times the resolution of the
+    back-projections where that is more."""
+
+    threads: int | None = None
+    """Threads of the computation; default: all cores."""
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """Settings of sharpening."""
+
+    mask: Path | None = None
+    """MRC map with values from 0 to 1; default: the mask of the run."""
+
+    b_factor: float | None = None
+    """B factor in Å²; negative sharpens. Default: from Guinier's plot."""
+
+    b_factor_from: float = 10.0
+    """Spacing in Å where the line of Guinier's plot begins; it ends at the resolution."""
+
+    threads: int | None = None
+    """Threads of the computation; default: all cores."""
+
+
+@dataclass(frozen=True)
 class ReconstructConfig(InputConfig):
     """Settings of a reconstruction; numbers that are not given follow from the recipe."""
 
@@ -189,6 +224,18 @@ class ReconstructConfig(InputConfig):
 
     rotation: bool = True
     """Let the Gaussians' axes turn."""
+
+
+@dataclass(frozen=True)
+class NullTestConfig(ReconstructConfig):
+    """Settings of null tests: those of a reconstruction, and what is done to the particles."""
+
+    particles: int = 3000
+    """How many particles each test takes, evenly from both half-sets."""
+
+    randomise_from: float | None = None
+    """Spacing in Å from which on the phases of the images are random in that test; default: twice the resolution of
+    the unaltered particles."""
 
 
 @dataclass(frozen=True)

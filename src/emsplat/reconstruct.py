@@ -36,27 +36,27 @@ from emsplat.accumulate import (
     relative_gain,
 )
 from emsplat.assess.crossvalidate import CrossValidation
-from emsplat.assess.fsc import common_grid, crossing, fsc_curve, resolution
-from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
-from emsplat.config import RECIPES, InputConfig, ReconstructConfig
+from emsplat.assess.fsc import resolution
+from emsplat.assessment import assess, is_evident, particle_mask, read_mask
+from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
-from emsplat.io.mrc import read_map, write_map
+from emsplat.io.mrc import write_map
 from emsplat.io.ply import write_ply
-from emsplat.io.relion import rewrite_star, write_fsc_star
+from emsplat.io.relion import rewrite_star
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
 from emsplat.particles import ParticleStack, estimate_noise, open_particles
 from emsplat.progress import Log, peak_memory
 from emsplat.project import voxelize
+from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
 from emsplat.types import Curve, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
-_FIRST_SHELLS = 4
 _FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
 
 
@@ -154,7 +154,7 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
     maps["class001"] = classical.equations["class001"].solve(_prior(classical.validation.raw))
     for name, volume in maps.items():
         write_map(output / _map_name(name), volume, grid.pixel_size)
-    summary = _finish(log, output, stack, particles, skipped, config, {}, maps, classical, {}, start, [])
+    summary = _finish(log, output, stack, particles, skipped, config, {}, classical, {}, start, [], [])
     return summary
 
 
@@ -184,15 +184,15 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
             models[name], fits[name] = _fit_images(
                 name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
             )
-    maps = {}
     for name, model in models.items():
-        with torch.no_grad():
-            maps[name] = voxelize(model(), stack.grid)
-        _write_model(output, name, model, maps[name], stack.grid)
+        _write_model(output, name, model, stack.grid)
     for name, volume in classical.raw.items():
         write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
+    with torch.no_grad():
+        halves = {number: models[name]() for name, number in _HALVES.items()}
+    examples = write_residuals(stack, halves, output)
     return _finish(
-        log, output, stack, particles, skipped, config, plain(settings), maps, classical, fits, start, stages
+        log, output, stack, particles, skipped, config, plain(settings), classical, fits, start, stages, examples
     )
 
 
@@ -214,7 +214,7 @@ def _open(
     if not several_grids:
         stack.require_one_grid()
     if config.mask is not None:
-        _read_mask(config.mask, stack.grid)
+        read_mask(config.mask, stack.grid)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
     for warning in stack.table.warnings:
@@ -244,15 +244,11 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             "images seems to be the opposite of what was assumed, try "
             + ("without --invert" if stack.sign < 0 else "--invert")
         )
-    edge = 6 * stack.grid.pixel_size
-    mask = spherical_mask(stack.grid, min(stack.diameter, stack.grid.length - 2 * edge), edge)
-    first = resolution(fsc_curve(raw["half1"], raw["half2"], stack.grid, mask), 0.143)
-    evident = first is not None and first < stack.grid.length / _FIRST_SHELLS
+    evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
     if config.mask is not None:
-        mask = _read_mask(config.mask, stack.grid)
-    elif evident:
-        # Cut out of noise, a mask would pick the places where both halves happen to be alike.
-        mask = solvent_mask(raw["class001"], stack.grid, stack.diameter)
+        mask = read_mask(config.mask, stack.grid)
+    else:
+        mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
     validation = CrossValidation((raw["half1"], raw["half2"]), mask, stack.grid)
     curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
@@ -323,12 +319,6 @@ def _accumulate_part(
     if config.keep_statistics or time.monotonic() - start > config.checkpoint_every:
         statistics.save(saved)
     return statistics.equations()
-
-
-def _read_mask(path: Path, grid: Grid) -> Tensor:
-    mask, own = read_map(path)
-    common_grid({"the particles": grid, str(path): own})
-    return check_mask(mask, str(path))
 
 
 def _prior(fsc: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
@@ -518,64 +508,6 @@ def ramp(size: int) -> Float[Tensor, " s"]:
     return shells.clamp(min=1) / (size // 2)
 
 
-def assess(
-    maps: dict[str, Tensor], classical: Classical, grid: Grid, *, validated: bool
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Columns of the FSC table and resolutions in Å (None where a curve does not reach the threshold).
-
-    ``validated`` is for models: the classical maps themselves cannot be cross-validated.
-    """
-    halves = maps["half1"], maps["half2"]
-    frequency = torch.arange(grid.size // 2 + 1).double() / grid.length
-    curves = {
-        "unmasked": fsc_curve(*halves, grid),
-        "masked": fsc_curve(*halves, grid, classical.mask),
-    }
-    backprojection = Curve(frequency, classical.validation.raw)
-    resolutions: dict[str, Any] = {
-        f"half_map_{name}{suffix}": resolution(curve, threshold)
-        for name, curve in curves.items()
-        for suffix, threshold in (("", 0.143), ("_0.5", 0.5))
-    }
-    resolutions["backprojection_masked"] = resolution(backprojection, 0.143)
-    shells = range(len(frequency))
-    columns = {
-        "rlnSpectralIndex": list(shells),
-        "rlnResolution": frequency.tolist(),
-        "rlnAngstromResolution": [grid.length / s if s else 999.0 for s in shells],
-        "rlnFourierShellCorrelationUnmaskedMaps": curves["unmasked"].value.tolist(),
-        "rlnFourierShellCorrelationMaskedMaps": curves["masked"].value.tolist(),
-    }
-    if validated:
-        curve = classical.validation.curve(halves)
-        low, high = classical.validation.interval(curve)
-        resolutions["cross_validated"] = crossing(curve, 0.5)
-        ends = [crossing(Curve(frequency, end), 0.5) for end in (low, high)]
-        resolutions["cross_validated_interval"] = (
-            None if None in ends or None is resolutions["cross_validated"] else ends
-        )
-        columns["emsplatBackprojectionMasked"] = backprojection.value.tolist()
-        columns["emsplatCrossValidated"] = curve.value.tolist()
-    return columns, resolutions
-
-
-def _judge(log: Log, resolutions: dict[str, Any], evident: bool) -> None:
-    """Takes back resolutions that the particles themselves do not bear out.
-
-    The start from a map and the shape of the box make two fits to noise alike in the first shells, so a model's FSC
-    alone says nothing there. The classical maps of the halves carry no such likeness: where they do not correlate
-    beyond the first few shells, there is no particle to resolve.
-    """
-    if not evident:
-        for name in resolutions:
-            resolutions[name] = None
-        log.warn(
-            "the two half-sets, classically back-projected, do not agree beyond the first "
-            f"{_FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
-            "resolution is given"
-        )
-
-
 def _finish(
     log: Log,
     output: Path,
@@ -584,28 +516,26 @@ def _finish(
     skipped: list[int],
     config: InputConfig,
     settings: dict[str, Any],
-    maps: dict[str, Tensor],
     classical: Classical,
     fits: dict[str, Any],
     start: float,
     stages: list[Stage],
+    examples: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """FSC, summary and report of a run folder whose maps are written."""
+    """Verdict, summary and report of a run folder whose maps are written."""
     grid = stack.grid
     write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
-    columns, resolutions = assess(maps, classical, grid, validated=bool(fits))
-    _judge(log, resolutions, classical.evident)
-    general = {name: str(value) for name, value in resolutions.items() if not isinstance(value, list)}
-    write_fsc_star(output / "fsc.star", general, columns)
+    verdict = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
     if not config.keep_statistics:
         for path in output.glob("run_half?_statistics*.safetensors"):
             path.unlink()
     summary = {
-        "resolution": resolutions,
+        **verdict,
         "input": _describe(stack, particles, skipped),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": fits,
         "course": [asdict(stage) for stage in stages],
+        "examples": examples,
         "settings": settings,
         "options": plain(config),
         "seconds": round(time.monotonic() - start, 1),
@@ -618,6 +548,29 @@ def _finish(
     write_text(output / "summary.json", json.dumps(summary, indent=2))
     report.write_report(output)  # and every figure in it
     _conclude(log, summary, output)
+    return summary
+
+
+def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[str, Any]:
+    """Measures the maps of a run folder again, with another mask, a reference or another window; returns the summary.
+
+    Raises:
+        InputError: no finished run in the folder, or an option that does not fit it.
+    """
+    log = log or Log()
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    path = run / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected JSON; remove it to go on without") from error
+    about, options = summary.get("input", {}), summary.get("options", {})
+    verdict = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
+    summary = summary | verdict | {"assessment": plain(config), "warnings": log.warnings}
+    write_text(path, json.dumps(summary, indent=2))
+    report.write_report(run)
+    _conclude_resolution(log, summary)
+    log.line(f"  FSC: {run / 'fsc.star'}; report: {run / 'report.html'}")
     return summary
 
 
@@ -638,10 +591,10 @@ def _map_name(name: str) -> str:
     return "run_class001.mrc" if name == "class001" else f"run_{name}_class001_unfil.mrc"
 
 
-def _write_model(output: Path, name: str, model: GaussianField, volume: Tensor, grid: Grid) -> None:
-    write_map(output / _map_name(name), volume, grid.pixel_size)
+def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> None:
     with torch.no_grad():
         gaussians = model()
+        write_map(output / _map_name(name), voxelize(gaussians, grid), grid.pixel_size)
         write_ply(
             output / f"run_{name}.ply",
             gaussians.mean,
@@ -712,22 +665,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    values = summary["resolution"]
-
-    def text(name: str) -> str:
-        return "none" if values.get(name) is None else f"{values[name]:.2f} Å"
-
-    if "cross_validated" in values:
-        ends = values["cross_validated_interval"]
-        band = "" if ends is None else f" (95 %: {max(ends):.2f} to {min(ends):.2f} Å)"
-        log.line(f"resolution, cross-validated FSC 0.5: {text('cross_validated')}{band}")
-        log.line(f"classical half maps in the mask, FSC 0.143: {text('backprojection_masked')}")
-    log.line(
-        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in the "
-        f"mask; 0.5: {text('half_map_unmasked_0.5')}, {text('half_map_masked_0.5')}"
-    )
-    if "cross_validated" in values:
-        log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
+    _conclude_resolution(log, summary)
     log.line(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB at most")
     for what, name in (
         ("map", "run_class001.mrc"),
@@ -736,3 +674,36 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         ("report", "report.html"),
     ):
         log.line(f"  {what}: {output / name}")
+
+
+def _conclude_resolution(log: Log, summary: dict[str, Any]) -> None:
+    values = summary["resolution"]
+    validated = bool(summary.get("fits"))
+
+    def text(name: str) -> str:
+        return "none" if values.get(name) is None else f"{values[name]:.2f} Å"
+
+    if validated:
+        ends = values["cross_validated_interval"]
+        band = "" if ends is None else f" (95 %: {max(ends):.2f} to {min(ends):.2f} Å)"
+        log.line(f"resolution, cross-validated FSC 0.5: {text('cross_validated')}{band}")
+        log.line(f"classical half maps in the mask, FSC 0.143: {text('backprojection_masked')}")
+    log.line(
+        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in the "
+        f"mask, {text('half_map_corrected')} corrected for the mask"
+    )
+    if validated:
+        log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
+    if "reference_masked_0.5" in values:
+        log.line(f"full map against the reference, FSC 0.5: {text('reference_masked_0.5')}")
+    local, direction = summary["local_resolution"], summary["directional"]
+    if local is not None and (found := local["cross_validated"] or local["half_maps"]):
+        log.line(
+            f"local resolution in the mask: median {found['median']:.2f} Å, 90 % between {found['p5']:.2f} and "
+            f"{found['p95']:.2f} Å"
+        )
+    if direction is not None:
+        log.line(
+            f"Fourier slice correlation {direction['fslc_mean']:.3f} ± {direction['fslc_std']:.3f}"
+            + (f", sampling compensation {factor:.2f}" if (factor := direction.get("sampling_compensation")) else "")
+        )

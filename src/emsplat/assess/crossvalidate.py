@@ -19,6 +19,7 @@ from torch import Tensor
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of the FSC of pure noise
+_SYSTEMATIC = 0.004  # interpolation on the way to the back-projections: error of the estimate where noise has none
 
 
 def independent_coefficients(mask: Float[Tensor, "z y x"]) -> Float[Tensor, " s"]:
@@ -88,14 +89,15 @@ class CrossValidation:
     def interval(self, curve: Curve) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
         """A 95 % band of a curve of `curve`, from the number of independent coefficients (Fisher's transform).
 
-        The uncertainty of FSC(M_A, R_B) and of FSC(R_A, R_B) is added as if they were independent.
+        The uncertainty of FSC(M_A, R_B) and of FSC(R_A, R_B) is added as if they were independent, and 0.004 for what
+        does not come from noise.
         """
         raw = self.raw.clamp(1e-6, 0.999999)
         seen = (curve.value * raw.sqrt()).clamp(-0.999999, 0.999999)
         # Both directions are averaged, but they share the noise of R_A and R_B: no gain is claimed.
         spread = (2 * self.count).rsqrt()
         relative = ((1 - seen**2) / seen.abs().clamp(min=1e-6)) ** 2 + (0.5 * (1 - raw**2) / raw) ** 2
-        half = 1.96 * spread * curve.value.abs() * relative.sqrt()
+        half = 1.96 * ((spread * curve.value) ** 2 * relative + _SYSTEMATIC**2).sqrt()
         return curve.value - half, curve.value + half
 
     def _transform(self, volume: Tensor) -> Float[Tensor, "n 2"]:

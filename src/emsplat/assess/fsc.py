@@ -1,13 +1,16 @@
-"""Fourier shell correlation of two maps, and the resolution read from it.
+"""Fourier shell correlation of two maps, its corrections, and the resolution read from it.
 
-Shells follow RELION: shell s holds the frequencies with round(|k| N a) = s, s = 0 .. N // 2
-(docs/conventions.md, 8).
+Shells follow RELION: shell s holds the frequencies with round(|k| N a) = s, s = 0 .. N // 2, and a resolution is the
+last shell before the first drop below a threshold. cryoDRGN (and CryoBench) put s - 1 <= |k| N a < s into shell s and
+take the last shell above the threshold, which reads half a shell to a shell finer and ignores dips: `fsc` and
+`last_crossing` give these as well, and every output names its rule (docs/conventions.md, 8).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,15 +19,23 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.types import Curve, Grid
 
+Rule = Literal["relion", "cryodrgn"]
+
+PROTEIN_VOLUME = 0.476  # part of a mask around a particle that the protein fills, as RELION assumes
+
 
 def fsc(
-    a: Float[Tensor, "z y x"], b: Float[Tensor, "_z _y _x"], mask: Float[Tensor, "_z _y _x"] | None = None
+    a: Float[Tensor, "z y x"],
+    b: Float[Tensor, "_z _y _x"],
+    mask: Float[Tensor, "_z _y _x"] | None = None,
+    rule: Rule = "relion",
 ) -> Float[Tensor, " s"]:
     """Fourier shell correlation of two cubic maps, float64, one value for each shell 0 .. size // 2.
 
     FSC_s = Re Σ F_a* F_b / sqrt(Σ |F_a|² Σ |F_b|²) over the whole shell (Harauz & van Heel 1986); 0 where
     either map has no power. The maps are multiplied by the mask first. Transforms are taken in the dtype of
-    the maps, sums in float64.
+    the maps, sums in float64. ``rule`` says which frequencies shell s holds: those rounded to s ("relion"), or
+    s - 1 <= |k| N a < s with shell 0 set to 1 ("cryodrgn").
 
     Raises:
         InputError: the maps are not cubes of one size; the mask has another shape, is empty or leaves [0, 1].
@@ -44,12 +55,15 @@ def fsc(
     sums = torch.zeros(3, shells + 1, dtype=torch.float64, device=a.device)
     # One z plane at a time: the memory is that of the two transforms.
     for z, kz in enumerate(full):
-        shell = torch.floor(torch.sqrt(plane + kz**2) + 0.5).long().clamp(max=shells).flatten()
+        offset = 0.5 if rule == "relion" else 1.0
+        shell = torch.floor(torch.sqrt(plane + kz**2) + offset).long().clamp(max=shells).flatten()
         plane_a, plane_b = (torch.view_as_real(s[z]).double() for s in (spectrum_a, spectrum_b))
         for row, (p, q) in enumerate([(plane_a, plane_b), (plane_a, plane_a), (plane_b, plane_b)]):
             sums[row] += torch.bincount(shell, (twice * (p * q).sum(-1)).flatten(), minlength=shells + 1)
     cross, power_a, power_b = sums[:, :shells]
     norm = power_a.sqrt() * power_b.sqrt()
+    if rule == "cryodrgn":
+        cross[0] = norm[0] = 1
     return torch.where(norm > 0, cross / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
 
 
@@ -58,6 +72,7 @@ def fsc_curve(
     b: Float[Tensor, "_z _y _x"],
     grid: Grid,
     mask: Float[Tensor, "_z _y _x"] | None = None,
+    rule: Rule = "relion",
 ) -> Curve:
     """`fsc` with the frequency of each shell, s / (N a) in 1/Å; both float64 on the CPU.
 
@@ -69,8 +84,51 @@ def fsc_curve(
             f"FSC: map of {len(a)} voxels per axis on a grid of {grid.size}; expected the same size; "
             "pass the grid that the map was read with"
         )
-    value = fsc(a, b, mask).cpu()
+    value = fsc(a, b, mask, rule).cpu()
     return Curve(torch.arange(len(value), dtype=torch.float64) / grid.length, value)
+
+
+def randomise_phases(volume: Float[Tensor, "z y x"], shell: int, seed: int) -> Float[Tensor, "z y x"]:
+    """The map with random phases in all shells from ``shell`` on, amplitudes unchanged (Chen et al. 2013)."""
+    size = len(volume)
+    noise = torch.randn(volume.shape, generator=torch.Generator().manual_seed(seed), dtype=volume.dtype)
+    spectrum, phase = torch.fft.rfftn(volume), torch.fft.rfftn(noise)
+    full = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    square = full[:, None, None] ** 2 + full[:, None] ** 2 + full[: size // 2 + 1].abs() ** 2
+    beyond = square.sqrt() + 0.5 >= shell
+    # The phases of white noise obey the symmetry of the transform of a real map.
+    random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
+    moved: Tensor = torch.fft.irfftn(torch.where(beyond, random, spectrum), s=volume.shape)
+    return moved
+
+
+def randomisation_shell(unmasked: Curve, threshold: float = 0.8) -> int | None:
+    """The first shell where the FSC without mask falls below ``threshold`` (RELION's rule); None where none does."""
+    shell = _first_below(unmasked, threshold)
+    return shell if shell < len(unmasked.value) else None
+
+
+def corrected_fsc(masked: Curve, randomised: Curve, start: int) -> Curve:
+    """FSC without what the mask alone contributes (Chen et al. 2013, eq. 4, with RELION's rule for where it begins).
+
+    ``randomised`` is the masked FSC of the maps with random phases from shell ``start`` on. The curve is the masked
+    one before shell ``start`` + 2 and (FSC - FSC_random) / (1 - FSC_random) from there on; 0 where the random phases
+    agree fully.
+    """
+    rest = 1 - randomised.value
+    value = torch.where(rest > 1e-9, (masked.value - randomised.value) / rest.clamp(min=1e-9), 0.0)
+    shells = torch.arange(len(value), device=value.device)
+    return Curve(masked.frequency, torch.where(shells < start + 2, masked.value, value))
+
+
+def particle_fsc(unmasked: Curve, mask_fraction: float) -> Curve:
+    """FSC of the particle alone, from that of the whole box (Grant et al. 2018, cisTEM; RELION's column of that name).
+
+    f F / (1 + (f - 1) F) with f = 0.476 / ``mask_fraction``, the part of the box that a mask around the particle
+    fills, of which protein fills 0.476.
+    """
+    factor = PROTEIN_VOLUME / mask_fraction
+    return Curve(unmasked.frequency, factor * unmasked.value / (1 + (factor - 1) * unmasked.value))
 
 
 def common_grid(grids: Mapping[str, Grid]) -> Grid:
@@ -114,6 +172,15 @@ def crossing(curve: Curve, threshold: float) -> float | None:
     high, low = map(float, curve.value[shell - 1 : shell + 1])
     start, end = map(float, curve.frequency[shell - 1 : shell + 1])
     return 1 / (start + (end - start) * (high - threshold) / (high - low))
+
+
+def last_crossing(curve: Curve, threshold: float) -> float | None:
+    """Spacing in Å of the last shell at or above the threshold, whatever lies before it (cryoDRGN, CryoBench).
+
+    Not comparable with `resolution`. None if no shell after 0 reaches the threshold.
+    """
+    above = torch.nonzero(curve.value[1:] >= threshold)
+    return 1 / float(curve.frequency[1 + int(above[-1])]) if len(above) else None
 
 
 def _first_below(curve: Curve, threshold: float) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gemmi import cif
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -137,6 +138,17 @@ def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
     if particles is None:
         raise InputError(f"{path}: no table has a column rlnImageName; expected a STAR file of particles")
     return particles, optics
+
+
+def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
+    """Orientations of the particles of a STAR file alone, float64; images need not exist.
+
+    Raises:
+        InputError: unreadable file, missing column, a value that is no finite number.
+    """
+    particles, _ = _tables(path, _document(path))
+    angles = [torch.from_numpy(particles.numbers(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")]
+    return euler_to_matrix(torch.deg2rad(torch.stack(angles, 1)))
 
 
 def read_star(path: Path, datadir: Path | None = None) -> ParticleTable:
@@ -368,10 +380,23 @@ def _search_places(path: Path, datadir: Path | None) -> Callable[[str], list[Pat
     return places
 
 
-def rewrite_star(source: Path, target: Path, rows: Tensor, half: Tensor) -> None:
+def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """The text of those of these columns (without "rln") that the particle table of a STAR file has.
+
+    Raises:
+        InputError: unreadable file.
+    """
+    particles, _ = _tables(path, _document(path))
+    return {name: list(particles.text(name)) for name in names if particles.has(name)}
+
+
+def rewrite_star(
+    source: Path, target: Path, rows: Tensor, half: Tensor, columns: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """The STAR file ``source`` with only these particle rows and with rlnRandomSubset = ``half`` (one per row).
 
-    Every other table and column keeps its text.
+    ``columns`` (names without "rln", one text per row) take the place of those of the source. Every other table and
+    column keeps its text.
 
     Raises:
         InputError: the source is no longer readable.
@@ -383,16 +408,21 @@ def rewrite_star(source: Path, target: Path, rows: Tensor, half: Tensor) -> None
     if loop is None:
         # A single particle may be written as pairs of name and value; there is nothing to leave out.
         particles.block.set_pair("_rlnRandomSubset", str(int(half[0])))
+        for name, texts in (columns or {}).items():
+            particles.block.set_pair(f"_rln{name}", cif.quote(texts[0]))
     else:
         tags = list(loop.tags)
-        columns = [particles.block.find_values(tag) for tag in tags]
-        kept = [[column[row] for row in rows.tolist()] for column in map(list, columns)]
-        subset = [str(value) for value in half.tolist()]
-        if "_rlnRandomSubset" in tags:
-            kept[tags.index("_rlnRandomSubset")] = subset
-        else:
-            tags.append("_rlnRandomSubset")
-            kept.append(subset)
+        texts_before = [list(particles.block.find_values(tag)) for tag in tags]
+        kept = [[column[row] for row in rows.tolist()] for column in texts_before]
+        replaced = {name: [cif.quote(text) for text in texts] for name, texts in (columns or {}).items()}
+        replaced["RandomSubset"] = [str(value) for value in half.tolist()]
+        for name, texts in replaced.items():
+            tag = f"_rln{name}"
+            if tag in tags:
+                kept[tags.index(tag)] = texts
+            else:
+                tags.append(tag)
+                kept.append(texts)
         new = particles.block.init_loop("", tags)
         new.set_all_values(kept)
     _write(document, target)
@@ -458,13 +488,20 @@ def write_particles_star(
     _write(document, path)
 
 
-def write_fsc_star(path: Path, general: dict[str, str], columns: Mapping[str, Sequence[float | int]]) -> None:
-    """An FSC table in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc."""
+def write_fsc_star(
+    path: Path,
+    general: Mapping[str, str],
+    columns: Mapping[str, Sequence[float | int]],
+    guinier: Mapping[str, Sequence[float | int]] | None = None,
+) -> None:
+    """Tables in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc and data_guinier."""
     document = cif.Document()
     block = document.add_new_block("general")
     for name, value in {"emsplatVersion": __version__, **general}.items():
         block.set_pair(f"_{name}", cif.quote(value))
-    block = document.add_new_block("fsc")
-    texts = [[f"{v:.6f}" if isinstance(v, float) else str(v) for v in values] for values in columns.values()]
-    block.init_loop("", [f"_{name}" for name in columns]).set_all_values(texts)
+    for table, curves in (("fsc", columns), ("guinier", guinier or {})):
+        if curves:
+            block = document.add_new_block(table)
+            texts = [[f"{v:.6f}" if isinstance(v, float) else str(v) for v in values] for values in curves.values()]
+            block.init_loop("", [f"_{name}" for name in curves]).set_all_values(texts)
     _write(document, path)

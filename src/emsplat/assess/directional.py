@@ -1,0 +1,258 @@
+"""Resolution by direction: Fourier slice correlation, conical FSC, and how evenly projections sample Fourier space.
+
+Directions lie on a uniform grid of elevation (0 to 180° from +z) and azimuth (0 to 360° from +x towards +y).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.assess.fsc import resolution
+from emsplat.errors import InputError
+from emsplat.types import Curve, Grid
+
+_PIXELS = 2_000  # points of the sphere that frequencies are collected at for cones: 4.6° apart
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Cells of a uniform elevation-azimuth grid, elevation slowest."""
+
+    elevation: Float[Tensor, " d"]  # degrees, cell centres
+    azimuth: Float[Tensor, " d"]  # degrees, cell centres
+    step: float  # degrees
+
+    @property
+    def vectors(self) -> Float[Tensor, "d 3"]:
+        """Unit vectors (x, y, z)."""
+        return _sphere(torch.deg2rad(self.elevation), torch.deg2rad(self.azimuth))
+
+    @property
+    def solid_angle(self) -> Float[Tensor, " d"]:
+        """Part of the sphere that each cell covers; they add up to 1."""
+        half = math.radians(self.step / 2)
+        centre = torch.deg2rad(self.elevation)
+        band = torch.cos(centre - half) - torch.cos(centre + half)
+        return band / band.sum()
+
+
+def direction_grid(step: float = 10.0) -> Directions:
+    """All cells of ``step`` × ``step`` degrees; ``step`` divides 180.
+
+    Raises:
+        InputError: it does not.
+    """
+    rows = round(180 / step)
+    if rows < 2 or not math.isclose(rows * step, 180):
+        raise InputError(f"directions: step of {step:g}°; expected a divisor of 180 that is at most 90")
+    elevation = (torch.arange(rows, dtype=torch.float64) + 0.5) * step
+    azimuth = (torch.arange(2 * rows, dtype=torch.float64) + 0.5) * step
+    return Directions(elevation.repeat_interleave(2 * rows), azimuth.repeat(rows), step)
+
+
+def slice_correlation(
+    a: Float[Tensor, "z y x"],
+    b: Float[Tensor, "_z _y _x"],
+    grid: Grid,
+    directions: Directions,
+    band: tuple[float, float],
+) -> Float[Tensor, " d"]:
+    """Fourier slice correlation of two maps: GEM, section 4.4 (Huang et al. 2024), float64.
+
+    For each direction the normalised correlation Re Σ A* B / sqrt(Σ |A|² Σ |B|²) over the central plane of Fourier
+    space perpendicular to it, i.e. of the two projections along it, for spacings from ``band[0]`` down to ``band[1]``
+    Å. The three spectra are interpolated linearly between the voxels of Fourier space; planes along the axes are exact.
+
+    Raises:
+        InputError: the band holds no shell of the grid, or the maps are no cubes of its size.
+    """
+    size, low, high = _check_band(a, b, grid, band)
+    rows = torch.arange(-high, high + 1, dtype=torch.float32)
+    radius = (rows[:, None] ** 2 + rows**2).sqrt()
+    inside = (radius >= low - 0.5) & (radius < high + 0.5)
+    u, v = torch.meshgrid(rows, rows, indexing="ij")
+    u, v = u[inside], v[inside]
+    spectra = torch.stack(_products(a, b))[None].float()
+    out = []
+    for axis in directions.vectors.float():
+        first, second = _perpendicular(axis)
+        points = u[:, None] * first + v[:, None] * second  # (x, y, z) in voxels of Fourier space
+        # The half space kx >= 0 is enough: the three spectra are even.
+        points = torch.where(points[:, :1] < 0, -points, points)
+        scale = torch.tensor([2 / (size // 2), 2 / (size - 1), 2 / (size - 1)])
+        shift = torch.tensor([0.0, size // 2, size // 2])
+        place = (points + shift) * scale - 1
+        ab, aa, bb = functional.grid_sample(spectra, place[None, None, None], align_corners=True)[0, :, 0, 0].double()
+        out.append(ab.sum() / (aa.sum() * bb.sum()).sqrt().clamp(min=1e-30))
+    return torch.stack(out)
+
+
+def conical_fsc(
+    a: Float[Tensor, "z y x"],
+    b: Float[Tensor, "_z _y _x"],
+    directions: Directions,
+    half_angle: float = 20.0,
+) -> Float[Tensor, "d s"]:
+    """FSC of two maps within a cone of ``half_angle`` degrees about each direction (Tan et al. 2017), float64.
+
+    One value for each direction and shell 0 .. size // 2 (RELION's shells), from the sums over that shell and its two
+    neighbours: a cone holds few independent frequencies, and a single shell of noise would end the curve. 1 where a cone
+    holds no frequency at all. Frequencies are collected at 2,000 points of the sphere first, so the edge of a cone is
+    2° soft.
+    """
+    size = len(a)
+    shells = size // 2 + 1
+    full = torch.arange(size) - size // 2
+    half = torch.arange(shells)
+    points = _fibonacci(_PIXELS)
+    # Nearest point of the sphere for each frequency of the half space, by a table over direction cosines.
+    sums = torch.zeros(4, _PIXELS * (shells + 1), dtype=torch.float64)
+    products = [*_products(a, b), torch.ones(size, size, shells)]
+    lookup = _NearestPoint(points)
+    twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
+    for z, kz in enumerate(full.tolist()):
+        x, y = half.float().expand(size, -1), full.float()[:, None].expand(-1, shells)
+        radius = (x**2 + y**2 + kz**2).sqrt()
+        inside = radius < shells - 0.5
+        shell = torch.floor(radius[inside] + 0.5).long()
+        vectors = torch.stack([x[inside], y[inside], torch.full_like(shell, kz).float()], 1)
+        index = lookup(vectors) * (shells + 1) + shell
+        for row, product in enumerate(products):
+            sums[row] += torch.bincount(index, (twice * product[z])[inside], minlength=sums.shape[1])
+    table = sums.reshape(4, _PIXELS, shells + 1)[..., :shells]
+    table = functional.avg_pool1d(table, 3, stride=1, padding=1)
+    cosine = (directions.vectors @ points.double().T).abs()  # a cone and its opposite hold the same
+    soft = 2.0
+    angle = torch.rad2deg(torch.arccos(cosine.clamp(max=1)))
+    weight = ((half_angle + soft - angle) / (2 * soft)).clamp(0, 1)
+    ab, aa, bb, count = torch.einsum("dp,rps->rds", weight, table)
+    norm = (aa * bb).sqrt()
+    return torch.where(norm > 0, ab / norm.clamp(min=1e-300), (count == 0).double())
+
+
+def conical_resolution(cones: Float[Tensor, "d s"], grid: Grid, threshold: float = 0.143) -> Float[Tensor, " d"]:
+    """Resolution in Å of each cone: the last shell before the first drop; NaN where shell 1 is below already."""
+    frequency = torch.arange(cones.shape[1], dtype=torch.float64) / grid.length
+    found = [resolution(Curve(frequency, cone), threshold) for cone in cones]
+    return torch.tensor([math.nan if value is None else value for value in found], dtype=torch.float64)
+
+
+def view_histogram(rotation: Float[Tensor, "p 3 3"], directions: Directions) -> Float[Tensor, " d"]:
+    """How many particles are seen from each cell, float64.
+
+    ``rotation`` maps object to image coordinates (docs/conventions.md): the viewing direction in the object's frame is
+    its last row. Opposite views are kept apart.
+    """
+    view = rotation[:, 2].double()
+    elevation = torch.rad2deg(torch.arccos(view[:, 2].clamp(-1, 1)))
+    azimuth = torch.rad2deg(torch.atan2(view[:, 1], view[:, 0])) % 360
+    rows = round(180 / directions.step)
+    row = (elevation / directions.step).long().clamp(max=rows - 1)
+    column = (azimuth / directions.step).long().clamp(max=2 * rows - 1)
+    return torch.bincount(row * 2 * rows + column, minlength=2 * rows * rows).double()
+
+
+def fourier_sampling(rotation: Float[Tensor, "p 3 3"], symmetry: Float[Tensor, "g 3 3"]) -> Float[Tensor, "n 3+1"]:
+    """How densely the particles' central planes cross 2,000 directions of Fourier space, 1 being uniform.
+
+    Columns are (x, y, z, density). A plane counts where it passes within 2.5° of the direction. Every group element
+    turns the object: its views are ``rotation`` @ element.
+    """
+    points = _fibonacci(_PIXELS).double()
+    lookup = _NearestPoint(points.float())
+    views = torch.zeros(_PIXELS, dtype=torch.float64)
+    for element in symmetry.double():
+        seen = rotation[:, 2].double() @ element
+        views += torch.bincount(lookup(seen.float()), minlength=_PIXELS)
+    half = math.sin(math.radians(2.5))
+    density = ((points @ points.T).abs() < half).double() @ views
+    uniform = views.sum() * half  # the part of the sphere in the band
+    return torch.cat([points, (density / uniform)[:, None]], 1)
+
+
+def sampling_compensation(density: Float[Tensor, " n"]) -> tuple[float, float]:
+    """Sampling compensation factor, and the part of all directions that no plane crosses.
+
+    1 / <1 / density> (Baldwin & Lyumkis 2020): 1 for uniform views; it divides the SSNR, so that 0.5 costs as much as
+    half of the particles. Directions without any sample would make it 0; they are left out of the mean, as in its later
+    form, and the factor is multiplied by the sampled part.
+    """
+    measured = density > 0.02  # below that a voxel is regularised away
+    part = float(measured.double().mean())
+    if not part:
+        return 0.0, 1.0
+    return part * float(1 / (1 / density[measured]).mean()), 1 - part
+
+
+class _NearestPoint:
+    """Index of the nearest of many points on the sphere, from a table over a cube map."""
+
+    _CELLS = 256
+
+    def __init__(self, points: Float[Tensor, "n 3"]) -> None:
+        centre = (torch.arange(self._CELLS) + 0.5) / self._CELLS * 2 - 1
+        u, v = torch.meshgrid(centre, centre, indexing="ij")
+        tables = []
+        for axis in range(3):
+            for sign in (1.0, -1.0):
+                parts = [u, v]
+                parts.insert(axis, torch.full_like(u, sign))
+                face = functional.normalize(torch.stack(parts, -1).reshape(-1, 3), dim=1)
+                tables.append(torch.cat([(part @ points.T).argmax(1) for part in torch.split(face, 8192)]))
+        self._table = torch.stack(tables).flatten()
+
+    def __call__(self, vectors: Float[Tensor, "n 3"]) -> Tensor:
+        longest, axis = vectors.abs().max(1)
+        sign = vectors.gather(1, axis[:, None])[:, 0] < 0
+        scaled = vectors / longest.clamp(min=1e-12)[:, None]
+        u = torch.where(axis == 0, scaled[:, 1], scaled[:, 0])
+        v = torch.where(axis == 2, scaled[:, 1], scaled[:, 2])
+        cell = [((w + 1) / 2 * self._CELLS).long().clamp(0, self._CELLS - 1) for w in (u, v)]
+        face = 2 * axis + sign.long()
+        found: Tensor = self._table[(face * self._CELLS + cell[0]) * self._CELLS + cell[1]]
+        return found
+
+
+def _products(a: Tensor, b: Tensor) -> list[Float[Tensor, "z y k"]]:
+    """Re A* B, |A|², |B|² with kz and ky in ascending order and kx >= 0."""
+    spectra = [torch.view_as_real(torch.fft.fftshift(torch.fft.rfftn(v.float()), dim=(0, 1))) for v in (a, b)]
+    pairs = [(0, 1), (0, 0), (1, 1)]
+    return [(spectra[i] * spectra[j]).sum(-1) for i, j in pairs]
+
+
+def _check_band(a: Tensor, b: Tensor, grid: Grid, band: tuple[float, float]) -> tuple[int, int, int]:
+    size = grid.size
+    if any(volume.shape != (size,) * 3 for volume in (a, b)):
+        raise InputError(f"Fourier slice correlation: maps on another grid than {size}³ voxels; resample one of them")
+    low, high = math.ceil(grid.length / band[0]), min(math.floor(grid.length / band[1] + 1e-6), size // 2 - 1)
+    if not 1 <= low <= high:
+        raise InputError(
+            f"Fourier slice correlation: no shell from {band[0]:g} to {band[1]:g} Å; expected a coarser and a finer "
+            f"spacing between the box ({grid.length:g} Å) and Nyquist ({grid.nyquist:g} Å)"
+        )
+    return size, low, high
+
+
+def _perpendicular(axis: Float[Tensor, "3"]) -> tuple[Tensor, Tensor]:
+    helper = torch.zeros(3)
+    helper[axis.abs().argmin()] = 1.0
+    first = functional.normalize(torch.linalg.cross(axis, helper), dim=0)
+    return first, torch.linalg.cross(axis, first)
+
+
+def _sphere(elevation: Tensor, azimuth: Tensor) -> Tensor:
+    across = torch.sin(elevation)
+    return torch.stack([across * torch.cos(azimuth), across * torch.sin(azimuth), torch.cos(elevation)], 1)
+
+
+def _fibonacci(count: int) -> Float[Tensor, "n 3"]:
+    """Points that share the sphere almost equally (a spiral by the golden angle)."""
+    i = torch.arange(count, dtype=torch.float64) + 0.5
+    elevation = torch.arccos(1 - 2 * i / count)
+    return _sphere(elevation, math.pi * (3 - math.sqrt(5)) * i % (2 * math.pi)).float()

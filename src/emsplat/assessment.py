@@ -1,0 +1,348 @@
+"""The verdict on a reconstruction, from its run folder alone.
+
+Half maps, back-projections and mask in; FSC curves, local resolution, resolution by direction and the numbers of
+summary.json out. `emsplat.assess` holds the measures, this module what is asked of a run: which maps, in which mask,
+and which of the answers can be believed.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emsplat.assess.crossvalidate import CrossValidation, independent_coefficients
+from emsplat.assess.directional import (
+    conical_fsc,
+    conical_resolution,
+    direction_grid,
+    fourier_sampling,
+    sampling_compensation,
+    slice_correlation,
+    view_histogram,
+)
+from emsplat.assess.fsc import (
+    common_grid,
+    corrected_fsc,
+    crossing,
+    fsc_curve,
+    last_crossing,
+    particle_fsc,
+    randomisation_shell,
+    randomise_phases,
+    resolution,
+)
+from emsplat.assess.local_resolution import (
+    LocalResolution,
+    default_window,
+    local_cross_validated,
+    local_resolution,
+)
+from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
+from emsplat.config import AssessConfig
+from emsplat.errors import InputError
+from emsplat.geometry import symmetry_group
+from emsplat.io.files import replacing
+from emsplat.io.mrc import read_map, write_map
+from emsplat.io.relion import read_rotations, write_fsc_star
+from emsplat.progress import Log
+from emsplat.types import Curve, Grid
+
+HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")
+FULL_MAP = "run_class001.mrc"
+BACKPROJECTIONS = ("backprojection_half1.mrc", "backprojection_half2.mrc")
+
+FIRST_SHELLS = 4
+_TIGHT = 0.15  # FSC of random phases that a mask may cause
+_STEP = 10.0  # degrees
+_LOCAL = "local_resolution.mrc"
+_LOCAL_HALF_MAPS = "local_resolution_half_maps.mrc"
+
+
+@dataclass(frozen=True)
+class RunMaps:
+    """The maps of a run folder on one grid."""
+
+    grid: Grid
+    halves: tuple[Tensor, Tensor]
+    raw: tuple[Tensor, Tensor] | None  # back-projections, where the half maps are models
+    full: Tensor | None
+    mask: Tensor
+
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """The half maps that no prior has touched."""
+        return self.raw or self.halves
+
+
+def is_evident(halves: tuple[Tensor, Tensor], grid: Grid, diameter: float) -> bool:
+    """Whether two back-projections agree beyond the first shells, in a sphere that knows nothing of them.
+
+    The start from a map and the shape of the box make two fits to noise alike in the first shells, so a model's FSC
+    alone says nothing there. The back-projections carry no such likeness.
+    """
+    edge = 6 * grid.pixel_size
+    sphere = spherical_mask(grid, min(diameter, grid.length - 2 * edge), edge)
+    first = resolution(fsc_curve(*halves, grid, sphere), 0.143)
+    return first is not None and first < grid.length / FIRST_SHELLS
+
+
+def particle_mask(volume: Tensor, grid: Grid, diameter: float, evident: bool) -> Tensor:
+    """The automatic mask: solvent flattened where there is a particle, else a sphere.
+
+    Cut out of noise, a mask would pick the places where both halves happen to be alike.
+    """
+    if evident:
+        return solvent_mask(volume, grid, diameter)
+    edge = 6 * grid.pixel_size
+    return spherical_mask(grid, min(diameter, grid.length - 2 * edge), edge)
+
+
+def read_mask(path: Path, grid: Grid) -> Tensor:
+    """A mask for maps on ``grid``.
+
+    Raises:
+        InputError: another box or pixel size, values outside [0, 1], or empty.
+    """
+    mask, own = read_map(path)
+    common_grid({"the maps": grid, str(path): own})
+    return check_mask(mask, str(path))
+
+
+def read_run(run: Path, mask: Path | None = None) -> RunMaps:
+    """The maps of a run folder; ``mask`` in place of its own.
+
+    Raises:
+        InputError: no such folder, no half maps, maps that do not belong together, half maps that are one map.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run}: not a folder; expected a run folder of emsplat; check the path")
+    missing = [name for name in HALF_MAPS if not (run / name).is_file()]
+    if missing:
+        raise InputError(f"{run}: {missing[0]} is missing; expected a finished run; was it interrupted?")
+    found = {name: read_map(run / name) for name in (*HALF_MAPS, FULL_MAP, *BACKPROJECTIONS) if (run / name).is_file()}
+    grid = common_grid({str(run / name): own for name, (_, own) in found.items()})
+    first, second = (found[name][0] for name in HALF_MAPS)
+    if torch.equal(first, second):
+        raise InputError(
+            f"{run}: {HALF_MAPS[0]} and {HALF_MAPS[1]} are the same map; expected two independent ones; "
+            "an FSC of a map with itself says nothing"
+        )
+    raw = tuple(found[name][0] for name in BACKPROJECTIONS if name in found)
+    full = found[FULL_MAP][0] if FULL_MAP in found else None
+    path = mask or run / "mask.mrc"
+    if mask is None and not path.is_file():
+        data = raw or (first, second)
+        soft = particle_mask(data[0] + data[1], grid, 0.9 * grid.length, True)
+    else:
+        soft = read_mask(path, grid)
+    return RunMaps(grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft)
+
+
+def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None, symmetry: str) -> dict[str, Any]:
+    """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
+
+    ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
+    "resolution" (Å, None where undefined), "masking", "local_resolution" and "directional" for summary.json.
+
+    Raises:
+        InputError: through `read_run`; the reference has another grid; the window does not fit the box.
+    """
+    maps = read_run(run, config.mask)
+    grid = maps.grid
+    if config.mask is not None:
+        write_map(run / "mask.mrc", maps.mask, grid.pixel_size)
+    evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
+    columns, found, masking = _shells(maps, config, log)
+    if not evident:
+        found = dict.fromkeys(found)
+        log.warn(
+            "the two half-sets, classically back-projected, do not agree beyond the first "
+            f"{FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
+            "resolution is given"
+        )
+    general = {name: str(value) for name, value in found.items() if not isinstance(value, list)}
+    write_fsc_star(run / "fsc.star", {**general, "emsplatResolutionRule": "RELION"}, columns)
+    result = {"resolution": found, "masking": masking, "local_resolution": None, "directional": None}
+    for stale in (_LOCAL, _LOCAL_HALF_MAPS, "directions.csv"):
+        (run / stale).unlink(missing_ok=True)
+    if evident:
+        result["local_resolution"] = _local(run, maps, found, config)
+        result["directional"] = _directions(run, maps, found, symmetry)
+    return result
+
+
+def shell_curves(maps: RunMaps) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Columns of an FSC table with RELION's names for the half maps of a run, and what the correction was made with.
+
+    The last column, emsplatCryodrgnMaskedMaps, counts its shells by cryoDRGN's rule.
+    """
+    grid, mask = maps.grid, maps.mask
+    unmasked, masked = fsc_curve(*maps.halves, grid), fsc_curve(*maps.halves, grid, mask)
+    shells = range(len(unmasked.value))
+    start = randomisation_shell(unmasked)
+    corrected = random = masked
+    if start is not None:
+        random = _random_phases(maps.halves, start, grid, mask)
+        corrected = corrected_fsc(masked, random, start)
+    fraction = float(mask.double().mean())
+    columns: dict[str, list[Any]] = {
+        "rlnSpectralIndex": list(shells),
+        "rlnResolution": unmasked.frequency.tolist(),
+        "rlnAngstromResolution": [grid.length / s if s else 999.0 for s in shells],
+        "rlnFourierShellCorrelationCorrected": corrected.value.tolist(),
+        "rlnFourierShellCorrelationParticleMaskFraction": particle_fsc(unmasked, fraction).value.tolist(),
+        "rlnFourierShellCorrelationUnmaskedMaps": unmasked.value.tolist(),
+        "rlnFourierShellCorrelationMaskedMaps": masked.value.tolist(),
+        "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": random.value.tolist(),
+        "emsplatCryodrgnMaskedMaps": fsc_curve(*maps.halves, grid, mask, "cryodrgn").value.tolist(),
+    }
+    masking = {
+        "fraction": round(fraction, 6),
+        "randomised_from": None if start is None else round(grid.length / start, 3),
+    }
+    return columns, masking
+
+
+def _shells(
+    maps: RunMaps, config: AssessConfig, log: Log
+) -> tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]:
+    """Columns of fsc.star, resolutions, and what the mask does."""
+    grid, mask = maps.grid, maps.mask
+    columns, masking = shell_curves(maps)
+    frequency = torch.tensor(columns["rlnResolution"], dtype=torch.float64)
+
+    def curve_of(name: str) -> Curve:
+        return Curve(frequency, torch.tensor(columns[name], dtype=torch.float64))
+
+    found: dict[str, Any] = {"cross_validated": None, "cross_validated_interval": None}
+    for name, column in (("unmasked", "UnmaskedMaps"), ("masked", "MaskedMaps"), ("corrected", "Corrected")):
+        curve = curve_of(f"rlnFourierShellCorrelation{column}")
+        found[f"half_map_{name}"] = resolution(curve, 0.143)
+        if name != "corrected":
+            found[f"half_map_{name}_0.5"] = resolution(curve, 0.5)
+    found["half_map_masked_cryodrgn"] = last_crossing(curve_of("emsplatCryodrgnMaskedMaps"), 0.143)
+    validation = CrossValidation(maps.data, mask, grid)
+    raw = Curve(frequency, validation.raw)
+    found["backprojection_masked"] = resolution(raw, 0.143)
+    if maps.raw is not None:
+        columns["emsplatBackprojectionMasked"] = raw.value.tolist()
+        curve = validation.curve(maps.halves)
+        low, high = validation.interval(curve)
+        columns |= {
+            "emsplatCrossValidated": curve.value.tolist(),
+            "emsplatCrossValidatedLow": low.tolist(),
+            "emsplatCrossValidatedHigh": high.tolist(),
+        }
+        found["cross_validated"] = crossing(curve, 0.5)
+        ends = [crossing(Curve(frequency, end), 0.5) for end in (high, low)]
+        if None not in ends and found["cross_validated"] is not None:
+            found["cross_validated_interval"] = ends
+    if config.reference is not None:
+        reference, own = read_map(config.reference)
+        common_grid({"the maps of the run": grid, str(config.reference): own})
+        if maps.full is None:
+            raise InputError(f"{FULL_MAP} is missing; expected it for --reference")
+        curve = fsc_curve(maps.full, reference, grid, mask)
+        columns["emsplatReferenceMasked"] = curve.value.tolist()
+        found["reference_masked_0.5"] = resolution(curve, 0.5)
+    return columns, found, masking | _tightness(maps, log, given=config.mask is not None)
+
+
+def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:
+    """Masked FSC of two maps whose phases share nothing from shell ``start`` on."""
+    first, second = (randomise_phases(half, start, seed) for seed, half in enumerate(halves))
+    return fsc_curve(first, second, grid, mask)
+
+
+def _tightness(maps: RunMaps, log: Log, *, given: bool) -> dict[str, Any]:
+    """What the mask does to maps that share nothing: the FSC of random phases, of the untouched half maps."""
+    grid, mask = maps.grid, maps.mask
+    agreed = None
+    begin = randomisation_shell(fsc_curve(*maps.data, grid))
+    end = resolution(fsc_curve(*maps.data, grid, mask), 0.143)
+    last = 0 if end is None else round(grid.length / end)
+    if begin is not None and last > begin + 2:
+        shells = slice(begin + 2, last + 1)
+        agreed = float(_random_phases(maps.data, begin, grid, mask).value[shells].mean())
+        chance = 3 / math.sqrt(2 * float(independent_coefficients(mask)[shells].sum()))
+        if agreed > max(_TIGHT, chance):
+            log.warn(
+                f"the mask is too tight: maps with random phases beyond {grid.length / begin:.1f} Å still correlate by "
+                f"{agreed:.2f} inside it; use a softer or wider one (--mask), and read the masked FSC with care"
+            )
+    edge = torch.ones_like(mask, dtype=torch.bool)
+    edge[1:-1, 1:-1, 1:-1] = False
+    if given and float(mask[edge].max()) > 0.1:
+        log.warn("the mask reaches the edge of the box and is cut off there; use a larger box or a smaller mask")
+    return {"random_phases": None if agreed is None else round(agreed, 4)}
+
+
+def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig) -> dict[str, Any] | None:
+    grid = maps.grid
+    window = config.window or min(default_window(found["backprojection_masked"]), grid.length / 2)
+    if config.window is None and window < 4 * grid.pixel_size:
+        return None
+
+    def write(name: str, local: LocalResolution) -> dict[str, float] | None:
+        # Outside the mask the coarsest value inside, so that no surface turns fine by interpolation.
+        inside = maps.mask > 0.01
+        volume = torch.where(inside, local.volume, local.volume[inside].max())
+        write_map(run / name, volume, grid.pixel_size)
+        return local.summary(maps.mask)
+
+    half_maps = local_resolution(*maps.halves, grid, window=window)
+    if maps.raw is None:
+        return {"half_maps": write(_LOCAL, half_maps), "cross_validated": None, "window": round(window, 2)}
+    return {
+        "half_maps": write(_LOCAL_HALF_MAPS, half_maps),
+        "cross_validated": write(_LOCAL, local_cross_validated(maps.halves, maps.raw, grid, window=window)),
+        "window": round(window, 2),
+    }
+
+
+def _directions(run: Path, maps: RunMaps, found: dict[str, Any], symmetry: str) -> dict[str, Any]:
+    """directions.csv: slices through the half maps, cones through the back-projections, views of the particles."""
+    grid, cells = maps.grid, direction_grid(_STEP)
+    fine = found.get("cross_validated") or found["backprojection_masked"] or grid.nyquist
+    band = (grid.length / FIRST_SHELLS, max(fine, grid.length / (grid.size // 2 - 1)))
+    masked = [half * maps.mask for half in maps.halves]
+    slices = slice_correlation(masked[0], masked[1], grid, cells, band)
+    data = [half * maps.mask for half in maps.data]
+    cones = conical_resolution(conical_fsc(data[0], data[1], cells), grid)
+    columns = {"elevation": cells.elevation, "azimuth": cells.azimuth, "fslc": slices, "conical_resolution": cones}
+    weight = cells.solid_angle
+    mean = float((weight * slices).sum())
+    defined = cones[cones.isfinite()]
+    about: dict[str, Any] = {
+        "fslc_mean": round(mean, 5),
+        "fslc_std": round(float((weight * (slices - mean) ** 2).sum().sqrt()), 5),
+        "band": [round(end, 3) for end in band],
+        "conical_best": round(float(defined.min()), 3) if len(defined) else None,
+        "conical_worst": round(float(defined.max()), 3) if len(defined) else None,
+        "conical_of": "back-projections" if maps.raw else "half maps",
+    }
+    star = run / "run_data.star"
+    if star.is_file():
+        rotation = read_rotations(star)
+        group = symmetry_group(symmetry)
+        density = fourier_sampling(rotation, group)
+        factor, unsampled = sampling_compensation(density[:, 3])
+        about |= {"sampling_compensation": round(factor, 4), "unsampled": round(unsampled, 4)}
+        nearest = (cells.vectors @ density[:, :3].T).argmax(1)
+        views = torch.stack([view_histogram(rotation @ element, cells) for element in group]).mean(0)
+        columns |= {"sampling": density[nearest, 3], "particles": views}
+    with (
+        replacing(run / "directions.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        writer.writerows([f"{value:.6g}" for value in row] for row in rows)
+    return about

@@ -1,0 +1,266 @@
+"""Null tests: the same pipeline on particles that must not give a resolution, or none beyond a known one.
+
+A method that fits a prior to noise reports detail wherever the two halves share the prior. Here the particles are
+altered so that nothing true is left (noise), nothing beyond a spacing (phases), or nothing but the rotational average
+(poses), and the table says which of the measures stay silent.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.assess.crossvalidate import CrossValidation
+from emsplat.assess.fsc import crossing, fsc_curve, resolution
+from emsplat.assessment import FIRST_SHELLS, RunMaps, read_run, shell_curves
+from emsplat.config import NullTestConfig, ReconstructConfig
+from emsplat.errors import InputError, OutputError
+from emsplat.fourier import shell_index
+from emsplat.io.mrc import writing_stack
+from emsplat.io.relion import read_columns, rewrite_star
+from emsplat.particles import ParticleStack, open_particles
+from emsplat.progress import Log
+from emsplat.reconstruct import reconstruct
+from emsplat.run_folder import write_text
+from emsplat.types import Curve, Grid
+
+_POSE = ("AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "OriginX", "OriginY")
+_TOLERANCE = 2  # shells that interpolation and the mask carry detail across
+_MEASURES = ("half_map_masked", "half_map_corrected", "backprojection_masked", "cross_validated", "reported")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one test gave: resolutions in Å as the curves say (None: silent), and the one that the run reported."""
+
+    name: str
+    expected: str
+    limit: float | None  # Å; None: nothing at all may be seen
+    half_map_masked: float | None
+    half_map_corrected: float | None
+    backprojection_masked: float | None
+    cross_validated: float | None
+    reported: float | None
+
+    def silent(self, measure: str) -> bool:
+        """Whether a measure sees nothing finer than it may."""
+        value = getattr(self, measure)
+        return value is None or (self.limit is not None and value >= 0.999 * self.limit)
+
+
+def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | None = None) -> bool:
+    """Runs the unaltered particles and the three tests, each in a folder of its own below ``output``.
+
+    Up to ``config.particles`` are taken, evenly over the stack and from both half-sets. The altered images are written
+    to disk, read by the same pipeline, and removed. ``nulltest.csv`` and ``nulltest.json`` hold the table.
+
+    "noise": Gaussian noise with each image's own radial spectrum. "phases": the phases of each image are random from
+    ``config.randomise_from`` Å on. "poses": orientations and shifts change hands; what stays is the average over all
+    views, so its radial part is taken out of the maps before they are judged, and the first shells may see the rest.
+
+    Returns whether the resolution that a user is given stays silent where it must.
+
+    Raises:
+        InputError: the input or an option cannot be used; the unaltered particles give no resolution to be tested.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    log = log or Log()
+    if output.exists() and any(output.iterdir()) and not config.overwrite:
+        raise OutputError(f"{output}: is not empty; choose another with -o or start anew with --overwrite")
+    stack = open_particles(
+        particles,
+        datadir=config.datadir,
+        symmetry=config.symmetry,
+        invert=config.invert,
+        diameter=config.diameter,
+        trust_star_pixel_size=config.trust_star_pixel_size,
+    ).with_halves(config.seed)
+    stack.require_one_grid()
+    chosen = _choose(stack, config.particles)
+    settings = replace(_settings(config), overwrite=True)
+    outcomes = []
+    from_shell = 0
+    for name in ("unaltered", "noise", "phases", "poses"):
+        folder = output / name
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
+        log.line(f"--- {name}: {len(chosen):,} particles")
+        star = _write(name, chosen, particles, folder, from_shell, config.seed)
+        summary = reconstruct(settings, star, folder / "run", log)
+        (folder / "particles.mrcs").unlink()
+        reported = summary["resolution"]["cross_validated"]
+        if name == "unaltered":
+            from_shell = _from_shell(config, chosen.grid, summary["resolution"], particles)
+            first = chosen.grid.length / from_shell
+        limit, expected = {
+            "unaltered": (None, "a resolution"),
+            "noise": (None, "none"),
+            "phases": (from_shell + _TOLERANCE, f"none finer than {first:.1f} Å"),
+            "poses": (FIRST_SHELLS, "none beyond the first shells"),
+        }[name]
+        outcomes.append(_judge(name, expected, limit and chosen.grid.length / limit, folder / "run", reported))
+    return _report(outcomes, output, log)
+
+
+def _settings(config: NullTestConfig) -> ReconstructConfig:
+    return ReconstructConfig(**{field.name: getattr(config, field.name) for field in fields(ReconstructConfig)})
+
+
+def _choose(stack: ParticleStack, count: int) -> ParticleStack:
+    """Evenly spread particles, as many of each half."""
+    if count < 4:
+        raise InputError(f"--particles {count}: expected at least 4, two in each half-set")
+    half = stack.half[stack.rows]  # type: ignore[index]
+    places = []
+    for number in (1, 2):
+        own = (half == number).nonzero()[:, 0]
+        places.append(own[torch.linspace(0, len(own) - 1, min(count // 2, len(own))).long()])
+    return stack.take(torch.cat(places).sort().values)
+
+
+def _from_shell(config: NullTestConfig, grid: Grid, found: dict[str, Any], particles: Path) -> int:
+    """The first shell whose phases are made random."""
+    spacing = config.randomise_from
+    if spacing is None:
+        reached = found["cross_validated"] or found["backprojection_masked"]
+        if reached is None:
+            raise InputError(
+                f"{particles}: the unaltered particles give no resolution; expected some for the test with random "
+                "phases; give --randomise-from, or take more particles"
+            )
+        spacing = 2 * reached
+    shell = round(grid.length / spacing)
+    if not 1 < shell < grid.size // 2 - _TOLERANCE:
+        raise InputError(
+            f"--randomise-from {spacing:g}: expected a spacing from {grid.nyquist:g} to {grid.length / 2:g} Å"
+        )
+    return shell
+
+
+def _write(name: str, stack: ParticleStack, source: Path, folder: Path, from_shell: int, seed: int) -> Path:
+    """The altered particles as a stack and a STAR file beside it; images bright, normalised."""
+    rng = torch.Generator().manual_seed(seed + 1)
+    images, star = folder / "particles.mrcs", folder / "particles.star"
+    with writing_stack(images, len(stack), stack.grid) as write:
+        for batch in stack.sequential(64):
+            altered = batch.images
+            if name == "noise":
+                altered = _noise_like(altered, rng)
+            elif name == "phases":
+                altered = _random_phases(altered, from_shell, rng)
+            write(altered)
+    columns = {"ImageName": [f"{i + 1}@{images.name}" for i in range(len(stack))]}
+    if name == "poses":
+        order = torch.randperm(len(stack), generator=rng)
+        taken = stack.rows[order].tolist()
+        columns |= {key: [texts[row] for row in taken] for key, texts in read_columns(source, _POSE).items()}
+    rewrite_star(source, star, stack.rows, stack.half[stack.rows], columns)  # type: ignore[index]
+    return star
+
+
+def _noise_like(images: Float[Tensor, "p y x"], rng: torch.Generator) -> Float[Tensor, "p y x"]:
+    """White noise filtered to the radial power spectrum of each image."""
+    size = images.shape[-1]
+    shells = shell_index(size)
+    flat, count = shells.flatten(), int(shells.max()) + 1
+    power = torch.fft.rfft2(images).abs().square().flatten(1)
+    mean = torch.zeros(len(images), count).index_add_(1, flat, power) / torch.bincount(flat, minlength=count)
+    white = torch.fft.rfft2(torch.randn(images.shape, generator=rng)) / size
+    noise: Tensor = torch.fft.irfft2(white * mean.sqrt()[:, shells], s=images.shape[-2:])
+    return noise
+
+
+def _random_phases(images: Float[Tensor, "p y x"], shell: int, rng: torch.Generator) -> Float[Tensor, "p y x"]:
+    spectrum = torch.fft.rfft2(images)
+    phase = torch.fft.rfft2(torch.randn(images.shape, generator=rng))
+    random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
+    altered: Tensor = torch.fft.irfft2(
+        torch.where(shell_index(images.shape[-1]) >= shell, random, spectrum), s=images.shape[-2:]
+    )
+    return altered
+
+
+def _judge(name: str, expected: str, limit: float | None, run: Path, reported: float | None) -> Outcome:
+    """Resolutions as the curves of a run give them, before the run's own caution takes any back."""
+    maps = read_run(run)
+    if name == "poses":
+        maps = _without_radial_part(maps)
+    columns, _ = shell_curves(maps)
+    frequency = torch.tensor(columns["rlnResolution"], dtype=torch.float64)
+
+    def at(column: str) -> float | None:
+        curve = Curve(frequency, torch.tensor(columns[column], dtype=torch.float64))
+        return resolution(curve, 0.143)
+
+    assert maps.raw is not None  # noqa: S101 (reconstruct writes them)
+    validation = CrossValidation(maps.raw, maps.mask, maps.grid)
+    return Outcome(
+        name,
+        expected,
+        limit,
+        at("rlnFourierShellCorrelationMaskedMaps"),
+        at("rlnFourierShellCorrelationCorrected"),
+        resolution(fsc_curve(*maps.raw, maps.grid, maps.mask), 0.143),
+        crossing(validation.curve(maps.halves), 0.5),
+        reported,
+    )
+
+
+def _without_radial_part(maps: RunMaps) -> RunMaps:
+    """The maps less their averages over spheres about the centre."""
+    size = maps.grid.size
+    axis = torch.arange(size, dtype=torch.float32) - size // 2
+    radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
+    low = radius.long()
+    part = radius - low
+
+    def rest(volume: Tensor) -> Tensor:
+        bins = int(low.max()) + 2
+        weights = [(1 - part).flatten(), part.flatten()]
+        places = [low.flatten(), low.flatten() + 1]
+        total, count = (
+            sum(torch.bincount(p, w * v, minlength=bins) for p, w in zip(places, weights, strict=True))
+            for v in (volume.flatten(), torch.ones(volume.numel()))
+        )
+        mean = total / torch.as_tensor(count).clamp(min=1e-6)
+        return volume - (mean[low] * (1 - part) + mean[low + 1] * part).to(volume.dtype)
+
+    first, second = (rest(half) for half in maps.halves)
+    raw = None if maps.raw is None else (rest(maps.raw[0]), rest(maps.raw[1]))
+    return replace(maps, halves=(first, second), raw=raw)
+
+
+def _report(outcomes: list[Outcome], output: Path, log: Log) -> bool:
+    """The table, to the terminal and into the folder."""
+    names = [measure.replace("_", " ") for measure in _MEASURES]
+    log.line("")
+    log.line("test       expected                     " + "  ".join(f"{name:>22}" for name in names))
+    for one in outcomes:
+        cells = []
+        for measure in _MEASURES:
+            value = getattr(one, measure)
+            text = "none" if value is None else f"{value:.2f} Å"
+            if one.name != "unaltered":
+                text += " silent" if one.silent(measure) else " NOT SILENT"
+            cells.append(f"{text:>22}")
+        log.line(f"{one.name:<10} {one.expected:<28} " + "  ".join(cells))
+    passed = outcomes[0].reported is not None and all(one.silent("reported") for one in outcomes[1:])
+    log.line("passed: the reported resolution stays silent where it must" if passed else "FAILED: see the table")
+    rows = [{field.name: getattr(one, field.name) for field in fields(one)} for one in outcomes]
+    write_text(output / "nulltest.json", json.dumps({"passed": passed, "tests": rows}, indent=2))
+    with (output / "nulltest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return passed

@@ -1,0 +1,345 @@
+"""Interactive figures of a run folder: each ``plot_*`` returns a Plotly figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emsplat.report import read
+from emsplat.report.figures import (
+    AXES,
+    LINES,
+    LOCAL_COLOURS,
+    direction_maps,
+    histogram,
+    in_order,
+    local_resolutions,
+    reading,
+    residual_ratios,
+    running_mean,
+    shared_bins,
+)
+from emsplat.report.surface import UNIT, Surface
+from emsplat.report.words import CURVE_NAMES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot", "6px,2px", "2px,4px", "10px,3px")
+_POINTS = 1500  # per curve; more cannot be seen and only makes the page larger
+_GRID = "#e8ebef"
+
+
+def plot_surface(surface: Surface, colours: tuple[float, float] | None) -> Any:
+    """Isosurfaces with a slider of the level; ``colours`` is the range of the local resolution in Å."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for i, mesh in enumerate(surface.meshes):
+        x, y, z = mesh.vertices.T.copy()
+        a, b, c = mesh.triangles.T.copy()
+        paint: dict[str, Any] = {"color": "#7fa8c9", "hoverinfo": "skip"}
+        if mesh.resolution is not None:
+            paint = {
+                "intensity": mesh.resolution,
+                "coloraxis": "coloraxis",
+                "hovertemplate": "%{intensity:.2f} Å<extra></extra>",
+            }
+        figure.add_trace(
+            go.Mesh3d(
+                x=x,
+                y=y,
+                z=z,
+                i=a,
+                j=b,
+                k=c,
+                visible=i == surface.default,
+                lighting={"ambient": 0.72, "diffuse": 0.65, "specular": 0.12, "roughness": 0.7, "fresnel": 0.05},
+                lightposition={"x": 20000, "y": 20000, "z": 40000},
+                **paint,
+            )
+        )
+    steps = [
+        {
+            "label": f"{mesh.level:g}",
+            "method": "restyle",
+            "args": [{"visible": [other == i for other in range(len(surface.meshes))]}],
+        }
+        for i, mesh in enumerate(surface.meshes)
+    ]
+    figure.update_layout(
+        _layout(620),
+        margin={"l": 0, "r": 0, "t": 8, "b": 8},
+        sliders=[
+            {
+                "active": surface.default,
+                "steps": steps,
+                "currentvalue": {"prefix": "level: ", "suffix": " σ of the map"},
+                "pad": {"t": 6, "b": 4, "l": 14, "r": 14},
+            }
+        ],
+        scene={
+            "aspectmode": "data",
+            "dragmode": "orbit",
+            "camera": {"eye": {"x": 0.8, "y": -0.8, "z": 0.5}, "projection": {"type": "orthographic"}},
+            **{f"{axis}axis": _scene_axis(axis, surface, column) for column, axis in enumerate("xyz")},
+        },
+    )
+    if colours:
+        low, high = colours
+        figure.update_layout(
+            coloraxis={
+                "colorscale": LOCAL_COLOURS,
+                "cmin": low,
+                "cmax": high,
+                "colorbar": {"title": {"text": "Å", "side": "top"}, "thickness": 14, "len": 0.7},
+            }
+        )
+    return figure
+
+
+def _scene_axis(name: str, surface: Surface, column: int) -> dict[str, Any]:
+    """An axis in Å from the box centre, although the vertices are whole numbers of a smaller unit."""
+    largest = max(int(abs(mesh.vertices[:, column].astype(int)).max()) for mesh in surface.meshes) * UNIT
+    step = _round_step(largest / 2)
+    ticks = [i * step for i in range(-int(largest / step), int(largest / step) + 1)]
+    return {
+        "title": {"text": f"{name} (Å)", "font": {"size": 11}},
+        "tickvals": [tick / UNIT for tick in ticks],
+        "ticktext": [f"{tick:g}" for tick in ticks],
+        "tickfont": {"size": 10, "color": "#7b838d"},
+        "showbackground": False,
+        "gridcolor": _GRID,
+        "zeroline": False,
+        "showspikes": False,
+    }
+
+
+def plot_fsc(run: Path) -> Any:
+    """Every curve of ``fsc.star``, the band of the cross-validated one, and the thresholds 0.143 and 0.5."""
+    import plotly.graph_objects as go
+
+    shells = read.read_fsc(run)
+    frequency = shells.frequency[1:]
+    spacings = [1 / k if k > 0 else math.inf for k in frequency]
+    figure = go.Figure()
+    if shells.band:
+        low, high = (end[1:] for end in shells.band)
+        known = [i for i in range(len(frequency)) if math.isfinite(low[i]) and math.isfinite(high[i])]
+        outline = [*known, *reversed(known)]
+        figure.add_trace(
+            go.Scatter(
+                x=[frequency[i] for i in outline],
+                y=[high[i] for i in known] + [low[i] for i in reversed(known)],
+                fill="toself",
+                fillcolor="rgba(0, 114, 178, 0.18)",
+                line={"width": 0},
+                mode="lines",
+                name="95 % band of the cross-validated curve",
+                hoverinfo="skip",
+            )
+        )
+    for i, name in enumerate(in_order(shells.curves)):
+        values = shells.curves[name]
+        figure.add_trace(
+            go.Scatter(
+                x=frequency,
+                y=values[1:],
+                customdata=spacings,
+                mode="lines",
+                name=f"{escape(CURVE_NAMES.get(name, name))}<br>{reading(name, shells.frequency, values)}",
+                line=_line(i),
+                hovertemplate="%{y:.3f} at %{customdata:.2f} Å",
+            )
+        )
+    for threshold in (0.143, 0.5):
+        figure.add_hline(
+            threshold,
+            line={"color": "#555555", "width": 1, "dash": "dash"},
+            annotation_text=threshold,
+            annotation_position="top left",
+        )
+    finite = [v for values in shells.curves.values() for v in values[1:] if math.isfinite(v)]
+    figure.update_layout(_layout(470 + 34 * len(shells.curves)), hovermode="x unified", legend=_BELOW, margin_t=34)
+    figure.update_xaxes(_frequency_axis(frequency[-1]))
+    figure.update_yaxes(title="Fourier shell correlation", range=[min([-0.05, *finite]), 1.04])
+    return figure
+
+
+def plot_local_resolution(run: Path) -> Any:
+    """The distribution of the local resolution inside the mask."""
+    found = local_resolutions(run)
+    return _histogram(found, shared_bins(list(found.values())), "local resolution (Å)", "voxels inside the mask (%)")
+
+
+def plot_directions(run: Path) -> list[Any]:
+    """Correlation, resolution, sampling and views by direction, a figure for each."""
+    import plotly.graph_objects as go
+
+    found = read.read_directions(run)
+    figures = []
+    for title, values, colours in direction_maps(found):
+        figure = go.Figure(
+            go.Heatmap(
+                x=found.azimuth.astype("float32"),
+                y=found.elevation.astype("float32"),
+                z=values.astype("float32"),
+                colorscale=colours,
+                colorbar={"thickness": 12},
+                hovertemplate="azimuth %{x:g}°, elevation %{y:g}°: %{z:.3g}<extra></extra>",
+            )
+        )
+        figure.update_layout(_layout(300), margin_t=34, title={"text": title, "font": {"size": 14}, "x": 0.02})
+        figure.update_xaxes(title="azimuth (°)", dtick=90, ticks="outside")
+        figure.update_yaxes(title="elevation (°)", dtick=45, autorange="reversed", ticks="outside")
+        figures.append(figure)
+    return figures
+
+
+def plot_residual(run: Path) -> Any:
+    """Power of the residuals relative to the noise model."""
+    import plotly.graph_objects as go
+
+    frequency, ratios = residual_ratios(run)
+    figure = go.Figure(
+        [
+            go.Scatter(x=frequency, y=ratio, mode="lines", name=name, line=_line(i), hovertemplate="%{y:.4f}")
+            for i, (name, ratio) in enumerate(ratios.items())
+        ]
+    )
+    figure.add_hline(1, line={"color": "#555555", "width": 1, "dash": "dash"})
+    figure.update_layout(_layout(380), hovermode="x unified")
+    figure.update_xaxes(_frequency_axis(float(max(frequency))))
+    figure.update_yaxes(title="residual power / noise power")
+    return figure
+
+
+def plot_convergence(run: Path) -> Any:
+    """Running means of the loss of every fit."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for i, (name, (steps, losses)) in enumerate(read.read_convergence(run).items()):
+        smooth = running_mean(losses, max(1, len(losses) // 40))
+        figure.add_trace(
+            go.Scatter(
+                x=_thinned(steps),
+                y=_thinned(smooth),
+                mode="lines",
+                name=escape(name),
+                line=_line(i),
+                hovertemplate="%{y:.6g}",
+            )
+        )
+    figure.update_layout(_layout(380), hovermode="x unified")
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="loss, running mean")
+    return figure
+
+
+def plot_scores(run: Path) -> Any:
+    """The cross-validated score after each epoch, stages one after another."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for i, (name, rows) in enumerate(read.read_scores(run).items()):
+        figure.add_trace(
+            go.Scatter(
+                x=_thinned(range(1, len(rows) + 1)),
+                y=_thinned([score for _, _, score in rows]),
+                customdata=_thinned([[epoch, gaussians] for epoch, gaussians, _ in rows]),
+                mode="lines+markers",
+                name=escape(name),
+                line=_line(i),
+                hovertemplate="%{y:.5f}, epoch %{customdata[0]:g} with %{customdata[1]:,} Gaussians",
+            )
+        )
+    figure.update_layout(_layout(360), hovermode="x unified", showlegend=len(figure.data) > 1)
+    figure.update_xaxes(title="epoch, through all stages")
+    figure.update_yaxes(title="mean cross-validated FSC")
+    return figure
+
+
+def plot_gaussians(run: Path) -> list[Any]:
+    """Distributions of the standard deviations and of the anisotropy of the Gaussians."""
+    widths = read.read_widths(run)
+    sigma = dict(zip(AXES, widths.sigma.T, strict=True))
+    shape = {"anisotropy": widths.anisotropy}
+    return [
+        _histogram(sigma, shared_bins([widths.sigma.ravel()]), "standard deviation σ (Å)", "Gaussians (%)"),
+        _histogram(shape, shared_bins([widths.anisotropy]), "anisotropy, largest / smallest σ", "Gaussians (%)"),
+    ]
+
+
+def _histogram(samples: dict[str, NDArray[Any]], edges: NDArray[np.float64], x: str, y: str) -> Any:
+    """Overlaid histograms, counted here so that the page holds no samples."""
+    import plotly.graph_objects as go
+
+    middles, width = (edges[:-1] + edges[1:]) / 2, float(edges[1] - edges[0])
+    figure = go.Figure(
+        [
+            go.Bar(
+                x=middles,
+                y=[100 * share for share in histogram(values, edges)],
+                width=width,
+                name=name,
+                marker={"color": LINES[i][0], "line": {"width": 0}},
+                opacity=0.55 if len(samples) > 1 else 0.8,
+                hovertemplate=f"%{{x:.3g}} ± {width / 2:.2g}: %{{y:.2f}} %",
+            )
+            for i, (name, values) in enumerate(samples.items())
+        ]
+    )
+    figure.update_layout(_layout(340), barmode="overlay", bargap=0, showlegend=len(samples) > 1)
+    figure.update_xaxes(title=x)
+    figure.update_yaxes(title=y)
+    return figure
+
+
+_BELOW = {"yanchor": "top", "y": -0.2}
+
+
+def _layout(height: int) -> dict[str, Any]:
+    return {
+        "template": "none",
+        "height": height,
+        "autosize": True,
+        "font": {"family": 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif', "size": 13, "color": "#1b1f24"},
+        "margin": {"l": 60, "r": 16, "t": 56, "b": 60},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom"},
+        "xaxis": {"gridcolor": _GRID, "zeroline": False, "automargin": True},
+        "yaxis": {"gridcolor": _GRID, "zeroline": False, "automargin": True},
+    }
+
+
+def _line(place: int) -> dict[str, Any]:
+    return {"color": LINES[place % len(LINES)][0], "dash": _DASHES[place % len(_DASHES)], "width": 2}
+
+
+def _frequency_axis(last: float) -> dict[str, Any]:
+    """Ticks at round frequencies, labelled with the spacing as well."""
+    step = _round_step(max(last, 1e-6) / 9)
+    ticks = [i * step for i in range(int(last / step + 1e-6) + 1)]
+    return {
+        "title": {"text": "spatial frequency (1/Å), spacing (Å)"},
+        "range": [0, last],
+        "tickvals": ticks,
+        "ticktext": [f"{k:.4g}<br>{1 / k:.3g} Å" if k > 0 else "0" for k in ticks],
+        "hoverformat": ".4f",
+    }
+
+
+def _round_step(least: float) -> float:
+    """The smallest of 1, 2, 5 × 10^n that is not below ``least``."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+
+
+def _thinned(values: Sequence[Any]) -> list[Any]:
+    """Every n-th value and the last one, so that few enough are left."""
+    stride = math.ceil(len(values) / _POINTS) or 1
+    return [*values[: len(values) - 1 : stride], *values[-1:]]

@@ -1,0 +1,103 @@
+"""What a model leaves unexplained in the images: residual power per shell, and a few particles to look at."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from emsplat.ctf import ctf
+from emsplat.fourier import frequencies, hermitian_weight, shell_index, shift_phase
+from emsplat.io.files import replacing
+from emsplat.io.mrc import writing_stack
+from emsplat.particles import ParticleStack, estimate_noise
+from emsplat.project import project
+from emsplat.types import Batch, Gaussians, Grid, Poses
+
+_SAMPLE = 300  # images of each half
+_EXAMPLES = 4
+_LOWPASS = 3.0  # pixels; noise of single pixels would hide the particle
+
+
+def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: Path) -> list[dict[str, Any]]:
+    """Writes ``residual.csv`` and ``examples.mrcs`` into a run folder; returns which particles the examples are.
+
+    ``residual.csv`` has a row per shell: power of the noise model, of images minus projections of the model of their
+    own half, and of the model of the other half, which has not seen them (held out); 1 is white noise of unit variance.
+    Up to 300 images of each half are looked at, of the commonest box where there are several. ``examples.mrcs`` holds
+    particle, CTF-modulated projection and residual in turn, centred and low-passed to 3 pixels.
+    """
+    stack = stack.parts()[0]
+    noise = estimate_noise(stack)
+    grid = stack.grid
+    shells = grid.size // 2 + 1
+    power = torch.zeros(3, shells, dtype=torch.float64)
+    images = 0
+    examples: list[Tensor] = []
+    about: list[dict[str, Any]] = []
+    for half in halves:
+        subset = stack.only(half) if (stack.half[stack.rows] == half).sum() >= 2 else None  # type: ignore[index]
+        if subset is None:
+            continue
+        chosen = subset.take(torch.linspace(0, len(subset) - 1, min(_SAMPLE, len(subset))).long())
+        for batch in chosen.sequential(64):
+            observed = _centred(batch, grid)
+            power[0] += noise[batch.optics_group].sum(0)
+            for row, other in ((1, False), (2, True)):
+                gaussians = halves[3 - half if other else half]
+                seen = _projection(gaussians, batch, grid)
+                power[row] += _shell_power(observed - seen)
+                # Held out, so that the residual shows what the data say and not what was fitted to them.
+                if other and len(about) < _EXAMPLES // 2 * half:
+                    examples += [_lowpass(s[:1], grid)[0] for s in (observed, seen, observed - seen)]
+                    defocus = 0.5 * float(batch.optics.defocus_u[0] + batch.optics.defocus_v[0])
+                    about.append({"row": int(batch.index[0]) + 1, "half": half, "defocus": round(defocus)})
+            images += len(batch)
+    power /= max(images, 1)
+    with (
+        replacing(run / "residual.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["frequency", "noise", "own", "other"])
+        for shell in range(1, shells):
+            writer.writerow([f"{shell / grid.length:.6f}", *(f"{value:.6g}" for value in power[:, shell].tolist())])
+    with writing_stack(run / "examples.mrcs", len(examples), grid) as write:
+        write(torch.stack(examples))
+    return about
+
+
+def _centred(batch: Batch, grid: Grid) -> Complex[Tensor, "p y k"]:
+    spectrum: Tensor = torch.fft.rfft2(batch.images) * shift_phase(batch.poses.shift, grid)
+    return spectrum
+
+
+def _projection(gaussians: Gaussians, batch: Batch, grid: Grid) -> Complex[Tensor, "p y k"]:
+    poses = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
+    projection = project(gaussians, poses, grid)
+    spectrum: Tensor = torch.fft.rfft2(projection) * ctf(batch.optics, grid)
+    return spectrum
+
+
+def _shell_power(spectrum: Complex[Tensor, "p y k"]) -> Float[Tensor, " s"]:
+    """Mean power per shell of unnormalised transforms, summed over the images; 1 for unit white noise."""
+    size = spectrum.shape[-2]
+    shells, limit = shell_index(size).flatten(), size // 2 + 1
+    weight = hermitian_weight(size).double().expand(size, -1).flatten()
+    total = spectrum.abs().square().double().sum(0).flatten() * weight
+    mean: Tensor = torch.bincount(shells, total)[:limit] / torch.bincount(shells, weight)[:limit]
+    return mean / size**2
+
+
+def _lowpass(spectrum: Complex[Tensor, "p y k"], grid: Grid) -> Float[Tensor, "p y x"]:
+    ky, kx = frequencies(grid)
+    width = _LOWPASS * grid.pixel_size
+    soft = torch.exp(-math.log(2) * width**2 * (kx**2 + ky**2))
+    image: Tensor = torch.fft.irfft2(spectrum * soft, s=(grid.size, grid.size))
+    return image
