@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from emsplat.assess.fsc import common_grid, crossing, fsc, fsc_curve, resolution
+from emsplat.assess.fsc import (
+    PROTEIN_VOLUME,
+    common_grid,
+    corrected_fsc,
+    crossing,
+    fsc,
+    fsc_curve,
+    last_crossing,
+    particle_fsc,
+    randomisation_shell,
+    randomise_phases,
+    resolution,
+)
 from emsplat.assess.mask import spherical_mask
 from emsplat.errors import InputError
 from emsplat.fourier import shell_index
@@ -186,3 +198,87 @@ def test_common_grid() -> None:
         common_grid({"a.mrc": Grid(64, 1.06), "b.mrc": Grid(64, 1.1)})
     with pytest.raises(InputError, match="box 66"):
         common_grid({"a.mrc": Grid(64, 1.06), "b.mrc": Grid(66, 1.06)})
+
+
+def star_column(path, name: str) -> Tensor:
+    from gemmi import cif
+
+    values = cif.read(str(path)).find_block("fsc").find_loop(f"_rln{name}")
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+
+def test_corrections_are_those_of_relion(shared_data) -> None:
+    path = shared_data / "fsc" / "postprocess.star"
+    frequency = star_column(path, "Resolution")
+    unmasked = Curve(frequency, star_column(path, "FourierShellCorrelationUnmaskedMaps"))
+    masked = Curve(frequency, star_column(path, "FourierShellCorrelationMaskedMaps"))
+    random = Curve(frequency, star_column(path, "CorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"))
+    start = randomisation_shell(unmasked)
+    assert start is not None
+    assert 1 / float(frequency[start]) == pytest.approx(7.005406, abs=1e-5)  # rlnRandomiseFrom
+    corrected = corrected_fsc(masked, random, start)
+    expected = star_column(path, "FourierShellCorrelationCorrected")
+    torch.testing.assert_close(corrected.value, expected, rtol=0, atol=1e-5)
+    assert resolution(corrected, 0.143) == pytest.approx(3.323077, abs=1e-4)  # rlnFinalResolution
+    particle = particle_fsc(unmasked, PROTEIN_VOLUME / 10.682012)
+    expected = star_column(path, "FourierShellCorrelationParticleMaskFraction")
+    torch.testing.assert_close(particle.value, expected, rtol=0, atol=1e-4)
+
+
+def test_random_phases_keep_amplitudes_and_low_shells() -> None:
+    a, b = noise(24, 0), noise(24, 1)
+    both = [randomise_phases(a + b, 6, seed) for seed in (1, 2)]
+    torch.testing.assert_close(
+        torch.fft.rfftn(both[0]).abs(), torch.fft.rfftn(a + b).abs(), rtol=0, atol=1e-6 * float((a + b).norm())
+    )
+    curve = fsc(both[0], both[1])
+    assert float(curve[:6].min()) > 1 - 1e-9
+    assert float(curve[6:].abs().max()) < 0.15
+
+
+def test_correction_removes_what_a_tight_mask_adds() -> None:
+    """Noise in a tight mask correlates with noise in the same mask; corrected it does not."""
+    size, grid = 48, Grid(48, 2.0)
+    mask = spherical_mask(grid, 28.0, 0.0).double()
+    shared = noise(size, 0)
+    low = shell_index(size, 3) < 5
+
+    def half(seed: int) -> Tensor:
+        spectrum = torch.where(low, torch.fft.rfftn(8 * shared), torch.fft.rfftn(noise(size, seed)))
+        return torch.fft.irfftn(spectrum, s=(size,) * 3)
+
+    halves = half(1), half(2)
+    unmasked, masked = fsc_curve(*halves, grid), fsc_curve(*halves, grid, mask)
+    start = randomisation_shell(unmasked)
+    assert start == 5
+    random = fsc_curve(randomise_phases(halves[0], 5, 3), randomise_phases(halves[1], 5, 4), grid, mask)
+    corrected = corrected_fsc(masked, random, start)
+    assert float(masked.value[7:12].mean()) > 0.15
+    assert abs(float(corrected.value[7:12].mean())) < 0.4 * float(masked.value[7:12].mean())
+    assert torch.equal(corrected.value[:7], masked.value[:7])
+
+
+def test_no_shell_to_begin_with() -> None:
+    a = noise(12, 0)
+    assert randomisation_shell(fsc_curve(a, a, Grid(12, 1.0))) is None
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_shells_of_cryodrgn(size: int) -> None:
+    """Shell i holds i - 1 <= r < i, one coefficient of the full transform at a time."""
+    a, b = noise(size, 0), noise(size, 1)
+    fa, fb = np.fft.fftn(a.numpy()), np.fft.fftn((a + b).numpy())
+    k = np.fft.fftfreq(size, 1 / size)
+    radius = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2)
+    expected = [1.0]
+    for i in range(1, size // 2 + 1):
+        p, q = (f[(radius >= i - 1) & (radius < i)] for f in (fa, fb))
+        expected.append((p.conj() * q).real.sum() / np.sqrt((abs(p) ** 2).sum() * (abs(q) ** 2).sum()))
+    np.testing.assert_allclose(fsc(a, a + b, rule="cryodrgn").numpy(), expected, atol=1e-12)
+
+
+def test_two_rules_read_a_dip_differently() -> None:
+    curve = Curve(torch.arange(6).double() / 60, torch.tensor([1.0, 0.9, 0.1, 0.5, 0.2, 0.0]).double())
+    assert resolution(curve, 0.143) == pytest.approx(60)
+    assert last_crossing(curve, 0.143) == pytest.approx(15)
+    assert last_crossing(curve, 0.95) is None

@@ -6,8 +6,9 @@ noise that nothing in the model M_A knows of, so that in each shell
     FSC(M_A, truth) ≈ FSC(M_A, R_B) / sqrt(FSC(R_A, R_B)),
 
 and the other way round. The denominator is FSC(R, truth) of one half if the noise of the two is independent; where it
-is within that noise the ratio says nothing. Resolution is read at 0.5, the level for a map against the truth that 0.143
-between half maps stands for (Rosenthal & Henderson 2003).
+is within that noise the ratio says nothing. Where a shell holds too few independent numbers for a precise ratio, both
+sides of it are smoothed over up to three neighbours on each side (a local line). Resolution is read at 0.5, the level
+for a map against the truth that 0.143 between half maps stands for (Rosenthal & Henderson 2003).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of the FSC of pure noise
+_PRECISE = 0.02  # relative error of the denominator that needs no smoothing
+_NEIGHBOURS = 3
 _SYSTEMATIC = 0.004  # interpolation on the way to the back-projections: error of the estimate where noise has none
 
 
@@ -61,6 +64,8 @@ class CrossValidation:
         self.count = independent_coefficients(mask)
         # The first shells hold hardly more than one independent number: no level is beyond chance there.
         noise = torch.tanh(_SIGNIFICANT / (2 * self.count).sqrt()).clamp(max=0.5)
+        self._smooth = _local_lines(self.raw, self.count)
+        self._support = (self._smooth @ self.raw).clamp(min=1e-3)
         below = ~(self.raw > noise)
         below[0] = False
         self.defined: Bool[Tensor, " s"] = torch.cumsum(below, 0) == 0
@@ -75,7 +80,7 @@ class CrossValidation:
             spectrum = self._transform(model)
             power = self._sum(spectrum, spectrum) * self._power[other]
             ratios.append(self._sum(spectrum, self._raw[other]) / power.sqrt().clamp(min=1e-30))
-        value = torch.stack(ratios).mean(0) / self.raw.clamp(min=1e-6).sqrt()
+        value = self._smooth @ torch.stack(ratios).mean(0) / self._support.sqrt()
         value = torch.where(self.defined, value, torch.nan)
         return Curve(torch.arange(len(value), dtype=torch.float64) / self.grid.length, value)
 
@@ -88,6 +93,8 @@ class CrossValidation:
 
     def interval(self, curve: Curve) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
         """A 95 % band of a curve of `curve`, from the number of independent coefficients (Fisher's transform).
+
+        It is that of single shells: where the curve is smoothed it is wider than need be.
 
         The uncertainty of FSC(M_A, R_B) and of FSC(R_A, R_B) is added as if they were independent, and 0.004 for what
         does not come from noise.
@@ -107,6 +114,28 @@ class CrossValidation:
         shells = self.grid.size // 2 + 1
         product = (a * b).sum(1).double().mul_(self._twice)
         return torch.bincount(self._shell, product, minlength=shells + 1)[:shells]
+
+
+def _local_lines(raw: Float[Tensor, " s"], count: Float[Tensor, " s"]) -> Float[Tensor, "s s"]:
+    """Smoothing as a matrix: at each shell the value of a line fitted to its neighbours.
+
+    The width grows with the relative error of sqrt(FSC), to 3 shells on each side; where that is below a quarter of
+    `_PRECISE` a shell stands alone. Neighbours count by distance (tricube) and by their variance.
+    """
+    level = raw.clamp(0.01, 0.9999)
+    error = 0.5 * (1 - level**2) / level * (2 * count).rsqrt()
+    width = 1 + _NEIGHBOURS * (error / _PRECISE).clamp(max=1)
+    width[error < _PRECISE / 4] = 1
+    shells = torch.arange(len(raw), dtype=torch.float64)
+    away = shells - shells[:, None]
+    weight = (1 - (away / width[:, None]).abs().clamp(max=1) ** 3) ** 3
+    weight = weight * (2 * count / (1 - level**2) ** 2).clamp(max=1e8)
+    weight[1:, 0] = 0  # shell 0 is the mean of the map
+    first, second = (weight * away).sum(1, keepdim=True), (weight * away**2).sum(1, keepdim=True)
+    line = weight * (second - first * away)
+    alone = line.sum(1).abs() < 1e-12 * weight.sum(1) ** 2
+    line[alone] = torch.eye(len(raw), dtype=torch.float64)[alone]
+    return line / line.sum(1, keepdim=True)
 
 
 def _shells(size: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:

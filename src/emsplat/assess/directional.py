@@ -17,6 +17,7 @@ from emsplat.assess.fsc import resolution
 from emsplat.errors import InputError
 from emsplat.types import Curve, Grid
 
+_FEW = 20  # frequencies
 _PIXELS = 2_000  # points of the sphere that frequencies are collected at for cones: 4.6° apart
 
 
@@ -102,9 +103,9 @@ def conical_fsc(
     """FSC of two maps within a cone of ``half_angle`` degrees about each direction (Tan et al. 2017), float64.
 
     One value for each direction and shell 0 .. size // 2 (RELION's shells), from the sums over that shell and its two
-    neighbours: a cone holds few independent frequencies, and a single shell of noise would end the curve. 1 where a cone
-    holds no frequency at all. Frequencies are collected at 2,000 points of the sphere first, so the edge of a cone is
-    2° soft.
+    neighbours: a cone holds few independent frequencies, and a single shell of noise would end the curve. 1 where these
+    are fewer than 20, which tell nothing. Frequencies are collected at 2,000 points of the sphere first, so the edge
+    of a cone is 2° soft.
     """
     size = len(a)
     shells = size // 2 + 1
@@ -133,7 +134,8 @@ def conical_fsc(
     weight = ((half_angle + soft - angle) / (2 * soft)).clamp(0, 1)
     ab, aa, bb, count = torch.einsum("dp,rps->rds", weight, table)
     norm = (aa * bb).sqrt()
-    return torch.where(norm > 0, ab / norm.clamp(min=1e-300), (count == 0).double())
+    value = torch.where(norm > 0, ab / norm.clamp(min=1e-300), 0.0)
+    return torch.where(3 * count < _FEW, 1.0, value)  # the mean over three shells
 
 
 def conical_resolution(cones: Float[Tensor, "d s"], grid: Grid, threshold: float = 0.143) -> Float[Tensor, " d"]:

@@ -1,0 +1,228 @@
+"""The verdict on run folders made of known maps: which numbers, which warnings, what is refused, what is missing."""
+
+import csv
+import json
+import math
+from io import StringIO
+
+import pytest
+import torch
+from gemmi import cif
+
+from emsplat.assess.mask import spherical_mask
+from emsplat.assessment import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, assess, read_run, shell_curves
+from emsplat.cli import main
+from emsplat.config import AssessConfig
+from emsplat.errors import InputError
+from emsplat.io.mrc import read_map, write_map
+from emsplat.progress import Log
+from emsplat.types import Grid
+
+GRID = Grid(64, 2.0)
+SIZE = GRID.size
+
+
+def noise(seed):
+    return torch.randn(SIZE, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def lowpass(volume, spacing):
+    full, half = torch.fft.fftfreq(SIZE, GRID.pixel_size), torch.fft.rfftfreq(SIZE, GRID.pixel_size)
+    square = full[:, None, None] ** 2 + full[:, None] ** 2 + half**2
+    return torch.fft.irfftn(torch.fft.rfftn(volume) * torch.exp(-square * spacing**2), s=(SIZE,) * 3)
+
+
+MASK = spherical_mask(GRID, 56.0, 12.0)
+TRUTH = 10 * lowpass(noise(0), 9.0) * MASK
+RAW = tuple(TRUTH + 2.0 * noise(seed) for seed in (1, 2))
+PRIOR = 0.3 * lowpass(noise(9), 3.0) * MASK  # what both models believe without the data
+MODELS = tuple(lowpass(raw, 7.0) * MASK + PRIOR for raw in RAW)
+
+
+def write_run(folder, *, halves=MODELS, raw=RAW, mask=MASK, full=TRUTH):
+    folder.mkdir(exist_ok=True)
+    maps = [*zip(HALF_MAPS, halves, strict=True), *zip(BACKPROJECTIONS, raw or (), strict=False)]
+    for name, volume in [*maps, (FULL_MAP, full), ("mask.mrc", mask)]:
+        if volume is not None:
+            write_map(folder / name, volume, GRID.pixel_size)
+    return folder
+
+
+def measure(run, **options):
+    log = Log(StringIO())
+    result = assess(run, AssessConfig(**options), log, diameter=None, symmetry="C1")
+    return result, log.warnings
+
+
+def columns(run):
+    block = cif.read(str(run / "fsc.star")).find_block("fsc")
+    tags = next(item.loop for item in block if item.loop is not None).tags
+    return {tag[1:]: torch.tensor([cif.as_number(v) for v in block.find_loop(tag)]) for tag in tags}
+
+
+def test_cross_validation_is_beside_what_the_models_claim(tmp_path):
+    run = write_run(tmp_path / "run")
+    result, warnings = measure(run)
+    found = result["resolution"]
+    assert not warnings
+    low, high = sorted(found["cross_validated_interval"])
+    assert low <= found["cross_validated"] <= high
+    assert found["half_map_masked"] < 0.8 * found["cross_validated"]
+    assert found["half_map_masked_cryodrgn"] <= found["half_map_masked"]
+    assert found["backprojection_masked"] > found["half_map_masked"]
+    curves = columns(run)
+    shells = len(curves["rlnResolution"])
+    assert shells == SIZE // 2 + 1
+    band = curves["emsplatCrossValidatedLow"] <= curves["emsplatCrossValidatedHigh"]
+    assert bool((band | curves["emsplatCrossValidated"].isnan()).all())
+    assert math.isnan(curves["emsplatCrossValidated"][-1])  # no data there
+    assert result["masking"]["fraction"] == pytest.approx(float(MASK.mean()), abs=1e-5)
+
+
+def test_local_and_directional_parts_are_written(tmp_path):
+    run = write_run(tmp_path / "run")
+    result, _ = measure(run)
+    local = result["local_resolution"]
+    volume, grid = read_map(run / "local_resolution.mrc")
+    assert grid == GRID
+    inside = volume[MASK > 0.5]
+    assert local["cross_validated"]["median"] == pytest.approx(float(inside.median()), abs=0.01)
+    assert local["half_maps"]["median"] < local["cross_validated"]["median"]
+    assert float(volume.min()) >= GRID.nyquist - 1e-4
+    assert float(volume.max()) <= local["window"] + 1e-4
+    assert (run / "local_resolution_half_maps.mrc").is_file()
+    with (run / "directions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 648
+    assert set(rows[0]) == {"elevation", "azimuth", "fslc", "conical_resolution"}  # no particles, no views
+    direction = result["directional"]
+    assert 0.5 < direction["fslc_mean"] <= 1
+    assert direction["fslc_std"] < 0.1
+    assert direction["conical_of"] == "back-projections"
+
+
+def test_back_projections_alone(tmp_path):
+    run = write_run(tmp_path / "run", halves=RAW, raw=None)
+    result, _ = measure(run)
+    found = result["resolution"]
+    assert found["cross_validated"] is None
+    assert found["half_map_masked"] == found["backprojection_masked"]
+    assert "emsplatCrossValidated" not in columns(run)
+    assert result["local_resolution"]["cross_validated"] is None
+    assert (run / "local_resolution.mrc").is_file()
+    assert not (run / "local_resolution_half_maps.mrc").exists()
+
+
+def test_noise_has_no_resolution_and_no_old_maps_of_it(tmp_path):
+    run = write_run(tmp_path / "run")
+    measure(run)
+    shared = lowpass(noise(9), 8.0) * MASK
+    models = tuple(shared + 0.3 * lowpass(noise(seed), 6.0) * MASK for seed in (1, 2))
+    write_run(run, halves=models, raw=(noise(1), noise(2)))
+    result, warnings = measure(run)
+    assert all(value is None for value in result["resolution"].values())
+    assert result["local_resolution"] is None
+    assert result["directional"] is None
+    assert any("no particle was found" in text for text in warnings)
+    assert not (run / "local_resolution.mrc").exists()
+    assert not (run / "directions.csv").exists()
+
+
+def test_reference(tmp_path):
+    run = write_run(tmp_path / "run", full=MODELS[0])
+    write_map(tmp_path / "truth.mrc", TRUTH, GRID.pixel_size)
+    result, _ = measure(run, reference=tmp_path / "truth.mrc")
+    # An estimate of exactly this, made without it.
+    assert result["resolution"]["reference_masked_0.5"] == pytest.approx(
+        result["resolution"]["cross_validated"], rel=0.15
+    )
+    curves = columns(run)
+    trusted = curves["emsplatBackprojectionMasked"] > 0.1
+    trusted[:2] = False
+    off = (curves["emsplatCrossValidated"] - curves["emsplatReferenceMasked"])[trusted]
+    assert float(off.abs().mean()) < 0.05
+    (run / FULL_MAP).unlink()
+    with pytest.raises(InputError, match=r"run_class001.mrc is missing"):
+        measure(run, reference=tmp_path / "truth.mrc")
+
+
+def test_another_mask_becomes_the_mask_of_the_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    wide = spherical_mask(GRID, 70.0, 12.0)
+    write_map(tmp_path / "wide.mrc", wide, GRID.pixel_size)
+    result, _ = measure(run, mask=tmp_path / "wide.mrc")
+    assert result["masking"]["fraction"] == pytest.approx(float(wide.mean()), abs=1e-5)
+    torch.testing.assert_close(read_map(run / "mask.mrc")[0], wide)
+
+
+def test_tight_mask_is_warned_of(tmp_path):
+    tight = (lowpass(RAW[0] + RAW[1], 2.0) * MASK > 5.0).float()  # ragged, hard, along the density
+    run = write_run(tmp_path / "run", mask=tight)
+    result, warnings = measure(run)
+    assert result["masking"]["random_phases"] > 0.15
+    assert any("too tight" in text for text in warnings)
+    soft, _ = measure(write_run(tmp_path / "soft"))
+    assert abs(soft["masking"]["random_phases"]) < 0.1
+
+
+def test_mask_that_is_cut_off_is_warned_of(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_map(tmp_path / "large.mrc", torch.ones(SIZE, SIZE, SIZE), GRID.pixel_size)
+    _, warnings = measure(run, mask=tmp_path / "large.mrc")
+    assert any("edge of the box" in text for text in warnings)
+
+
+def test_without_a_mask_one_is_made(tmp_path):
+    run = write_run(tmp_path / "run", mask=None)
+    mask = read_run(run).mask
+    assert 0.2 < float((mask * MASK).sum() / MASK.sum()) <= 1
+    assert float(mask.mean()) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: (run / HALF_MAPS[1]).unlink(), "missing"),
+        (lambda run: write_map(run / HALF_MAPS[1], MODELS[0], GRID.pixel_size), "same map"),
+        (lambda run: write_map(run / HALF_MAPS[1], torch.randn(32, 32, 32), GRID.pixel_size), "box 32"),
+        (lambda run: write_map(run / HALF_MAPS[1], MODELS[1], 3.0), "3 Å"),
+        (lambda run: write_map(run / "mask.mrc", torch.zeros(SIZE, SIZE, SIZE), GRID.pixel_size), "mask"),
+        (lambda run: write_map(run / "mask.mrc", torch.ones(32, 32, 32), GRID.pixel_size), "box 32"),
+        (lambda run: write_map(run / "mask.mrc", 3 * MASK, GRID.pixel_size), "0 to 1"),
+    ],
+)
+def test_maps_that_do_not_belong_together(tmp_path, change, message, capsys):
+    run = write_run(tmp_path / "run")
+    change(run)
+    with pytest.raises(InputError, match=message):
+        read_run(run)
+    assert main(["assess", str(run)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_assess_command_renews_summary_and_report(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps({"fits": {"half1": {}}, "seconds": 3.0, "resolution": {}}))
+    assert main(["assess", str(run), "--window", "40"]) == 0
+    assert "cross-validated FSC 0.5" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seconds"] == 3.0
+    assert summary["local_resolution"]["window"] == 40
+    assert summary["assessment"] == {"window": 40.0}
+    assert "Local resolution" in (run / "report.html").read_text()
+    assert main(["assess", str(run), "--window", "900"]) == 2
+    (run / "summary.json").write_text("{")
+    assert main(["assess", str(run)]) == 2
+
+
+def test_correction_begins_where_the_unmasked_curve_falls(tmp_path):
+    maps = read_run(write_run(tmp_path / "run", halves=RAW, raw=None))
+    table, masking = shell_curves(maps)
+    unmasked = torch.tensor(table["rlnFourierShellCorrelationUnmaskedMaps"])
+    start = round(GRID.length / masking["randomised_from"])
+    assert bool((unmasked[1:start] >= 0.8).all())
+    assert float(unmasked[start]) < 0.8
+    assert (
+        table["rlnFourierShellCorrelationCorrected"][: start + 2]
+        == (table["rlnFourierShellCorrelationMaskedMaps"][: start + 2])
+    )

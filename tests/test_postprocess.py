@@ -1,0 +1,95 @@
+"""Post-processing of run folders: what is written, in whose terms, and that it sharpens what was blurred."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from gemmi import cif
+
+from emsplat.assess.fsc import fsc
+from emsplat.assess.sharpening import guinier
+from emsplat.cli import main
+from emsplat.io.mrc import read_map
+from test_assessment import GRID, MODELS, RAW, TRUTH, lowpass, noise, write_run
+
+
+def block(run, name):
+    return cif.read(str(run / "postprocess.star")).find_block(name)
+
+
+def number(run, name):
+    return cif.as_number(block(run, "general").find_value(f"_{name}"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def test_what_is_written(run):
+    assert main(["postprocess", str(run)]) == 0
+    masked, sharp = (read_map(run / f"postprocess{end}.mrc") for end in ("_masked", ""))
+    mask = read_map(run / "mask.mrc")[0]
+    torch.testing.assert_close(masked[0], sharp[0] * mask, atol=1e-5 * float(sharp[0].abs().max()), rtol=0)
+    assert sharp[1] == GRID
+    assert number(run, "rlnBfactorUsedForSharpening") == pytest.approx(
+        4 * number(run, "rlnFittedSlopeGuinierPlot"), abs=1e-3
+    )
+    assert number(run, "rlnFinalResolution") > GRID.nyquist
+    assert number(run, "rlnParticleBoxFractionSolventMask") == pytest.approx(0.476 / float(mask.mean()), rel=1e-3)
+    assert len(list(block(run, "fsc").find_loop("_rlnFourierShellCorrelationCorrected"))) == 33
+    plot = [block(run, "guinier").find_loop(f"_rlnLogAmplitudes{n}") for n in ("Original", "Weighted", "Sharpened")]
+    assert [len(list(column)) for column in plot] == [33] * 3
+    points = ElementTree.parse(run / "postprocess_fsc.xml").getroot().findall("coordinate")
+    assert len(points) == 33
+
+
+def test_sharpened_by_the_b_factor(run):
+    assert main(["postprocess", str(run), "--b-factor", "-200"]) == 0
+    with_b = read_map(run / "postprocess.mrc")[0]
+    assert number(run, "rlnBfactorUsedForSharpening") == -200
+    assert main(["postprocess", str(run), "--b-factor", "0"]) == 0
+    without = read_map(run / "postprocess.mrc")[0]
+    slopes = [guinier(v, GRID, torch.ones(33), low=40.0, high=12.0).slope for v in (with_b, without)]
+    assert slopes[0] - slopes[1] == pytest.approx(50, rel=0.02)
+
+
+def test_weights_of_models_are_the_cross_validated_ones(run):
+    """Not what the models merely believe: amplitudes per shell fall with the estimate of their correlation."""
+    assert main(["postprocess", str(run), "--b-factor", "0"]) == 0
+    assert main(["assess", str(run)]) == 0
+    assert block(run, "general").find_value("_emsplatWeight").strip("'\"") == "cross-validated FSC"
+    volumes = read_map(run / "postprocess.mrc")[0], 0.5 * (MODELS[0] + MODELS[1])
+    weighted, average = (guinier(v, GRID, torch.ones(33), low=60.0, high=5.0).original.exp() for v in volumes)
+    table = cif.read(str(run / "fsc.star")).find_block("fsc")
+    estimate = torch.tensor([cif.as_number(v) for v in table.find_loop("_emsplatCrossValidated")])
+    seen = estimate.isfinite() & (estimate > 0.05)
+    seen[0] = False
+    torch.testing.assert_close((weighted / average)[seen], estimate[seen].double().clamp(max=1), atol=1e-3, rtol=0)
+    assert float((weighted / average)[25:].max()) < 0.01
+
+
+def test_back_projections_are_weighted_by_their_half_map_fsc(tmp_path):
+    run = write_run(tmp_path / "run", halves=RAW, raw=None)
+    assert main(["postprocess", str(run), "--b-factor", "0"]) == 0
+    sharp, average = read_map(run / "postprocess.mrc")[0], 0.5 * (RAW[0] + RAW[1])
+    assert block(run, "general").find_value("_emsplatWeight").strip("'\"") == "corrected half-map FSC"
+    assert float((sharp - TRUTH).norm()) < 0.5 * float((average - TRUTH).norm())
+    torch.testing.assert_close(fsc(sharp, average)[1:8], torch.ones(7, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+def test_too_coarse_for_a_b_factor_is_said(tmp_path, capsys):
+    truth = lowpass(noise(0), 30.0)
+    halves = tuple(truth + 0.02 * noise(seed) for seed in (1, 2))
+    run = write_run(tmp_path / "run", halves=halves, raw=None)
+    assert main(["postprocess", str(run)]) == 0
+    assert "not sharpened" in capsys.readouterr().out
+    assert number(run, "rlnBfactorUsedForSharpening") == 0
+    assert block(run, "guinier") is None
+
+
+def test_noise_is_refused(tmp_path, capsys):
+    run = write_run(tmp_path / "run", halves=(noise(1), noise(2)), raw=None)
+    assert main(["postprocess", str(run)]) == 2
+    assert "no resolution" in capsys.readouterr().err
+    assert not (run / "postprocess.mrc").exists()

@@ -1,0 +1,63 @@
+"""Guinier's plot, B factors and weights on maps whose fall-off is known; EMDB's XML."""
+
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from emsplat.assess.sharpening import fsc_weight, fsc_xml, guinier, sharpen
+from emsplat.errors import InputError
+from emsplat.fourier import irfft, rfft, shell_index
+from emsplat.types import Curve, Grid
+
+GRID = Grid(48, 1.5)
+ONES = torch.ones(25, dtype=torch.float64)
+
+
+def falling(b_factor):
+    """A map whose amplitudes fall as exp(-B k²/4)."""
+    k = shell_index(48, 3) / GRID.length
+    white = rfft(torch.randn(48, 48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 3)
+    return irfft(white / white.abs().clamp(min=1e-9) * torch.exp(-b_factor * k**2 / 4), 3)
+
+
+def test_b_factor_is_found_and_undone():
+    volume = falling(120.0)
+    plot = guinier(volume, GRID, ONES)
+    assert plot.b_factor == pytest.approx(-120, rel=1e-4)
+    assert plot.correlation == pytest.approx(-1, abs=1e-6)
+    level = guinier(sharpen(volume, GRID, plot.b_factor, ONES), GRID, ONES)
+    assert level.slope == pytest.approx(0, abs=1e-3)
+    assert float(level.original[5] - level.original[20]) == pytest.approx(0, abs=1e-3)
+
+
+def test_weights_enter_the_plot_and_the_map():
+    weight = torch.linspace(1, 0.5, 25, dtype=torch.float64)
+    plot = guinier(falling(0.0), GRID, weight)
+    torch.testing.assert_close(plot.weighted - plot.original, weight.log())
+    assert plot.slope < -1
+    weight[12:] = 0
+    after = rfft(sharpen(falling(0.0), GRID, 0.0, weight), 3).abs()
+    assert float(after[shell_index(48, 3) >= 12].max()) < 1e-4 * float(after.max())
+
+
+def test_range_of_the_line():
+    with pytest.raises(InputError, match="at least 3"):
+        guinier(falling(10.0), GRID, ONES, low=10.0, high=9.5)
+
+
+def test_fsc_weight():
+    values = torch.tensor([1.0, 1.0, 0.5, 1 / 3, 0.0, 0.5, math.nan]).double()
+    found = fsc_weight(values)
+    expected = [1, 1, math.sqrt(2 / 3), math.sqrt(0.5), 0, 0, 0]
+    torch.testing.assert_close(found, torch.tensor(expected).double())
+
+
+def test_xml_of_emdb():
+    curve = Curve(torch.tensor([0.0, 0.0123, 0.02]).double(), torch.tensor([1.0, 0.98, math.nan]).double())
+    root = ElementTree.fromstring(fsc_xml(curve, "half maps"))
+    assert root.tag == "fsc"
+    assert root.attrib == {"title": "half maps", "xaxis": "Resolution (A-1)", "yaxis": "Correlation Coefficient"}
+    points = [(float(c.find("x").text), float(c.find("y").text)) for c in root.findall("coordinate")]
+    assert points == [(0.0, 1.0), (0.0123, 0.98)]  # an undefined shell has no place in it
