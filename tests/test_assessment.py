@@ -155,6 +155,18 @@ def test_another_mask_becomes_the_mask_of_the_run(tmp_path):
     torch.testing.assert_close(read_map(run / "mask.mrc")[0], wide)
 
 
+def test_spherical_mask(tmp_path):
+    run = write_run(tmp_path / "run")
+    result, _ = measure(run, mask_diameter=80.0)
+    mask = read_map(run / "mask.mrc")[0]
+    torch.testing.assert_close(mask, spherical_mask(GRID, 80.0, 12.0))
+    assert result["masking"]["fraction"] == pytest.approx(float(mask.mean()), abs=1e-5)
+    with pytest.raises(InputError, match="diameter"):
+        measure(run, mask_diameter=-1.0)
+    with pytest.raises(InputError, match="one of them"):
+        measure(run, mask_diameter=80.0, mask=run / "mask.mrc")
+
+
 def test_tight_mask_is_warned_of(tmp_path):
     tight = (lowpass(RAW[0] + RAW[1], 2.0) * MASK > 5.0).float()  # ragged, hard, along the density
     run = write_run(tmp_path / "run", mask=tight)

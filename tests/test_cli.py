@@ -60,7 +60,8 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     words = ["--mask", str(truth), "-o", str(tmp_path / "fsc.star")]
     assert main(["fsc", str(truth), str(truth)]) == 0
     printed = capsys.readouterr().out
-    assert "FSC 0.143: 8" in printed  # Nyquist
+    assert "FSC 0.143 unmasked: 8" in printed  # Nyquist
+    assert "cryoDRGN" in printed
     assert "shell" in printed
     assert main(["fsc", str(truth), str(truth), *words]) == 2  # a density is no mask: values outside 0 to 1
     assert "mask" in capsys.readouterr().err
@@ -69,7 +70,10 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
 
     write_map(tmp_path / "mask.mrc", (volume > volume.mean()).float(), grid.pixel_size)
     assert main(["fsc", str(truth), str(truth), "--mask", str(tmp_path / "mask.mrc"), *words[2:]]) == 0
-    assert "rlnFourierShellCorrelationMaskedMaps" in (tmp_path / "fsc.star").read_text()
+    written = (tmp_path / "fsc.star").read_text()
+    assert "rlnFourierShellCorrelationMaskedMaps" in written
+    assert "rlnFourierShellCorrelationCorrected" in written
+    assert "corrected" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

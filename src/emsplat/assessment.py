@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from emsplat.assess.local_resolution import (
     local_resolution,
 )
 from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
-from emsplat.config import AssessConfig
+from emsplat.config import AssessConfig, InputConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.io.files import replacing
@@ -86,9 +86,7 @@ def is_evident(halves: tuple[Tensor, Tensor], grid: Grid, diameter: float) -> bo
     The start from a map and the shape of the box make two fits to noise alike in the first shells, so a model's FSC
     alone says nothing there. The back-projections carry no such likeness.
     """
-    edge = 6 * grid.pixel_size
-    sphere = spherical_mask(grid, min(diameter, grid.length - 2 * edge), edge)
-    first = resolution(fsc_curve(*halves, grid, sphere), 0.143)
+    first = resolution(fsc_curve(*halves, grid, sphere(grid, diameter)), 0.143)
     return first is not None and first < grid.length / FIRST_SHELLS
 
 
@@ -97,8 +95,15 @@ def particle_mask(volume: Tensor, grid: Grid, diameter: float, evident: bool) ->
 
     Cut out of noise, a mask would pick the places where both halves happen to be alike.
     """
-    if evident:
-        return solvent_mask(volume, grid, diameter)
+    return solvent_mask(volume, grid, diameter) if evident else sphere(grid, diameter)
+
+
+def sphere(grid: Grid, diameter: float) -> Tensor:
+    """A spherical mask with an edge of 6 voxels, at most as large as the box holds.
+
+    Raises:
+        InputError: the diameter is not positive.
+    """
     edge = 6 * grid.pixel_size
     return spherical_mask(grid, min(diameter, grid.length - 2 * edge), edge)
 
@@ -112,6 +117,19 @@ def read_mask(path: Path, grid: Grid) -> Tensor:
     mask, own = read_map(path)
     common_grid({"the maps": grid, str(path): own})
     return check_mask(mask, str(path))
+
+
+def given_mask(config: InputConfig | AssessConfig, grid: Grid) -> Tensor | None:
+    """The mask that the options ask for, None where they ask for none.
+
+    Raises:
+        InputError: they ask for two, or one that does not fit.
+    """
+    if config.mask is not None and config.mask_diameter is not None:
+        raise InputError("--mask and --mask-diameter: expected one of them; leave the other out")
+    if config.mask is not None:
+        return read_mask(config.mask, grid)
+    return None if config.mask_diameter is None else sphere(grid, config.mask_diameter)
 
 
 def read_run(run: Path, mask: Path | None = None) -> RunMaps:
@@ -153,10 +171,12 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     Raises:
         InputError: through `read_run`; the reference has another grid; the window does not fit the box.
     """
-    maps = read_run(run, config.mask)
+    maps = read_run(run)
     grid = maps.grid
-    if config.mask is not None:
-        write_map(run / "mask.mrc", maps.mask, grid.pixel_size)
+    mask = given_mask(config, grid)
+    if mask is not None:
+        maps = replace(maps, mask=mask)
+        write_map(run / "mask.mrc", mask, grid.pixel_size)
     evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
     columns, found, masking = _shells(maps, config, log)
     if not evident:

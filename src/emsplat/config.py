@@ -106,6 +106,9 @@ class InputConfig:
     mask: Path | None = None
     """MRC map with values from 0 to 1 for the FSC; default: made from the classical map."""
 
+    mask_diameter: float | None = None
+    """Diameter in Å of a spherical mask for the FSC, in place of one along the density."""
+
     invert: bool = False
     """Invert the contrast. A STAR file means bright protein; use this where protein is dark."""
 
@@ -144,6 +147,9 @@ class AssessConfig:
 
     mask: Path | None = None
     """MRC map with values from 0 to 1; default: the mask of the run. It becomes the mask of the run."""
+
+    mask_diameter: float | None = None
+    """Diameter in Å of a spherical mask for the FSC, in place of the mask of the run."""
 
     reference: Path | None = None
     """MRC map on the same grid that the full map is compared with as well."""

@@ -37,6 +37,7 @@ class Stage:
     epochs: int
     score: float | None = None  # mean cross-validated FSC at its end
     kept: bool = True
+    scores: tuple[tuple[int, float], ...] = ()  # the same after each epoch that was judged
 
 
 @dataclass
@@ -85,11 +86,11 @@ def fit_course(
         epochs = stages[number].epochs if following else plan.epochs
         rate = plan.learning_rate * (0.5 if number else 1.0)
         part = Plan(epochs, rate, plan.decay, first=epochs_before)
-        score, length = yield from _stage(fits, part, None if following else judge, best, follow=following)
+        score, length, scores = yield from _stage(fits, part, None if following else judge, best, follow=following)
         if not following:
             count = round(sum(len(one.state.model) for one in fits) / len(fits))
             kept = number == 0 or score > best + _WORTH
-            stages.append(Stage(count, length, score if math.isfinite(score) else None, kept))
+            stages.append(Stage(count, length, score if math.isfinite(score) else None, kept, tuple(scores)))
             if not kept:
                 break
             best = score
@@ -105,10 +106,14 @@ def fit_course(
 
 def _stage(
     fits: Sequence[VolumeFit], plan: Plan, judge: CrossValidation | None, to_beat: float, *, follow: bool
-) -> Generator[VolumeFit, None, tuple[float, int]]:
-    """One stage; returns its best score and the epochs up to there. Models are kept where it beats ``to_beat``."""
+) -> Generator[VolumeFit, None, tuple[float, int, list[tuple[int, float]]]]:
+    """One stage; returns its best score, the epochs up to there, and the score after each epoch judged.
+
+    Models are kept where it beats ``to_beat``.
+    """
     running = [fit(one.state, one.objective, plan) for one in fits]
     top, length, before = -math.inf, plan.epochs, math.inf
+    scores: list[tuple[int, float]] = []
     for epoch in range(1, plan.epochs + 1):
         for one, states in zip(fits, running, strict=True):
             for _ in range(one.objective.steps_per_epoch):
@@ -118,6 +123,7 @@ def _stage(
             if fits[0].state.step < fits[0].objective.coarse_steps:
                 continue  # nothing holds the high shells yet
             score = judge.score((fits[0].volume(), fits[1].volume()))
+            scores.append((plan.first + epoch, score))
             if score > top + _BETTER or top == -math.inf:
                 top, length = score, epoch
                 if score > to_beat + _WORTH or to_beat == -math.inf:
@@ -132,7 +138,7 @@ def _stage(
             before = loss
     if judge is None:
         _keep(fits)
-    return top, length
+    return top, length, scores
 
 
 def _keep(fits: Sequence[VolumeFit]) -> None:

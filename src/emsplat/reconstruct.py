@@ -37,7 +37,7 @@ from emsplat.accumulate import (
 )
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
-from emsplat.assessment import assess, is_evident, particle_mask, read_mask
+from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
@@ -213,8 +213,7 @@ def _open(
         stack.only(half)
     if not several_grids:
         stack.require_one_grid()
-    if config.mask is not None:
-        read_mask(config.mask, stack.grid)
+    given_mask(config, stack.grid)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
     for warning in stack.table.warnings:
@@ -245,9 +244,8 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             + ("without --invert" if stack.sign < 0 else "--invert")
         )
     evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    if config.mask is not None:
-        mask = read_mask(config.mask, stack.grid)
-    else:
+    mask = given_mask(config, stack.grid)
+    if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
     validation = CrossValidation((raw["half1"], raw["half2"]), mask, stack.grid)
@@ -396,6 +394,7 @@ def _fit_volumes(
             }
         log.line(f"{label}: {', '.join(f'{len(one.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
     history.write()
+    _write_scores(output / "scores.csv", stages)
     for number, stage in enumerate(stages):
         log.line(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
@@ -403,6 +402,13 @@ def _fit_volumes(
             + ("" if stage.kept else " (no gain, not kept)")
         )
     return models, about
+
+
+def _write_scores(path: Path, stages: list[Stage]) -> None:
+    """The mean cross-validated FSC after each epoch that was judged: what the data of the other half say of the fit."""
+    rows = [f"{epoch},{stage.gaussians},{score:.6f}\n" for stage in stages for epoch, score in stage.scores]
+    if rows:
+        write_text(path, "".join(["epoch,gaussians,score\n", *rows]))
 
 
 def _course_steps(settings: Settings, stages: list[Stage]) -> int:
@@ -534,7 +540,7 @@ def _finish(
         "input": _describe(stack, particles, skipped),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": fits,
-        "course": [asdict(stage) for stage in stages],
+        "course": [{key: value for key, value in asdict(stage).items() if key != "scores"} for stage in stages],
         "examples": examples,
         "settings": settings,
         "options": plain(config),
