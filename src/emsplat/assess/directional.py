@@ -5,12 +5,14 @@ Directions lie on a uniform grid of elevation (0 to 180° from +z) and azimuth (
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from emsplat.assess.fsc import resolution
@@ -112,10 +114,8 @@ def conical_fsc(
     full = torch.arange(size) - size // 2
     half = torch.arange(shells)
     points = _fibonacci(_PIXELS)
-    # Nearest point of the sphere for each frequency of the half space, by a table over direction cosines.
     sums = torch.zeros(4, _PIXELS * (shells + 1), dtype=torch.float64)
     products = [*_products(a, b), torch.ones(size, size, shells)]
-    lookup = _NearestPoint(points)
     twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
     for z, kz in enumerate(full.tolist()):
         x, y = half.float().expand(size, -1), full.float()[:, None].expand(-1, shells)
@@ -123,7 +123,7 @@ def conical_fsc(
         inside = radius < shells - 0.5
         shell = torch.floor(radius[inside] + 0.5).long()
         vectors = torch.stack([x[inside], y[inside], torch.full_like(shell, kz).float()], 1)
-        index = lookup(vectors) * (shells + 1) + shell
+        index = _nearest(vectors) * (shells + 1) + shell
         for row, product in enumerate(products):
             sums[row] += torch.bincount(index, (twice * product[z])[inside], minlength=sums.shape[1])
     table = sums.reshape(4, _PIXELS, shells + 1)[..., :shells]
@@ -167,11 +167,10 @@ def fourier_sampling(rotation: Float[Tensor, "p 3 3"], symmetry: Float[Tensor, "
     turns the object: its views are ``rotation`` @ element.
     """
     points = _fibonacci(_PIXELS).double()
-    lookup = _NearestPoint(points.float())
     views = torch.zeros(_PIXELS, dtype=torch.float64)
     for element in symmetry.double():
         seen = rotation[:, 2].double() @ element
-        views += torch.bincount(lookup(seen.float()), minlength=_PIXELS)
+        views += torch.bincount(_nearest(seen.float()), minlength=_PIXELS)
     half = math.sin(math.radians(2.5))
     density = ((points @ points.T).abs() < half).double() @ views
     uniform = views.sum() * half  # the part of the sphere in the band
@@ -192,33 +191,33 @@ def sampling_compensation(density: Float[Tensor, " n"]) -> tuple[float, float]:
     return part * float(1 / (1 / density[measured]).mean()), 1 - part
 
 
-class _NearestPoint:
-    """Index of the nearest of many points on the sphere, from a table over a cube map."""
+_CELLS = 128  # per edge of a face of the cube: 0.7°
 
-    _CELLS = 256
 
-    def __init__(self, points: Float[Tensor, "n 3"]) -> None:
-        centre = (torch.arange(self._CELLS) + 0.5) / self._CELLS * 2 - 1
-        u, v = torch.meshgrid(centre, centre, indexing="ij")
-        tables = []
-        for axis in range(3):
-            for sign in (1.0, -1.0):
-                parts = [u, v]
-                parts.insert(axis, torch.full_like(u, sign))
-                face = functional.normalize(torch.stack(parts, -1).reshape(-1, 3), dim=1)
-                tables.append(torch.cat([(part @ points.T).argmax(1) for part in torch.split(face, 8192)]))
-        self._table = torch.stack(tables).flatten()
+@functools.cache
+def _table() -> Int[Tensor, " c"]:
+    """The nearest of the `_PIXELS` points at the centre of each cell of a cube map."""
+    centre = (torch.arange(_CELLS) + 0.5) / _CELLS * 2 - 1
+    u, v = torch.meshgrid(centre, centre, indexing="ij")
+    faces = []
+    for axis in range(3):
+        for sign in (1.0, -1.0):
+            parts = [u, v]
+            parts.insert(axis, torch.full_like(u, sign))
+            faces.append(functional.normalize(torch.stack(parts, -1).reshape(-1, 3), dim=1))
+    return torch.from_numpy(cKDTree(_fibonacci(_PIXELS).numpy()).query(torch.cat(faces).numpy())[1])
 
-    def __call__(self, vectors: Float[Tensor, "n 3"]) -> Tensor:
-        longest, axis = vectors.abs().max(1)
-        sign = vectors.gather(1, axis[:, None])[:, 0] < 0
-        scaled = vectors / longest.clamp(min=1e-12)[:, None]
-        u = torch.where(axis == 0, scaled[:, 1], scaled[:, 0])
-        v = torch.where(axis == 2, scaled[:, 1], scaled[:, 2])
-        cell = [((w + 1) / 2 * self._CELLS).long().clamp(0, self._CELLS - 1) for w in (u, v)]
-        face = 2 * axis + sign.long()
-        found: Tensor = self._table[(face * self._CELLS + cell[0]) * self._CELLS + cell[1]]
-        return found
+
+def _nearest(vectors: Float[Tensor, "n 3"]) -> Int[Tensor, " n"]:
+    """Index of the nearest of the `_PIXELS` points on the sphere; the vectors need not be normalised."""
+    longest, axis = vectors.abs().max(1)
+    negative = vectors.gather(1, axis[:, None])[:, 0] < 0
+    scaled = vectors / longest.clamp(min=1e-12)[:, None]
+    u = torch.where(axis == 0, scaled[:, 1], scaled[:, 0])
+    v = torch.where(axis == 2, scaled[:, 1], scaled[:, 2])
+    row, column = (((w + 1) / 2 * _CELLS).long().clamp(0, _CELLS - 1) for w in (u, v))
+    found: Tensor = _table()[((2 * axis + negative.long()) * _CELLS + row) * _CELLS + column]
+    return found
 
 
 def _products(a: Tensor, b: Tensor) -> list[Float[Tensor, "z y k"]]:
