@@ -428,6 +428,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
     assert summary["threads"] == 1
     named = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(ReconstructConfig)}
     elsewhere = {"--growth", "--independent-halves", "--mask-diameter"}  # not beside these
+    elsewhere |= {"--poses", "--ctf", "--passthrough"}  # of other formats
     assert named - {"--resume", "--rotation"} - elsewhere == set(options) | set(flags) - {"--no-rotation"}
     assert (output / "run_half1_statistics.safetensors").is_file()
     # A second time: refused as it is, done with --resume, which finds everything finished.

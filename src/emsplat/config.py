@@ -99,6 +99,16 @@ class InputConfig:
     datadir: Path | None = None
     """Folder that the image paths of the STAR file start from, where they are not found beside it."""
 
+    poses: Path | None = None
+    """cryoDRGN's poses.pkl, for an image stack (.mrcs or a .txt that lists stacks)."""
+
+    ctf: Path | None = None
+    """cryoDRGN's ctf.pkl, for an image stack."""
+
+    passthrough: tuple[Path, ...] = ()
+    """cryoSPARC's *_passthrough_particles.cs of the same job, for fields that a .cs file lacks; default: those beside
+    it."""
+
     diameter: float | None = None
     """Diameter of the particle in Å: outside it is background, for normalisation, noise and the mask of the FSC.
     Default: 0.9 of the box."""
@@ -110,7 +120,7 @@ class InputConfig:
     """Diameter in Å of a spherical mask for the FSC, in place of one along the density."""
 
     invert: bool = False
-    """Invert the contrast. A STAR file means bright protein; use this where protein is dark."""
+    """Invert the contrast. A STAR file means bright protein, a .cs file says which; use this where that is wrong."""
 
     skip_bad: bool = False
     """Read all images first and leave out those that are constant or hold values that are not finite."""

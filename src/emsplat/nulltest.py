@@ -27,7 +27,8 @@ from emsplat.config import NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.io.mrc import writing_stack
-from emsplat.io.relion import read_columns, rewrite_star
+from emsplat.io.particles import is_star
+from emsplat.io.relion import read_columns, rewrite_star, write_table
 from emsplat.particles import ParticleStack, open_particles
 from emsplat.progress import Log
 from emsplat.reconstruct import reconstruct
@@ -88,10 +89,18 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         invert=config.invert,
         diameter=config.diameter,
         trust_star_pixel_size=config.trust_star_pixel_size,
+        poses=config.poses,
+        ctf=config.ctf,
+        passthrough=config.passthrough,
     ).with_halves(config.seed)
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
-    settings = replace(_settings(config), overwrite=True)
+    output.mkdir(parents=True, exist_ok=True)
+    source = particles
+    if not is_star(particles):
+        source = output / "particles.star"
+        write_table(source, stack.table, torch.arange(len(stack.table)), stack.half)
+    settings = _settings(config)
     outcomes = []
     from_shell = 0
     for name in ("unaltered", "noise", "phases", "poses"):
@@ -102,7 +111,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
         log.line(f"--- {name}: {len(chosen):,} particles")
-        star = _write(name, chosen, particles, folder, from_shell, config.seed)
+        star = _write(name, chosen, source, folder, from_shell, config.seed)
         summary = reconstruct(settings, star, folder / "run", log)
         (folder / "particles.mrcs").unlink()
         reported = summary["resolution"]["cross_validated"]
@@ -120,7 +129,19 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
 
 
 def _settings(config: NullTestConfig) -> ReconstructConfig:
-    return ReconstructConfig(**{field.name: getattr(config, field.name) for field in fields(ReconstructConfig)})
+    """Those of a reconstruction of the altered particles, which are bright and lie beside their STAR file."""
+    same = ReconstructConfig(**{field.name: getattr(config, field.name) for field in fields(ReconstructConfig)})
+    return replace(
+        same,
+        datadir=None,
+        poses=None,
+        ctf=None,
+        passthrough=(),
+        invert=False,
+        add_statistics=(),
+        overwrite=True,
+        resume=False,
+    )
 
 
 def _choose(stack: ParticleStack, count: int) -> ParticleStack:

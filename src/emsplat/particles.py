@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +18,7 @@ from emsplat.errors import InputError
 from emsplat.fourier import hermitian_weight, shell_index
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
-from emsplat.io.relion import read_star
+from emsplat.io.particles import read_particles
 from emsplat.io.table import ParticleTable
 from emsplat.types import Batch, Grid, Poses
 
@@ -292,15 +292,19 @@ def open_particles(
     invert: bool = False,
     diameter: float | None = None,
     trust_star_pixel_size: bool = False,
+    poses: Path | None = None,
+    ctf: Path | None = None,
+    passthrough: Sequence[Path] = (),
 ) -> ParticleStack:
-    """The particles of a RELION STAR file, checked against the headers of their stacks; no image is read.
+    """The particles of a metadata file (`io.particles.read_particles`), checked against the headers of their stacks; no
+    image is read.
 
     Raises:
-        InputError: see `read_star`; an image index outside its stack, stacks of odd or unexpected boxes, pixel
+        InputError: see `read_particles`; an image index outside its stack, stacks of odd or unexpected boxes, pixel
             sizes that disagree, a diameter that leaves no background, fewer than 4 particles.
     """
     elements = symmetry_group(symmetry)
-    table = read_star(path, datadir)
+    table = read_particles(path, datadir=datadir, poses=poses, ctf=ctf, passthrough=passthrough)
     if len(table) < 4:
         raise InputError(f"{path}: {len(table)} particles; expected at least 2 in each of two halves")
     files = ImageFiles(table)
@@ -314,7 +318,7 @@ def open_particles(
             f"--diameter {diameter:g} Å: the box is {grid.length:.1f} Å wide; expected a diameter above 0 that leaves "
             "background around the particle"
         )
-    sign = -1.0 if invert else 1.0
+    sign = -table.sign if invert else table.sign
     return ParticleStack(table, files, grid, symmetry=elements, sign=sign, diameter=diameter, grids=grids)
 
 

@@ -43,8 +43,8 @@ from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
 from emsplat.io.mrc import write_map
+from emsplat.io.particles import write_used
 from emsplat.io.ply import write_ply
-from emsplat.io.relion import rewrite_star
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
@@ -208,6 +208,9 @@ def _open(
         invert=config.invert,
         diameter=config.diameter,
         trust_star_pixel_size=config.trust_star_pixel_size,
+        poses=config.poses,
+        ctf=config.ctf,
+        passthrough=config.passthrough,
     ).with_halves(config.seed)
     for half in _HALVES.values():
         stack.only(half)
@@ -225,7 +228,7 @@ def _open(
         if skipped:
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
-    rewrite_star(particles, output / "run_data.star", stack.rows, stack.half[stack.rows])  # type: ignore[index]
+    write_used(particles, stack.table, output / "run_data.star", stack.rows, stack.half[stack.rows])  # type: ignore[index]
     about = {"program": f"emsplat {__version__}", "particles": str(particles)}
     write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
     return stack, skipped
@@ -623,11 +626,10 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
     )
-    source = "of the STAR file" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
+    source = f"of {table.source.name}" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
-    log.line(
-        "  contrast: " + ("inverted with --invert" if config.invert else "bright protein, as a STAR file means it")
-    )
+    bright = "bright protein" if stack.sign > 0 else "dark protein, inverted"
+    log.line(f"  contrast: {bright}" + (" (turned round with --invert)" if config.invert else ""))
     sums = 12 * (PADDING * grid.size) ** 3 / 2 / 2**20
     read = len(stack) * grid.size**2 * 4 / 2**30
     log.line(

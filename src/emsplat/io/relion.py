@@ -7,8 +7,7 @@ the text that the file holds, so that a rewritten file changes nothing that it d
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from emsplat import __version__
 from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
 from emsplat.io.files import replacing
+from emsplat.io.paths import find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.types import Grid, Optics, Poses
 
@@ -209,7 +209,7 @@ def read_star(path: Path, datadir: Path | None = None) -> ParticleTable:
         groups=groups,
         optics_group=torch.from_numpy(group),
         half=_half_sets(particles),
-        micrograph=_codes(particles.text("MicrographName")) if particles.has("MicrographName") else stack,
+        micrograph=group_equal(particles.text("MicrographName")) if particles.has("MicrographName") else stack,
         stacks=stacks,
         stack=stack,
         image=image,
@@ -321,12 +321,6 @@ def _half_sets(particles: _Block) -> Tensor | None:
     return torch.from_numpy(half)
 
 
-def _codes(texts: Sequence[str]) -> Tensor:
-    """Equal numbers for equal texts, in order of appearance."""
-    seen: dict[str, int] = {}
-    return torch.tensor([seen.setdefault(text, len(seen)) for text in texts], dtype=torch.int64)
-
-
 def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[Path, ...], Tensor, Tensor]:
     """Stacks, and the stack and 0-based index of each image."""
     names = particles.text("ImageName")
@@ -344,40 +338,7 @@ def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[
             )
         index[row] = int(digits) - 1
         files.append(file)
-    stack = _codes(files)
-    places = _search_places(path, datadir)
-    found, missing = [], []
-    for file in dict.fromkeys(files):
-        place = next((p for p in places(file) if os.path.isfile(p)), None)  # noqa: PTH113 (False where a path is impossible)
-        if place is None:
-            missing.append(file)
-        else:
-            found.append(place)
-    if missing:
-        raise InputError(
-            f"{path}: {len(missing)} of {len(found) + len(missing)} image stacks are missing, the first is "
-            f'"{missing[0]}"; looked for it as written, in {path.absolute().parent} and its parents'
-            + (f" and in {datadir}" if datadir else "")
-            + "; give the folder that the paths start from with --datadir"
-        )
-    return tuple(found), stack, torch.from_numpy(index)
-
-
-def _search_places(path: Path, datadir: Path | None) -> Callable[[str], list[Path]]:
-    folder = path.absolute().parent
-    roots = [folder, *folder.parents, *([datadir] if datadir else [])]
-
-    def places(file: str) -> list[Path]:
-        # A leading "/" would make the root disappear from root / file.
-        relative = file.lstrip("/")
-        candidates = [Path(file), *(root / relative for root in roots)]
-        if datadir:
-            candidates.append(datadir / Path(file).name)
-        other = {".mrc": ".mrcs", ".mrcs": ".mrc"}
-        swapped = [p.with_suffix(other[p.suffix]) for p in candidates if p.suffix in other]
-        return candidates + swapped
-
-    return places
+    return find_stacks(files, path, datadir), group_equal(files), torch.from_numpy(index)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
@@ -445,21 +406,62 @@ def write_particles_star(
     half: Tensor | None,
 ) -> None:
     """A RELION 3.1 STAR file with one optics group (voltage, Cs and amplitude contrast of the first particle)."""
+    groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size),)
+    group = torch.zeros(len(image_names), dtype=torch.int64)
+    _write_particles(path, image_names, micrographs, poses, optics, groups, group, half)
+
+
+def write_table(path: Path, table: ParticleTable, rows: Tensor, half: Tensor | None) -> None:
+    """These rows of a table from any format as a RELION 3.1 STAR file, images under their full paths.
+
+    Voltage, Cs and amplitude contrast of an optics group are those of its first particle.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    places = [stack.absolute() for stack in table.stacks]
+    pairs = zip(table.image[rows].tolist(), table.stack[rows].tolist(), strict=True)
+    names = [f"{image + 1:06d}@{places[stack]}" for image, stack in pairs]
+    micrographs = [f"micrograph{number + 1}" for number in table.micrograph[rows].tolist()]
+    group = table.optics_group[rows]
+    _write_particles(path, names, micrographs, table.poses[rows], table.optics[rows], table.groups, group, half)
+
+
+def _write_particles(
+    path: Path,
+    image_names: Sequence[str],
+    micrographs: Sequence[str],
+    poses: Poses,
+    optics: Optics,
+    groups: Sequence[OpticsGroup],
+    group: Tensor,
+    half: Tensor | None,
+) -> None:
     document = cif.Document()
     block = document.add_new_block("optics")
-    one = {
-        "OpticsGroup": "1",
-        "OpticsGroupName": "opticsGroup1",
-        "MicrographOriginalPixelSize": f"{grid.pixel_size:.6f}",
-        "Voltage": f"{optics.voltage[0]:.6f}",
-        "SphericalAberration": f"{optics.cs[0]:.6f}",
-        "AmplitudeContrast": f"{optics.amplitude_contrast[0]:.6f}",
-        "ImagePixelSize": f"{grid.pixel_size:.6f}",
-        "ImageSize": str(grid.size),
-        "ImageDimensionality": "2",
-        "CtfDataAreCtfPremultiplied": "0",
-    }
-    block.init_loop("", [f"_rln{name}" for name in one]).set_all_values([[value] for value in one.values()])
+    used = sorted(set(group.tolist()))
+    tables: list[dict[str, str]] = []
+    for number in used:
+        first = int((group == number).nonzero()[0])
+        own = groups[number]
+        tables.append(
+            {
+                "OpticsGroup": str(number + 1),
+                "OpticsGroupName": cif.quote(own.name),
+                "MicrographOriginalPixelSize": f"{own.pixel_size:.6f}",
+                "Voltage": f"{optics.voltage[first]:.6f}",
+                "SphericalAberration": f"{optics.cs[first]:.6f}",
+                "AmplitudeContrast": f"{optics.amplitude_contrast[first]:.6f}",
+                "ImagePixelSize": f"{own.pixel_size:.6f}",
+                **({} if own.box is None else {"ImageSize": str(own.box)}),
+                "ImageDimensionality": "2",
+                "CtfDataAreCtfPremultiplied": "0",
+            }
+        )
+    columns_of = [name for name in tables[0] if all(name in table for table in tables)]
+    block.init_loop("", [f"_rln{name}" for name in columns_of]).set_all_values(
+        [[table[name] for table in tables] for name in columns_of]
+    )
     angles = torch.rad2deg(matrix_to_euler(poses.rotation)).unbind(1)
     numeric = {
         "DefocusU": optics.defocus_u,
@@ -477,7 +479,7 @@ def write_particles_star(
     columns: dict[str, list[str]] = {
         "ImageName": [cif.quote(name) for name in image_names],
         "MicrographName": [cif.quote(name) for name in micrographs],
-        "OpticsGroup": ["1"] * len(image_names),
+        "OpticsGroup": [str(number + 1) for number in group.tolist()],
         "ClassNumber": ["1"] * len(image_names),
         **{name: [f"{value:.6f}" for value in values.tolist()] for name, values in numeric.items()},
     }

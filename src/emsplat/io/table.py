@@ -35,6 +35,7 @@ class ParticleTable:
     stack: Int[Tensor, " p"]  # index into stacks
     image: Int[Tensor, " p"]  # 0-based index in the stack
     warnings: tuple[str, ...] = ()
+    sign: float = 1.0  # factor that makes protein bright
 
     def __len__(self) -> int:
         return len(self.poses)

@@ -1,0 +1,309 @@
+"""cryoSPARC's particle files (.cs): numpy structured arrays, one row per particle (docs/conventions.md, 5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from emsplat.errors import InputError
+from emsplat.io.paths import find_stacks, group_equal
+from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.types import Optics, Poses
+
+Array = NDArray[Any]
+
+_NPY = b"\x93NUMPY"
+_ABERRATIONS = ("shift_A", "tilt_A", "trefoil_A", "tetra_A", "anisomag")
+_SIGNS = (-1.0, 1.0)
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def read_cs(path: Path, datadir: Path | None = None, passthrough: Sequence[Path] = ()) -> ParticleTable:
+    """Particles of a .cs file in house units.
+
+    Fields that the file lacks are taken from ``passthrough`` files, or else from files named
+    ``*passthrough_particles*.cs`` beside it, joined on ``uid``. Poses: ``alignments3D``, else the class of highest
+    posterior of ``alignments3D_multi`` or ``alignments_class_<i>``; shifts are in pixels of ``alignments3D/psize_A``.
+    ``blob/sign`` is the contrast. Copies of a symmetry-expanded particle go to one half-set.
+
+    Raises:
+        InputError: unreadable file, missing fields or stacks, values that are not finite, images of both signs.
+    """
+    fields = _Fields(path, passthrough)
+    count = len(fields)
+    names = [name.lstrip(">") for name in fields.text("blob/path")]
+    index = fields.numbers("blob/idx").astype(np.int64)
+    shape = fields.numbers("blob/shape", 2)
+    if (index < 0).any() or (shape[:, 0] != shape[:, 1]).any():
+        raise InputError(f"{path}: blob/idx below 0 or images that are not square; expected extracted particles")
+    pixel_size = fields.numbers("blob/psize_A")
+    if not pixel_size.min() > 0:
+        raise InputError(f"{path}: blob/psize_A is {pixel_size.min():g}; expected a pixel size above 0")
+    optics = Optics(
+        **{
+            name: torch.from_numpy(np.ascontiguousarray(fields.numbers(f"ctf/{field}", default=default)))
+            for name, field, default in (
+                ("voltage", "accel_kv", None),
+                ("cs", "cs_mm", None),
+                ("amplitude_contrast", "amp_contrast", None),
+                ("defocus_u", "df1_A", None),
+                ("defocus_v", "df2_A", None),
+                ("defocus_angle", "df_angle_rad", None),
+                ("phase_shift", "phase_shift_rad", 0.0),
+                ("b_factor", "bfactor", 0.0),
+                ("scale", "scale", 1.0),
+            )
+        }
+    )
+    rotation, shift, alignment = _poses(fields, pixel_size)
+    group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
+    source = _sources(fields)
+    micrograph = next(
+        (fields.text(name) for name in ("location/micrograph_uid", "location/micrograph_path") if fields.has(name)),
+        names,
+    )
+    return ParticleTable(
+        source=path,
+        poses=Poses(rotation, torch.from_numpy(shift)),
+        optics=optics,
+        groups=groups,
+        optics_group=torch.from_numpy(group),
+        half=_half_sets(fields, alignment, source),
+        micrograph=group_equal(micrograph) if source is None else torch.from_numpy(source),
+        stacks=find_stacks(names, path, datadir),
+        stack=group_equal(names),
+        image=torch.from_numpy(index),
+        warnings=(*fields.notes, *_aberrations(fields, count)),
+        sign=_sign(fields),
+    )
+
+
+class _Fields:
+    """The columns of a .cs file and of the files that pass through what it lacks."""
+
+    def __init__(self, path: Path, passthrough: Sequence[Path]) -> None:
+        self.path = path
+        self._own = _read(path)
+        self._others: list[tuple[Path, Array, Array]] = []
+        self.notes: list[str] = []
+        beside = sorted(path.absolute().parent.glob("*passthrough_particles*.cs")) if not passthrough else []
+        for other in passthrough or [p for p in beside if p != path.absolute()]:
+            rows = self._join(other, required=bool(passthrough))
+            if rows is not None:
+                self._others.append((other, *rows))
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def _join(self, other: Path, *, required: bool) -> tuple[Array, Array] | None:
+        """The other file and its row for each of ours."""
+        data = _read(other)
+        mine, theirs = (a["uid"] if "uid" in (a.dtype.names or ()) else None for a in (self._own, data))
+        if mine is None or theirs is None:
+            raise InputError(f"{other}: no field uid to join it with {self.path}; expected a file of the same job")
+        order = np.argsort(theirs, kind="stable")
+        place = np.searchsorted(theirs, mine, sorter=order).clip(max=max(len(theirs) - 1, 0))
+        if not len(theirs) or (theirs[order[place]] != mine).any():
+            if required:
+                raise InputError(
+                    f"{other}: lacks some of the particles of {self.path} (by uid); expected a file of the same job"
+                )
+            return None
+        return data, order[place]
+
+    def has(self, name: str) -> bool:
+        return any(name in (data.dtype.names or ()) for data in (self._own, *(d for _, d, _ in self._others)))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for data in (self._own, *(d for _, d, _ in self._others)) for name in data.dtype.names or ()]
+
+    def _values(self, name: str) -> Array:
+        if name in (self._own.dtype.names or ()):
+            return np.asarray(self._own[name])
+        for other, data, rows in self._others:
+            if name in (data.dtype.names or ()):
+                note = f"{self.path}: fields that it lacks are taken from {other}"
+                if note not in self.notes:
+                    self.notes.append(note)
+                return np.asarray(data[name][rows])
+        raise InputError(f"{self.path}: no field {name}; {_remedy(name)}")
+
+    def text(self, name: str) -> list[str]:
+        values = self._values(name)
+        if values.ndim != 1:
+            raise InputError(f"{self.path}: {name} has {values.ndim} dimensions; expected one value per particle")
+        if values.dtype.kind == "S":
+            try:
+                return [value.decode("utf-8") for value in values.tolist()]
+            except UnicodeDecodeError as error:
+                raise InputError(f"{self.path}: {name} is not UTF-8 text ({error}); repair the file") from error
+        return [str(value) for value in values.tolist()]
+
+    def numbers(self, name: str, *inner: int, default: float | None = None) -> NDArray[np.float64]:
+        """A numeric column with ``inner`` values per particle (0: any number of them); every value is finite."""
+        if default is not None and not self.has(name):
+            return np.full((len(self), *inner), default)
+        raw = self._values(name)
+        wanted = len(inner) == raw.ndim - 1 and all(a in (0, b) for a, b in zip(inner, raw.shape[1:], strict=False))
+        if raw.dtype.kind not in "fiub" or not wanted:
+            raise InputError(
+                f"{self.path}: {name} has type {raw.dtype} and shape {raw.shape[1:]} per particle; expected "
+                f"{inner or 'one'} numbers"
+            )
+        values = raw.astype(np.float64)
+        bad = np.flatnonzero(~(np.abs(values) <= _LARGEST).reshape(len(values), -1).all(1))
+        if len(bad):
+            raise InputError(
+                f"{self.path}, row {bad[0] + 1}: {name} is {raw[bad[0]]}; expected finite numbers, repair the file or "
+                "leave the particle out"
+            )
+        return values
+
+    def first(self, name: str) -> NDArray[np.float64]:
+        """A number per particle; the first of its classes where there is one for each."""
+        return self.numbers(name) if self._values(name).ndim == 1 else self.numbers(name, 0)[:, 0]
+
+    def raw(self, name: str) -> Array:
+        """A column as it is in the file."""
+        return self._values(name)
+
+
+def _read(path: Path) -> Array:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a cryoSPARC .cs file")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_NPY))
+        if magic != _NPY:
+            raise InputError(
+                f"{path}: not a numpy array; newer cryoSPARC can write compressed CSDAT files, which only its own "
+                "tools read; expected a plain .cs file, export the particles from their job"
+            )
+        data = np.load(path, allow_pickle=False, max_header_size=100_000)
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read ({text}); expected a cryoSPARC .cs file; was it cut off?") from error
+    if not isinstance(data, np.ndarray) or data.dtype.names is None or data.ndim != 1:
+        raise InputError(f"{path}: not a table of particles; expected a cryoSPARC .cs file")
+    return data
+
+
+def _remedy(name: str) -> str:
+    if name.startswith(("blob/", "ctf/")):
+        return "give the job's *_passthrough_particles.cs with --passthrough, or export the particles"
+    return "take the .cs file of a refinement"
+
+
+def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, NDArray[np.float64], str]:
+    """Rotations, shifts in Å, and the group of fields they come from."""
+    rows = np.arange(len(fields))
+    classes = sorted(
+        {m[1] for name in fields.names if (m := re.fullmatch(r"(alignments_class_\d+)/pose", name))},
+        key=lambda name: int(name.rsplit("_", 1)[1]),
+    )
+    if fields.has("alignments3D/pose"):
+        prefix = "alignments3D"
+        pose, shift = fields.numbers(f"{prefix}/pose", 3), fields.numbers(f"{prefix}/shift", 2)
+    elif fields.has("alignments3D_multi/pose"):
+        prefix = "alignments3D_multi"
+        best = fields.numbers(f"{prefix}/class_posterior", 0).argmax(1)
+        pose, shift = (
+            fields.numbers(f"{prefix}/pose", 0, 3)[rows, best],
+            fields.numbers(f"{prefix}/shift", 0, 2)[rows, best],
+        )
+    elif classes:
+        prefix = classes[0]
+        best = np.stack([fields.numbers(f"{name}/class_posterior") for name in classes]).argmax(0)
+        pose = np.stack([fields.numbers(f"{name}/pose", 3) for name in classes])[best, rows]
+        shift = np.stack([fields.numbers(f"{name}/shift", 2) for name in classes])[best, rows]
+    else:
+        raise InputError(
+            f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
+            "take the .cs file of a refinement"
+        )
+    if fields.has(f"{prefix}/psize_A"):
+        spacing = fields.first(f"{prefix}/psize_A")
+    else:
+        spacing = pixel_size
+        fields.notes.append(f"{fields.path}: no {prefix}/psize_A; shifts are taken in pixels of the images")
+    # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
+    rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)
+    return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix
+
+
+def _optics_groups(
+    fields: _Fields, pixel_size: NDArray[np.float64], box: NDArray[np.float64], optics: Optics
+) -> tuple[NDArray[np.int64], tuple[OpticsGroup, ...]]:
+    """Particles of one exposure group, pixel size, box and microscope belong together."""
+    exposure = fields.numbers("ctf/exp_group_id", default=0.0)
+    microscope = [values.numpy() for values in (optics.voltage, optics.cs, optics.amplitude_contrast)]
+    keys = np.stack([exposure, pixel_size.round(5), box, *microscope], axis=1)
+    unique, group = np.unique(keys, axis=0, return_inverse=True)
+    groups = tuple(OpticsGroup(f"exp_group_{int(row[0])}", float(row[1]), int(row[2])) for row in unique)
+    return group.reshape(-1).astype(np.int64), groups
+
+
+def _sources(fields: _Fields) -> NDArray[np.int64] | None:
+    """Equal numbers for the copies of one particle in a symmetry-expanded set."""
+    if not fields.has("sym_expand/src_uid"):
+        return None
+    return np.unique(fields.raw("sym_expand/src_uid"), return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.int64] | None) -> Tensor | None:
+    name = f"{prefix}/split"
+    if not fields.has(name):
+        return None
+    raw = fields.first(name)
+    if not np.isin(raw, (0, 1)).all():
+        raise InputError(f"{fields.path}: {name} is {raw.max():g}; expected 0 or 1 for each particle")
+    half = raw.astype(np.int64) + 1
+    if len(np.unique(half)) < 2:
+        return None  # never split: a job without half-sets writes 0 everywhere
+    if source is not None:
+        first = np.zeros(source.max() + 1, np.int64)
+        first[source[::-1]] = half[::-1]
+        if (first[source] != half).any():
+            fields.notes.append(
+                f"{fields.path}: copies of one symmetry-expanded particle were in both half-sets; each now goes where "
+                "its first copy was"
+            )
+        half = first[source]
+    return torch.from_numpy(half)
+
+
+def _sign(fields: _Fields) -> float:
+    if not fields.has("blob/sign"):
+        fields.notes.append(f"{fields.path}: no blob/sign; protein is taken to be bright, else use --invert")
+        return 1.0
+    values = np.unique(fields.numbers("blob/sign"))
+    if len(values) > 1 or values[0] not in _SIGNS:
+        raise InputError(
+            f"{fields.path}: blob/sign has the values {values.tolist()[:5]}; expected 1 or -1 for all particles, "
+            "reconstruct from particles of one contrast"
+        )
+    return float(values[0])
+
+
+def _aberrations(fields: _Fields, count: int) -> tuple[str, ...]:
+    found = []
+    for name in _ABERRATIONS:
+        field = f"ctf/{name}"
+        if fields.has(field):
+            values = np.asarray(fields.raw(field), dtype=np.float64).reshape(count, -1)
+            if np.abs(values).max(initial=0) > 1e-6:
+                found.append(field)
+    if not found:
+        return ()
+    return (f"{fields.path}: {', '.join(found)} are set and not yet used: detail finer than about 3 Å may suffer",)

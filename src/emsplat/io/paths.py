@@ -1,0 +1,63 @@
+"""Where image stacks are: the same search for every metadata format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from emsplat.errors import InputError
+
+
+def group_equal(texts: Sequence[str]) -> Int[Tensor, " n"]:
+    """Equal numbers for equal texts, in order of appearance."""
+    seen: dict[str, int] = {}
+    return torch.tensor([seen.setdefault(text, len(seen)) for text in texts], dtype=torch.int64)
+
+
+def find_stacks(files: Sequence[str], source: Path, datadir: Path | None) -> tuple[Path, ...]:
+    """The stacks named in a metadata file, each once, in order of appearance.
+
+    Looked for as written, in the folder of ``source`` and its parents, and below ``datadir``, also as plain file names;
+    .mrc and .mrcs stand for each other.
+
+    Raises:
+        InputError: some are missing; names the first and how to help.
+    """
+    places = _search_places(source, datadir)
+    found, missing = [], []
+    for file in dict.fromkeys(files):
+        place = next((p for p in places(file) if os.path.isfile(p)), None)  # noqa: PTH113 (False where a path is impossible)
+        if place is None:
+            missing.append(file)
+        else:
+            found.append(place)
+    if missing:
+        raise InputError(
+            f"{source}: {len(missing)} of {len(found) + len(missing)} image stacks are missing, the first is "
+            f'"{missing[0]}"; looked for it as written, in {source.absolute().parent} and its parents'
+            + (f" and in {datadir}" if datadir else "")
+            + "; give the folder that the paths start from with --datadir"
+        )
+    return tuple(found)
+
+
+def _search_places(path: Path, datadir: Path | None) -> Callable[[str], list[Path]]:
+    folder = path.absolute().parent
+    roots = [folder, *folder.parents, *([datadir] if datadir else [])]
+
+    def places(file: str) -> list[Path]:
+        # A leading "/" would make the root disappear from root / file.
+        relative = file.lstrip("/")
+        candidates = [Path(file), *(root / relative for root in roots)]
+        if datadir:
+            candidates.append(datadir / Path(file).name)
+        other = {".mrc": ".mrcs", ".mrcs": ".mrc"}
+        swapped = [p.with_suffix(other[p.suffix]) for p in candidates if p.suffix in other]
+        return candidates + swapped
+
+    return places

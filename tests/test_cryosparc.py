@@ -1,0 +1,279 @@
+"""cryoSPARC's .cs files: a real one against another program's reading of it, every dialect, joins, damage."""
+
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from emsplat.errors import InputError
+from emsplat.io import cryosparc
+from emsplat.io.cryosparc import read_cs
+
+POSE = [0.337507, 0.927292, 1.621109]  # docs/conventions.md: (rot, tilt, psi) = (30, 50, 70)°
+MATRIX = [[-0.279454, 0.923721, -0.262003], [-0.694109, -0.005813, 0.719846], [0.663414, 0.383022, 0.642788]]
+
+
+def table(count=6, **change):
+    """The fields of a refinement's particles."""
+    rng = np.random.default_rng(0)
+    fields = {
+        "uid": rng.permutation(count).astype(np.uint64) + 100,
+        "blob/path": np.array([b">J1/extract/a.mrc"] * count),
+        "blob/idx": np.arange(count, dtype=np.uint32),
+        "blob/shape": np.full((count, 2), 64, np.uint32),
+        "blob/psize_A": np.full(count, 2.0, np.float32),
+        "blob/sign": np.full(count, -1.0, np.float32),
+        "ctf/exp_group_id": np.zeros(count, np.uint32),
+        "ctf/accel_kv": np.full(count, 300.0, np.float32),
+        "ctf/cs_mm": np.full(count, 2.7, np.float32),
+        "ctf/amp_contrast": np.full(count, 0.1, np.float32),
+        "ctf/df1_A": np.linspace(1e4, 2e4, count).astype(np.float32),
+        "ctf/df2_A": np.linspace(9e3, 2e4, count).astype(np.float32),
+        "ctf/df_angle_rad": np.full(count, 0.5, np.float32),
+        "ctf/phase_shift_rad": np.full(count, 0.1, np.float32),
+        "ctf/scale": np.ones(count, np.float32),
+        "ctf/bfactor": np.full(count, 5.0, np.float32),
+        "alignments3D/split": (np.arange(count) % 2).astype(np.uint32),
+        "alignments3D/shift": np.tile([1.5, -2.0], (count, 1)).astype(np.float32),
+        "alignments3D/pose": np.tile(POSE, (count, 1)).astype(np.float32),
+        "alignments3D/psize_A": np.full(count, 4.0, np.float32),
+    }
+    fields |= change
+    return {name: values for name, values in fields.items() if values is not None}
+
+
+def write(path, fields):
+    kinds = [(name, values.dtype, values.shape[1:]) for name, values in fields.items()]
+    array = np.zeros(len(next(iter(fields.values()))), kinds)
+    for name, values in fields.items():
+        array[name] = values
+    with path.open("wb") as file:
+        np.save(file, array)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    job = tmp_path / "CS-project" / "J2"
+    (tmp_path / "CS-project" / "J1" / "extract").mkdir(parents=True)
+    (tmp_path / "CS-project" / "J1" / "extract" / "a.mrc").touch()
+    job.mkdir()
+    return job
+
+
+def read(folder, fields, **options):
+    return read_cs(write(folder / "particles.cs", fields), **options)
+
+
+def test_house_units(folder):
+    found = read(folder, table())
+    torch.testing.assert_close(found.poses.rotation[0], torch.tensor(MATRIX).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.poses.shift[0], torch.tensor([6.0, -8.0]).double())  # pixels of the alignment
+    assert found.sign == -1
+    assert found.half.tolist() == [1, 2, 1, 2, 1, 2]
+    assert found.image.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.stacks == (folder.parent / "J1" / "extract" / "a.mrc",)  # from the project folder, without ">"
+    assert float(found.optics.defocus_u[-1]) == 2e4
+    assert float(found.optics.defocus_angle[0]) == 0.5
+    assert float(found.optics.phase_shift[0]) == pytest.approx(0.1)
+    assert float(found.optics.b_factor[0]) == 5
+    assert found.groups[0].pixel_size == 2.0
+    assert found.groups[0].box == 64
+    assert not found.warnings
+
+
+def test_zero_rotation(folder):
+    found = read(folder, table(**{"alignments3D/pose": np.zeros((6, 3), np.float32)}))
+    torch.testing.assert_close(found.poses.rotation, torch.eye(3).double().expand(6, 3, 3))
+
+
+def test_real_file_as_another_program_reads_it(shared_data, monkeypatch):
+    """cryoDRGN's poses and CTF parameters of the same file, number by number."""
+    from emsplat.io.cryodrgn import load_arrays
+
+    monkeypatch.setattr(cryosparc, "find_stacks", lambda names, *_: tuple(map(Path, dict.fromkeys(names))))
+    formats = shared_data / "formats"
+    found = read_cs(formats / "cryosparc_P12_J24_001_particles.cs")
+    rotation, shift = load_arrays(formats / "pose.cs.pkl")
+    ctf = load_arrays(formats / "ctf2.pkl")
+    assert len(found) == 2019
+    assert found.half.bincount().tolist() == [0, 1010, 1009]
+    assert found.sign == -1
+    np.testing.assert_allclose(found.poses.rotation.numpy(), rotation, atol=1e-6)
+    np.testing.assert_allclose(found.poses.shift.numpy(), shift * 180 * 2.95, atol=1e-5)
+    optics = found.optics
+    own = [optics.defocus_u, optics.defocus_v, torch.rad2deg(optics.defocus_angle), optics.voltage, optics.cs]
+    own += [optics.amplitude_contrast, optics.phase_shift]
+    for column, values in zip(ctf.T[2:], own, strict=True):
+        np.testing.assert_allclose(values.numpy(), column, atol=1e-5)
+    # The first particle by hand.
+    assert float(optics.defocus_u[0]) == pytest.approx(45591.37, abs=0.01)
+    assert found.poses.shift[0].tolist() == pytest.approx([11.334375 * 2.95, -1.828125 * 2.95])
+
+
+@pytest.mark.parametrize("name", ["cryosparc_J2_particles_exported.cs", "empiar_10076_7.cs"])
+def test_files_without_poses_say_so(shared_data, name, monkeypatch):
+    monkeypatch.setattr(cryosparc, "find_stacks", lambda names, *_: tuple(map(Path, dict.fromkeys(names))))
+    with pytest.raises(InputError, match="no 3D poses"):
+        read_cs(shared_data / "formats" / name)
+
+
+def test_passthrough_is_joined_on_uid(folder):
+    whole = table()
+    order = np.array([3, 0, 5, 1, 4, 2])
+    kept = {name: whole[name] for name in whole if name == "uid" or name.startswith(("alignments3D", "blob"))}
+    passed = {name: whole[name][order] for name in whole if name == "uid" or name.startswith("ctf")}
+    write(folder / "J2_passthrough_particles.cs", passed)
+    found = read(folder, kept)
+    assert found.optics.defocus_u.tolist() == pytest.approx(whole["ctf/df1_A"].tolist())
+    assert "J2_passthrough_particles.cs" in found.warnings[0]
+    (folder / "J2_passthrough_particles.cs").rename(folder / "other.cs")
+    with pytest.raises(InputError, match="passthrough"):
+        read(folder, kept)
+    named = read(folder, kept, passthrough=[folder / "other.cs"])
+    assert torch.equal(named.optics.defocus_u, found.optics.defocus_u)
+    write(folder / "other.cs", {name: values[:5] for name, values in passed.items()})
+    with pytest.raises(InputError, match="lacks some"):
+        read(folder, kept, passthrough=[folder / "other.cs"])
+
+
+def without_alignment(**extra):
+    return {name: v for name, v in table().items() if not name.startswith("alignments3D")} | extra
+
+
+def test_class_of_highest_posterior(folder):
+    best = np.array([0, 1, 1, 0, 1, 0])
+    posterior = np.stack([1.0 - best, best], 1).astype(np.float32)
+    pose = np.zeros((6, 2, 3), np.float32)
+    pose[:, 1] = POSE
+    shift = np.stack([np.full((6, 2), 1.0), np.full((6, 2), 3.0)], 1).astype(np.float32)
+    expected = [[2.0, 6.0][b] for b in best]
+    multi = read(
+        folder,
+        without_alignment(
+            **{
+                "alignments3D_multi/pose": pose,
+                "alignments3D_multi/shift": shift,
+                "alignments3D_multi/class_posterior": posterior,
+                "alignments3D_multi/psize_A": np.full(6, 2.0, np.float32),
+            }
+        ),
+    )
+    assert multi.poses.shift[:, 0].tolist() == expected
+    old = {}
+    for i in (0, 1):
+        old |= {
+            f"alignments_class_{i}/pose": pose[:, i],
+            f"alignments_class_{i}/shift": shift[:, i],
+            f"alignments_class_{i}/class_posterior": posterior[:, i],
+            f"alignments_class_{i}/psize_A": np.full(6, 2.0, np.float32),
+        }
+    classes = read(folder, without_alignment(**old))
+    assert torch.equal(classes.poses.shift, multi.poses.shift)
+    assert torch.equal(classes.poses.rotation, multi.poses.rotation)
+
+
+def test_symmetry_copies_stay_in_one_half(folder):
+    source = np.array([7, 7, 8, 8, 9, 9], np.uint64)
+    found = read(folder, table(**{"sym_expand/src_uid": source}))
+    assert found.half.tolist() == [1, 1, 1, 1, 1, 1] or all(
+        found.half[2 * i] == found.half[2 * i + 1] for i in range(3)
+    )
+    assert any("symmetry-expanded" in text for text in found.warnings)
+    unsplit = read(folder, table(**{"sym_expand/src_uid": source, "alignments3D/split": None}))
+    assert unsplit.half is None
+    assert unsplit.micrograph.tolist() == [0, 0, 1, 1, 2, 2]  # half-sets are drawn for these together
+
+
+def test_optics_groups(folder):
+    fields = table(
+        **{
+            "ctf/exp_group_id": np.array([4, 4, 9, 9, 9, 9], np.uint32),
+            "blob/psize_A": np.array([2, 2, 2, 2, 3, 3], np.float32),
+        }
+    )
+    found = read(folder, fields)
+    assert [group.name for group in found.groups] == ["exp_group_4", "exp_group_9", "exp_group_9"]
+    assert found.optics_group.tolist() == [0, 0, 1, 1, 2, 2]
+    assert found.groups[2].pixel_size == 3
+
+
+def test_missing_alignment_pixel_size_is_said(folder):
+    found = read(folder, table(**{"alignments3D/psize_A": None}))
+    assert found.poses.shift[0].tolist() == [3.0, -4.0]
+    assert "psize_A" in found.warnings[0]
+
+
+def test_never_split_means_no_half_sets(folder):
+    assert read(folder, table(**{"alignments3D/split": np.zeros(6, np.uint32)})).half is None
+
+
+def test_aberrations_are_reported(folder):
+    found = read(folder, table(**{"ctf/tilt_A": np.full((6, 2), 0.5, np.float32)}))
+    assert "ctf/tilt_A" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blob/sign": np.array([1, -1, 1, 1, 1, 1], np.float32)}, "blob/sign"),
+        ({"blob/psize_A": np.zeros(6, np.float32)}, "psize_A"),
+        ({"ctf/df1_A": np.array([1, 2, math.nan, 4, 5, 6], np.float32)}, "row 3: ctf/df1_A"),
+        ({"alignments3D/pose": np.full((6, 3), math.inf, np.float32)}, "alignments3D/pose"),
+        ({"alignments3D/pose": np.zeros((6, 4), np.float32)}, "shape"),
+        ({"alignments3D/split": np.full(6, 7, np.uint32)}, "split"),
+        ({"blob/path": np.array([b"\xff\xfe"] * 6)}, "UTF-8"),
+        ({"blob/path": np.array([b"J9/none.mrc"] * 6)}, "--datadir"),
+        ({"ctf/accel_kv": None}, "passthrough"),
+        ({"alignments3D/pose": None}, "known orientations"),
+    ],
+)
+def test_what_is_refused(folder, change, message):
+    with pytest.raises(InputError, match=message):
+        read(folder, table(**change))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"CSDAT\x00" * 20, b"not an array"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "particles.cs"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"\.cs file"):
+        read_cs(path)
+
+
+def test_arrays_that_are_no_tables_are_refused(tmp_path):
+    for number, array in enumerate((np.zeros(5), np.zeros((2, 2), [("uid", "u8")]))):
+        path = tmp_path / f"{number}.cs"
+        with path.open("wb") as file:
+            np.save(file, array)
+        with pytest.raises(InputError, match="not a table"):
+            read_cs(path)
+    path = tmp_path / "object.cs"
+    with path.open("wb") as file:
+        np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_cs(path)  # an object would be unpickled
+
+
+@given(st.integers(0, 2000), st.integers(0, 255))
+def test_damaged_bytes_give_our_error_or_a_table(tmp_path_factory, place, value):
+    folder = tmp_path_factory.mktemp("cs")
+    (folder / "J1" / "extract").mkdir(parents=True)
+    (folder / "J1" / "extract" / "a.mrc").touch()
+    path = write(folder / "particles.cs", table())
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] = value
+    path.write_bytes(data)
+    with contextlib.suppress(InputError):  # anything else fails
+        assert len(read_cs(path)) == 6
+
+
+def test_pose_convention_is_the_inverse_of_the_axis_and_angle():
+    expected = Rotation.from_rotvec(POSE).as_matrix().T
+    np.testing.assert_allclose(expected, MATRIX, atol=1e-5)
