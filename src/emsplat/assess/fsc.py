@@ -161,8 +161,8 @@ def resolution(curve: Curve, threshold: float) -> float | None:
 def crossing(curve: Curve, threshold: float) -> float | None:
     """Spacing in Å where the linearly interpolated curve first crosses the threshold.
 
-    A smooth number for comparing methods; quote `resolution`, which is never the finer of the two. None and
-    Nyquist as there.
+    A smooth number for comparing methods, and for curves that come with an interval; of a half-map FSC quote
+    `resolution`, which is never the finer of the two. None and Nyquist as there.
     """
     shell = _first_below(curve, threshold)
     if shell == 1:
