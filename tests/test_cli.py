@@ -1,6 +1,8 @@
 """The command line beside `reconstruct`: every option once, exit codes, one-line errors."""
 
 import dataclasses
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -101,6 +103,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, wo
 def test_report_draws_what_is_there(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").is_file()
+
+
+def test_a_reader_that_leaves_makes_no_traceback(truth):
+    command = f'"{sys.executable}" -m emsplat fsc "{truth}" "{truth}" | true'
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 141)
 
 
 def test_version(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -253,6 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
     except EmsplatError as error:
         print(f"emsplat: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); what Python still wants to write at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("emsplat: interrupted", file=sys.stderr)
         return 130
