@@ -20,7 +20,7 @@ FLOORS = [
     {"objective", "report"},
     {"fit", "density"},
     {"one_pass", "run_folder", "assessment", "residuals"},
-    {"reconstruct", "simulate", "postprocess"},
+    {"reconstruct", "simulate", "postprocess", "check"},
     {"nulltest"},
     {"cli"},
     {"__main__"},

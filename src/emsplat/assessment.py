@@ -193,7 +193,10 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         (run / stale).unlink(missing_ok=True)
     if evident:
         result["local_resolution"] = _local(run, maps, found, config)
-        result["directional"] = _directions(run, maps, found, symmetry)
+        fine = found["cross_validated"] or found["backprojection_masked"] or grid.nyquist
+        star = run / "run_data.star"
+        rotation = read_rotations(star) if star.is_file() else None
+        result["directional"] = directions(run, maps, fine, rotation, symmetry_group(symmetry))
     return result
 
 
@@ -326,10 +329,10 @@ def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig
     }
 
 
-def _directions(run: Path, maps: RunMaps, found: dict[str, Any], symmetry: str) -> dict[str, Any]:
-    """directions.csv: slices through the half maps, cones through the back-projections, views of the particles."""
+def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, group: Tensor) -> dict[str, Any]:
+    """Writes directions.csv: slices through the half maps down to ``fine`` Å, cones through the back-projections, and
+    where ``rotation`` is known the views of the particles under the symmetry ``group``; returns their summary."""
     grid, cells = maps.grid, direction_grid(_STEP)
-    fine = found.get("cross_validated") or found["backprojection_masked"] or grid.nyquist
     band = (grid.length / FIRST_SHELLS, max(fine, grid.length / (grid.size // 2 - 1)))
     masked = [half * maps.mask for half in maps.halves]
     slices = slice_correlation(masked[0], masked[1], grid, cells, band)
@@ -347,10 +350,7 @@ def _directions(run: Path, maps: RunMaps, found: dict[str, Any], symmetry: str) 
         "conical_worst": round(float(defined.max()), 3) if len(defined) else None,
         "conical_of": "back-projections" if maps.raw else "half maps",
     }
-    star = run / "run_data.star"
-    if star.is_file():
-        rotation = read_rotations(star)
-        group = symmetry_group(symmetry)
+    if rotation is not None:
         density = fourier_sampling(rotation, group)
         factor, unsampled = sampling_compensation(density[:, 3])
         about |= {"sampling_compensation": round(factor, 4), "unsampled": round(unsampled, 4)}

@@ -12,6 +12,7 @@ import tyro
 from emsplat import __version__
 from emsplat.config import (
     AssessConfig,
+    CheckConfig,
     InputConfig,
     NullTestConfig,
     PostprocessConfig,
@@ -76,6 +77,31 @@ def simulate(
     from emsplat.simulate import simulate as run
 
     print(f"particles: {run(config, model, output)}")
+
+
+def check(
+    particles: tyro.conf.Positional[Path],
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    json: bool = False,
+    config: tyro.conf.OmitArgPrefixes[CheckConfig] = CheckConfig(),  # noqa: B008 (frozen)
+) -> int:
+    """Say what is understood of a particle set, with a verdict for each item: ok, look or wrong.
+
+    Exit code 0 if all is ok, 1 if something asks for a look, 2 if something is wrong.
+
+    Args:
+        particles: Particles, as for `emsplat reconstruct`.
+        output: Folder for slices.png and directions.png of a quick back-projection.
+        json: Print the result as one JSON object.
+    """
+    from json import dumps
+
+    from emsplat.check import check as work
+    from emsplat.check import describe, exit_code
+
+    result = work(config, particles, output)
+    print(dumps(result, indent=2) if json else describe(result))
+    return exit_code(result)
 
 
 def assess(
@@ -228,6 +254,7 @@ def report(run: tyro.conf.Positional[Path]) -> None:
 _COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
     "backproject": backproject,
+    "check": check,
     "assess": assess,
     "postprocess": postprocess,
     "nulltest": nulltest,
@@ -239,7 +266,8 @@ _COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, 1 for a failed null test, 2 for unusable input or output, 130 on Ctrl-C."""
+    """Runs a command; the exit code is 0, 1 for a failed null test or a check that asks for a look, 2 for input or
+    output that cannot be used, 130 on Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     if words == ["--version"]:
         print(f"emsplat {__version__}")

@@ -152,6 +152,41 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """Settings of a check of the input."""
+
+    symmetry: str = "C1"
+    """Point group in RELION's setting."""
+
+    datadir: Path | None = None
+    """Folder that the image paths start from, where they are not found beside the metadata."""
+
+    poses: Path | None = None
+    """cryoDRGN's poses.pkl, for an image stack."""
+
+    ctf: Path | None = None
+    """cryoDRGN's ctf.pkl, for an image stack."""
+
+    passthrough: tuple[Path, ...] = ()
+    """cryoSPARC's *_passthrough_particles.cs; default: those beside the file."""
+
+    diameter: float | None = None
+    """Diameter of the particle in Å; default: 0.9 of the box."""
+
+    invert: bool = False
+    """Invert the contrast."""
+
+    trust_star_pixel_size: bool = False
+    """Go by the metadata where the headers of the stacks give another pixel size."""
+
+    metadata_only: bool = False
+    """Leave the images alone: the metadata can be checked without them."""
+
+    seed: int = 0
+    """Seed of the half-sets, where the file has none."""
+
+
+@dataclass(frozen=True)
 class AssessConfig:
     """Settings of an assessment of a run folder."""
 

@@ -628,8 +628,8 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     )
     source = f"of {table.source.name}" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
-    bright = "bright protein" if stack.sign > 0 else "dark protein, inverted"
-    log.line(f"  contrast: {bright}" + (" (turned round with --invert)" if config.invert else ""))
+    said = "bright protein" if table.sign > 0 else "dark protein"
+    log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))
     sums = 12 * (PADDING * grid.size) ** 3 / 2 / 2**20
     read = len(stack) * grid.size**2 * 4 / 2**30
     log.line(

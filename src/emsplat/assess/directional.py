@@ -181,14 +181,15 @@ def sampling_compensation(density: Float[Tensor, " n"]) -> tuple[float, float]:
     """Sampling compensation factor, and the part of all directions that no plane crosses.
 
     1 / <1 / density> (Baldwin & Lyumkis 2020): 1 for uniform views; it divides the SSNR, so that 0.5 costs as much as
-    half of the particles. Directions without any sample would make it 0; they are left out of the mean, as in its later
-    form, and the factor is multiplied by the sampled part.
+    half of the particles. Directions without any sample would make it 0: where there are some, it is the factor of the
+    sampled directions among themselves times the part of the sphere that they are.
     """
     measured = density > 0.02  # below that a voxel is regularised away
     part = float(measured.double().mean())
     if not part:
         return 0.0, 1.0
-    return part * float(1 / (1 / density[measured]).mean()), 1 - part
+    # The mean density of the sampled directions is 1 / part.
+    return part**2 * float(1 / (1 / density[measured]).mean()), 1 - part
 
 
 _CELLS = 128  # per edge of a face of the cube: 0.7°

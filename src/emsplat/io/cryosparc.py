@@ -26,13 +26,16 @@ _SIGNS = (-1.0, 1.0)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def read_cs(path: Path, datadir: Path | None = None, passthrough: Sequence[Path] = ()) -> ParticleTable:
+def read_cs(
+    path: Path, datadir: Path | None = None, passthrough: Sequence[Path] = (), *, need_stacks: bool = True
+) -> ParticleTable:
     """Particles of a .cs file in house units.
 
     Fields that the file lacks are taken from ``passthrough`` files, or else from files named
     ``*passthrough_particles*.cs`` beside it, joined on ``uid``. Poses: ``alignments3D``, else the class of highest
     posterior of ``alignments3D_multi`` or ``alignments_class_<i>``; shifts are in pixels of ``alignments3D/psize_A``.
-    ``blob/sign`` is the contrast. Copies of a symmetry-expanded particle go to one half-set.
+    ``blob/sign`` is the contrast. Copies of a symmetry-expanded particle go to one half-set. Without ``need_stacks``
+    image stacks may be missing.
 
     Raises:
         InputError: unreadable file, missing fields or stacks, values that are not finite, images of both signs.
@@ -78,7 +81,7 @@ def read_cs(path: Path, datadir: Path | None = None, passthrough: Sequence[Path]
         optics_group=torch.from_numpy(group),
         half=_half_sets(fields, alignment, source),
         micrograph=group_equal(micrograph) if source is None else torch.from_numpy(source),
-        stacks=find_stacks(names, path, datadir),
+        stacks=find_stacks(names, path, datadir, required=need_stacks),
         stack=group_equal(names),
         image=torch.from_numpy(index),
         warnings=(*fields.notes, *_aberrations(fields, count)),

@@ -21,9 +21,11 @@ def read_particles(
     poses: Path | None = None,
     ctf: Path | None = None,
     passthrough: Sequence[Path] = (),
+    need_stacks: bool = True,
 ) -> ParticleTable:
     """Particles of RELION (.star), cryoSPARC (.cs, with ``passthrough``), or cryoDRGN (.mrcs, .mrc or .txt with
-    ``poses`` and ``ctf``).
+    ``poses`` and ``ctf``). Without ``need_stacks`` image stacks may be missing, except those of cryoDRGN, which alone
+    know how many images there are.
 
     Raises:
         InputError: another kind of file, options that do not go with it, or what its reader refuses.
@@ -35,7 +37,7 @@ def read_particles(
     if passthrough and kind != ".cs":
         raise InputError(f"{path}: --passthrough goes with a cryoSPARC .cs file; leave it out")
     if kind == ".cs":
-        return read_cs(path, datadir, passthrough)
+        return read_cs(path, datadir, passthrough, need_stacks=need_stacks)
     if kind in (".mrcs", ".mrc", ".txt"):
         if poses is None or ctf is None:
             raise InputError(
@@ -43,7 +45,7 @@ def read_particles(
                 "the .star or .cs file in its place"
             )
         return read_cryodrgn(path, poses, ctf, datadir)
-    return read_star(path, datadir)
+    return read_star(path, datadir, need_stacks=need_stacks)
 
 
 def write_used(source: Path, table: ParticleTable, target: Path, rows: Tensor, half: Tensor | None) -> None:

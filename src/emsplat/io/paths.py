@@ -19,26 +19,25 @@ def group_equal(texts: Sequence[str]) -> Int[Tensor, " n"]:
     return torch.tensor([seen.setdefault(text, len(seen)) for text in texts], dtype=torch.int64)
 
 
-def find_stacks(files: Sequence[str], source: Path, datadir: Path | None) -> tuple[Path, ...]:
+def find_stacks(files: Sequence[str], source: Path, datadir: Path | None, *, required: bool = True) -> tuple[Path, ...]:
     """The stacks named in a metadata file, each once, in order of appearance.
 
     Looked for as written, in the folder of ``source`` and its parents, and below ``datadir``, also as plain file names;
-    .mrc and .mrcs stand for each other.
+    .mrc and .mrcs stand for each other. Missing ones keep the name as written where they are not ``required``.
 
     Raises:
-        InputError: some are missing; names the first and how to help.
+        InputError: some that are required are missing; names the first and how to help.
     """
     places = _search_places(source, datadir)
-    found, missing = [], []
+    found: list[Path] = []
+    missing: list[str] = []
     for file in dict.fromkeys(files):
         place = next((p for p in places(file) if os.path.isfile(p)), None)  # noqa: PTH113 (False where a path is impossible)
-        if place is None:
-            missing.append(file)
-        else:
-            found.append(place)
-    if missing:
+        found.append(place or Path(file))
+        missing += [file] if place is None else []
+    if missing and required:
         raise InputError(
-            f"{source}: {len(missing)} of {len(found) + len(missing)} image stacks are missing, the first is "
+            f"{source}: {len(missing)} of {len(found)} image stacks are missing, the first is "
             f'"{missing[0]}"; looked for it as written, in {source.absolute().parent} and its parents'
             + (f" and in {datadir}" if datadir else "")
             + "; give the folder that the paths start from with --datadir"

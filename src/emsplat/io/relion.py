@@ -151,11 +151,11 @@ def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
     return euler_to_matrix(torch.deg2rad(torch.stack(angles, 1)))
 
 
-def read_star(path: Path, datadir: Path | None = None) -> ParticleTable:
+def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = True) -> ParticleTable:
     """Particles of a STAR file in house units; angles, CTF and origins as in docs/conventions.md.
 
     A CTF value is taken from the particle table first, from the optics table second. Stacks are looked for as written,
-    in the folder of the STAR file and its parents, and below ``datadir``.
+    in the folder of the STAR file and its parents, and below ``datadir``; without ``need_stacks`` they may be missing.
 
     Raises:
         InputError: unreadable file, missing column or stack, a value that is no finite number, an optics group that
@@ -201,7 +201,7 @@ def read_star(path: Path, datadir: Path | None = None) -> ParticleTable:
         else column(f"Origin{axis}", 0.0) * torch.from_numpy(pixel_size)
         for axis in "XY"
     ]
-    stacks, stack, image = _images(particles, path, datadir)
+    stacks, stack, image = _images(particles, path, datadir, need_stacks)
     return ParticleTable(
         source=path,
         poses=Poses(euler_to_matrix(angles), torch.stack(shift, 1)),
@@ -321,7 +321,9 @@ def _half_sets(particles: _Block) -> Tensor | None:
     return torch.from_numpy(half)
 
 
-def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[Path, ...], Tensor, Tensor]:
+def _images(
+    particles: _Block, path: Path, datadir: Path | None, need_stacks: bool
+) -> tuple[tuple[Path, ...], Tensor, Tensor]:
     """Stacks, and the stack and 0-based index of each image."""
     names = particles.text("ImageName")
     index = np.zeros(len(names), np.int64)
@@ -338,7 +340,7 @@ def _images(particles: _Block, path: Path, datadir: Path | None) -> tuple[tuple[
             )
         index[row] = int(digits) - 1
         files.append(file)
-    return find_stacks(files, path, datadir), group_equal(files), torch.from_numpy(index)
+    return find_stacks(files, path, datadir, required=need_stacks), group_equal(files), torch.from_numpy(index)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:

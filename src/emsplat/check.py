@@ -1,0 +1,321 @@
+"""What emsplat understood of a particle set, before the long run: metadata, images, and a quick look at the density."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emsplat.accumulate import PADDING, contrast, equations_of
+from emsplat.assess.directional import fourier_sampling, sampling_compensation
+from emsplat.assess.fsc import fsc_curve, resolution
+from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
+from emsplat.config import CheckConfig
+from emsplat.errors import InputError
+from emsplat.geometry import symmetry_group
+from emsplat.io.mrc import write_map
+from emsplat.io.particles import is_star, read_particles
+from emsplat.io.table import ParticleTable
+from emsplat.particles import ParticleStack, open_particles
+from emsplat.report.figures import draw_directions, draw_slices
+from emsplat.types import Grid
+
+_SAMPLE = 2000  # particles of the quick look
+_VOXELS = 64  # at most, across its map
+_SECONDS = 20.0
+_VERDICTS = ("ok", "look", "wrong")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that was looked at: "ok", "look" (unusual, may be meant) or "wrong" (a run would fail or mislead)."""
+
+    name: str
+    verdict: str
+    text: str
+
+
+def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str, Any]:
+    """Reads a particle set as a reconstruction would and says what was understood.
+
+    With images: their headers, and a back-projection of up to 2,000 particles onto at most 64³ voxels; its slices and
+    the views go into ``output`` as slices.png and directions.png. Returns "particles", "half_sets", "optics_groups",
+    "shift_rms" (Å), "defocus_range" (Å), "missing_files" and "items".
+
+    Raises:
+        InputError: the metadata cannot be read at all.
+        OutputError: the figures cannot be written.
+    """
+    table = read_particles(
+        particles,
+        datadir=config.datadir,
+        poses=config.poses,
+        ctf=config.ctf,
+        passthrough=config.passthrough,
+        need_stacks=False,
+    )
+    group = symmetry_group(config.symmetry)
+    missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
+    items = [_counts(table), _half_sets(table), *_optics(table), _shifts(table), _views(table, group)]
+    items += [Item("metadata", "look", warning) for warning in table.warnings]
+    items += _repeated(table)
+    stack: ParticleStack | None = None
+    if config.metadata_only:
+        items.append(Item("images", "ok", "not looked at (--metadata-only)"))
+    elif missing:
+        items.append(_missing(missing, table, config))
+    else:
+        try:
+            stack = open_particles(
+                particles,
+                datadir=config.datadir,
+                symmetry=config.symmetry,
+                invert=config.invert,
+                diameter=config.diameter,
+                trust_star_pixel_size=config.trust_star_pixel_size,
+                poses=config.poses,
+                ctf=config.ctf,
+                passthrough=config.passthrough,
+            ).with_halves(config.seed)
+        except InputError as error:
+            items.append(Item("images", "wrong", str(error)))
+    if stack is not None:
+        items += [_headers(stack), _cost(stack)]
+        items += _quick_look(stack, group, output)
+    elif table.groups[0].box is not None:
+        items.append(_cost_of(len(table), table.groups[0].box))
+    half = table.half
+    return {
+        "source": str(particles),
+        "particles": len(table),
+        "half_sets": None if half is None else [int((half == number).sum()) for number in (1, 2)],
+        "optics_groups": _groups(table, stack),
+        "shift_rms": round(float(table.poses.shift.square().sum(1).mean().sqrt()), 3),
+        "defocus_range": [round(float(value)) for value in _defocus(table).aminmax()],
+        "missing_files": missing,
+        "items": [asdict(item) for item in items],
+    }
+
+
+def exit_code(result: dict[str, Any]) -> int:
+    """0 where all is ok, 1 where something asks for a look, 2 where something is wrong."""
+    return max(_VERDICTS.index(item["verdict"]) for item in result["items"])
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as lines for a terminal."""
+    lines = [f"{result['source']}: {result['particles']:,} particles"]
+    for group in result["optics_groups"]:
+        box = "unknown box" if group["box"] is None else f"box {group['box']} px"
+        lines.append(
+            f"  {group['name']}: {group['particles']:,} particles, {box} of {group['pixel_size']:.5g} Å "
+            f"({group['pixel_size_from']}), {group['voltage']:g} kV, Cs {group['cs']:g} mm, amplitude contrast "
+            f"{group['amplitude_contrast']:g}"
+        )
+    lines += [f"{item['verdict']:>6}  {item['name']}: {item['text']}" for item in result["items"]]
+    return "\n".join(lines)
+
+
+def _groups(table: ParticleTable, stack: ParticleStack | None) -> list[dict[str, Any]]:
+    kind = "STAR file" if is_star(table.source) else table.source.suffix.lower() + " file"
+    found = []
+    for number, group in enumerate(table.groups):
+        rows = (table.optics_group == number).nonzero()[:, 0]
+        first = rows[:1]
+        box = group.box if stack is None else stack.grids[number].size
+        one = {
+            "name": group.name,
+            "particles": len(rows),
+            "box": box,
+            "pixel_size": group.pixel_size,
+            "pixel_size_from": kind,
+        }
+        for name in ("voltage", "cs", "amplitude_contrast"):
+            values = getattr(table.optics, name)[first]
+            one[name] = round(float(values[0]), 6) if len(values) else math.nan
+        found.append(one)
+    return [one for one in found if one["particles"]]
+
+
+def _defocus(table: ParticleTable) -> Tensor:
+    return 0.5 * (table.optics.defocus_u + table.optics.defocus_v)
+
+
+def _counts(table: ParticleTable) -> Item:
+    micrographs = int(table.micrograph.max()) + 1
+    text = f"{len(table):,} in {len(table.stacks):,} stacks from {micrographs:,} micrographs or groups"
+    return Item("particles", "wrong" if len(table) < 4 else "ok", text)
+
+
+def _half_sets(table: ParticleTable) -> Item:
+    if table.half is None:
+        return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
+    one, two = (int((table.half == number).sum()) for number in (1, 2))
+    if min(one, two) < 2:
+        return Item("half-sets", "wrong", f"{one:,} and {two:,}; expected at least 2 in each")
+    return Item(
+        "half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} and {two:,}, of the file"
+    )
+
+
+def _optics(table: ParticleTable) -> list[Item]:
+    optics = table.optics
+    items = []
+    for name, values, low, high, unit in (
+        ("voltage", optics.voltage, 80, 400, "kV"),
+        ("spherical aberration", optics.cs, 0.0, 6.0, "mm"),
+        ("amplitude contrast", optics.amplitude_contrast, 0.02, 0.3, ""),
+        ("pixel size", torch.tensor([group.pixel_size for group in table.groups]), 0.2, 15, "Å"),
+    ):
+        least, most = (float(value) for value in values.aminmax())
+        odd = least < low or most > high
+        span = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+        text = f"{span} {unit}".rstrip() + (f"; {low:g} to {high:g} is usual" if odd else "")
+        items.append(Item(name, "look" if odd else "ok", text))
+    least, most = (float(value) for value in _defocus(table).aminmax())
+    text = f"{least:,.0f} to {most:,.0f} Å of underfocus"
+    if most == least == 0:
+        items.append(
+            Item("defocus", "wrong", "0 everywhere; expected the CTF parameters of a job after CTF estimation")
+        )
+    else:
+        odd = least < 0 or most > 60_000
+        items.append(Item("defocus", "look" if odd else "ok", text + ("; 2,000 to 60,000 is usual" if odd else "")))
+    return items
+
+
+def _shifts(table: ParticleTable) -> Item:
+    lengths = [group.pixel_size * (group.box or 0) for group in table.groups]
+    length = torch.tensor(lengths, dtype=torch.float64)[table.optics_group]
+    shift = table.poses.shift.norm(dim=1)
+    rms, most = float(shift.square().mean().sqrt()), float(shift.max())
+    text = f"root mean square {rms:.2f} Å, largest {most:.1f} Å"
+    known = length > 0
+    if bool((shift > 0.5 * length)[known].any()):
+        return Item("shifts", "wrong", text + ": beyond half the box; are they in pixels of another size?")
+    if bool((shift > 0.2 * length)[known].any()):
+        return Item("shifts", "look", text + ": beyond a fifth of the box; recentre the particles if this is common")
+    return Item("shifts", "ok", text)
+
+
+def _views(table: ParticleTable, group: Tensor) -> Item:
+    rotation = table.poses.rotation
+    if float((rotation - rotation[:1]).abs().max()) < 1e-6 and len(table) > 1:
+        return Item("orientations", "wrong", "all particles have the same; expected those of a refinement")
+    factor, empty = sampling_compensation(fourier_sampling(rotation, group)[:, 3])
+    text = f"sampling compensation factor {factor:.2f} (1 is uniform), {empty:.1%} of directions without a sample"
+    return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
+
+
+def _repeated(table: ParticleTable) -> list[Item]:
+    keys = table.stack.long() * (int(table.image.max()) + 1) + table.image
+    repeated = len(keys) - len(torch.unique(keys))
+    if not repeated:
+        return []
+    both = ""
+    if table.half is not None:
+        order = keys.argsort()
+        same = keys[order][1:] == keys[order][:-1]
+        crossing = int((same & (table.half[order][1:] != table.half[order][:-1])).sum())
+        both = f", {crossing:,} of them in both half-sets" if crossing else ""
+    text = f"{repeated:,} rows name an image that another row names too{both}"
+    return [Item("repeated images", "wrong" if both else "look", text)]
+
+
+def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:
+    text = f"{len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; "
+    found = _helpful_folder(missing[0], table.source)
+    if found is not None:
+        text += f"--datadir {found} would find it"
+    elif config.datadir is None:
+        text += "give the folder that the paths start from with --datadir"
+    else:
+        text += f"it is not below {config.datadir} either"
+    return Item("images", "wrong", text)
+
+
+def _helpful_folder(file: str, source: Path) -> Path | None:
+    """A folder near the metadata below which the file lies, under its whole path or the last parts of it."""
+    parts = Path(file).parts
+    folder = source.absolute().parent
+    near = [folder, *sorted(p for p in folder.iterdir() if p.is_dir()), *folder.parents[:2]]
+    for place in near:
+        if any((place / Path(*parts[i:])).is_file() for i in range(len(parts))):
+            return place
+    return None
+
+
+def _headers(stack: ParticleStack) -> Item:
+    kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
+    return Item("images", "ok", f"{len(stack.table.stacks):,} stacks found; {kinds}")
+
+
+def _cost(stack: ParticleStack) -> Item:
+    return _cost_of(len(stack), stack.grid.size)
+
+
+def _cost_of(count: int, box: int) -> Item:
+    sums = 3 * 12 * (PADDING * box) ** 3 / 2 / 2**30
+    read = count * box**2 * 4 / 2**30
+    # Two cores of 2026 insert 6,000 images of 96² a second; the work grows with the pixels.
+    minutes = count / (6000 * (96 / box) ** 2.7) / 60
+    return Item(
+        "cost", "ok", f"{read:,.1f} GiB to read once, {sums:.1f} GiB of memory for the sums, about {minutes:.1f} min"
+    )
+
+
+def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> list[Item]:
+    """Back-projections of a sample of each half at coarse voxels: contrast, signal, figures."""
+    start = time.monotonic()
+    size = min(_VOXELS, stack.grid.size)
+    halves = []
+    for number in (1, 2):
+        own = stack.only(number)
+        rate = 4000 * (96 / stack.grid.size) ** 2
+        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / len(group))))
+        sample = own.take(torch.linspace(0, len(own) - 1, count).long())
+        halves.append(equations_of(sample, size if size < stack.grid.size else None))
+    raw = tuple(part.solve() for part in halves)
+    grid = Grid(size, stack.grid.length / size)
+    whole = 0.5 * (raw[0] + raw[1])
+    diameter = min(stack.diameter, 0.9 * grid.length)
+    evident = is_evident((raw[0], raw[1]), grid, diameter)
+    mask = particle_mask(whole, grid, diameter, evident)
+    found = resolution(fsc_curve(raw[0], raw[1], grid, mask), 0.143)
+    brightness = contrast(whole)
+    count = sum(part.particles for part in halves)
+    used = f"{count:,} particles on {size}³ voxels, {time.monotonic() - start:.0f} s"
+    signal = Item("signal", "ok", f"half maps of a sample agree to {found or math.nan:.1f} Å ({used})")
+    if not evident:
+        text = f"half maps of a sample do not agree ({used}): too few particles, wrong poses or wrong CTF?"
+        signal = Item("signal", "look", text)
+    kind = "bright" if stack.sign > 0 else "dark, and inverted"
+    other = "without --invert" if stack.sign * stack.table.sign < 0 else "--invert"
+    items = [signal]
+    if brightness > 0.5:
+        items.append(
+            Item("contrast", "ok", f"protein is {kind}: the density stands {brightness:.1f} σ above its surroundings")
+        )
+    elif brightness < -0.5:
+        text = f"the density is {-brightness:.1f} σ darker than its surroundings; try {other}"
+        items.append(Item("contrast", "wrong" if evident else "look", text))
+    else:
+        items.append(Item("contrast", "look", f"taken as {kind}, but the sample does not tell; look at slices.png"))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_map(output / FULL_MAP, whole, grid.pixel_size)
+        directions(
+            output,
+            RunMaps(grid, (raw[0], raw[1]), None, whole, mask),
+            found or grid.nyquist,
+            stack.table.poses.rotation[stack.rows],
+            group,
+        )
+        draw_slices(output)
+        draw_directions(output)
+    return items
