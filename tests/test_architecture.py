@@ -20,8 +20,8 @@ FLOORS = [
     {"objective", "report"},
     {"fit", "density"},
     {"one_pass", "run_folder", "assessment", "residuals"},
-    {"reconstruct", "simulate", "postprocess", "check"},
-    {"nulltest"},
+    {"reconstruct", "simulate", "postprocess"},
+    {"nulltest", "check"},
     {"cli"},
     {"__main__"},
 ]

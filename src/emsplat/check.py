@@ -21,7 +21,8 @@ from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star, read_particles
 from emsplat.io.table import ParticleTable
-from emsplat.particles import ParticleStack, open_particles
+from emsplat.particles import ParticleStack
+from emsplat.reconstruct import open_stack
 from emsplat.report.figures import draw_directions, draw_slices
 from emsplat.types import Grid
 
@@ -71,17 +72,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items.append(_missing(missing, table, config))
     else:
         try:
-            stack = open_particles(
-                particles,
-                datadir=config.datadir,
-                symmetry=config.symmetry,
-                invert=config.invert,
-                diameter=config.diameter,
-                trust_star_pixel_size=config.trust_star_pixel_size,
-                poses=config.poses,
-                ctf=config.ctf,
-                passthrough=config.passthrough,
-            ).with_halves(config.seed)
+            stack = open_stack(config, particles)
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:

@@ -90,8 +90,8 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
-class InputConfig:
-    """How particles are read, and where results go: common to everything that starts from particles."""
+class SourceConfig:
+    """Which particles, and how they are to be understood."""
 
     symmetry: str = "C1"
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
@@ -113,20 +113,28 @@ class InputConfig:
     """Diameter of the particle in Å: outside it is background, for normalisation, noise and the mask of the FSC.
     Default: 0.9 of the box."""
 
+    invert: bool = False
+    """Invert the contrast. A STAR file means bright protein, a .cs file says which; use this where that is wrong."""
+
+    trust_star_pixel_size: bool = False
+    """Go by the STAR file where the headers of the stacks give another pixel size."""
+
+    seed: int = 0
+    """Seed of half-sets (where the STAR file has none), start and order of the images."""
+
+
+@dataclass(frozen=True)
+class InputConfig(SourceConfig):
+    """How particles are read, and where results go: common to everything that starts from particles."""
+
     mask: Path | None = None
     """MRC map with values from 0 to 1 for the FSC; default: made from the classical map."""
 
     mask_diameter: float | None = None
     """Diameter in Å of a spherical mask for the FSC, in place of one along the density."""
 
-    invert: bool = False
-    """Invert the contrast. A STAR file means bright protein, a .cs file says which; use this where that is wrong."""
-
     skip_bad: bool = False
     """Read all images first and leave out those that are constant or hold values that are not finite."""
-
-    trust_star_pixel_size: bool = False
-    """Go by the STAR file where the headers of the stacks give another pixel size."""
 
     add_statistics: tuple[Path, ...] = ()
     """Run folders with sums that --keep-statistics left there, of other particles in the same frame: they are added
@@ -134,9 +142,6 @@ class InputConfig:
 
     keep_statistics: bool = False
     """Keep the sums over the particles in the run folder, for --add-statistics and for fits without the images."""
-
-    seed: int = 0
-    """Seed of half-sets (where the STAR file has none), start and order of the images."""
 
     threads: int | None = None
     """Threads of the computation; default: all cores."""
@@ -152,38 +157,11 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(SourceConfig):
     """Settings of a check of the input."""
-
-    symmetry: str = "C1"
-    """Point group in RELION's setting."""
-
-    datadir: Path | None = None
-    """Folder that the image paths start from, where they are not found beside the metadata."""
-
-    poses: Path | None = None
-    """cryoDRGN's poses.pkl, for an image stack."""
-
-    ctf: Path | None = None
-    """cryoDRGN's ctf.pkl, for an image stack."""
-
-    passthrough: tuple[Path, ...] = ()
-    """cryoSPARC's *_passthrough_particles.cs; default: those beside the file."""
-
-    diameter: float | None = None
-    """Diameter of the particle in Å; default: 0.9 of the box."""
-
-    invert: bool = False
-    """Invert the contrast."""
-
-    trust_star_pixel_size: bool = False
-    """Go by the metadata where the headers of the stacks give another pixel size."""
 
     metadata_only: bool = False
     """Leave the images alone: the metadata can be checked without them."""
-
-    seed: int = 0
-    """Seed of the half-sets, where the file has none."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from emsplat.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import is_star
 from emsplat.io.relion import read_columns, rewrite_star, write_table
-from emsplat.particles import ParticleStack, open_particles
+from emsplat.particles import ParticleStack
 from emsplat.progress import Log
-from emsplat.reconstruct import reconstruct
+from emsplat.reconstruct import open_stack, reconstruct
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
 
@@ -82,17 +82,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     log = log or Log()
     if output.exists() and any(output.iterdir()) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or start anew with --overwrite")
-    stack = open_particles(
-        particles,
-        datadir=config.datadir,
-        symmetry=config.symmetry,
-        invert=config.invert,
-        diameter=config.diameter,
-        trust_star_pixel_size=config.trust_star_pixel_size,
-        poses=config.poses,
-        ctf=config.ctf,
-        passthrough=config.passthrough,
-    ).with_halves(config.seed)
+    stack = open_stack(config, particles)
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from emsplat.accumulate import (
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
-from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
+from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig, SourceConfig
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
@@ -196,12 +196,13 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
     )
 
 
-def _open(
-    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
-) -> tuple[ParticleStack, list[int]]:
-    """The particles with half-sets, and the run folder with what is known before the work begins."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    stack = open_particles(
+def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
+    """The particles that the options describe, with half-sets.
+
+    Raises:
+        InputError: through `open_particles`.
+    """
+    return open_particles(
         particles,
         datadir=config.datadir,
         symmetry=config.symmetry,
@@ -212,6 +213,14 @@ def _open(
         ctf=config.ctf,
         passthrough=config.passthrough,
     ).with_halves(config.seed)
+
+
+def _open(
+    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
+) -> tuple[ParticleStack, list[int]]:
+    """The particles with half-sets, and the run folder with what is known before the work begins."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    stack = open_stack(config, particles)
     for half in _HALVES.values():
         stack.only(half)
     if not several_grids:
