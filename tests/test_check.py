@@ -4,6 +4,8 @@ import json
 import shutil
 import time
 
+import mrcfile
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def test_wrong_contrast(particles, capsys):
     assert code == 2
     assert items["contrast"]["verdict"] == "wrong"
     assert "without --invert" in items["contrast"]["text"]
+
+
+def test_masked_images_are_wrong(particles, tmp_path, capsys):
+    folder = tmp_path / "masked"
+    shutil.copytree(particles.parent, folder)
+    with mrcfile.open(folder / "particles.mrcs", "r+") as file:
+        axis = np.arange(32) - 16
+        file.data[:, np.hypot(axis[:, None], axis) > 12] = 0
+    code, _, items = run(capsys, folder / "particles.star")
+    assert code == 2
+    assert "masked" in items["image values"]["text"]
 
 
 def test_noise_asks_for_a_look(tmp_path, capsys):

@@ -136,6 +136,19 @@ def test_bad_images_are_named(tmp_path):
     assert is_bad(images).nonzero()[:, 0].tolist() == [4, 9, 30]
 
 
+def test_masked_images_are_refused(tmp_path):
+    """Without background there is no noise to measure; scaled by it, they would be 10¹⁰ times too strong."""
+    images = torch.randn(COUNT, 16, 16, generator=torch.Generator().manual_seed(1))
+    axis = torch.arange(16) - 8
+    images[:, (axis[:, None] ** 2 + axis**2).sqrt() > 6] = 0
+    stack = open_particles(make(tmp_path, images))
+    with pytest.raises(InputError, match=r"40 of 40 images .* were masked; .*--diameter"):
+        next(stack.sequential(COUNT))
+    (tmp_path / "again").mkdir()
+    within = open_particles(make(tmp_path / "again", images), diameter=stack.grid.pixel_size * 9)
+    assert float(next(within.sequential(COUNT)).images.abs().max()) < 100
+
+
 def test_index_outside_the_stack(tmp_path):
     names = [f"{i % 20 + 1}@s{i // 20}.mrcs" for i in range(COUNT)]
     names[24] = "21@s1.mrcs"

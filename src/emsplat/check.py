@@ -77,7 +77,10 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
         items += [_headers(stack), _cost(stack)]
-        items += _quick_look(stack, group, output)
+        try:
+            items += _quick_look(stack, group, output)
+        except InputError as error:
+            items.append(Item("image values", "wrong", str(error)))
     elif table.groups[0].box is not None:
         items.append(_cost_of(len(table), table.groups[0].box))
     half = table.half

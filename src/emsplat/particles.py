@@ -24,6 +24,7 @@ from emsplat.types import Batch, Grid, Poses
 
 _OPEN_STACKS = 64
 _READ_AHEAD = 2  # batches
+_MASKED = 1e-8  # variance of a background that is constant, relative to that of about 1,000 pixels of the image
 
 
 class ImageFiles:
@@ -189,9 +190,20 @@ class ParticleStack:
         )
 
     def normalise(self, images: Float[Tensor, "p y x"]) -> Float[Tensor, "p y x"]:
-        """Background mean 0 and standard deviation 1, bright protein; the images are changed in place."""
+        """Background mean 0 and standard deviation 1, bright protein; the images are changed in place.
+
+        Raises:
+            InputError: an image has no variance in the background, so that there is nothing to scale it by.
+        """
         flat = images.reshape(len(images), -1)
         variance, mean = torch.var_mean(flat[:, self._background], 1, correction=0)
+        masked = int((variance <= _MASKED * flat[:, :: max(1, flat.shape[1] // 1024)].var(1, correction=0)).sum())
+        if masked:
+            raise InputError(
+                f"{self.table.source}: {masked} of {len(images)} images of a batch have no noise outside "
+                f"{self.diameter:.0f} Å, they were masked; expected images with their background, which the noise is "
+                "measured in; extract them without a mask, or give a smaller --diameter"
+            )
         gain = self.sign / variance.clamp(min=1e-20).sqrt()
         return flat.sub_(mean[:, None]).mul_(gain[:, None]).reshape(images.shape)
 
