@@ -7,7 +7,7 @@ noise that nothing in the model M_A knows of, so that in each shell
 
 and the other way round. The denominator is FSC(R, truth) of one half if the noise of the two is independent; where it
 is within that noise the ratio says nothing. Where a shell holds too few independent numbers for a precise ratio, both
-sides of it are smoothed over up to three neighbours on each side (a local line). Resolution is read at 0.5, the level
+sides of it are smoothed over up to five neighbours on each side (a local line). Resolution is read at 0.5, the level
 for a map against the truth that 0.143 between half maps stands for (Rosenthal & Henderson 2003).
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of the FSC of pure noise
-_PRECISE = 0.02  # relative error of the denominator that needs no smoothing
-_NEIGHBOURS = 3
+_PRECISE = 0.03  # relative error of the denominator that needs no smoothing
+_NEIGHBOURS = 5
 _SYSTEMATIC = 0.004  # interpolation on the way to the back-projections: error of the estimate where noise has none
 
 
@@ -119,7 +119,7 @@ class CrossValidation:
 def _local_lines(raw: Float[Tensor, " s"], count: Float[Tensor, " s"]) -> Float[Tensor, "s s"]:
     """Smoothing as a matrix: at each shell the value of a line fitted to its neighbours.
 
-    The width grows with the relative error of sqrt(FSC), to 3 shells on each side; where that is below a quarter of
+    The width grows with the relative error of sqrt(FSC), to 5 shells on each side; where that is below a quarter of
     `_PRECISE` a shell stands alone. Neighbours count by distance (tricube) and by their variance.
     """
     level = raw.clamp(0.01, 0.9999)
