@@ -9,9 +9,8 @@ import torch
 from emsplat.assessment import RunMaps
 from emsplat.cli import main
 from emsplat.config import SimulateConfig
-from emsplat.fourier import shell_index
+from emsplat.fourier import randomise_phases, shell_index
 from emsplat.nulltest import _noise_like as noise_like
-from emsplat.nulltest import _random_phases as random_phases
 from emsplat.nulltest import _without_radial_part as without_radial_part
 from emsplat.nulltest import _write as write_altered
 from emsplat.particles import open_particles
@@ -44,7 +43,7 @@ def test_noise_has_the_spectrum_of_its_image():
 
 
 def test_random_phases_begin_at_their_shell():
-    altered = torch.fft.rfft2(random_phases(images(), 6, torch.Generator().manual_seed(0)))
+    altered = torch.fft.rfft2(randomise_phases(images(), 6, torch.Generator().manual_seed(0)))
     before, low = torch.fft.rfft2(images()), shell_index(32) < 6
     torch.testing.assert_close(altered[:, low], before[:, low], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(altered.abs(), before.abs(), rtol=1e-3, atol=1e-3)

@@ -42,10 +42,8 @@ from emsplat.types import Batch, Grid
 
 PADDING = 1.5
 TAPS, DEGREE = 4, 7  # as in native/kernels.hpp
-REACH = (
-    0.75  # of the box: where the kernel ends; from FADE on it is faded out, since the window hardly carries it there
-)
-FADE = 0.6
+REACH = 0.75  # of the box: where the kernel ends
+FADE = 0.6  # of the box: from here on it is faded out, since the window hardly carries it there
 _BATCH = 64
 
 
@@ -285,10 +283,10 @@ class NormalEquations:
         """
         size = self.grid.size
         weight = self.weight()
-        shells = shell_index(size, 3).clamp(max=size // 2)
+        shells = shell_index(size, 3)
+        inside, shells = shells <= size // 2, shells.clamp(max=size // 2)
         mean = mean_per_shell(weight)
         share = torch.full((size // 2 + 1,), 0.1) if prior is None else prior.clamp(min=0.01)
-        inside = shells.float() * 0 + (shell_index(size, 3) <= size // 2)
         added = (share * mean)[shells] + 1e-6 * float(mean.max()) + 1e-30
         return irfft(rfft(self.linear, 3) * inside / (weight + added), 3)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emsplat.assess.crossvalidate import CrossValidation, independent_coefficients
+from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.directional import (
     conical_fsc,
     conical_resolution,
@@ -274,7 +274,7 @@ def _shells(
         curve = fsc_curve(maps.full, reference, grid, mask)
         columns["emsplatReferenceMasked"] = curve.value.tolist()
         found["reference_masked_0.5"] = resolution(curve, 0.5)
-    return columns, found, masking | _tightness(maps, log, given=config.mask is not None)
+    return columns, found, masking | _tightness(maps, validation, log, given=config.mask is not None)
 
 
 def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:
@@ -283,17 +283,18 @@ def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: 
     return fsc_curve(first, second, grid, mask)
 
 
-def _tightness(maps: RunMaps, log: Log, *, given: bool) -> dict[str, Any]:
+def _tightness(maps: RunMaps, validation: CrossValidation, log: Log, *, given: bool) -> dict[str, Any]:
     """What the mask does to maps that share nothing: the FSC of random phases, of the untouched half maps."""
     grid, mask = maps.grid, maps.mask
     agreed = None
-    begin = randomisation_shell(fsc_curve(*maps.data, grid))
-    end = resolution(fsc_curve(*maps.data, grid, mask), 0.143)
+    unmasked = fsc_curve(*maps.data, grid)
+    begin = randomisation_shell(unmasked)
+    end = resolution(Curve(unmasked.frequency, validation.raw), 0.143)
     last = 0 if end is None else round(grid.length / end)
     if begin is not None and last > begin + 2:
         shells = slice(begin + 2, last + 1)
         agreed = float(_random_phases(maps.data, begin, grid, mask).value[shells].mean())
-        chance = 3 / math.sqrt(2 * float(independent_coefficients(mask)[shells].sum()))
+        chance = 3 / math.sqrt(2 * float(validation.count[shells].sum()))
         if agreed > max(_TIGHT, chance):
             log.warn(
                 f"the mask is too tight: maps with random phases beyond {grid.length / begin:.1f} Å still correlate by "

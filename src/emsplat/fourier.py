@@ -38,11 +38,37 @@ def frequencies(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -
     return tuple(axis.reshape([-1 if i == j else 1 for j in range(dims)]) for i, axis in enumerate(axes))
 
 
+def shell_radius(size: int, dims: int = 2) -> Float[Tensor, "*zy k"]:
+    """|k| N a of each rfft coefficient, float64."""
+    axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64)
+    return cast(Tensor, sum(axis**2 for axis in axes)).sqrt()
+
+
 def shell_index(size: int, dims: int = 2) -> Int[Tensor, "*zy k"]:
     """Shell round(|k| N a) of each rfft coefficient (RELION's rule); corners lie beyond ``size // 2``."""
-    axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64)
-    radius = cast(Tensor, sum(axis**2 for axis in axes)).sqrt()
-    return torch.floor(radius + 0.5).long()
+    return torch.floor(shell_radius(size, dims) + 0.5).long()
+
+
+def randomise_phases(
+    image: Float[Tensor, "*p y x"], shell: int, generator: torch.Generator, dims: int = 2
+) -> Float[Tensor, "*p y x"]:
+    """Images or volumes with random phases in all shells from ``shell`` on, amplitudes unchanged."""
+    axes = tuple(range(-dims, 0))
+    spectrum = torch.fft.rfftn(image, dim=axes)
+    # The phases of white noise obey the symmetry of the transform of a real image.
+    phase = torch.fft.rfftn(torch.randn(image.shape, generator=generator, dtype=image.dtype), dim=axes)
+    random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
+    beyond = shell_index(image.shape[-1], dims) >= shell
+    moved: Tensor = torch.fft.irfftn(torch.where(beyond, random, spectrum), s=image.shape[-dims:], dim=axes)
+    return moved
+
+
+def is_smooth(size: int) -> bool:
+    """Whether a length has no prime factor above 5, so that it transforms fast."""
+    for prime in (2, 3, 5):
+        while size % prime == 0:
+            size //= prime
+    return size == 1
 
 
 def hermitian_weight(size: int) -> Float[Tensor, " k"]:

@@ -25,7 +25,7 @@ from emsplat.assess.fsc import crossing, fsc_curve, resolution
 from emsplat.assessment import FIRST_SHELLS, RunMaps, read_run, shell_curves
 from emsplat.config import NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.fourier import frequencies, irfft, rfft, shell_index
+from emsplat.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import is_star
 from emsplat.io.relion import read_columns, rewrite_star, write_table
@@ -175,7 +175,7 @@ def _write(name: str, stack: ParticleStack, source: Path, folder: Path, from_she
             if name == "noise":
                 altered = _noise_like(altered, rng)
             elif name == "phases":
-                altered = _random_phases(altered, from_shell, rng)
+                altered = randomise_phases(altered, from_shell, rng)
             write(altered)
     columns = {"ImageName": [f"{i + 1}@{images.name}" for i in range(len(stack))]}
     if name == "poses":
@@ -196,16 +196,6 @@ def _noise_like(images: Float[Tensor, "p y x"], rng: torch.Generator) -> Float[T
     white = torch.fft.rfft2(torch.randn(images.shape, generator=rng)) / size
     noise: Tensor = torch.fft.irfft2(white * mean.sqrt()[:, shells], s=images.shape[-2:])
     return noise
-
-
-def _random_phases(images: Float[Tensor, "p y x"], shell: int, rng: torch.Generator) -> Float[Tensor, "p y x"]:
-    spectrum = torch.fft.rfft2(images)
-    phase = torch.fft.rfft2(torch.randn(images.shape, generator=rng))
-    random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
-    altered: Tensor = torch.fft.irfft2(
-        torch.where(shell_index(images.shape[-1]) >= shell, random, spectrum), s=images.shape[-2:]
-    )
-    return altered
 
 
 def _judge(name: str, expected: str, limit: float | None, run: Path, reported: float | None) -> Outcome:
@@ -241,8 +231,7 @@ def _without_radial_part(maps: RunMaps) -> RunMaps:
     fitted to the transform of each map.
     """
     size = maps.grid.size
-    axes = frequencies(Grid(size, 1.0 / size), 3, torch.float64)
-    radius = (axes[0] ** 2 + axes[1] ** 2 + axes[2] ** 2).sqrt().flatten().numpy()
+    radius = shell_radius(size, 3).flatten().numpy()
     inner = np.arange(0, radius.max() + 0.5, 0.5)
     knots = np.concatenate([[0.0] * 3, inner, [inner[-1]] * 3])
     basis = BSpline.design_matrix(np.minimum(radius, inner[-1] - 1e-9), knots, 3)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from emsplat.accumulate import NormalEquations, mean_per_shell
 from emsplat.ctf import ctf
 from emsplat.errors import InputError
-from emsplat.fourier import crop, frequencies, hermitian_weight, shell_index, shift_phase
+from emsplat.fourier import crop, frequencies, hermitian_weight, is_smooth, shell_index, shift_phase
 from emsplat.model import GaussianField
 from emsplat.particles import ParticleStack
 from emsplat.project import CUTOFF, project, voxelize
@@ -265,17 +265,10 @@ def support_size(extent: int, box: int) -> int:
 
     Multiples of 8 without prime factors above 5, so that it can be coarsened twice.
     """
-    sizes = [8 * k for k in range(1, box // 8 + 1) if _is_smooth(k)]
+    sizes = [8 * k for k in range(1, box // 8 + 1) if is_smooth(k)]
     if not sizes:
         raise InputError(f"box of {box} voxels: too small; expected at least 8")
     return next((size for size in sizes if size >= extent), sizes[-1])
-
-
-def _is_smooth(number: int) -> bool:
-    for prime in (2, 3, 5):
-        while number % prime == 0:
-            number //= prime
-    return number == 1
 
 
 def noise_weight(noise: Float[Tensor, "o s"], grid: Grid) -> Float[Tensor, "o y k"]:

@@ -81,8 +81,9 @@ def fit_course(
         if following and not stages[number].kept:
             break
         if number:
+            # The step counter goes on from the best epoch, as it will where the course is followed.
             for one in fits:
-                one.state = State.begin(grow(one.model, one.objective), one.state.step)
+                one.state = State.begin(grow(one.model, one.objective), epochs_before * one.objective.steps_per_epoch)
         epochs = stages[number].epochs if following else plan.epochs
         rate = plan.learning_rate * (0.5 if number else 1.0)
         part = Plan(epochs, rate, plan.decay, first=epochs_before)
@@ -94,12 +95,9 @@ def fit_course(
             if not kept:
                 break
             best = score
-        # The step counter goes on from the best epoch, as it will where the course is followed.
         epochs_before += length
         if not following and judge is None:
             break
-        for one in fits:
-            one.state.step = epochs_before * one.objective.steps_per_epoch
     for one in fits:
         one.state.step = epochs_before * one.objective.steps_per_epoch
 

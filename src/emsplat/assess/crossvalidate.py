@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from emsplat.fourier import shell_index
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of the FSC of pure noise
@@ -140,9 +141,6 @@ def _local_lines(raw: Float[Tensor, " s"], count: Float[Tensor, " s"]) -> Float[
 
 def _shells(size: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Shell of each coefficient of a transform that has not been centred, and how often it counts."""
-    full = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    half = full[: size // 2 + 1].abs()
-    radius = (full[:, None, None] ** 2 + full[:, None] ** 2 + half**2).sqrt()
-    shell = torch.floor(radius + 0.5).long().clamp(max=size // 2 + 1).flatten()
+    half = torch.arange(size // 2 + 1)
     twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
-    return shell, twice.expand(size, size, -1).flatten()
+    return shell_index(size, 3).clamp(max=size // 2 + 1).flatten(), twice.expand(size, size, -1).flatten()

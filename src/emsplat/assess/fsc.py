@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emsplat import fourier
 from emsplat.errors import InputError
 from emsplat.types import Curve, Grid
 
@@ -90,16 +91,7 @@ def fsc_curve(
 
 def randomise_phases(volume: Float[Tensor, "z y x"], shell: int, seed: int) -> Float[Tensor, "z y x"]:
     """The map with random phases in all shells from ``shell`` on, amplitudes unchanged (Chen et al. 2013)."""
-    size = len(volume)
-    noise = torch.randn(volume.shape, generator=torch.Generator().manual_seed(seed), dtype=volume.dtype)
-    spectrum, phase = torch.fft.rfftn(volume), torch.fft.rfftn(noise)
-    full = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
-    square = full[:, None, None] ** 2 + full[:, None] ** 2 + full[: size // 2 + 1].abs() ** 2
-    beyond = square.sqrt() + 0.5 >= shell
-    # The phases of white noise obey the symmetry of the transform of a real map.
-    random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
-    moved: Tensor = torch.fft.irfftn(torch.where(beyond, random, spectrum), s=volume.shape)
-    return moved
+    return fourier.randomise_phases(volume, shell, torch.Generator().manual_seed(seed), dims=3)
 
 
 def randomisation_shell(unmasked: Curve, threshold: float = 0.8) -> int | None:

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.fourier import crop
+from emsplat.fourier import crop, is_smooth, shell_index, shell_radius
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of a local correlation of noise
@@ -123,7 +123,7 @@ def windowed_fsc(
     soft = torch.exp(-square / (4 * _sigma(window) ** 2))
     white = [torch.fft.irfftn(s, s=a.shape) for s in _whitened([a, b])]
     spectra = [torch.fft.rfftn(volume * soft) for volume in white]
-    radius, columns = _radius(grid.size) / grid.length, torch.full((grid.size // 2 + 1,), 2.0)
+    radius, columns = shell_radius(grid.size, 3).float() / grid.length, torch.full((grid.size // 2 + 1,), 2.0)
     columns[0] = columns[-1] = 1.0
     frequencies, values = [], []
     for frequency in _bands(grid, window):
@@ -194,7 +194,7 @@ def _band_products(
         # Products reach twice the band; what they fold onto must stay clear of the frequencies that w lets through.
         need = grid.length * (2 * (frequency + _step(window)) + 3 / (2 * math.pi * _sigma(window)))
         fine = _even(min(size, max(coarse, math.ceil(need))))
-        radius = _radius(fine) / grid.length
+        radius = shell_radius(fine, 3).float() / grid.length
         band = _band(radius, frequency, window)
         filtered = [torch.fft.irfftn((crop(s, fine, 3) if fine < size else s) * band, s=(fine,) * 3) for s in spectra]
         kernel = torch.exp(-2 * (math.pi * _sigma(window) * radius) ** 2)
@@ -207,7 +207,7 @@ def _band_products(
 def _whitened(volumes: Sequence[Tensor]) -> list[Tensor]:
     """Transforms of the maps, each divided by its own radial amplitude; 0 in the corners beyond Nyquist."""
     size = len(volumes[0])
-    shell = torch.floor(_radius(size) + 0.5).long().clamp(max=size // 2 + 1)
+    shell = shell_index(size, 3).clamp(max=size // 2 + 1)
     count = torch.bincount(shell.flatten()).clamp(min=1)
     white = []
     for volume in volumes:
@@ -261,13 +261,6 @@ def _band(radius: Tensor, frequency: float, window: float) -> Tensor:
     return torch.cos(0.5 * math.pi * away)
 
 
-def _radius(size: int) -> Float[Tensor, "z y k"]:
-    full = torch.fft.fftfreq(size, 1 / size)
-    half = full[: size // 2 + 1].abs()
-    radius: Tensor = (full[:, None, None] ** 2 + full[:, None] ** 2 + half**2).sqrt()
-    return radius
-
-
 def _enlarge(volume: Tensor, size: int) -> Tensor:
     """The coarse grid on the fine one, linear between its points; both begin at the same corner and repeat."""
     coarse = len(volume)
@@ -286,11 +279,6 @@ def _enlarge(volume: Tensor, size: int) -> Tensor:
 def _even(size: int) -> int:
     """A length that transforms fast: even, with factors 2, 3 and 5 only."""
     size += size % 2
-    while True:
-        rest = size
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return size
+    while not is_smooth(size):
         size += 2
+    return size
