@@ -11,7 +11,6 @@ from emsplat.accumulate import (
     FourierStatistics,
     NormalEquations,
     accumulate,
-    backproject,
     begin,
     centred_spectrum,
     contrast,
@@ -112,7 +111,7 @@ def test_sums_do_not_depend_on_threads_nor_on_batches():
 
 def test_back_projection_is_the_truth_in_frame_hand_and_sign(star):
     truth, grid = read_map(star.parent / "truth.mrc")
-    volume = backproject(open_particles(star))
+    volume = equations_of(open_particles(star)).solve()
     right = fsc_curve(volume, truth, grid).value[1:12]
     assert float(right.mean()) > 0.9
     for axes in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
@@ -133,7 +132,7 @@ def test_grey_values_are_those_of_the_truth(star):
 
 def test_coarser_sums_give_the_same_low_resolution_map(star):
     stack = open_particles(star)
-    coarse, full = backproject(stack, 16), backproject(stack)
+    coarse, full = equations_of(stack, 16).solve(), equations_of(stack).solve()
     spectrum = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(full)))[8:24, 8:24, 8:24]
     low = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(spectrum)).real) / 8
     centre = slice(4, 12)
@@ -142,7 +141,7 @@ def test_coarser_sums_give_the_same_low_resolution_map(star):
 
 
 def test_symmetry_is_imposed(star):
-    volume = backproject(open_particles(star, symmetry="C2"))
+    volume = equations_of(open_particles(star, symmetry="C2")).solve()
     turned = torch.roll(volume.flip([1, 2]), [1, 1], [1, 2])
     inner = slice(4, 28)
     a, b = volume[inner, inner, inner].flatten(), turned[inner, inner, inner].flatten()
@@ -151,8 +150,10 @@ def test_symmetry_is_imposed(star):
 
 def test_contrast_tells_bright_from_dark(star):
     stack = open_particles(star)
-    assert contrast(backproject(stack)) > 1
-    assert contrast(backproject(stack.inverted())) == pytest.approx(-contrast(backproject(stack)), rel=1e-3)
+    assert contrast(equations_of(stack).solve()) > 1
+    assert contrast(equations_of(stack.inverted()).solve()) == pytest.approx(
+        -contrast(equations_of(stack).solve()), rel=1e-3
+    )
 
 
 def test_gradient_of_the_sums_is_that_of_the_images(star):
@@ -318,7 +319,7 @@ def test_empty_equations_solve_to_nothing():
 
 
 def test_experimental_particles_are_bright(shared_data):
-    assert contrast(backproject(open_particles(shared_data / "bgal" / "particles.star", symmetry="D2"))) > 1
+    assert contrast(equations_of(open_particles(shared_data / "bgal" / "particles.star", symmetry="D2")).solve()) > 1
 
 
 class Memory:

@@ -389,11 +389,6 @@ def relative_gain(one: NormalEquations, other: NormalEquations) -> float:
     return other.gain(volume) / one.gain(volume)
 
 
-def backproject(stack: ParticleStack, size: int | None = None) -> Float[Tensor, "z y x"]:
-    """The classical map of a stack; ``size`` as for `equations_of`."""
-    return equations_of(stack, size).solve()
-
-
 def _lowpass(volume: Float[Tensor, "z y x"], width: float) -> Float[Tensor, "z y x"]:
     """A Gaussian filter of ``width`` shells."""
     kz, ky, kx = frequencies(Grid(len(volume), 1.0 / len(volume)), 3)

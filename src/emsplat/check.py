@@ -21,8 +21,7 @@ from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star, read_particles
 from emsplat.io.table import ParticleTable
-from emsplat.particles import ParticleStack
-from emsplat.reconstruct import open_stack
+from emsplat.particles import ParticleStack, open_table
 from emsplat.report.figures import draw_directions, draw_slices
 from emsplat.types import Grid
 
@@ -72,7 +71,13 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items.append(_missing(missing, table, config))
     else:
         try:
-            stack = open_stack(config, particles)
+            stack = open_table(
+                table,
+                symmetry=config.symmetry,
+                invert=config.invert,
+                diameter=config.diameter,
+                trust_star_pixel_size=config.trust_star_pixel_size,
+            ).with_halves(config.seed)
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:

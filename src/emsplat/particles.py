@@ -315,10 +315,24 @@ def open_particles(
         InputError: see `read_particles`; an image index outside its stack, stacks of odd or unexpected boxes, pixel
             sizes that disagree, a diameter that leaves no background, fewer than 4 particles.
     """
-    elements = symmetry_group(symmetry)
     table = read_particles(path, datadir=datadir, poses=poses, ctf=ctf, passthrough=passthrough)
+    return open_table(
+        table, symmetry=symmetry, invert=invert, diameter=diameter, trust_star_pixel_size=trust_star_pixel_size
+    )
+
+
+def open_table(
+    table: ParticleTable,
+    *,
+    symmetry: str = "C1",
+    invert: bool = False,
+    diameter: float | None = None,
+    trust_star_pixel_size: bool = False,
+) -> ParticleStack:
+    """The particles of a table whose stacks are all there; otherwise as `open_particles`."""
+    elements = symmetry_group(symmetry)
     if len(table) < 4:
-        raise InputError(f"{path}: {len(table)} particles; expected at least 2 in each of two halves")
+        raise InputError(f"{table.source}: {len(table)} particles; expected at least 2 in each of two halves")
     files = ImageFiles(table)
     grids = _grids(table, files, trust_star_pixel_size)
     particles = dict.fromkeys(grids, 0)

@@ -129,7 +129,8 @@ class _Fields:
     def names(self) -> list[str]:
         return [name for data in (self._own, *(d for _, d, _ in self._others)) for name in data.dtype.names or ()]
 
-    def _values(self, name: str) -> Array:
+    def raw(self, name: str) -> Array:
+        """A column as it is in the file."""
         if name in (self._own.dtype.names or ()):
             return np.asarray(self._own[name])
         for other, data, rows in self._others:
@@ -141,7 +142,7 @@ class _Fields:
         raise InputError(f"{self.path}: no field {name}; {_remedy(name)}")
 
     def text(self, name: str) -> list[str]:
-        values = self._values(name)
+        values = self.raw(name)
         if values.ndim != 1:
             raise InputError(f"{self.path}: {name} has {values.ndim} dimensions; expected one value per particle")
         if values.dtype.kind == "S":
@@ -155,7 +156,7 @@ class _Fields:
         """A numeric column with ``inner`` values per particle (0: any number of them); every value is finite."""
         if default is not None and not self.has(name):
             return np.full((len(self), *inner), default)
-        raw = self._values(name)
+        raw = self.raw(name)
         wanted = len(inner) == raw.ndim - 1 and all(a in (0, b) for a, b in zip(inner, raw.shape[1:], strict=False))
         if raw.dtype.kind not in "fiub" or not wanted:
             raise InputError(
@@ -173,11 +174,7 @@ class _Fields:
 
     def first(self, name: str) -> NDArray[np.float64]:
         """A number per particle; the first of its classes where there is one for each."""
-        return self.numbers(name) if self._values(name).ndim == 1 else self.numbers(name, 0)[:, 0]
-
-    def raw(self, name: str) -> Array:
-        """A column as it is in the file."""
-        return self._values(name)
+        return self.numbers(name) if self.raw(name).ndim == 1 else self.numbers(name, 0)[:, 0]
 
 
 def _read(path: Path) -> Array:

@@ -7,7 +7,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -135,9 +135,8 @@ def local_resolution_table(run: Path) -> str:
 def directions(run: Path) -> str:
     """Maps over the sphere of resolution, sampling and views."""
     figures.draw_directions(run)
-    shown = "".join(_plot(figure, "Map over directions") for figure in plots.plot_directions(run))
     return (
-        f'<div class="pair">{shown}</div>\n'
+        _pairs(plots.plot_directions(run), "Map over directions")
         + _note(
             "Elevation is the angle from the z axis, azimuth the angle around it. Views are particles per solid angle: "
             "an even colour near 1 means that every direction was seen alike."
@@ -224,9 +223,8 @@ def scores(run: Path) -> str:
 def gaussians(run: Path) -> str:
     """Distributions of the widths and shapes of the Gaussians."""
     figures.draw_gaussians(run)
-    shown = "".join(_plot(figure, "Distribution over the Gaussians") for figure in plots.plot_gaussians(run))
     return (
-        f'<div class="pair">{shown}</div>\n'
+        _pairs(plots.plot_gaussians(run), "Distribution over the Gaussians")
         + _note(
             "A pile at the left edge are Gaussians at the smallest width allowed; a long tail of anisotropies are "
             "needles, which follow noise more often than structure."
@@ -325,6 +323,11 @@ def _plot(figure: Any, description: str) -> str:
         f'<div class="plot" role="img" aria-label="{html.escape(description)}" style="min-height: {height}px">'
         f'<script type="application/json">{data}</script></div>\n'
     )
+
+
+def _pairs(shown: Iterable[Any], description: str) -> str:
+    """Figures side by side, two in a row where the page is wide enough."""
+    return f'<div class="pair">{"".join(_plot(figure, description) for figure in shown)}</div>\n'
 
 
 def _picture(path: Path, description: str) -> str:
