@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emsplat.accumulate import backproject
+from emsplat.accumulate import equations_of
 from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
 from emsplat.errors import InputError
 from emsplat.io.mrc import read_map
@@ -93,7 +93,7 @@ def test_solvent_mask_of_nothing_is_the_sphere() -> None:
 
 def test_solvent_mask_of_experimental_particles(shared_data: Path) -> None:
     stack = open_particles(shared_data / "bgal" / "particles.star", symmetry="D2")
-    mask = solvent_mask(backproject(stack), stack.grid, stack.diameter)
+    mask = solvent_mask(equations_of(stack).solve(), stack.grid, stack.diameter)
     reference = read_map(shared_data / "bgal" / "mask_soft.mrc")[0] > 0.5
     assert float(mask[reference].mean()) > 0.95
     assert float((mask > 0.5).sum()) < 1.6 * float(reference.sum())
