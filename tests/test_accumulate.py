@@ -12,13 +12,12 @@ from emsplat.accumulate import (
     NormalEquations,
     accumulate,
     begin,
-    centred_spectrum,
     contrast,
     equations_of,
 )
 from emsplat.assess.fsc import fsc_curve
 from emsplat.config import SimulateConfig
-from emsplat.ctf import ctf
+from emsplat.ctf import ctf, observe
 from emsplat.errors import InputError
 from emsplat.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.geometry import random_rotations
@@ -172,10 +171,11 @@ def test_gradient_of_the_sums_is_that_of_the_images(star):
     points, values = [], []
     for batch in stack.sequential(100):
         centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
-        transfer = ctf(batch.optics, grid)
+        seen = observe(batch, grid)
+        transfer = seen.transfer
         predicted = transfer * rfft(project(mixture, centred, grid, cutoff=6.0))
         precision = 1 / noise[batch.optics_group][:, shell_index(32).clamp(max=16)] / 32**2
-        residual = (predicted - centred_spectrum(batch, grid)) * transfer * precision
+        residual = (predicted - seen.spectrum) * transfer * precision
         points.append(torch.stack([kx, ky], -1)[inside] @ batch.poses.rotation[:, :2])
         values.append((residual[:, inside] * twice).to(torch.complex128))
     x, y, z = (2 * torch.pi * grid.pixel_size * torch.cat(points).reshape(-1, 3).double()).T.contiguous().numpy()

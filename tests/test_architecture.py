@@ -14,14 +14,15 @@ FLOORS = [
     {"errors"},
     {"types", "progress", "_native"},
     {"kernels", "geometry", "fourier"},
-    {"project", "ctf", "assess", "io"},
+    {"project", "ctf", "assess"},
+    {"io"},
     {"model", "particles"},
     {"accumulate", "config"},
-    {"objective", "report"},
+    {"objective", "report", "inputs"},
     {"fit", "density"},
     {"one_pass", "run_folder", "assessment", "residuals"},
     {"reconstruct", "simulate", "postprocess"},
-    {"nulltest", "check"},
+    {"nulltest", "check", "convert", "preprocess"},
     {"cli"},
     {"__main__"},
 ]
@@ -73,8 +74,8 @@ def test_importing_emsplat_is_cheap():
 def test_no_pickle_and_no_network(forbidden):
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
-        if path.name == "cryodrgn.py":  # reads what cryoDRGN writes through an unpickler that builds arrays only
-            text = text.replace("import pickle\n", "")
+        if path.name == "pickles.py":  # arrays for cryoDRGN and back, through an unpickler that knows nothing else
+            text = text.replace("import pickle\n", "").replace("pickle.dumps(", "")
         assert not re.search(forbidden, text), path
 
 

@@ -8,10 +8,11 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from gemmi import cif
 
 from emsplat.cli import main
 from emsplat.config import SimulateConfig
-from emsplat.io.relion import read_columns, rewrite_star
+from emsplat.io.relion import rewrite_star
 from emsplat.simulate import simulate
 
 ITEMS = {"particles", "half-sets", "voltage", "pixel size", "defocus", "shifts", "orientations", "images"}
@@ -33,9 +34,10 @@ def altered(particles, tmp_path, change):
     """A copy of the particles whose named columns are changed text by text."""
     folder = tmp_path / "copy"
     shutil.copytree(particles.parent, folder)
-    columns = read_columns(particles, tuple(change))
+    block = cif.read_file(str(particles)).find_block("particles")
+    columns = {name: [cif.as_string(text) for text in block.find_values(f"_rln{name}")] for name in change}
     new = {name: [change[name](i, text) for i, text in enumerate(texts)] for name, texts in columns.items()}
-    half = torch.tensor([int(h) for h in read_columns(particles, ("RandomSubset",))["RandomSubset"]])
+    half = torch.tensor([int(h) for h in block.find_values("_rlnRandomSubset")])
     rewrite_star(particles, folder / "particles.star", torch.arange(400), half, new)
     return folder / "particles.star"
 

@@ -16,9 +16,10 @@ from scipy.spatial.transform import Rotation
 from emsplat.cli import main
 from emsplat.config import InputConfig, SimulateConfig
 from emsplat.errors import InputError
-from emsplat.io.cryodrgn import load_arrays, read_cryodrgn
+from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles
+from emsplat.io.pickles import load_arrays
 from emsplat.io.relion import read_star
 from emsplat.progress import Log
 from emsplat.reconstruct import backproject

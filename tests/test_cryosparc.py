@@ -93,7 +93,7 @@ def test_zero_rotation(folder):
 
 def test_real_file_as_another_program_reads_it(shared_data):
     """cryoDRGN's poses and CTF parameters of the same file, number by number."""
-    from emsplat.io.cryodrgn import load_arrays
+    from emsplat.io.pickles import load_arrays
 
     formats = shared_data / "formats"
     found = read_cs(formats / "cryosparc_P12_J24_001_particles.cs", need_stacks=False)
@@ -210,9 +210,31 @@ def test_never_split_means_no_half_sets(folder):
     assert read(folder, table(**{"alignments3D/split": np.zeros(6, np.uint32)})).half is None
 
 
-def test_aberrations_are_reported(folder):
-    found = read(folder, table(**{"ctf/tilt_A": np.full((6, 2), 0.5, np.float32)}))
-    assert "ctf/tilt_A" in found.warnings[0]
+def test_aberrations_whose_units_are_not_known_are_said(folder):
+    found = read(folder, table(**{"ctf/trefoil_A": np.full((6, 2), 0.5, np.float32)}))
+    assert "ctf/trefoil_A" in found.warnings[0]
+    assert found.optics.aberrations is None
+
+
+def test_beam_tilt_and_anisotropic_magnification(folder):
+    """tilt_A is Cs sin(tilt); the matrix lacks its identity."""
+    change = {
+        "ctf/tilt_A": np.tile(np.array([2.7e7 * 2e-4, 0], np.float32), (6, 1)),
+        "ctf/anisomag": np.tile(np.array([0.01, 0.002, 0.003, -0.01], np.float32), (6, 1)),
+    }
+    bent = read(folder, table(**change)).optics.aberrations
+    coma = -2 * math.pi * 2.7e4 * 0.01968762**2 * 0.2 / 3
+    assert bent.odd[0].tolist() == pytest.approx([0, 2 * coma, 0, 0, coma, 0], rel=1e-5)
+    assert bent.magnification[0].flatten().tolist() == pytest.approx([1.01, 0.002, 0.003, 0.99], abs=1e-6)
+
+
+def test_scale_of_each_particle(folder):
+    alpha = np.array([1, 1.5, 0.5, 1, 1, 1], np.float32)
+    assert read(folder, table(**{"alignments3D/alpha": alpha})).optics.scale.tolist() == alpha.tolist()
+    alpha[0] = 0
+    found = read(folder, table(**{"alignments3D/alpha": alpha}))
+    assert found.optics.scale.tolist() == [1] * 6
+    assert "alignments3D/alpha" in found.warnings[0]
 
 
 @pytest.mark.parametrize(

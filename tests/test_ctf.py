@@ -58,7 +58,10 @@ def test_wavelength(voltage, wavelength):
 def test_on_the_grid_it_is_the_formula_particle_by_particle():
     grid = Grid(12, 1.7)
     many = Optics(
-        *(torch.cat([a, b]) for a, b in zip(vars(optics()).values(), vars(optics(cs=1.4)).values(), strict=True))
+        **{
+            name: None if value is None else torch.cat([value, getattr(optics(cs=1.4), name)])
+            for name, value in vars(optics()).items()
+        }
     )
     values = ctf(many, grid)
     ky, kx = frequencies(grid, dtype=torch.float64)

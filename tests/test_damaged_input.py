@@ -106,7 +106,7 @@ def test_star_with_lines_dropped_doubled_or_swapped(good, tmp_path, line, other,
         lines[line], lines[other] = lines[other], lines[line]
     folder = lay_out(tmp_path, {**good, "p.star": "\n".join(lines).encode() + b"\n"})
     table = attempt(lambda: open_particles(folder / "p.star"))
-    moved = lines[line], lines[other]
+    moved = [*lines[line : line + 1], *lines[other : other + 1]]
     headers_moved = deed == "swap" and any(text.startswith(("_", "loop_", "data_", "1 opt")) for text in moved)
     if table is not None and not headers_moved:
         whole = open_particles(lay_out(tmp_path, good) / "p.star").table

@@ -53,7 +53,7 @@ def test_random_phases_begin_at_their_shell():
 
 def test_shuffled_poses_keep_everything_else(particles, tmp_path):
     stack = open_particles(particles).with_halves(0)
-    star = write_altered("poses", stack, particles, tmp_path, 0, seed=0)
+    star = write_altered("poses", stack, tmp_path, 0, seed=0)
     altered = open_particles(star)
     assert len(altered) == len(stack)
     assert torch.equal(altered.half, stack.half)

@@ -145,10 +145,10 @@ def test_noise_of_the_own_optics_group_weights_an_image():
     unit = ImageObjective(stack, batch=5, seed=0, noise=torch.ones(2, GRID.size // 2 + 1))
     noise = torch.tensor([[2.0], [5.0]]).expand(2, GRID.size // 2 + 1)
     goal = ImageObjective(stack, batch=5, seed=0, noise=noise)
-    seen = goal.observe(stack.all)
+    _, weight = goal.observe(stack.all)
     inside = shell_index(GRID.size) <= GRID.size // 2
     for row, group in enumerate(groups):
-        torch.testing.assert_close(seen.weight[row], inside / noise[group, 0])
+        torch.testing.assert_close(weight[row], inside / noise[group, 0])
     model = ball(20, GRID, Bounds(12.0, 4.0, 1.0), 0)()
     expected = sum(unit.loss(model, stack.all[r : r + 1]) / noise[groups[r], 0] for r in range(5)) / 5
     torch.testing.assert_close(goal.loss(model, stack.all), expected, rtol=1e-5, atol=0)

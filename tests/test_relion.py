@@ -9,7 +9,7 @@ from emsplat.errors import InputError, OutputError
 from emsplat.geometry import euler_to_matrix, random_rotations
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import read_star, rewrite_star, write_particles_star
-from emsplat.types import Grid, Optics, Poses
+from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Grid, Optics, Poses
 
 
 @pytest.fixture
@@ -172,7 +172,9 @@ def change(old, new):
         (change("0.1 2.0 8", "0.1 -2.0 8"), "rlnImagePixelSize in data_optics is -2"),
         (change("first 300.0", "first 0.0"), "rlnVoltage is 0"),
         (change(" 3 -4\n", " 3\n"), "not a well-formed STAR file"),
-        (change("_rlnImageSize #7", "_rlnCtfDataAreCtfPremultiplied #7"), "rlnCtfDataAreCtfPremultiplied is set"),
+        (change("_rlnImageSize #7", "_rlnCtfDataAreCtfCorrected #7"), "rlnCtfDataAreCtfCorrected is set"),
+        (change("_rlnImageSize #7", "_rlnMagMat00 #7"), "rlnMagMat00 .* differ from 1 0 0 1"),
+        (change("_rlnImageSize #7", "_rlnOddZernike #7").replace("2.0 8", "2.0 [1,x]"), "rlnOddZernike is"),
         ("", "no table has a column rlnImageName"),
         ("data_particles\nloop_\n", "STAR"),
     ],
@@ -192,10 +194,23 @@ def test_missing_file_and_half_sets(folder):
         read_star(write(folder, OPTICS + particles(rows, f"{COLUMNS} RandomSubset")))
 
 
-def test_aberrations_that_are_not_used_are_said(folder):
+def test_beam_tilt_of_a_particle_is_coma(folder):
     rows = [f"{row} 0.2" for row in ROWS]
-    table = read_star(write(folder, OPTICS + particles(rows, f"{COLUMNS} BeamTiltX")))
-    assert "rlnBeamTiltX" in table.warnings[0]
+    bent = read_star(write(folder, OPTICS + particles(rows, f"{COLUMNS} BeamTiltX"))).optics.aberrations
+    assert bent.magnification[0].tolist() == [[1, 0], [0, 1]]
+    coma = -2 * math.pi * 2.7e4 * 0.01968762**2 * 0.2 / 3
+    assert bent.odd[0].tolist() == pytest.approx([0, 2 * coma, 0, 0, coma, 0], rel=1e-5)
+    assert bent.even.shape == (4, 0)
+
+
+def test_flags_of_treated_images(folder):
+    text = OPTICS.replace("_rlnImageSize #7", "_rlnCtfDataAreCtfPremultiplied #7")
+    text = text.replace("0.1 2.0 8", "0.1 2.0 1").replace("0.07 2.0 8", "0.07 2.0 0")
+    table = read_star(write(folder, text + particles()))
+    assert torch.equal(table.optics.treatment, torch.tensor([PREMULTIPLIED, RAW])[table.optics_group])
+    rows = [f"{row} 1" for row in ROWS]
+    table = read_star(write(folder, OPTICS + particles(rows, f"{COLUMNS} CtfDataArePhaseFlipped")))
+    assert table.optics.treatment.tolist() == [PHASE_FLIPPED] * 4
 
 
 def test_rewriting_keeps_every_column(folder):
@@ -293,7 +308,7 @@ SPLIT = OPTICS + ONE_COLUMN + "\nloop_\n" + "".join(f"_rln{name}\n" for name in 
         (change("8@a.mrcs", "8@"), r'row 3 of data_particles: rlnImageName is "8@"'),
         (change("2.7 0.1 2.0", "2.7 1.5 2.0"), r"row 1: rlnAmplitudeContrast is 1\.5"),
         (change("_rlnImagePixelSize #6", "_rlnOther #6"), "data_optics has no rlnImagePixelSize; add it"),
-        (change("_rlnOriginYAngst #10", "_rlnCtfDataArePhaseFlipped #10"), "PhaseFlipped is set; .*extract"),
+        (change("_rlnOriginYAngst #10", "_rlnCtfDataAreCtfCorrected #10"), "CtfCorrected is set; .*extract"),
         (OPTICS + particles() + particles(), "not a well-formed STAR file"),
     ],
 )  # fmt: skip
@@ -430,8 +445,23 @@ def test_golden_values_of_six_optics_groups(shared_data, tmp_path):
     assert (int(table.image[0]), int(table.image[1])) == (2, 278)
     assert table.stacks[table.stack[1]] == tmp_path / "Polish/job520/Micrographs/0027_shiny.mrcs"
     assert table.poses.shift[0].tolist() == [13.284554, -3.21701]
-    for name in ("rlnBeamTiltX", "rlnMagMat00", "rlnOddZernike", "rlnEvenZernike"):
-        assert name in table.warnings[0]
+    # opticsGroup5 is the first row: tilt (0.657334, 0.884982) mrad at 200 kV, Cs 2.7 mm
+    bent = table.optics.aberrations[(table.optics_group == 0).nonzero()[0]]
+    tilt = -2 * math.pi * 2.7e4 * 0.02507949**2  # of Z(3, 1) with two parts of Z(1, 1), 3 in all
+    assert bent.odd[0].tolist() == pytest.approx(
+        [
+            1.70554063513 + 2 / 3 * tilt * 0.884982,
+            1.2131261042 + 2 / 3 * tilt * 0.657334,
+            2.54522458134,
+            tilt / 3 * 0.884982,
+            tilt / 3 * 0.657334,
+            3.56183614819,
+        ],
+        rel=1e-6,
+    )
+    assert bent.even.shape == (1, 9)
+    assert float((bent.magnification - torch.eye(2)).abs().max()) < 0.05
+    assert table.optics.treatment is None
 
 
 def test_golden_values_of_relion_5(shared_data, tmp_path):
@@ -441,6 +471,14 @@ def test_golden_values_of_relion_5(shared_data, tmp_path):
     assert table.optics.defocus_u[0] == 11949.06133
     assert [table.stacks[i].name[-6] for i in table.stack[:5]] == ["a", "b", "a", "a", "b"]
     assert table.image[:5].tolist() == [0, 1, 2, 3, 4]
+    assert table.optics.aberrations.magnification[0].flatten().tolist() == [
+        1.001833,
+        -7.04404e-4,
+        -8.23335e-4,
+        1.000381,
+    ]
+    assert table.optics.aberrations.even[0, :2].tolist() == [45.4677386628, -1.53244542745]
+    assert table.optics.aberrations.odd[0, [2, 5]].tolist() == [-1.79877045848, -1.36333410593]
 
 
 def test_file_without_orientations_says_what_to_take(shared_data):

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -32,13 +32,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emsplat.ctf import ctf
+from emsplat.ctf import observe
 from emsplat.errors import InputError
-from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index, shift_phase
+from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index
 from emsplat.io.files import replacing
 from emsplat.kernels import backend
 from emsplat.particles import ParticleStack, estimate_noise
-from emsplat.types import Batch, Grid
+from emsplat.types import Grid, Optics
 
 PADDING = 1.5
 TAPS, DEGREE = 4, 7  # as in native/kernels.hpp
@@ -112,8 +112,8 @@ class FourierStatistics:
         for name, total in (("image", numerator.sum().abs()), ("weight", weight.sum()), ("pose", rotation.sum())):
             if not bool(torch.isfinite(total)):
                 raise InputError(f"a {name} holds values that are not finite; look at its CTF, pose and noise spectrum")
-        # A hair less, so that no rounding carries a tap beyond the grid.
-        radius = (0.5 - 1e-6) * min(grid.size, self.grid.size * grid.length / self.grid.length)
+        # A hair less, so that no rounding carries a tap beyond the grid. Anisotropic magnification stretches slices.
+        radius = (0.5 - 1e-6) / _stretch(rotation) * min(grid.size, self.grid.size * grid.length / self.grid.length)
         step = self.side / self.grid.size * self.grid.length / grid.length
         polynomials = torch.from_numpy(_window_polynomials()).float()
         backend(weight.device).insert(
@@ -197,6 +197,14 @@ class FourierStatistics:
             for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
                 volume *= factor.reshape(shape)
         return NormalEquations(self.grid, linear, kernel, self.particles)
+
+
+def _stretch(rotation: Float[Tensor, "p 3 3"]) -> float:
+    """The largest factor by which the first two rows stretch a frequency of an image; 1 for rotations."""
+    x, y = rotation[:, 0], rotation[:, 1]
+    xx, xy, yy = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
+    largest = 0.5 * (xx + yy) + torch.hypot(0.5 * (xx - yy), xy)  # eigenvalue of the rows' inner products
+    return max(1.0, float(largest.max().sqrt()))
 
 
 def _kernel_size(size: int) -> int:
@@ -313,8 +321,10 @@ def fingerprint(stack: ParticleStack) -> str:
     digest = hashlib.sha256("\n".join(path.name for path in table.stacks).encode())
     poses, optics = table.poses[rows], table.optics[rows]
     columns = [table.stack[rows], table.image[rows], poses.rotation, poses.shift]
-    columns += [getattr(optics, name) for name in optics.__dataclass_fields__]
-    for column in columns:
+    columns += [getattr(optics, f.name) for f in fields(Optics) if f.name != "aberrations"]
+    if (aberrations := optics.aberrations) is not None:
+        columns += [aberrations.magnification, aberrations.odd, aberrations.even]
+    for column in [column for column in columns if column is not None]:
         digest.update(column.contiguous().numpy().tobytes())
     digest.update(f"{stack.sign} {stack.diameter}".encode())
     return digest.hexdigest()[:16]
@@ -345,19 +355,14 @@ def accumulate(
     rest = torch.arange(statistics.particles, len(stack))
     symmetry = stack.symmetry.float()
     for batch in stack.take(rest).sequential(_BATCH):
-        transfer = ctf(batch.optics, grid)
-        weighted = transfer * precision[batch.optics_group]
-        numerator = centred_spectrum(batch, grid).mul_(weighted)
-        weight = weighted.mul_(transfer)
+        seen = observe(batch, grid)
+        weighted = seen.transfer * precision[batch.optics_group]
+        numerator = seen.spectrum.mul_(weighted)
+        weight = weighted.mul_(seen.transfer)
         for element in symmetry:
             statistics.insert(numerator, weight, batch.poses.rotation @ element, grid)
         statistics.particles += len(batch)
         yield statistics
-
-
-def centred_spectrum(batch: Batch, grid: Grid) -> Complex[Tensor, "p y k"]:
-    """Transforms of a batch with the particles moved to the centre."""
-    return rfft(batch.images).mul_(shift_phase(batch.poses.shift, grid))
 
 
 def equations_of(stack: ParticleStack, size: int | None = None) -> NormalEquations:

@@ -18,10 +18,11 @@ from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, partic
 from emsplat.config import CheckConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
+from emsplat.inputs import open_input, read_table
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import is_star, read_particles
+from emsplat.io.particles import is_star
 from emsplat.io.table import ParticleTable
-from emsplat.particles import ParticleStack, open_table
+from emsplat.particles import ParticleStack
 from emsplat.report.figures import draw_directions, draw_slices
 from emsplat.types import Grid
 
@@ -51,14 +52,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         InputError: the metadata cannot be read at all.
         OutputError: the figures cannot be written.
     """
-    table = read_particles(
-        particles,
-        datadir=config.datadir,
-        poses=config.poses,
-        ctf=config.ctf,
-        passthrough=config.passthrough,
-        need_stacks=False,
-    )
+    table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
     missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
     items = [_counts(table), _half_sets(table), *_optics(table), _shifts(table), _views(table, group)]
@@ -71,13 +65,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items.append(_missing(missing, table, config))
     else:
         try:
-            stack = open_table(
-                table,
-                symmetry=config.symmetry,
-                invert=config.invert,
-                diameter=config.diameter,
-                trust_star_pixel_size=config.trust_star_pixel_size,
-            ).with_halves(config.seed)
+            stack = open_input(config, table)
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
@@ -121,7 +109,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _groups(table: ParticleTable, stack: ParticleStack | None) -> list[dict[str, Any]]:
-    kind = "STAR file" if is_star(table.source) else table.source.suffix.lower() + " file"
+    kinds = dict.fromkeys("STAR file" if is_star(path) else path.suffix.lower() + " file" for path in table.sources)
     found = []
     for number, group in enumerate(table.groups):
         rows = (table.optics_group == number).nonzero()[:, 0]
@@ -132,7 +120,7 @@ def _groups(table: ParticleTable, stack: ParticleStack | None) -> list[dict[str,
             "particles": len(rows),
             "box": box,
             "pixel_size": group.pixel_size,
-            "pixel_size_from": kind,
+            "pixel_size_from": ", ".join(kinds),
         }
         for name in ("voltage", "cs", "amplitude_contrast"):
             values = getattr(table.optics, name)[first]
@@ -228,7 +216,7 @@ def _repeated(table: ParticleTable) -> list[Item]:
 
 def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:
     text = f"{len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; "
-    found = _helpful_folder(missing[0], table.source)
+    found = _helpful_folder(missing[0], table.sources[0])
     if found is not None:
         text += f"--datadir {found} would find it"
     elif config.datadir is None:

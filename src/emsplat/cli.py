@@ -13,9 +13,11 @@ from emsplat import __version__
 from emsplat.config import (
     AssessConfig,
     CheckConfig,
+    ConvertConfig,
     InputConfig,
     NullTestConfig,
     PostprocessConfig,
+    PreprocessConfig,
     ReconstructConfig,
     SimulateConfig,
 )
@@ -102,6 +104,39 @@ def check(
     result = work(config, particles, output)
     print(dumps(result, indent=2) if json else describe(result))
     return exit_code(result)
+
+
+def convert(
+    particles: tyro.conf.Positional[Path],
+    output: tyro.conf.Positional[Path],
+    config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Convert particle metadata between RELION (.star), cryoSPARC (.cs) and cryoDRGN (.pkl); images stay as they are.
+
+    Args:
+        particles: Particles, as for `emsplat reconstruct`.
+        output: File to write, by its ending. For cryoDRGN poses.pkl, beside which ctf.pkl is written.
+    """
+    from emsplat.convert import convert as run
+
+    files = run(config, particles, output, say=print)
+    print(f"particles: {' and '.join(map(str, files))}")
+
+
+def preprocess(
+    particles: tyro.conf.Positional[Path],
+    output: _Output,
+    config: tyro.conf.OmitArgPrefixes[PreprocessConfig] = PreprocessConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Write a new particle stack: another box or pixel size, normalised, inverted, recentred; all metadata stay.
+
+    Args:
+        particles: Particles, as for `emsplat reconstruct`.
+        output: Folder for particles.mrcs and particles.star.
+    """
+    from emsplat.preprocess import preprocess as run
+
+    run(config, particles, output)
 
 
 def assess(
@@ -255,6 +290,8 @@ _COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
     "backproject": backproject,
     "check": check,
+    "convert": convert,
+    "preprocess": preprocess,
     "assess": assess,
     "postprocess": postprocess,
     "nulltest": nulltest,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,30 @@ class SourceConfig:
     """cryoSPARC's *_passthrough_particles.cs of the same job, for fields that a .cs file lacks; default: those beside
     it."""
 
+    merge: tuple[Path, ...] = ()
+    """Further particle files, STAR or .cs, whose particles are added. They may differ in optics, box and pixel size."""
+
+    subset: Path | None = None
+    """Only these particles: a .star or .cs file that names them, or row numbers counted from 0 (.txt with one per line,
+    .npy, or cryoDRGN's .pkl)."""
+
+    particle_class: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Only particles of this class (rlnClassNumber, alignments3D/class)."""
+
+    first: int | None = None
+    """Only the first so many particles."""
+
+    box: int | None = None
+    """Bring the images to so many pixels while they are read: the whole image on fewer pixels, or with --pixel-size the
+    middle of it."""
+
+    pixel_size: float | None = None
+    """Bring the images to about this pixel size in Å while they are read; it becomes the one nearest to it for which
+    the image is an even number of pixels wide."""
+
+    flip_hand: bool = False
+    """Reconstruct the mirror image. The images do not tell which hand is right."""
+
     diameter: float | None = None
     """Diameter of the particle in Å: outside it is background, for normalisation, noise and the mask of the FSC.
     Default: 0.9 of the box."""
@@ -121,6 +147,34 @@ class SourceConfig:
 
     seed: int = 0
     """Seed of half-sets (where the STAR file has none), start and order of the images."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig(SourceConfig):
+    """Settings of a conversion of metadata."""
+
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+
+@dataclass(frozen=True)
+class PreprocessConfig(SourceConfig):
+    """Settings of a new particle stack."""
+
+    normalise: bool = True
+    """Bring the background to mean 0 and standard deviation 1."""
+
+    recentre: bool = True
+    """Move images by whole pixels so that what is left of the origins is below one."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format of the images."""
+
+    threads: int | None = None
+    """Threads of the computation; default: all cores."""
+
+    overwrite: bool = False
+    """Write into an output folder that is not empty."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
-"""The contrast transfer function."""
+"""The contrast transfer function, aberrations, and what an image says once both are accounted for."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
-from emsplat.fourier import frequencies
-from emsplat.types import Grid, Optics
+from emsplat.fourier import frequencies, rfft, shift_phase
+from emsplat.types import PREMULTIPLIED, RAW, Aberrations, Batch, Grid, Optics
+
+_WEAK = 1e-3  # C² below which an image that was multiplied by C is not divided by it
 
 
 def electron_wavelength(voltage: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
@@ -21,7 +24,8 @@ def electron_wavelength(voltage: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
 def ctf(optics: Optics, grid: Grid) -> Float[Tensor, "p y k"]:
     """Contrast transfer function of each particle in rfft order, RELION's formula and sign (docs/conventions.md, 7).
 
-    At k = 0 it is +amplitude_contrast, so protein is bright.
+    At k = 0 it is +amplitude_contrast, so protein is bright. Even aberrations and anisotropic magnification are in it;
+    odd ones turn the image instead (`odd_phase`).
     """
     ky, kx = frequencies(grid, dtype=optics.voltage.dtype)
     return ctf_at(optics, kx.to(optics.voltage.device), ky.to(optics.voltage.device))
@@ -30,16 +34,123 @@ def ctf(optics: Optics, grid: Grid) -> Float[Tensor, "p y k"]:
 def ctf_at(optics: Optics, kx: Float[Tensor, "..."], ky: Float[Tensor, "..."]) -> Float[Tensor, "p *k"]:
     """The same at any frequencies (1/Å), which broadcast against each other."""
     dims = (-1,) + (1,) * max(kx.dim(), ky.dim())
-    column = {name: getattr(optics, name).reshape(dims) for name in optics.__dataclass_fields__}
-    wavelength = electron_wavelength(column["voltage"])
-    cs = 1e7 * column["cs"]
-    u, v, angle = column["defocus_u"], column["defocus_v"], column["defocus_angle"]
+
+    def column(values: Tensor) -> Tensor:
+        return values.reshape(dims)
+
+    offset = column(_phase_offset(optics))
+    if optics.aberrations is not None:
+        offset = offset - zernike_phase(optics.aberrations, kx, ky, odd=False)
+        kx, ky = _undistorted(optics.aberrations, kx, ky)
+    wavelength = column(electron_wavelength(optics.voltage))
+    cs = 1e7 * column(optics.cs)
+    u, v, angle = column(optics.defocus_u), column(optics.defocus_v), column(optics.defocus_angle)
     # k² Δf(θ) = ½(u+v) k² + ½(u-v) (cos 2α (kx²-ky²) + sin 2α 2 kx ky): no trigonometry per pixel.
     k2 = kx**2 + ky**2
     astigmatism = torch.cos(2 * angle) * (kx**2 - ky**2) + torch.sin(2 * angle) * (2 * kx * ky)
     defocus_k2 = 0.5 * (u + v) * k2 + 0.5 * (u - v) * astigmatism
-    q0 = column["amplitude_contrast"]
-    offset = column["phase_shift"] + torch.atan2(q0, torch.sqrt(1 - q0**2))
     gamma = math.pi * wavelength * (0.5 * cs * wavelength**2 * k2**2 - defocus_k2) - offset
-    transfer: Tensor = -torch.sin(gamma) * torch.exp(-0.25 * column["b_factor"] * k2) * column["scale"]
+    transfer: Tensor = -torch.sin(gamma) * torch.exp(-0.25 * column(optics.b_factor) * k2) * column(optics.scale)
     return transfer
+
+
+def _phase_offset(optics: Optics) -> Float[Tensor, " p"]:
+    q0 = optics.amplitude_contrast
+    return optics.phase_shift + torch.atan2(q0, torch.sqrt(1 - q0**2))
+
+
+def _undistorted(aberrations: Aberrations, kx: Tensor, ky: Tensor) -> tuple[Float[Tensor, "p *k"], ...]:
+    """M k for each particle."""
+    rows = torch.einsum("pij,j...->pi...", aberrations.magnification, _stacked(kx, ky))
+    return rows[:, 0], rows[:, 1]
+
+
+def _stacked(kx: Tensor, ky: Tensor) -> Float[Tensor, "2 *k"]:
+    return torch.stack([kx + torch.zeros_like(ky), ky + torch.zeros_like(kx)])
+
+
+def zernike_phase(
+    aberrations: Aberrations, kx: Float[Tensor, "..."], ky: Float[Tensor, "..."], *, odd: bool
+) -> Float[Tensor, "p *k"]:
+    """Phase in rad of the odd or even aberrations of each particle at frequencies of the image (1/Å)."""
+    coefficients = aberrations.odd if odd else aberrations.even
+    kinds, kind = torch.unique(aberrations.magnification, dim=0, return_inverse=True)
+    phase = coefficients.new_zeros(len(coefficients), *_stacked(kx, ky).shape[1:])
+    if not coefficients.shape[1]:
+        return phase
+    for number, magnification in enumerate(kinds):
+        # Particles of an optics group share M, so the polynomials are worked out once for all of them.
+        kx_true, ky_true = torch.einsum("ij,j...->i...", magnification, _stacked(kx, ky))
+        basis = torch.stack([zernike(index, kx_true, ky_true, odd=odd) for index in range(coefficients.shape[1])])
+        phase[kind == number] = torch.einsum("pa,a...->p...", coefficients[kind == number], basis)
+    return phase
+
+
+def zernike(index: int, x: Float[Tensor, "*k"], y: Float[Tensor, "*k"], *, odd: bool) -> Float[Tensor, "*k"]:
+    """Zernike polynomial R_n^|m|(ρ) cos mφ, or sin |m|φ for m < 0, in the order of RELION's rlnOddZernike and
+    rlnEvenZernike: by n, then by m in steps of 2 from -n; n odd, or even from 0 (docs/conventions.md, 7)."""
+    n, before = (1, 0) if odd else (0, 0)
+    while index - before > n:
+        n, before = n + 2, before + n + 1
+    m = 2 * (index - before) - n
+    order = abs(m)
+    angular = torch.complex(x, y) ** order
+    rho2 = x**2 + y**2
+    radial = torch.zeros_like(rho2)
+    for s in range((n - order) // 2 + 1):
+        factor = math.factorial
+        size = factor(n - s) / (factor(s) * factor((n + order) // 2 - s) * factor((n - order) // 2 - s))
+        radial = radial + (-1) ** s * size * rho2 ** ((n - order) // 2 - s)
+    value: Tensor = radial * (angular.imag if m < 0 else angular.real)
+    return value
+
+
+def beam_tilt(
+    tilt: Float[Tensor, "p 2"], voltage: Float[Tensor, " p"], cs: Float[Tensor, " p"]
+) -> Float[Tensor, "p 6"]:
+    """Odd Zernike coefficients of a beam tilt (x, y) in mrad: the phase -2π Cs λ² k² (tx kx + ty ky) 1e-3, which is
+    coma Z(3, ±1) with two parts of Z(1, ±1) (docs/conventions.md, 7)."""
+    x, y = (-2e4 * math.pi / 3 * cs * electron_wavelength(voltage) ** 2 * t for t in tilt.unbind(1))
+    none = torch.zeros_like(x)
+    return torch.stack([2 * y, 2 * x, none, y, x, none], 1)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A batch as a model is compared with it: its transforms, and the real factor between a projection and them."""
+
+    spectrum: Complex[Tensor, "p y k"]
+    transfer: Float[Tensor, "p y k"]
+
+
+def observe(batch: Batch, grid: Grid, *, corner: bool = False) -> Observed:
+    """Transforms of a batch with particles moved to the centre and odd aberrations undone, and their CTFs.
+
+    The origin is the centre pixel, or with ``corner`` the first one, as in a plain transform of a centred image.
+    Phase-flipped images have |C| for a transfer function.
+    """
+    spectrum = torch.fft.rfft2(batch.images) if corner else rfft(batch.images)
+    spectrum.mul_(shift_phase(batch.poses.shift, grid))
+    transfer = ctf(batch.optics, grid)
+    aberrations, treatment = batch.optics.aberrations, batch.optics.treatment
+    if aberrations is not None and aberrations.odd.shape[1]:
+        ky, kx = frequencies(grid, dtype=transfer.dtype)
+        phase = zernike_phase(aberrations, kx, ky, odd=True)
+        spectrum.mul_(torch.polar(torch.ones_like(phase), -phase))
+    if treatment is not None:
+        transfer = torch.where((treatment == RAW)[:, None, None], transfer, transfer.abs())
+    return Observed(spectrum, transfer)
+
+
+def flipped_from_multiplied(images: Float[Tensor, "p y x"], optics: Optics, grid: Grid) -> Float[Tensor, "p y x"]:
+    """Images that were multiplied by their CTF as if they had only been phase-flipped, others as they are.
+
+    C (C P + n) divided by |C| is |C| P ± n, with noise that is white again. Where C is almost 0 a quotient of small
+    numbers tells nothing, and 0 is put; such coefficients count by C² later.
+    """
+    if optics.treatment is None or not (multiplied := optics.treatment == PREMULTIPLIED).any():
+        return images
+    strength = ctf(optics[multiplied], grid).abs()
+    factor = torch.where(strength**2 > _WEAK, 1 / strength, 0.0)
+    images[multiplied] = torch.fft.irfft2(torch.fft.rfft2(images[multiplied]) * factor, s=images.shape[-2:])
+    return images

@@ -26,12 +26,12 @@ from emsplat.assessment import FIRST_SHELLS, RunMaps, read_run, shell_curves
 from emsplat.config import NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
+from emsplat.inputs import open_stack
 from emsplat.io.mrc import writing_stack
-from emsplat.io.particles import is_star
-from emsplat.io.relion import read_columns, rewrite_star, write_table
+from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
-from emsplat.reconstruct import open_stack, reconstruct
+from emsplat.reconstruct import reconstruct
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
 
@@ -86,10 +86,6 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
-    source = particles
-    if not is_star(particles):
-        source = output / "particles.star"
-        write_table(source, stack.table, torch.arange(len(stack.table)), stack.half)
     settings = _settings(config)
     outcomes = []
     from_shell = 0
@@ -101,7 +97,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
         log.line(f"--- {name}: {len(chosen):,} particles")
-        star = _write(name, chosen, source, folder, from_shell, config.seed)
+        star = _write(name, chosen, folder, from_shell, config.seed)
         summary = reconstruct(settings, star, folder / "run", log)
         (folder / "particles.mrcs").unlink()
         reported = summary["resolution"]["cross_validated"]
@@ -127,6 +123,13 @@ def _settings(config: NullTestConfig) -> ReconstructConfig:
         poses=None,
         ctf=None,
         passthrough=(),
+        merge=(),
+        subset=None,
+        particle_class=None,
+        first=None,
+        box=None,
+        pixel_size=None,
+        flip_hand=False,
         invert=False,
         add_statistics=(),
         overwrite=True,
@@ -165,7 +168,7 @@ def _from_shell(config: NullTestConfig, grid: Grid, found: dict[str, Any], parti
     return shell
 
 
-def _write(name: str, stack: ParticleStack, source: Path, folder: Path, from_shell: int, seed: int) -> Path:
+def _write(name: str, stack: ParticleStack, folder: Path, from_shell: int, seed: int) -> Path:
     """The altered particles as a stack and a STAR file beside it; images bright, normalised."""
     rng = torch.Generator().manual_seed(seed + 1)
     images, star = folder / "particles.mrcs", folder / "particles.star"
@@ -177,12 +180,11 @@ def _write(name: str, stack: ParticleStack, source: Path, folder: Path, from_she
             elif name == "phases":
                 altered = randomise_phases(altered, from_shell, rng)
             write(altered)
-    columns = {"ImageName": [f"{i + 1}@{images.name}" for i in range(len(stack))]}
+    table = stack.written_to([images])
     if name == "poses":
         order = torch.randperm(len(stack), generator=rng)
-        taken = stack.rows[order].tolist()
-        columns |= {key: [texts[row] for row in taken] for key, texts in read_columns(source, _POSE).items()}
-    rewrite_star(source, star, stack.rows, stack.half[stack.rows], columns)  # type: ignore[index]
+        table = replace(table, poses=table.poses[order])
+    write_table(star, table, table.half, folder)
     return star
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emsplat.accumulate import NormalEquations, mean_per_shell
-from emsplat.ctf import ctf
+from emsplat.ctf import Observed, observe
 from emsplat.errors import InputError
-from emsplat.fourier import crop, frequencies, hermitian_weight, is_smooth, shell_index, shift_phase
+from emsplat.fourier import crop, frequencies, hermitian_weight, is_smooth, shell_index
 from emsplat.model import GaussianField
 from emsplat.particles import ParticleStack
 from emsplat.project import CUTOFF, project, voxelize
@@ -86,15 +85,6 @@ def squared_error(
     return cast(Tensor, _KnownGradient.apply(projection, error / count, gradient / count))  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
-class Observed:
-    """A batch as the loss needs it."""
-
-    spectrum: Complex[Tensor, "p y k"]  # of the images, shifted so that their particles are centred
-    transfer: Float[Tensor, "p y k"]
-    weight: Float[Tensor, "*p y k"]
-
-
 class ImageObjective:
     """Images against projections: the papers' training in the image domain, in mini-batches of any size.
 
@@ -133,20 +123,16 @@ class ImageObjective:
         error, gradient = torch.zeros(()), torch.empty_like(projection)
         for start in range(0, len(projection), few):
             part = slice(start, start + few)
-            seen = self.observe(batch[part])
-            added, gradient[part] = error_and_gradient(
-                projection.detach()[part], seen.transfer, seen.spectrum, seen.weight
-            )
+            seen, weight = self.observe(batch[part])
+            added, gradient[part] = error_and_gradient(projection.detach()[part], seen.transfer, seen.spectrum, weight)
             error += added
         count = len(projection)
         return cast(Tensor, _KnownGradient.apply(projection, error / count, gradient / count))  # type: ignore[no-untyped-call]
 
-    def observe(self, batch: Batch) -> Observed:
-        """Transforms the images, moves their particles to the centre and works out CTF and weight."""
-        grid = self.stack.grid
-        spectrum = torch.fft.rfft2(batch.images) * shift_phase(batch.poses.shift, grid)
+    def observe(self, batch: Batch) -> tuple[Observed, Float[Tensor, "*p y k"]]:
+        """Transforms and CTFs of a batch, and the weight of each coefficient."""
         weight = torch.ones(1, 1) if self._weight is None else self._weight[batch.optics_group]
-        return Observed(spectrum, ctf(batch.optics, grid), weight)
+        return observe(batch, self.stack.grid, corner=True), weight
 
     def _load(self, step: int) -> Batch:
         if step != self._next_step or step % self.steps_per_epoch == 0:

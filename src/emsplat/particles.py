@@ -6,21 +6,23 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
+from emsplat.ctf import flipped_from_multiplied
 from emsplat.errors import InputError
-from emsplat.fourier import hermitian_weight, shell_index
+from emsplat.fourier import crop, hermitian_weight, irfft, rfft, shell_index
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.particles import read_particles
-from emsplat.io.table import ParticleTable
-from emsplat.types import Batch, Grid, Poses
+from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.types import PHASE_FLIPPED, Aberrations, Batch, Grid, Optics, Poses
 
 _OPEN_STACKS = 64
 _READ_AHEAD = 2  # batches
@@ -59,7 +61,9 @@ class ParticleStack:
     from the centre (default: 0.9 of the box). ``sign`` -1 inverts the contrast first, so that protein is bright.
 
     Optics groups may differ in box and pixel size (``grids``, one per group). ``grid`` is that of most particles, and
-    `parts` are stacks of one grid each; only those can be read.
+    `parts` are stacks of one grid each; only those can be read. Images of another grid on ``disk`` (one per group) are
+    resampled when they are read, and with ``recentre`` moved by whole pixels, so that what is left of each shift is
+    below one pixel: images that are cut would lose a particle's rim otherwise.
     """
 
     def __init__(
@@ -74,10 +78,14 @@ class ParticleStack:
         sign: float = 1.0,
         diameter: float | None = None,
         grids: tuple[Grid, ...] = (),
+        disk: tuple[Grid, ...] = (),
+        recentre: bool = False,
     ) -> None:
         self.table = table
         self.grid = grid
         self.grids = grids or (grid,) * len(table.groups)
+        self.disk = disk or self.grids
+        self.recentre = recentre
         self.rows = torch.arange(len(table)) if rows is None else rows
         self.half = table.half if half is None else half  # one entry per row of the table
         self.symmetry = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry
@@ -101,17 +109,52 @@ class ParticleStack:
             sign=sign,
             diameter=min(self.diameter, 0.95 * grid.length) if grid != self.grid else self.diameter,
             grids=self.grids,
+            disk=self.disk,
+            recentre=self.recentre,
         )
 
     def parts(self) -> list[Self]:
         """The particles of each grid, those of ``grid`` first; together they are this stack."""
         group = self.table.optics_group[self.rows]
-        found = []
-        for grid in dict.fromkeys((self.grid, *self.grids)):
+        within = [(grid, torch.tensor([own == grid for own in self.grids])[group]) for grid in self._kinds()]
+        return [self._like(self.rows[here], self.half, self.sign, grid) for grid, here in within]
+
+    def _kinds(self) -> list[Grid]:
+        """The grids that there are particles of, ``grid`` first."""
+        present = set(torch.unique(self.table.optics_group[self.rows]).tolist())
+        used = {grid for number, grid in enumerate(self.grids) if number in present}
+        return [grid for grid in dict.fromkeys((self.grid, *self.grids)) if grid in used]
+
+    def written_to(self, paths: Sequence[Path]) -> ParticleTable:
+        """The table of these particles once the images of each of its `parts`, as `sequential` gives them, are the
+        stack of that number."""
+        table, half = self.table.take(self.rows), self.half
+        optics, group = table.optics, table.optics_group
+        if optics.treatment is not None:
+            optics = replace(optics, treatment=optics.treatment.clamp(max=PHASE_FLIPPED))
+        stack, image = torch.zeros_like(group), torch.zeros_like(group)
+        shift = table.poses.shift.clone()
+        for number, grid in enumerate(self._kinds()):
             here = torch.tensor([own == grid for own in self.grids])[group]
-            if here.any():
-                found.append(self._like(self.rows[here], self.half, self.sign, grid))
-        return found
+            stack[here], image[here] = number, torch.arange(int(here.sum()))
+            shift[here] -= grid.pixel_size * self._moves(shift[here], grid)
+        groups = zip(table.groups, self.grids, strict=True)
+        return replace(
+            table,
+            poses=Poses(table.poses.rotation, shift),
+            optics=optics,
+            groups=tuple(OpticsGroup(own.name, grid.pixel_size, grid.size) for own, grid in groups),
+            half=None if half is None else half[self.rows],
+            stacks=tuple(paths),
+            stack=stack,
+            image=image,
+            sign=1.0,
+        )
+
+    def _moves(self, shift: Float[Tensor, "q 2"], grid: Grid) -> Int[Tensor, "q 2"]:
+        """By how many whole pixels images are moved."""
+        moves = torch.zeros_like(shift) if not self.recentre else (shift / grid.pixel_size).round()
+        return moves.long()
 
     def take(self, rows: Int[Tensor, " q"]) -> Self:
         """The particles at these positions of this stack."""
@@ -128,20 +171,23 @@ class ParticleStack:
             InputError: there are fewer than two.
         """
         if self.half is None:
-            raise InputError(f"{self.table.source}: no half-sets; draw them with `with_halves`")
+            raise InputError(f"{self.table.name}: no half-sets; draw them with `with_halves`")
         chosen = self.take((self.half[self.rows] == half).nonzero()[:, 0])
         if len(chosen) < 2:
             raise InputError(
-                f"{self.table.source}: half-set {half} has {len(chosen)} particles; expected at least 2 in each half, "
+                f"{self.table.name}: half-set {half} has {len(chosen)} particles; expected at least 2 in each half, "
                 "add particles or remove the column rlnRandomSubset to have new halves drawn"
             )
         return chosen
 
     def with_halves(self, seed: int) -> Self:
-        """With the half-sets of the file, or else with new ones drawn per micrograph."""
-        if self.half is not None:
+        """With the half-sets of the file, or else with new ones drawn per micrograph; so also for those particles of
+        several files whose file has none."""
+        given = self.half
+        if given is not None and bool((given > 0).all()):
             return self
-        return self._like(self.rows, draw_halves(self.table.micrograph, seed), self.sign)
+        drawn = draw_halves(self.table.micrograph, seed)
+        return self._like(self.rows, drawn if given is None else torch.where(given > 0, given, drawn), self.sign)
 
     def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         """One epoch in random order, every image presented with a random symmetry-equivalent pose.
@@ -156,11 +202,12 @@ class ParticleStack:
         parts = range(skip * size, len(self), size)
         return _ahead(self._batch(order[start : start + size], element[start : start + size]) for start in parts)
 
-    def sequential(self, size: int) -> Iterator[Batch]:
-        """The particles in order, with the poses of the file."""
+    def sequential(self, size: int, *, normalised: bool = True) -> Iterator[Batch]:
+        """The particles in order, with the poses of the file; bright, but with the grey values of the file where they
+        are not to be ``normalised``."""
         self.require_one_grid()
         positions = torch.split(torch.arange(len(self)), size)
-        return _ahead(self._batch(part, torch.zeros_like(part)) for part in positions)
+        return _ahead(self._batch(part, torch.zeros_like(part), normalised) for part in positions)
 
     def require_one_grid(self) -> None:
         """
@@ -171,23 +218,46 @@ class ParticleStack:
         if any(grid != self.grid for grid in kinds):
             named = ", ".join(f"{grid.size} px of {grid.pixel_size:g} Å" for grid in kinds)
             raise InputError(
-                f"{self.table.source}: optics groups with several boxes or pixel sizes ({named}) can only be "
-                "accumulated; use --engine one-pass, or select particles of one kind"
+                f"{self.table.name}: optics groups with several boxes or pixel sizes ({named}) can only be "
+                "accumulated; use --engine one-pass, select particles of one kind, or bring them to one with --box and "
+                "--pixel-size"
             )
 
-    def _batch(self, positions: Int[Tensor, " q"], element: Int[Tensor, " q"]) -> Batch:
+    def _batch(self, positions: Int[Tensor, " q"], element: Int[Tensor, " q"], normalised: bool = True) -> Batch:
         rows = self.rows[positions]
-        images = self._files.read(rows)
-        self._refuse_bad(images, rows)
-        poses = self.table.poses[rows]
-        turned = Poses(poses.rotation @ self.symmetry[element], poses.shift)
+        poses, optics = self.table.poses[rows], self.table.optics[rows]
+        moves = self._moves(poses.shift, self.grid)
+        shift = poses.shift - self.grid.pixel_size * moves
+        turned = Poses(in_image(poses.rotation @ self.symmetry[element], optics.aberrations), shift)
+        optics = optics.to(torch.float32)
+        images = self._read(rows, optics, moves if self.recentre else None)
         return Batch(
-            self.normalise(images),
+            self.normalise(images) if normalised else self.sign * images,
             turned.to(torch.float32),
-            self.table.optics[rows].to(torch.float32),
+            optics,
             self.table.optics_group[rows],
             rows,
         )
+
+    def _read(
+        self, rows: Int[Tensor, " q"], optics: Optics, moves: Int[Tensor, "q 2"] | None
+    ) -> Float[Tensor, "q y x"]:
+        """Images on the grid of this stack, not yet normalised."""
+        group = self.table.optics_group[rows]
+        kinds = dict.fromkeys(self.disk[number] for number in torch.unique(group).tolist())
+        parts = []
+        for disk in kinds:
+            here = torch.tensor([own == disk for own in self.disk])[group]
+            images = self._files.read(rows[here])
+            self._refuse_bad(images, rows[here])
+            images = flipped_from_multiplied(images, optics[here], disk)
+            parts.append((here, resample(images, disk, self.grid, None if moves is None else moves[here])))
+        if len(parts) == 1:
+            return parts[0][1]
+        together = torch.empty(len(rows), self.grid.size, self.grid.size)
+        for here, images in parts:
+            together[here] = images
+        return together
 
     def normalise(self, images: Float[Tensor, "p y x"]) -> Float[Tensor, "p y x"]:
         """Background mean 0 and standard deviation 1, bright protein; the images are changed in place.
@@ -200,7 +270,7 @@ class ParticleStack:
         masked = int((variance <= _MASKED * flat[:, :: max(1, flat.shape[1] // 1024)].var(1, correction=0)).sum())
         if masked:
             raise InputError(
-                f"{self.table.source}: {masked} of {len(images)} images of a batch have no noise outside "
+                f"{self.table.name}: {masked} of {len(images)} images of a batch have no noise outside "
                 f"{self.diameter:.0f} Å, they were masked; expected images with their background, which the noise is "
                 "measured in; extract them without a mask, or give a smaller --diameter"
             )
@@ -211,23 +281,31 @@ class ParticleStack:
         bad = is_bad(images)
         if bad.any():
             raise InputError(
-                f"{self.table.source}: {int(bad.sum())} of {len(rows)} images of a batch are constant or hold values "
-                f"that are not finite, {_name_rows(rows[bad])}; leave such images out with --skip-bad"
+                f"{self.table.place(int(rows[bad][0]))}: {int(bad.sum())} of {len(rows)} images of a batch are "
+                "constant or hold values that are not finite, this is the first; leave such images out with --skip-bad"
             )
 
     def without_bad(self) -> tuple[Self, Int[Tensor, " b"]]:
         """Reads every image once; the stack without bad ones, and the rows of the bad ones."""
         bad = torch.zeros(len(self.table), dtype=torch.bool)
-        for part in self.parts():
-            for rows in torch.split(part.rows, 256):
-                bad[rows] = is_bad(self._files.read(rows))
+        group = self.table.optics_group[self.rows]
+        for disk in dict.fromkeys(self.disk):
+            here = torch.tensor([own == disk for own in self.disk])[group]
+            for rows in torch.split(self.rows[here], 256):
+                bad[rows] = is_bad(self._files.read(rows)) if len(rows) else bad[rows]
         return self.take((~bad[self.rows]).nonzero()[:, 0]), self.rows[bad[self.rows]]
 
 
-def _name_rows(rows: Tensor) -> str:
-    """Row numbers as the STAR file counts them, the first few."""
-    first = sorted(row + 1 for row in rows.tolist())[:5]
-    return f"row {', '.join(map(str, first))}" + (", ..." if len(rows) > 5 else "")
+def in_image(rotation: Float[Tensor, "p 3 3"], aberrations: Aberrations | None) -> Float[Tensor, "p 3 3"]:
+    """Rotations whose first two rows lead into images with anisotropic magnification.
+
+    Frequency k of the image lies at A^T M k of the volume, so x and y of the image are M^T times those of A p.
+    """
+    if aberrations is None:
+        return rotation
+    rotation = rotation.clone()
+    rotation[:, :2] = aberrations.magnification.transpose(1, 2) @ rotation[:, :2]
+    return rotation
 
 
 def is_bad(images: Float[Tensor, "p y x"]) -> Tensor:
@@ -304,18 +382,9 @@ def open_particles(
     invert: bool = False,
     diameter: float | None = None,
     trust_star_pixel_size: bool = False,
-    poses: Path | None = None,
-    ctf: Path | None = None,
-    passthrough: Sequence[Path] = (),
 ) -> ParticleStack:
-    """The particles of a metadata file (`io.particles.read_particles`), checked against the headers of their stacks; no
-    image is read.
-
-    Raises:
-        InputError: see `read_particles`; an image index outside its stack, stacks of odd or unexpected boxes, pixel
-            sizes that disagree, a diameter that leaves no background, fewer than 4 particles.
-    """
-    table = read_particles(path, datadir=datadir, poses=poses, ctf=ctf, passthrough=passthrough)
+    """The particles of a metadata file (`io.particles.read_particles`), as `open_table`."""
+    table = read_particles(path, datadir=datadir)
     return open_table(
         table, symmetry=symmetry, invert=invert, diameter=diameter, trust_star_pixel_size=trust_star_pixel_size
     )
@@ -328,16 +397,31 @@ def open_table(
     invert: bool = False,
     diameter: float | None = None,
     trust_star_pixel_size: bool = False,
+    box: int | None = None,
+    pixel_size: float | None = None,
+    finer: bool = False,
+    recentre: bool | None = None,
 ) -> ParticleStack:
-    """The particles of a table whose stacks are all there; otherwise as `open_particles`."""
+    """The particles of a table, checked against the headers of their stacks; no image is read.
+
+    ``box``, ``pixel_size`` (Å) and ``finer`` resample the images while they are read, see `resampled_grid`;
+    ``recentre`` moves them by whole pixels, by default where they are cut.
+
+    Raises:
+        InputError: an image index outside its stack, stacks of odd or unexpected boxes, pixel sizes that disagree, a
+            diameter that leaves no background, fewer than 4 particles, a box or pixel size that the images do not have.
+    """
     elements = symmetry_group(symmetry)
     if len(table) < 4:
-        raise InputError(f"{table.source}: {len(table)} particles; expected at least 2 in each of two halves")
+        raise InputError(f"{table.name}: {len(table)} particles; expected at least 2 in each of two halves")
     files = ImageFiles(table)
-    grids = _grids(table, files, trust_star_pixel_size)
+    disk = _grids(table, files, trust_star_pixel_size)
+    grids = tuple(resampled_grid(own, box, pixel_size, finer=finer) for own in disk)
+    if recentre is None:
+        recentre = any(grid.length < 0.999 * own.length for grid, own in zip(grids, disk, strict=True))
     particles = dict.fromkeys(grids, 0)
-    for number in table.optics_group.tolist():
-        particles[grids[number]] += 1
+    for number, count in enumerate(torch.bincount(table.optics_group, minlength=len(grids)).tolist()):
+        particles[grids[number]] += count
     grid = max(particles, key=particles.__getitem__)
     if diameter is not None and not 0 < diameter <= 0.98 * grid.length:
         raise InputError(
@@ -345,7 +429,74 @@ def open_table(
             "background around the particle"
         )
     sign = -table.sign if invert else table.sign
-    return ParticleStack(table, files, grid, symmetry=elements, sign=sign, diameter=diameter, grids=grids)
+    return ParticleStack(
+        table,
+        files,
+        grid,
+        symmetry=elements,
+        sign=sign,
+        diameter=diameter,
+        grids=grids,
+        disk=disk,
+        recentre=recentre,
+    )
+
+
+def resampled_grid(disk: Grid, box: int | None, pixel_size: float | None, *, finer: bool = False) -> Grid:
+    """The grid of images that are brought to another box or pixel size.
+
+    With ``box`` alone the whole image on fewer pixels; with ``pixel_size`` (Å) the whole image on the even number of
+    pixels that comes nearest to it; with both the middle of that, ``box`` pixels wide. ``finer`` pixels than on disk
+    hold nothing new and are refused unless asked for.
+
+    Raises:
+        InputError: an odd box, one wider than the image, pixels finer than on disk.
+    """
+    if box is None and pixel_size is None:
+        return disk
+    if (box is not None and (box < 8 or box % 2)) or (pixel_size is not None and not pixel_size > 0):
+        raise InputError(f"--box {box} --pixel-size {pixel_size}: expected an even number from 8 and Å above 0")
+    whole = 2 * round(disk.length / pixel_size / 2) if pixel_size is not None else box or disk.size
+    if whole < 8 or (whole > disk.size and not finer):
+        raise InputError(
+            f"--box {box} --pixel-size {pixel_size}: {whole} pixels over the {disk.length:.1f} Å of the images, which "
+            f"have {disk.size} of {disk.pixel_size:g} Å; expected coarser pixels than theirs, and at least 8"
+        )
+    size = box or whole
+    if size > whole:
+        raise InputError(
+            f"--box {box} --pixel-size {pixel_size}: wider than the images ({disk.length:.1f} Å); expected "
+            f"at most {whole} pixels of that size"
+        )
+    return Grid(size, disk.length / whole)
+
+
+def resample(
+    images: Float[Tensor, "p y x"], disk: Grid, grid: Grid, moves: Int[Tensor, "p 2"] | None = None
+) -> Float[Tensor, "p v u"]:
+    """Images on a grid from `resampled_grid`: cropped or padded in Fourier space, moved by whole pixels (x, y), cut to
+    the box. Grey values stay what they are; what leaves on one side comes in on the other."""
+    whole = round(disk.length / grid.pixel_size)
+    if whole != disk.size:
+        spectrum = rfft(images)
+        spectrum = crop(spectrum, whole) if whole < disk.size else _padded(spectrum, whole)
+        images = irfft(spectrum) * (whole / disk.size) ** 2
+    if whole == grid.size and moves is None:
+        return images
+    axis = torch.arange(grid.size) + whole // 2 - grid.size // 2
+    if moves is None:
+        return images[:, axis[:, None], axis]
+    rows, columns = ((axis - moves[:, i, None]) % whole for i in (1, 0))
+    return images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _padded(spectrum: Complex[Tensor, "p y k"], size: int) -> Complex[Tensor, "p v j"]:
+    """A larger transform with 0 beyond the old Nyquist frequency, and at it, since it stands for two frequencies."""
+    half = spectrum.shape[-1] - 1
+    out = spectrum.new_zeros(len(spectrum), size, size // 2 + 1)
+    out[:, :half, :half] = spectrum[:, :half, :half]
+    out[:, -half + 1 :, :half] = spectrum[:, half + 1 :, :half]
+    return out
 
 
 def _grids(table: ParticleTable, files: ImageFiles, trust_star_pixel_size: bool) -> tuple[Grid, ...]:
@@ -358,26 +509,26 @@ def _grids(table: ParticleTable, files: ImageFiles, trust_star_pixel_size: bool)
         boxes[number] = boxes[number] or file.box
         if file.box != boxes[number]:
             raise InputError(
-                f"{path}: images of {file.box} pixels; expected {boxes[number]} as elsewhere in {table.source}"
+                f"{path}: images of {file.box} pixels; expected {boxes[number]} as elsewhere in {table.name}"
             )
         if highest[index] >= file.count:
             row = int(((table.stack == index) & (table.image >= file.count)).nonzero()[0])
             raise InputError(
-                f'{table.source}, row {row + 1}: rlnImageName "{int(table.image[row]) + 1}@{path.name}" asks for image '
+                f'{table.place(row)}: "{int(table.image[row]) + 1}@{path.name}" asks for image '
                 f"{int(table.image[row]) + 1}, but the stack has {file.count} images. Was the stack re-extracted after "
                 "the star file was written?"
             )
         said = file.pixel_size
         if said is not None and abs(said / group.pixel_size - 1) > 0.01 and not trust_star_pixel_size:
             raise InputError(
-                f"{path}: pixel size {said:g} Å in the stack's header and {group.pixel_size:g} Å in {table.source}; "
+                f"{path}: pixel size {said:g} Å in the stack's header and {group.pixel_size:g} Å in {table.name}; "
                 "mend the wrong one, or go by the STAR file with --trust-star-pixel-size"
             )
     sizes = torch.bincount(table.optics_group, minlength=len(table.groups)).tolist()
     for number, count in enumerate(sizes):
         box = boxes[number]
         if count and (box is None or box % 2):
-            raise InputError(f"{table.source}: box of {box} pixels; expected an even number")
+            raise InputError(f"{table.name}: box of {box} pixels; expected an even number")
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     used = [number if count else largest for number, count in enumerate(sizes)]
     return tuple(Grid(boxes[number] or 0, table.groups[number].pixel_size) for number in used)

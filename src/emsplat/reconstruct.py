@@ -38,17 +38,18 @@ from emsplat.accumulate import (
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
-from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig, SourceConfig
+from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
+from emsplat.inputs import open_stack
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
 from emsplat.io.ply import write_ply
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
-from emsplat.particles import ParticleStack, estimate_noise, open_particles
+from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.progress import Log, peak_memory
 from emsplat.project import voxelize
 from emsplat.residuals import write_residuals
@@ -196,25 +197,6 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
     )
 
 
-def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
-    """The particles that the options describe, with half-sets.
-
-    Raises:
-        InputError: through `open_particles`.
-    """
-    return open_particles(
-        particles,
-        datadir=config.datadir,
-        symmetry=config.symmetry,
-        invert=config.invert,
-        diameter=config.diameter,
-        trust_star_pixel_size=config.trust_star_pixel_size,
-        poses=config.poses,
-        ctf=config.ctf,
-        passthrough=config.passthrough,
-    ).with_halves(config.seed)
-
-
 def _open(
     config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
 ) -> tuple[ParticleStack, list[int]]:
@@ -237,7 +219,7 @@ def _open(
         if skipped:
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
-    write_used(particles, stack.table, output / "run_data.star", stack.rows, stack.half[stack.rows])  # type: ignore[index]
+    write_used(stack.table.take(stack.rows), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
     about = {"program": f"emsplat {__version__}", "particles": str(particles)}
     write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
     return stack, skipped
@@ -627,7 +609,7 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
-    log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.source} in {len(table.stacks)} stacks")
+    log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {len(table.stacks)} stacks")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
@@ -635,7 +617,7 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
     )
-    source = f"of {table.source.name}" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
+    source = "of the input" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
     said = "bright protein" if table.sign > 0 else "dark protein"
     log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from emsplat.ctf import ctf
-from emsplat.fourier import frequencies, hermitian_weight, shell_index, shift_phase
+from emsplat.ctf import observe
+from emsplat.fourier import frequencies, hermitian_weight, shell_index
 from emsplat.io.files import replacing
 from emsplat.io.mrc import writing_stack
 from emsplat.particles import ParticleStack, estimate_noise
@@ -47,11 +47,12 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
             continue
         chosen = subset.take(torch.linspace(0, len(subset) - 1, min(_SAMPLE, len(subset))).long())
         for batch in chosen.sequential(64):
-            observed = _centred(batch, grid)
+            data = observe(batch, grid, corner=True)
+            observed = data.spectrum
             power[0] += noise[batch.optics_group].sum(0)
             for row, other in ((1, False), (2, True)):
                 gaussians = halves[3 - half if other else half]
-                seen = _projection(gaussians, batch, grid)
+                seen = _projection(gaussians, batch, data.transfer, grid)
                 power[row] += _shell_power(observed - seen)
                 # Held out, so that the residual shows what the data say and not what was fitted to them.
                 if other and len(about) < _EXAMPLES // 2 * half:
@@ -73,15 +74,9 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
     return about
 
 
-def _centred(batch: Batch, grid: Grid) -> Complex[Tensor, "p y k"]:
-    spectrum: Tensor = torch.fft.rfft2(batch.images) * shift_phase(batch.poses.shift, grid)
-    return spectrum
-
-
-def _projection(gaussians: Gaussians, batch: Batch, grid: Grid) -> Complex[Tensor, "p y k"]:
+def _projection(gaussians: Gaussians, batch: Batch, transfer: Tensor, grid: Grid) -> Complex[Tensor, "p y k"]:
     poses = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
-    projection = project(gaussians, poses, grid)
-    spectrum: Tensor = torch.fft.rfft2(projection) * ctf(batch.optics, grid)
+    spectrum: Tensor = torch.fft.rfft2(project(gaussians, poses, grid)) * transfer
     return spectrum
 
 

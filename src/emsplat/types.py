@@ -6,8 +6,9 @@ Lengths in Å, angles in radians, voltages in kV, spherical aberration in mm. Ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -15,15 +16,23 @@ from torch import Tensor
 
 
 class _Rows:
-    """Bundles whose tensors share a leading particle axis can be indexed as one."""
+    """Bundles whose tensors share a leading particle axis can be indexed as one. Parts may be bundles, or None."""
 
     def __getitem__(self, rows: Tensor | slice) -> Self:
-        return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))  # type: ignore[arg-type]
+        return self._each(lambda part: part[rows])
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
         """The same bundle with floating tensors in another dtype and all tensors on another device."""
-        tensors = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-        return type(self)(*(t.to(device=device, dtype=dtype if t.is_floating_point() else None) for t in tensors))
+
+        def moved(part: Any) -> Any:
+            keep = isinstance(part, Tensor) and not part.is_floating_point()
+            return part.to(device=device, dtype=None if keep else dtype)
+
+        return self._each(moved)
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        parts = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return type(self)(*(None if part is None else change(part) for part in parts))
 
     def __len__(self) -> int:
         first: Tensor = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
@@ -62,6 +71,23 @@ class Poses(_Rows):
 
 
 @dataclass(frozen=True)
+class Aberrations(_Rows):
+    """What bends an image beyond defocus and spherical aberration (one row per particle).
+
+    The image's frequency k shows the frequency M k of the undistorted image (M: ``magnification``, RELION's MagMat).
+    Phases are sums of Zernike polynomials of M k in 1/Å, in RELION's order: ``odd`` ones turn the phase of the image
+    (beam tilt among them), ``even`` ones add to the phase of the CTF. Widths may be 0.
+    """
+
+    magnification: Float[Tensor, "p 2 2"]
+    odd: Float[Tensor, "p a"]  # rad
+    even: Float[Tensor, "p b"]  # rad
+
+
+RAW, PHASE_FLIPPED, PREMULTIPLIED = range(3)
+
+
+@dataclass(frozen=True)
 class Optics(_Rows):
     """What the contrast transfer function of each particle depends on (one row per particle)."""
 
@@ -74,6 +100,8 @@ class Optics(_Rows):
     phase_shift: Float[Tensor, " p"]  # rad, of a phase plate
     b_factor: Float[Tensor, " p"]  # Å², amplitudes fall as exp(-B k²/4)
     scale: Float[Tensor, " p"]  # factor
+    aberrations: Aberrations | None = None  # None: none at all
+    treatment: Int[Tensor, " p"] | None = None  # RAW, PHASE_FLIPPED or PREMULTIPLIED images; None: all raw
 
 
 @dataclass(frozen=True)

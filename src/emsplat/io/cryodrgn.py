@@ -1,13 +1,7 @@
-"""cryoDRGN's inputs: an image stack with poses and CTF parameters in pickles (docs/conventions.md, 9).
-
-A pickle is a programme that runs when it is read. The reader here knows five names, all of which build numpy arrays,
-and refuses every other.
-"""
+"""cryoDRGN's inputs: an image stack with poses and CTF parameters in pickles (docs/conventions.md, 9)."""
 
 from __future__ import annotations
 
-import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +12,7 @@ from numpy.typing import NDArray
 from emsplat.errors import InputError
 from emsplat.io.mrc import StackFile
 from emsplat.io.paths import find_stacks, group_equal
+from emsplat.io.pickles import load_arrays, write_arrays
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.types import Optics, Poses
 
@@ -62,7 +57,9 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     image = np.concatenate([np.arange(n) for n in counts])
     stack = group_equal(names).repeat_interleave(torch.tensor(counts))
     return ParticleTable(
-        source=particles,
+        sources=(particles,),
+        source=torch.zeros(count, dtype=torch.int64),
+        row=torch.arange(count),
         poses=Poses(
             torch.from_numpy(rotation),
             torch.from_numpy(fraction * (table[:, 0] * table[:, 1])[:, None]),
@@ -89,69 +86,33 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     )
 
 
-def load_arrays(path: Path) -> Any:
-    """What a pickle holds, if it is made of numpy arrays of numbers, tuples, lists and numbers alone.
+def write_pickles(poses: Path, ctf: Path, table: ParticleTable) -> None:
+    """Poses and CTF parameters as cryoDRGN reads them, for the images in the order of the table.
+
+    The pickles hold float32 arrays and nothing else (docs/decisions/0007).
 
     Raises:
-        InputError: it is missing, damaged, or names anything else; nothing of it has run.
+        InputError: a box is not known; images that were phase-flipped or multiplied by their CTF; aberrations.
+        OutputError: they cannot be written.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a pickle of cryoDRGN")
-    try:
-        with path.open("rb") as file:
-            return _ArraysOnly(file, encoding="latin1").load()
-    except _RefusedError as error:
+    optics, group = table.optics, table.optics_group
+    if any(own.box is None for own in table.groups):
+        raise InputError(f"{table.name}: the box of the images is not known; convert where the stacks can be found")
+    if optics.treatment is not None or optics.aberrations is not None:
         raise InputError(
-            f"{path}: asks for {error}, which no array needs; the file is refused and nothing of it has run; expected "
-            "a pickle written by cryodrgn parse_pose_star or parse_ctf_star"
-        ) from error
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: cannot be read as a pickle ({type(error).__name__}: {text}); expected arrays; was it cut off?"
-        ) from error
-
-
-class _RefusedError(Exception):
-    """A pickle named something that is not on the list."""
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("multiarray", "_reconstruct"): _reconstruct,
-            ("numeric", "_frombuffer"): _from_buffer,
-            ("_codecs", "encode"): _encode,
-        }
-        parts = module.split(".")
-        inner = parts[-1] if parts[:2] in (["numpy", "core"], ["numpy", "_core"]) and len(parts) == 3 else module
-        found = allowed.get((inner, name))
-        if found is None:
-            raise _RefusedError(f"{module}.{name}"[:100])
-        return found
-
-
-def _reconstruct(subtype: type, shape: tuple[int, ...], code: bytes) -> NDArray[Any]:
-    """numpy's start of an array; its content follows as state."""
-    if subtype is not np.ndarray or math.prod(shape) > 1:
-        raise ValueError("an array that does not begin empty")
-    return np.ndarray((0,), np.int8)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Bytes in protocol 2, which knows only text."""
-    if encoding != "latin1":
-        raise ValueError(f"text encoded as {encoding}")
-    return text.encode("latin1")
-
-
-def _from_buffer(data: bytes | bytearray, dtype: np.dtype[Any], shape: tuple[int, ...], order: Any) -> NDArray[Any]:
-    """numpy's array of protocol 5."""
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
+            f"{table.name}: has aberrations or images that were phase-flipped or multiplied by their CTF, for which "
+            "cryoDRGN's pickles have no place; convert to a STAR file"
+        )
+    box = torch.tensor([own.box for own in table.groups], dtype=torch.float64)[group]
+    pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[group]
+    angle, phase = torch.rad2deg(optics.defocus_angle), torch.rad2deg(optics.phase_shift)
+    columns = [box, pixel_size, optics.defocus_u, optics.defocus_v, angle, optics.voltage, optics.cs]
+    columns += [optics.amplitude_contrast, phase]
+    shift = table.poses.shift / (box * pixel_size)[:, None]
+    if bool((shift.abs() > 1).any()):
+        raise InputError(f"{table.name}: shifts beyond the box; cryoDRGN takes none, leave such particles out")
+    write_arrays(poses, tuple(part.numpy().astype(np.float32) for part in (table.poses.rotation, shift)))
+    write_arrays(ctf, torch.stack(columns, 1).numpy().astype(np.float32))
 
 
 def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+from torch.nn.functional import pad
 
+from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
+from emsplat.io.files import replacing
 from emsplat.io.paths import find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable
-from emsplat.types import Optics, Poses
+from emsplat.types import Aberrations, Optics, Poses
 
 Array = NDArray[Any]
 
 _NPY = b"\x93NUMPY"
-_ABERRATIONS = ("shift_A", "tilt_A", "trefoil_A", "tetra_A", "anisomag")
 _SIGNS = (-1.0, 1.0)
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -41,7 +45,6 @@ def read_cs(
         InputError: unreadable file, missing fields or stacks, values that are not finite, images of both signs.
     """
     fields = _Fields(path, passthrough)
-    count = len(fields)
     names = [name.lstrip(">") for name in fields.text("blob/path")]
     index = fields.numbers("blob/idx").astype(np.int64)
     shape = fields.numbers("blob/shape", 2)
@@ -50,23 +53,10 @@ def read_cs(
     pixel_size = fields.numbers("blob/psize_A")
     if not pixel_size.min() > 0:
         raise InputError(f"{path}: blob/psize_A is {pixel_size.min():g}; expected a pixel size above 0")
-    optics = Optics(
-        **{
-            name: torch.from_numpy(np.ascontiguousarray(fields.numbers(f"ctf/{field}", default=default)))
-            for name, field, default in (
-                ("voltage", "accel_kv", None),
-                ("cs", "cs_mm", None),
-                ("amplitude_contrast", "amp_contrast", None),
-                ("defocus_u", "df1_A", None),
-                ("defocus_v", "df2_A", None),
-                ("defocus_angle", "df_angle_rad", None),
-                ("phase_shift", "phase_shift_rad", 0.0),
-                ("b_factor", "bfactor", 0.0),
-                ("scale", "scale", 1.0),
-            )
-        }
-    )
-    rotation, shift, alignment = _poses(fields, pixel_size)
+    notes = list[str]()
+    optics = _optics(fields, notes)
+    rotation, shift, alignment, particle_class = _poses(fields, pixel_size)
+    optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
     micrograph = next(
@@ -74,7 +64,9 @@ def read_cs(
         names,
     )
     return ParticleTable(
-        source=path,
+        sources=(path,),
+        source=torch.zeros(len(fields), dtype=torch.int64),
+        row=torch.arange(len(fields)),
         poses=Poses(rotation, torch.from_numpy(shift)),
         optics=optics,
         groups=groups,
@@ -84,9 +76,19 @@ def read_cs(
         stacks=find_stacks(names, path, datadir, required=need_stacks),
         stack=group_equal(names),
         image=torch.from_numpy(index),
-        warnings=(*fields.notes, *_aberrations(fields, count)),
+        particle_class=particle_class,
+        micrograph_names=_micrograph_names(fields, micrograph) if source is None else (),
+        uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
+        warnings=(*fields.notes, *notes),
         sign=_sign(fields),
     )
+
+
+def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
+    """0-based index and stack of each particle, as written."""
+    fields = _Fields(path, ())
+    index = fields.numbers("blob/idx").astype(np.int64).tolist()
+    return zip(index, (name.lstrip(">") for name in fields.text("blob/path")), strict=True)
 
 
 class _Fields:
@@ -205,9 +207,72 @@ def _remedy(name: str) -> str:
     return "take the .cs file of a refinement"
 
 
-def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, NDArray[np.float64], str]:
-    """Rotations, shifts in Å, and the group of fields they come from."""
+def _optics(fields: _Fields, notes: list[str]) -> Optics:
+    values: dict[str, Any] = {
+        name: torch.from_numpy(np.ascontiguousarray(fields.numbers(f"ctf/{field}", default=default)))
+        for name, field, default in (
+            ("voltage", "accel_kv", None),
+            ("cs", "cs_mm", None),
+            ("amplitude_contrast", "amp_contrast", None),
+            ("defocus_u", "df1_A", None),
+            ("defocus_v", "df2_A", None),
+            ("defocus_angle", "df_angle_rad", None),
+            ("phase_shift", "phase_shift_rad", 0.0),
+            ("b_factor", "bfactor", 0.0),
+            ("scale", "scale", 1.0),
+        )
+    }
+    optics = Optics(**values)
+    return replace(optics, aberrations=_aberrations(fields, optics, notes))
+
+
+def _aberrations(fields: _Fields, optics: Optics, notes: list[str]) -> Aberrations | None:
+    """Beam tilt and anisotropic magnification; None where both are 0. What else is set is noted.
+
+    ``ctf/tilt_A`` is Cs times the sine of the tilt, ``ctf/anisomag`` the matrix on frequencies less the identity.
+    """
+    unused = [
+        f"ctf/{name}"
+        for name, width in (("shift_A", 2), ("trefoil_A", 2), ("tetra_A", 4))
+        if fields.has(f"ctf/{name}") and np.abs(fields.numbers(f"ctf/{name}", width)).max(initial=0) > 1e-6
+    ]
+    if unused:
+        notes.append(
+            f"{fields.path}: {', '.join(unused)} are set, whose units are not published; they are not used, and detail "
+            "finer than about 3 Å may suffer; refine them in RELION to have them in the STAR file"
+        )
+    tilt = fields.numbers("ctf/tilt_A", 2, default=0.0)
+    stretch = fields.numbers("ctf/anisomag", 4, default=0.0)
+    if not tilt.any() and not stretch.any():
+        return None
+    if not (np.abs(stretch) < 0.3).all():
+        raise InputError(f"{fields.path}: ctf/anisomag is up to {np.abs(stretch).max():.3g}; expected a small stretch")
+    cs = 1e7 * optics.cs.numpy()
+    sine = np.divide(tilt, cs[:, None], out=np.zeros_like(tilt), where=cs[:, None] != 0)
+    if not (np.abs(sine) < 0.1).all():
+        raise InputError(f"{fields.path}: ctf/tilt_A stands for {np.abs(sine).max():.3g} rad; expected mrad")
+    return Aberrations(
+        torch.from_numpy(np.eye(2) + stretch.reshape(-1, 2, 2)),
+        beam_tilt(torch.from_numpy(1e3 * np.arcsin(sine)), optics.voltage, optics.cs),
+        torch.zeros(len(tilt), 0, dtype=torch.float64),
+    )
+
+
+def _alpha(fields: _Fields, prefix: str, notes: list[str]) -> Tensor:
+    """cryoSPARC's scale of each particle, where there is a sensible one."""
+    if not fields.has(f"{prefix}/alpha"):
+        return torch.ones(len(fields), dtype=torch.float64)
+    alpha = torch.from_numpy(np.ascontiguousarray(fields.first(f"{prefix}/alpha")))
+    if bool((alpha <= 0).any()):
+        notes.append(f"{fields.path}: {prefix}/alpha is not above 0 for all particles; it is not used")
+        return torch.ones_like(alpha)
+    return alpha
+
+
+def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, NDArray[np.float64], str, Tensor | None]:
+    """Rotations, shifts in Å, the group of fields they come from, and the class of each particle."""
     rows = np.arange(len(fields))
+    number: NDArray[Any] | None = None
     classes = sorted(
         {m[1] for name in fields.names if (m := re.fullmatch(r"(alignments_class_\d+)/pose", name))},
         key=lambda name: int(name.rsplit("_", 1)[1]),
@@ -215,9 +280,10 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
     if fields.has("alignments3D/pose"):
         prefix = "alignments3D"
         pose, shift = fields.numbers(f"{prefix}/pose", 3), fields.numbers(f"{prefix}/shift", 2)
+        number = fields.first(f"{prefix}/class") if fields.has(f"{prefix}/class") else None
     elif fields.has("alignments3D_multi/pose"):
         prefix = "alignments3D_multi"
-        best = fields.numbers(f"{prefix}/class_posterior", 0).argmax(1)
+        number = best = fields.numbers(f"{prefix}/class_posterior", 0).argmax(1)
         pose, shift = (
             fields.numbers(f"{prefix}/pose", 0, 3)[rows, best],
             fields.numbers(f"{prefix}/shift", 0, 2)[rows, best],
@@ -227,6 +293,7 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
         best = np.stack([fields.numbers(f"{name}/class_posterior") for name in classes]).argmax(0)
         pose = np.stack([fields.numbers(f"{name}/pose", 3) for name in classes])[best, rows]
         shift = np.stack([fields.numbers(f"{name}/shift", 2) for name in classes])[best, rows]
+        number = np.array([int(name.rsplit("_", 1)[1]) for name in classes])[best]
     else:
         raise InputError(
             f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
@@ -239,19 +306,130 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
         fields.notes.append(f"{fields.path}: no {prefix}/psize_A; shifts are taken in pixels of the images")
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
     rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)
-    return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix
+    classes_found = None if number is None else torch.from_numpy(number.astype(np.int64))
+    return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix, classes_found
 
 
 def _optics_groups(
     fields: _Fields, pixel_size: NDArray[np.float64], box: NDArray[np.float64], optics: Optics
 ) -> tuple[NDArray[np.int64], tuple[OpticsGroup, ...]]:
-    """Particles of one exposure group, pixel size, box and microscope belong together."""
+    """Particles of one exposure group, pixel size, box, microscope and aberration belong together."""
     exposure = fields.numbers("ctf/exp_group_id", default=0.0)
     microscope = [values.numpy() for values in (optics.voltage, optics.cs, optics.amplitude_contrast)]
-    keys = np.stack([exposure, pixel_size.round(5), box, *microscope], axis=1)
+    bent = optics.aberrations
+    bends = [] if bent is None else [*bent.magnification.reshape(-1, 4).numpy().T, *bent.odd.numpy().T]
+    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, *bends], axis=1)
     unique, group = np.unique(keys, axis=0, return_inverse=True)
     groups = tuple(OpticsGroup(f"exp_group_{int(row[0])}", float(row[1]), int(row[2])) for row in unique)
     return group.reshape(-1).astype(np.int64), groups
+
+
+def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
+    """A name for each different key, in order of appearance, where the file has names."""
+    if not fields.has("location/micrograph_path"):
+        return ()
+    name_of: dict[str, str] = {}
+    for key, name in zip(keys, fields.text("location/micrograph_path"), strict=True):
+        name_of.setdefault(key, name.lstrip(">"))
+    return tuple(name_of.values())
+
+
+def _is_whole(fields: _Fields, name: str) -> bool:
+    return fields.has(name) and fields.raw(name).ndim == 1 and fields.raw(name).dtype.kind in "ui"
+
+
+def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_images: bool = False) -> None:
+    """Particles as a .cs file; of one .cs file with all its fields, else with those that cryoSPARC's refinements use,
+    as also with ``new_images``, where the images are others than those of the source.
+
+    Images are named by their full paths. Shifts are in pixels of ``alignments3D/psize_A``, which is the pixel size of
+    the images.
+
+    Raises:
+        InputError: the source is no longer readable.
+        OutputError: it cannot be written.
+    """
+    same = not (table.mirrored or new_images)
+    if same and len(table.sources) == 1 and table.sources[0].suffix.lower() == ".cs":
+        data = _read(table.sources[0])[table.row.numpy()]
+        if half is not None and "alignments3D/split" in (data.dtype.names or ()):
+            data["alignments3D/split"] = half.numpy() - 1
+    else:
+        data = _built(table, half)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, data, allow_pickle=False)
+
+
+def _built(table: ParticleTable, half: Tensor | None) -> Array:
+    optics, bent = table.optics, table.optics.aberrations
+    group = table.optics_group
+    if optics.treatment is not None and optics.treatment.any():
+        raise InputError(
+            f"{table.name}: images that were phase-flipped or multiplied by their CTF, for which a .cs file has no "
+            "place; convert to a STAR file"
+        )
+    pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[group]
+    box = torch.tensor([own.box or 0 for own in table.groups])[group]
+    stacks = np.array([str(stack.absolute()).encode() for stack in table.stacks])[table.stack.numpy()]
+    columns: dict[str, tuple[str, Any]] = {
+        "uid": ("<u8", _uids(stacks, table.image.numpy()) if table.uid is None else table.uid.numpy().view(np.uint64)),
+        "blob/path": (stacks.dtype.str, stacks),
+        "blob/idx": ("<u4", table.image),
+        "blob/shape": ("<u4", torch.stack([box, box], 1)),
+        "blob/psize_A": ("<f4", pixel_size),
+        "blob/sign": ("<f4", torch.full_like(pixel_size, table.sign)),
+        "ctf/type": ("|S9", b"imported"),
+        "ctf/exp_group_id": ("<u4", group),
+        "ctf/accel_kv": ("<f4", optics.voltage),
+        "ctf/cs_mm": ("<f4", optics.cs),
+        "ctf/amp_contrast": ("<f4", optics.amplitude_contrast),
+        "ctf/df1_A": ("<f4", optics.defocus_u),
+        "ctf/df2_A": ("<f4", optics.defocus_v),
+        "ctf/df_angle_rad": ("<f4", optics.defocus_angle),
+        "ctf/phase_shift_rad": ("<f4", optics.phase_shift),
+        "ctf/scale": ("<f4", optics.scale),
+        "ctf/bfactor": ("<f4", optics.b_factor),
+        "alignments3D/split": ("<u4", torch.zeros_like(group) if half is None else half - 1),
+        "alignments3D/shift": ("<f4", table.poses.shift / pixel_size[:, None]),
+        "alignments3D/pose": ("<f4", Rotation.from_matrix(table.poses.rotation.transpose(1, 2).numpy()).as_rotvec()),
+        "alignments3D/psize_A": ("<f4", pixel_size),
+        "alignments3D/class": ("<u4", 0 if table.particle_class is None else table.particle_class.clamp(min=0)),
+    }
+    if bent is not None:
+        tilt, rest = _tilt_of(bent, optics)
+        if rest:
+            raise InputError(
+                f"{table.name}: has trefoil or even aberrations, whose units in a .cs file are not published; "
+                "convert to a STAR file"
+            )
+        columns["ctf/tilt_A"] = ("<f4", tilt)
+        columns["ctf/anisomag"] = ("<f4", (bent.magnification - torch.eye(2, dtype=torch.float64)).reshape(-1, 4))
+    if table.micrograph_names:
+        names = np.array([name.encode() for name in table.micrograph_names])[table.micrograph.numpy()]
+        columns["location/micrograph_path"] = (names.dtype.str, names)
+    arrays = {name: (kind, np.asarray(values)) for name, (kind, values) in columns.items()}
+    data = np.zeros(len(table), np.dtype([(n, kind, values.shape[1:]) for n, (kind, values) in arrays.items()]))
+    for name, (_, values) in arrays.items():
+        data[name] = values
+    return data
+
+
+def _uids(stacks: Array, index: Array) -> NDArray[np.uint64]:
+    """Numbers that follow from stack and index, different for different images."""
+    names, which = np.unique(stacks, return_inverse=True)
+    start = [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") for name in names.tolist()]
+    return np.array(start, np.uint64)[which.reshape(-1)] + index.astype(np.uint64)
+
+
+def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bool]:
+    """``ctf/tilt_A`` of coma, and whether there are aberrations besides it."""
+    unit = beam_tilt(torch.ones(len(optics), 2, dtype=torch.float64), optics.voltage, optics.cs)
+    odd = pad(bent.odd, (0, max(0, 6 - bent.odd.shape[1])))
+    coma = torch.where(unit[:, 3:5] != 0, odd[:, 3:5] / unit[:, 3:5], 0.0)
+    mrad = coma.flip(1)  # Z(3, -1) is the y component
+    rest = odd - pad(beam_tilt(mrad, optics.voltage, optics.cs), (0, odd.shape[1] - 6))
+    tilt = 1e7 * optics.cs[:, None] * torch.sin(1e-3 * mrad)
+    return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + odd.abs().max())).any()) or bool(bent.even.any())
 
 
 def _sources(fields: _Fields) -> NDArray[np.int64] | None:
@@ -294,16 +472,3 @@ def _sign(fields: _Fields) -> float:
             "reconstruct from particles of one contrast"
         )
     return float(values[0])
-
-
-def _aberrations(fields: _Fields, count: int) -> tuple[str, ...]:
-    found = []
-    for name in _ABERRATIONS:
-        field = f"ctf/{name}"
-        if fields.has(field):
-            values = np.asarray(fields.raw(field), dtype=np.float64).reshape(count, -1)
-            if np.abs(values).max(initial=0) > 1e-6:
-                found.append(field)
-    if not found:
-        return ()
-    return (f"{fields.path}: {', '.join(found)} are set and not yet used: detail finer than about 3 Å may suffer",)

@@ -188,11 +188,12 @@ def writing_stack(
         file.write(bytes(_HEADER_BYTES))
 
         def write(images: Tensor) -> None:
-            data = images.numpy().astype(number)
-            file.write(data.tobytes())
-            wide = data.astype(np.float64)
-            sums[:] += wide.sum(), (wide**2).sum()
-            extremes[:] = min(extremes[0], wide.min()), max(extremes[1], wide.max())
+            data = np.ascontiguousarray(images.numpy().astype(number, copy=False))
+            file.write(data.data)
+            kept = torch.from_numpy(data).float()
+            low, high = kept.aminmax()
+            sums[:] += float(kept.sum(dtype=torch.float64)), float(kept.square().sum(dtype=torch.float64))
+            extremes[:] = min(extremes[0], float(low)), max(extremes[1], float(high))
 
         yield write
         file.seek(0)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
-from emsplat.io.cryosparc import read_cs
-from emsplat.io.relion import read_star, rewrite_star, write_table
+from emsplat.io.cryosparc import cs_image_keys, read_cs
+from emsplat.io.relion import read_star, rewrite_table, star_image_keys, write_table
 from emsplat.io.table import ParticleTable
 
 
@@ -48,17 +48,29 @@ def read_particles(
     return read_star(path, datadir, need_stacks=need_stacks)
 
 
-def write_used(source: Path, table: ParticleTable, target: Path, rows: Tensor, half: Tensor | None) -> None:
-    """The particles that were used as a STAR file: of a STAR file with all its columns, else with what was read.
+def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool = False) -> None:
+    """The particles of a table as a STAR file: of one STAR file with all its columns, else with what was read.
+
+    With ``new_images`` the images are others than those of the source, beside the target, and so are their origins and
+    the optics groups' boxes and pixel sizes.
 
     Raises:
         InputError: the source is no longer readable.
         OutputError: the target cannot be written.
     """
-    if is_star(source) and half is not None:
-        rewrite_star(source, target, rows, half)
+    if len(table.sources) > 1 or not is_star(table.sources[0]):
+        write_table(target, table, half, target.parent if new_images else None)
     else:
-        write_table(target, table, rows, half)
+        rewrite_table(table, target, half, new_images=new_images)
+
+
+def image_keys(path: Path) -> Iterator[tuple[int, str]]:
+    """0-based index and stack, as written, of each particle of a STAR or .cs file; nothing else of it is read.
+
+    Raises:
+        InputError: it cannot be read, or names no images.
+    """
+    return cs_image_keys(path) if path.suffix.lower() == ".cs" else star_image_keys(path)
 
 
 def is_star(path: Path) -> bool:

@@ -19,6 +19,11 @@ def group_equal(texts: Sequence[str]) -> Int[Tensor, " n"]:
     return torch.tensor([seen.setdefault(text, len(seen)) for text in texts], dtype=torch.int64)
 
 
+def relative_to(path: Path, folder: Path) -> Path:
+    """A path as seen from a folder, over the parents that both have."""
+    return Path(os.path.relpath(path.absolute(), folder.absolute()))
+
+
 def find_stacks(files: Sequence[str], source: Path, datadir: Path | None, *, required: bool = True) -> tuple[Path, ...]:
     """The stacks named in a metadata file, each once, in order of appearance.
 

@@ -7,8 +7,8 @@ the text that the file holds, so that a rewritten file changes nothing that it d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat import __version__
+from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
 from emsplat.io.files import replacing
-from emsplat.io.paths import find_stacks, group_equal
+from emsplat.io.paths import find_stacks, group_equal, relative_to
 from emsplat.io.table import OpticsGroup, ParticleTable
-from emsplat.types import Grid, Optics, Poses
+from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
 
 _PIXEL_SIZES = (
     "ImagePixelSize",
@@ -32,18 +33,12 @@ _PIXEL_SIZES = (
     "MicrographOriginalPixelSize",
     "TomoTiltSeriesPixelSize",
 )
-_ALREADY_TREATED = ("CtfDataAreCtfPremultiplied", "CtfDataArePhaseFlipped", "CtfDataAreCtfCorrected")
-_ABERRATIONS = {
-    "BeamTiltX": 0.0,
-    "BeamTiltY": 0.0,
-    "MagMat00": 1.0,
-    "MagMat01": 0.0,
-    "MagMat10": 0.0,
-    "MagMat11": 1.0,
-}
-_ZERNIKES = ("OddZernike", "EvenZernike")
+_CORRECTED = "CtfDataAreCtfCorrected"
+_TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
+_MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
 _INDEX_DIGITS = 9
+_ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
 
     Raises:
         InputError: unreadable file, missing column or stack, a value that is no finite number, an optics group that
-            is not in the optics table, images that were multiplied by their CTF.
+            is not in the optics table, images that were corrected for their CTF.
     """
     particles, optics = _tables(path, _document(path))
     row_of_group, groups, group = _optics_groups(particles, optics)
@@ -179,7 +174,11 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
             values = np.broadcast_to(np.asarray(default, dtype=np.float64), (count,)).copy()
         return torch.from_numpy(values)
 
-    _refuse_treated_images(path, particles, optics)
+    if column(_CORRECTED, 0.0).any():
+        raise InputError(
+            f"{path}: rln{_CORRECTED} is set; emsplat needs images that were not corrected for their CTF (flipping "
+            "phases or multiplying by it is fine), extract the particles again without it"
+        )
     defocus_u = column("DefocusU")
     ctf_values = Optics(
         voltage=column("Voltage"),
@@ -191,8 +190,15 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         phase_shift=torch.deg2rad(column("PhaseShift", 0.0)),
         b_factor=column("CtfBfactor", 0.0),
         scale=column("CtfScalefactor", 1.0),
+        treatment=_treatment(column),
     )
     _refuse_impossible_optics(path, ctf_values)
+    zernikes = {
+        kind: _zernikes(optics, f"{kind}Zernike")[row_of_group][group]
+        for kind in ("Odd", "Even")
+        if optics is not None and optics.has(f"{kind}Zernike")
+    }
+    ctf_values = replace(ctf_values, aberrations=_aberrations(path, column, zernikes, ctf_values))
     pixel_size = np.array([g.pixel_size for g in groups])[group]
     angles = torch.stack([torch.deg2rad(column(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")], 1)
     shift = [
@@ -202,18 +208,22 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         for axis in "XY"
     ]
     stacks, stack, image = _images(particles, path, datadir, need_stacks)
+    micrographs = particles.text("MicrographName") if particles.has("MicrographName") else []
     return ParticleTable(
-        source=path,
+        sources=(path,),
+        source=torch.zeros(count, dtype=torch.int64),
+        row=torch.arange(count),
         poses=Poses(euler_to_matrix(angles), torch.stack(shift, 1)),
         optics=ctf_values,
         groups=groups,
         optics_group=torch.from_numpy(group),
         half=_half_sets(particles),
-        micrograph=group_equal(particles.text("MicrographName")) if particles.has("MicrographName") else stack,
+        micrograph=group_equal(micrographs) if micrographs else stack,
         stacks=stacks,
         stack=stack,
         image=image,
-        warnings=_aberrations(path, particles, optics),
+        particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
+        micrograph_names=tuple(dict.fromkeys(micrographs)),
     )
 
 
@@ -267,16 +277,6 @@ def _old_pixel_size(particles: _Block) -> float:
     return float(sizes[0])
 
 
-def _refuse_treated_images(path: Path, *tables: _Block | None) -> None:
-    for table in tables:
-        for name in _ALREADY_TREATED:
-            if table is not None and table.has(name) and table.numbers(name).any():
-                raise InputError(
-                    f"{path}: rln{name} is set; emsplat needs images that were not multiplied by or corrected for "
-                    "their CTF, extract the particles again without it"
-                )
-
-
 def _refuse_impossible_optics(path: Path, optics: Optics) -> None:
     for name, values, possible in (
         ("rlnVoltage", optics.voltage, optics.voltage > 0),
@@ -288,24 +288,49 @@ def _refuse_impossible_optics(path: Path, optics: Optics) -> None:
             raise InputError(f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value")
 
 
-def _aberrations(path: Path, *tables: _Block | None) -> tuple[str, ...]:
-    """What the file says about the optics that the image formation leaves out."""
-    found = []
-    for table in tables:
-        if table is None:
-            continue
-        found += [
-            name
-            for name, neutral in _ABERRATIONS.items()
-            if table.has(name) and np.abs(table.numbers(name) - neutral).max() > 1e-6
-        ]
-        found += [
-            name for name in _ZERNIKES if table.has(name) and any(c in "123456789" for v in table.text(name) for c in v)
-        ]
-    if not found:
-        return ()
-    return (f"{path}: {', '.join('rln' + name for name in found)} are set and not yet used: detail finer than about "
-            "3 Å may suffer",)  # fmt: skip
+def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
+    """What was done to the CTF of each image; None where nothing was."""
+    treatment = torch.zeros(len(column(next(iter(_TREATMENTS)), 0.0)), dtype=torch.int64)
+    for name, value in _TREATMENTS.items():
+        treatment[column(name, 0.0) != 0] = value
+    return treatment if treatment.any() else None
+
+
+def _aberrations(
+    path: Path, column: Callable[[str, float], Tensor], zernikes: Mapping[str, NDArray[np.float64]], optics: Optics
+) -> Aberrations | None:
+    """Anisotropic magnification and Zernike coefficients, beam tilt among them; None where there is nothing."""
+    count = len(optics)
+    odd, even = (torch.from_numpy(zernikes.get(kind, np.zeros((count, 0)))) for kind in ("Odd", "Even"))
+    tilt = torch.stack([column("BeamTiltX", 0.0), column("BeamTiltY", 0.0)], 1)
+    if tilt.any():
+        coma = beam_tilt(tilt, optics.voltage, optics.cs)
+        odd = torch.nn.functional.pad(odd, (0, max(0, coma.shape[1] - odd.shape[1])))
+        odd[:, : coma.shape[1]] += coma
+    matrix = torch.stack([column(name, float(name in ("MagMat00", "MagMat11"))) for name in _MAGNIFICATION], 1)
+    if not ((matrix - torch.tensor([1.0, 0, 0, 1])).abs() < 0.3).all():
+        raise InputError(
+            f"{path}: rlnMagMat00 ... 11 differ from 1 0 0 1 by 0.3 or more; expected the small stretch that CTF "
+            "refinement finds, repair or remove these columns"
+        )
+    neutral = not odd.any() and not even.any() and bool((matrix == torch.tensor([1.0, 0, 0, 1])).all())
+    return None if neutral else Aberrations(matrix.reshape(-1, 2, 2), odd, even)
+
+
+def _zernikes(optics: _Block, name: str) -> NDArray[np.float64]:
+    """The coefficients of each optics group, written as [a,b,...]; shorter lists end in zeros."""
+    rows = []
+    for number, text in enumerate(optics.text(name)):
+        inner = text.strip().removeprefix("[").removesuffix("]")
+        values = [_number(part) for part in inner.split(",")] if inner.strip() else []
+        if len(values) > _ZERNIKES or not all(abs(value) <= _LARGEST for value in values):
+            raise InputError(
+                f'{optics.path}, row {number + 1} of data_optics: rln{name} is "{text[:80]}"; expected at most '
+                f"{_ZERNIKES} numbers in brackets, as in [0.1,0,-0.3]"
+            )
+        rows.append(values)
+    width = max(map(len, rows), default=0)
+    return np.array([row + [0.0] * (width - len(row)) for row in rows], np.float64).reshape(len(rows), width)
 
 
 def _half_sets(particles: _Block) -> Tensor | None:
@@ -325,6 +350,12 @@ def _images(
     particles: _Block, path: Path, datadir: Path | None, need_stacks: bool
 ) -> tuple[tuple[Path, ...], Tensor, Tensor]:
     """Stacks, and the stack and 0-based index of each image."""
+    index, files = _image_names(particles)
+    return find_stacks(files, path, datadir, required=need_stacks), group_equal(files), torch.from_numpy(index)
+
+
+def _image_names(particles: _Block) -> tuple[NDArray[np.int64], list[str]]:
+    """0-based index and stack of each image, from index@stack."""
     names = particles.text("ImageName")
     index = np.zeros(len(names), np.int64)
     files = []
@@ -335,60 +366,115 @@ def _images(
         digits = number.lstrip("0")
         if not number.isdecimal() or not file or not 1 <= len(digits) <= _INDEX_DIGITS:
             raise InputError(
-                f'{path}, row {row + 1} of data_{particles.name}: rlnImageName is "{name}"; expected index@stack.mrcs '
-                "with an index from 1"
+                f'{particles.path}, row {row + 1} of data_{particles.name}: rlnImageName is "{name}"; expected '
+                "index@stack.mrcs with an index from 1"
             )
         index[row] = int(digits) - 1
         files.append(file)
-    return find_stacks(files, path, datadir, required=need_stacks), group_equal(files), torch.from_numpy(index)
+    return index, files
 
 
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """The text of those of these columns (without "rln") that the particle table of a STAR file has.
+def star_image_keys(path: Path) -> Iterator[tuple[int, str]]:
+    """0-based index and stack of each particle, as written.
 
     Raises:
-        InputError: unreadable file.
+        InputError: unreadable file, no images.
     """
     particles, _ = _tables(path, _document(path))
-    return {name: list(particles.text(name)) for name in names if particles.has(name)}
+    index, files = _image_names(particles)
+    return zip(index.tolist(), files, strict=True)
 
 
 def rewrite_star(
-    source: Path, target: Path, rows: Tensor, half: Tensor, columns: Mapping[str, Sequence[str]] | None = None
+    source: Path,
+    target: Path,
+    rows: Tensor,
+    half: Tensor | None,
+    columns: Mapping[str, Sequence[str]] | None = None,
+    optics: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """The STAR file ``source`` with only these particle rows and with rlnRandomSubset = ``half`` (one per row).
 
-    ``columns`` (names without "rln", one text per row) take the place of those of the source. Every other table and
-    column keeps its text.
+    ``columns`` (names without "rln", one text per row) take the place of those of the particle table, ``optics`` of
+    those of the optics table. Every other table and column keeps its text.
 
     Raises:
         InputError: the source is no longer readable.
         OutputError: the target cannot be written.
     """
     document = _document(source)
-    particles, _ = _tables(source, document)
+    particles, table = _tables(source, document)
     loop = particles.block.find_loop("_rlnImageName").get_loop()
-    if loop is None:
-        # A single particle may be written as pairs of name and value; there is nothing to leave out.
-        particles.block.set_pair("_rlnRandomSubset", str(int(half[0])))
-        for name, texts in (columns or {}).items():
-            particles.block.set_pair(f"_rln{name}", cif.quote(texts[0]))
-    else:
+    if loop is not None:  # a single particle may be written as pairs of name and value
         tags = list(loop.tags)
-        texts_before = [list(particles.block.find_values(tag)) for tag in tags]
-        kept = [[column[row] for row in rows.tolist()] for column in texts_before]
-        replaced = {name: [cif.quote(text) for text in texts] for name, texts in (columns or {}).items()}
-        replaced["RandomSubset"] = [str(value) for value in half.tolist()]
-        for name, texts in replaced.items():
-            tag = f"_rln{name}"
-            if tag in tags:
-                kept[tags.index(tag)] = texts
-            else:
-                tags.append(tag)
-                kept.append(texts)
-        new = particles.block.init_loop("", tags)
-        new.set_all_values(kept)
+        kept = [[column[row] for row in rows.tolist()] for column in map(list, map(particles.block.find_values, tags))]
+        particles.block.init_loop("", tags).set_all_values(kept)
+    halves = {} if half is None else {"RandomSubset": [str(value) for value in half.tolist()]}
+    _replace_columns(particles.block, "_rlnImageName", {**(columns or {}), **halves})
+    if table is not None:
+        _replace_columns(table.block, "_rlnOpticsGroup", optics or {})
     _write(document, target)
+
+
+def _replace_columns(block: cif.Block, anchor: str, columns: Mapping[str, Sequence[str]]) -> None:
+    """Puts columns (without "rln") into the table that has the anchor, in the place of those that it has or at its
+    end."""
+    loop = block.find_loop(anchor).get_loop()
+    if loop is None:
+        for name, texts in columns.items():
+            block.set_pair(f"_rln{name}", cif.quote(texts[0]))
+        return
+    tags = list(loop.tags)
+    kept = [list(block.find_values(tag)) for tag in tags]
+    for name, texts in columns.items():
+        tag, quoted = f"_rln{name}", [cif.quote(text) for text in texts]
+        if tag in tags:
+            kept[tags.index(tag)] = quoted
+        else:
+            tags.append(tag)
+            kept.append(quoted)
+    block.init_loop("", tags).set_all_values(kept)
+
+
+def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool) -> None:
+    """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
+
+    With ``new_images``, which lie beside ``target``, so are image names, origins, boxes and pixel sizes.
+
+    Raises:
+        InputError: the source is no longer readable.
+        OutputError: the target cannot be written.
+    """
+    source = table.sources[0]
+    particles, optics = _tables(source, _document(source))
+    columns: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    if table.mirrored:
+        angles = torch.rad2deg(matrix_to_euler(table.poses.rotation)).T.tolist()
+        names = ("AngleRot", "AngleTilt", "AnglePsi")
+        columns |= {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
+    if new_images:
+        files = [str(relative_to(stack, target.parent)) for stack in table.stacks]
+        pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
+        columns["ImageName"] = [f"{image + 1:06d}@{files[stack]}" for image, stack in pairs]
+        pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[table.optics_group]
+        for axis, values in zip("XY", table.poses.shift.T, strict=True):
+            in_angstrom = particles.has(f"Origin{axis}Angst") or optics is not None
+            name, unit = (f"Origin{axis}Angst", 1.0) if in_angstrom else (f"Origin{axis}", pixel_size)
+            columns[name] = [f"{value:.7f}" for value in (values / unit).tolist()]
+        if optics is None:
+            # 3.0 has the pixel size as that of the detector, in µm, over the magnification.
+            if particles.has("Magnification"):
+                magnification = particles.numbers("Magnification")[table.row.numpy()]
+                columns["DetectorPixelSize"] = [f"{v:.8f}" for v in pixel_size.numpy() * magnification / 1e4]
+            if particles.has("ImagePixelSize"):
+                columns["ImagePixelSize"] = [f"{value:.7f}" for value in pixel_size.tolist()]
+        else:
+            groups["ImagePixelSize"] = [f"{own.pixel_size:.7f}" for own in table.groups]
+            groups["ImageSize"] = [str(own.box) for own in table.groups]
+            groups |= _flags_of_flipped(optics)
+        columns |= _flags_of_flipped(particles, table.row)
+    rewrite_star(source, target, table.row, half, columns, groups)
 
 
 def _write(document: cif.Document, target: Path) -> None:
@@ -396,6 +482,16 @@ def _write(document: cif.Document, target: Path) -> None:
         options = cif.WriteOptions()
         options.align_loops = 0
         document.write_file(str(temporary), options)
+
+
+def _flags_of_flipped(block: _Block, rows: Tensor | None = None) -> dict[str, list[str]]:
+    """The flags of a table once its images that were multiplied by their CTF are phase-flipped ones."""
+    flags = [name for name in _TREATMENTS if block.has(name)]
+    if not flags:
+        return {}
+    treated = np.any([block.numbers(name) != 0 for name in flags], axis=0)
+    treated = treated if rows is None else treated[rows.numpy()]
+    return {name: [str(int(value == PHASE_FLIPPED and t)) for t in treated] for name, value in _TREATMENTS.items()}
 
 
 def write_particles_star(
@@ -407,26 +503,36 @@ def write_particles_star(
     grid: Grid,
     half: Tensor | None,
 ) -> None:
-    """A RELION 3.1 STAR file with one optics group (voltage, Cs and amplitude contrast of the first particle)."""
+    """A RELION 3.1 STAR file of particles of one pixel size and box."""
     groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size),)
     group = torch.zeros(len(image_names), dtype=torch.int64)
-    _write_particles(path, image_names, micrographs, poses, optics, groups, group, half)
+    _write_particles(path, image_names, micrographs, poses, optics, groups, group, half, None)
 
 
-def write_table(path: Path, table: ParticleTable, rows: Tensor, half: Tensor | None) -> None:
-    """These rows of a table from any format as a RELION 3.1 STAR file, images under their full paths.
+def write_table(path: Path, table: ParticleTable, half: Tensor | None, folder: Path | None = None) -> None:
+    """A table from any format as a RELION 3.1 STAR file; images under their full paths, or relative to ``folder``.
 
-    Voltage, Cs and amplitude contrast of an optics group are those of its first particle.
+    Particles of one optics group that differ in voltage, Cs, amplitude contrast or aberrations become several groups.
 
     Raises:
         OutputError: it cannot be written.
     """
-    places = [stack.absolute() for stack in table.stacks]
-    pairs = zip(table.image[rows].tolist(), table.stack[rows].tolist(), strict=True)
+    places = [str(stack.absolute() if folder is None else relative_to(stack, folder)) for stack in table.stacks]
+    pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
     names = [f"{image + 1:06d}@{places[stack]}" for image, stack in pairs]
-    micrographs = [f"micrograph{number + 1}" for number in table.micrograph[rows].tolist()]
-    group = table.optics_group[rows]
-    _write_particles(path, names, micrographs, table.poses[rows], table.optics[rows], table.groups, group, half)
+    named = table.micrograph_names
+    micrographs = [named[n] if named else f"micrograph{n + 1}" for n in table.micrograph.tolist()]
+    _write_particles(
+        path,
+        names,
+        micrographs,
+        table.poses,
+        table.optics,
+        table.groups,
+        table.optics_group,
+        half,
+        table.particle_class,
+    )
 
 
 def _write_particles(
@@ -438,29 +544,12 @@ def _write_particles(
     groups: Sequence[OpticsGroup],
     group: Tensor,
     half: Tensor | None,
+    particle_class: Tensor | None,
 ) -> None:
     document = cif.Document()
-    block = document.add_new_block("optics")
-    used = sorted(set(group.tolist()))
-    tables: list[dict[str, str]] = []
-    for number in used:
-        first = int((group == number).nonzero()[0])
-        own = groups[number]
-        tables.append(
-            {
-                "OpticsGroup": str(number + 1),
-                "OpticsGroupName": cif.quote(own.name),
-                "MicrographOriginalPixelSize": f"{own.pixel_size:.6f}",
-                "Voltage": f"{optics.voltage[first]:.6f}",
-                "SphericalAberration": f"{optics.cs[first]:.6f}",
-                "AmplitudeContrast": f"{optics.amplitude_contrast[first]:.6f}",
-                "ImagePixelSize": f"{own.pixel_size:.6f}",
-                **({} if own.box is None else {"ImageSize": str(own.box)}),
-                "ImageDimensionality": "2",
-                "CtfDataAreCtfPremultiplied": "0",
-            }
-        )
+    recorded, tables = _recorded_alike(optics, groups, group)
     columns_of = [name for name in tables[0] if all(name in table for table in tables)]
+    block = document.add_new_block("optics")
     block.init_loop("", [f"_rln{name}" for name in columns_of]).set_all_values(
         [[table[name] for table in tables] for name in columns_of]
     )
@@ -481,15 +570,58 @@ def _write_particles(
     columns: dict[str, list[str]] = {
         "ImageName": [cif.quote(name) for name in image_names],
         "MicrographName": [cif.quote(name) for name in micrographs],
-        "OpticsGroup": [str(number + 1) for number in group.tolist()],
-        "ClassNumber": ["1"] * len(image_names),
-        **{name: [f"{value:.6f}" for value in values.tolist()] for name, values in numeric.items()},
+        "OpticsGroup": [str(number + 1) for number in recorded.tolist()],
+        "ClassNumber": ["1"] * len(image_names) if particle_class is None else list(map(str, particle_class.tolist())),
+        **{name: [f"{value:.7f}" for value in values.tolist()] for name, values in numeric.items()},
     }
     if half is not None:
         columns["RandomSubset"] = [str(value) for value in half.tolist()]
     block = document.add_new_block("particles")
     block.init_loop("", [f"_rln{name}" for name in columns]).set_all_values(list(columns.values()))
     _write(document, path)
+
+
+def _recorded_alike(
+    optics: Optics, groups: Sequence[OpticsGroup], group: Tensor
+) -> tuple[NDArray[np.int64], list[dict[str, str]]]:
+    """For each particle the row of an optics table, and that table; RELION keeps these values nowhere else."""
+    bent, treatment = optics.aberrations, optics.treatment
+    keys = [group, optics.voltage, optics.cs, optics.amplitude_contrast]
+    if treatment is not None:
+        keys.append(treatment)
+    if bent is not None:
+        keys += [*bent.magnification.reshape(-1, 4).T, *bent.odd.T, *bent.even.T]
+    _, first, recorded = np.unique(
+        np.stack([key.double().numpy() for key in keys], 1), axis=0, return_index=True, return_inverse=True
+    )
+    tables: list[dict[str, str]] = []
+    for particle in first.tolist():
+        number = int(group[particle])
+        own = groups[number]
+        alike = sum(int(group[other]) == number for other in first.tolist())
+        earlier = sum(int(group[other]) == number for other in first.tolist()[: len(tables)])
+        table = {
+            "OpticsGroup": str(len(tables) + 1),
+            "OpticsGroupName": cif.quote(own.name if alike == 1 else f"{own.name}_{earlier + 1}"),
+            "MicrographOriginalPixelSize": f"{own.pixel_size:.7f}",
+            "Voltage": f"{optics.voltage[particle]:.7f}",
+            "SphericalAberration": f"{optics.cs[particle]:.7f}",
+            "AmplitudeContrast": f"{optics.amplitude_contrast[particle]:.7f}",
+            "ImagePixelSize": f"{own.pixel_size:.7f}",
+            **({} if own.box is None else {"ImageSize": str(own.box)}),
+            "ImageDimensionality": "2",
+            **{
+                name: str(int(treatment is not None and treatment[particle] == value))
+                for name, value in _TREATMENTS.items()
+            },
+        }
+        if bent is not None:
+            for name, coefficients in (("OddZernike", bent.odd), ("EvenZernike", bent.even)):
+                table[name] = f"[{','.join(f'{value:.9g}' for value in coefficients[particle].tolist())}]"
+            matrix = bent.magnification[particle].flatten().tolist()
+            table |= {name: f"{value:.9g}" for name, value in zip(_MAGNIFICATION, matrix, strict=True)}
+        tables.append(table)
+    return recorded.reshape(-1), tables
 
 
 def write_fsc_star(

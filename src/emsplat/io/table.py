@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
-from emsplat.types import Optics, Poses
+from emsplat.errors import InputError
+from emsplat.types import RAW, Aberrations, Optics, Poses
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,140 @@ class OpticsGroup:
 
 @dataclass(frozen=True)
 class ParticleTable:
-    """Metadata of all particles of one file in house units, row by row in the order of the file."""
+    """Metadata of particles in house units, in the order of their file or files."""
 
-    source: Path
+    sources: tuple[Path, ...]
+    source: Int[Tensor, " p"]  # index into sources
+    row: Int[Tensor, " p"]  # 0-based row in its source
     poses: Poses  # float64
     optics: Optics  # float64
     groups: tuple[OpticsGroup, ...]
     optics_group: Int[Tensor, " p"]  # index into groups
-    half: Int[Tensor, " p"] | None  # 1 or 2; None when the file does not say
+    half: Int[Tensor, " p"] | None  # 1 or 2, 0 where a merged file does not say; None when none does
     micrograph: Int[Tensor, " p"]  # equal for particles of one micrograph
     stacks: tuple[Path, ...]
     stack: Int[Tensor, " p"]  # index into stacks
     image: Int[Tensor, " p"]  # 0-based index in the stack
+    particle_class: Int[Tensor, " p"] | None = None
+    micrograph_names: tuple[str, ...] = ()  # of each number in ``micrograph``; empty when not known
+    uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
     warnings: tuple[str, ...] = ()
     sign: float = 1.0  # factor that makes protein bright
+    mirrored: bool = False  # poses are those of the other hand than in the sources
 
     def __len__(self) -> int:
         return len(self.poses)
+
+    @property
+    def name(self) -> str:
+        """The files that the particles come from, for messages."""
+        return " + ".join(map(str, self.sources))
+
+    def place(self, particle: int) -> str:
+        """The file and row of a particle, for messages."""
+        return f"{self.sources[int(self.source[particle])]}, row {int(self.row[particle]) + 1}"
+
+    def take(self, rows: Int[Tensor, " q"]) -> ParticleTable:
+        """These particles; stacks, groups and micrographs keep their numbers."""
+        return replace(
+            self,
+            source=self.source[rows],
+            row=self.row[rows],
+            poses=self.poses[rows],
+            optics=self.optics[rows],
+            optics_group=self.optics_group[rows],
+            half=None if self.half is None else self.half[rows],
+            micrograph=self.micrograph[rows],
+            stack=self.stack[rows],
+            image=self.image[rows],
+            particle_class=None if self.particle_class is None else self.particle_class[rows],
+            uid=None if self.uid is None else self.uid[rows],
+        )
+
+
+def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
+    """The particles of several tables one after the other; optics groups of one name are told apart by a number.
+
+    Raises:
+        InputError: images of different contrast.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    first = tables[0]
+    other = next((table for table in tables if table.sign != first.sign), None)
+    if other is not None:
+        raise InputError(
+            f"{other.name}: protein is {'bright' if other.sign > 0 else 'dark'}, and the opposite in {first.name}; "
+            "merge particles of one contrast, `emsplat preprocess --invert` writes the other one"
+        )
+
+    def numbers(name: str, counts: Sequence[int]) -> Tensor:
+        """A column of numbers that count on from table to table."""
+        start = [sum(counts[:i]) for i in range(len(counts))]
+        return torch.cat([getattr(table, name) + offset for table, offset in zip(tables, start, strict=True)])
+
+    def optional(name: str, missing: int | None) -> Tensor | None:
+        """A column that tables may lack: filled up, or given up where nothing can stand for it."""
+        columns = [getattr(table, name) for table in tables]
+        if all(column is None for column in columns) or (missing is None and any(column is None for column in columns)):
+            return None
+        filled = [
+            t.row.new_full((len(t),), missing or 0) if c is None else c for t, c in zip(tables, columns, strict=True)
+        ]
+        return torch.cat(filled)
+
+    groups: list[OpticsGroup] = []
+    for group in (group for table in tables for group in table.groups):
+        taken = {other.name for other in groups}
+        names = (group.name if number == 1 else f"{group.name}_{number}" for number in itertools.count(1))
+        groups.append(replace(group, name=next(name for name in names if name not in taken)))
+    micrographs = [int(table.micrograph.max()) + 1 for table in tables]
+    named = all(len(table.micrograph_names) == count for table, count in zip(tables, micrographs, strict=True))
+    return ParticleTable(
+        sources=tuple(path for table in tables for path in table.sources),
+        source=numbers("source", [len(table.sources) for table in tables]),
+        row=torch.cat([table.row for table in tables]),
+        poses=Poses(*(torch.cat([getattr(table.poses, name) for table in tables]) for name in ("rotation", "shift"))),
+        optics=_joined([table.optics for table in tables]),
+        groups=tuple(groups),
+        optics_group=numbers("optics_group", [len(table.groups) for table in tables]),
+        half=optional("half", 0),
+        micrograph=numbers("micrograph", micrographs),
+        stacks=tuple(path for table in tables for path in table.stacks),
+        stack=numbers("stack", [len(table.stacks) for table in tables]),
+        image=torch.cat([table.image for table in tables]),
+        particle_class=optional("particle_class", None),
+        micrograph_names=tuple(name for table in tables for name in table.micrograph_names) if named else (),
+        uid=optional("uid", None),
+        warnings=tuple(warning for table in tables for warning in table.warnings),
+        sign=first.sign,
+    )
+
+
+def _joined(parts: Sequence[Optics]) -> Optics:
+    """One after the other; parts without aberrations get those of a perfect image."""
+    columns: dict[str, Any] = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts])
+        for field in fields(Optics)
+        if field.name not in ("aberrations", "treatment")
+    }
+    treatment = None
+    if any(part.treatment is not None for part in parts):
+        treatment = torch.cat([torch.full((len(p),), RAW) if p.treatment is None else p.treatment for p in parts])
+    found = [part.aberrations for part in parts]
+    if all(one is None for one in found):
+        return Optics(**columns, treatment=treatment)
+    known = [perfect(len(part)) if one is None else one for part, one in zip(parts, found, strict=True)]
+    odd, even = (max(getattr(one, kind).shape[1] for one in known) for kind in ("odd", "even"))
+    aberrations = Aberrations(
+        torch.cat([one.magnification for one in known]),
+        torch.cat([pad(one.odd, (0, odd - one.odd.shape[1])) for one in known]),
+        torch.cat([pad(one.even, (0, even - one.even.shape[1])) for one in known]),
+    )
+    return Optics(**columns, aberrations=aberrations, treatment=treatment)
+
+
+def perfect(count: int) -> Aberrations:
+    """The aberrations of images that have none."""
+    none = torch.zeros(count, 0, dtype=torch.float64)
+    return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)

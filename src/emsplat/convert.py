@@ -1,0 +1,85 @@
+"""Particle metadata from one program's format to another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from emsplat.config import ConvertConfig
+from emsplat.errors import InputError, OutputError
+from emsplat.inputs import read_table
+from emsplat.io.cryodrgn import write_pickles
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.mrc import StackFile
+from emsplat.io.particles import write_used
+from emsplat.io.table import ParticleTable
+
+_KINDS = (".star", ".cs", ".pkl")
+
+
+def convert(
+    config: ConvertConfig, particles: Path, target: Path, say: Callable[[str], None] = lambda _: None
+) -> list[Path]:
+    """Writes particles as RELION's .star, cryoSPARC's .cs or cryoDRGN's .pkl, by the name of ``target``.
+
+    From STAR to STAR and from .cs to .cs all columns stay. For cryoDRGN two files are written, see `ctf_beside`; the
+    images are those of the source, in its order. What the target has no place for is said through ``say``.
+
+    Returns the files written.
+
+    Raises:
+        InputError: the particles cannot be read, or hold what the target cannot say.
+        OutputError: the target exists, or cannot be written.
+    """
+    kind = target.suffix.lower()
+    if kind not in _KINDS:
+        raise InputError(f"{target}: expected a name that ends with {', '.join(_KINDS)}")
+    files = [target, ctf_beside(target)] if kind == ".pkl" else [target]
+    for path in files:
+        if path.exists() and not config.overwrite:
+            raise OutputError(f"{path}: exists; choose another name or add --overwrite")
+    table = read_table(config, particles, need_stacks=False)
+    for warning in table.warnings:
+        say(f"look: {warning}")
+    table = with_boxes(table)
+    half = table.half
+    if half is not None and not bool((half > 0).all()):
+        say("look: some of the files have no half-sets; the column is left out, a refinement will draw new ones")
+        half = None
+    if kind == ".star":
+        write_used(table, target, half)
+    elif kind == ".cs":
+        write_cs(target, table, half)
+    else:
+        lost = ["half-sets"] if half is not None else []
+        lost += ["B factors"] if bool(table.optics.b_factor.any()) else []
+        lost += ["scales"] if bool((table.optics.scale != 1).any()) else []
+        if lost:
+            say(f"look: cryoDRGN's pickles have no place for {' and '.join(lost)}; they are left out")
+        if table.sign < 0:
+            say("look: protein is dark in these images; give cryoDRGN --uninvert-data")
+        write_pickles(target, ctf_beside(target), table)
+    return files
+
+
+def ctf_beside(poses: Path) -> Path:
+    """The file for CTF parameters that goes with one for poses: ctf.pkl with poses.pkl, a_ctf.pkl with a.pkl."""
+    name = poses.name.replace("poses", "ctf") if "poses" in poses.name else f"{poses.stem}_ctf{poses.suffix}"
+    return poses.with_name(name)
+
+
+def with_boxes(table: ParticleTable) -> ParticleTable:
+    """With the boxes that only the stacks know, where these are there."""
+    groups = list(table.groups)
+    for number, group in enumerate(groups):
+        rows = (table.optics_group == number).nonzero()[:1, 0]
+        if group.box is None and len(rows):
+            stack = table.stacks[int(table.stack[rows[0]])]
+            if stack.is_file():
+                file = StackFile(stack)
+                groups[number] = replace(group, box=file.box)
+                file.close()
+    return replace(table, groups=tuple(groups), half=None if table.half is None else table.half.to(torch.int64))

@@ -1,0 +1,146 @@
+"""Which particles: what the options of a command say about files, choice, hand and grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emsplat.config import SourceConfig
+from emsplat.errors import InputError
+from emsplat.geometry import symmetry_group
+from emsplat.io.particles import image_keys, read_particles
+from emsplat.io.pickles import load_arrays
+from emsplat.io.table import ParticleTable, merge_tables
+from emsplat.particles import ParticleStack, open_table
+from emsplat.types import Poses
+
+_MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
+_HALF_TURN = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
+
+
+def read_table(config: SourceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+    """The particles that the options describe: files merged, some of them chosen, in the hand asked for.
+
+    Raises:
+        InputError: a file cannot be read, or nothing is left.
+    """
+    first = read_particles(
+        particles,
+        datadir=config.datadir,
+        poses=config.poses,
+        ctf=config.ctf,
+        passthrough=config.passthrough,
+        need_stacks=need_stacks,
+    )
+    more = [read_particles(path, datadir=config.datadir, need_stacks=need_stacks) for path in config.merge]
+    table = _choose(config, merge_tables([first, *more]))
+    return flip_hand(table, symmetry_group(config.symmetry)) if config.flip_hand else table
+
+
+def open_input(config: SourceConfig, table: ParticleTable) -> ParticleStack:
+    """The images of a table, with half-sets.
+
+    Raises:
+        InputError: through `open_table`.
+    """
+    return open_table(
+        table,
+        symmetry=config.symmetry,
+        invert=config.invert,
+        diameter=config.diameter,
+        trust_star_pixel_size=config.trust_star_pixel_size,
+        box=config.box,
+        pixel_size=config.pixel_size,
+    ).with_halves(config.seed)
+
+
+def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
+    """The particles that the options describe, with half-sets.
+
+    Raises:
+        InputError: through `read_table` and `open_table`.
+    """
+    return open_input(config, read_table(config, particles))
+
+
+def _choose(config: SourceConfig, table: ParticleTable) -> ParticleTable:
+    """A subset of all particles, of these one class, of these the first."""
+    if config.subset is not None:
+        table = table.take(_listed(config.subset, table))
+    if config.particle_class is not None:
+        if table.particle_class is None:
+            raise InputError(f"{table.name}: no classes (rlnClassNumber); leave --class out")
+        found = (table.particle_class == config.particle_class).nonzero()[:, 0]
+        if not len(found):
+            there = ", ".join(map(str, torch.unique(table.particle_class).tolist()[:20]))
+            raise InputError(f"{table.name}: no particle of class {config.particle_class}; there are {there}")
+        table = table.take(found)
+    if config.first is not None:
+        if config.first < 1:
+            raise InputError(f"--first {config.first}: expected at least 1")
+        table = table.take(torch.arange(min(config.first, len(table))))
+    return table
+
+
+def _listed(path: Path, table: ParticleTable) -> Int[Tensor, " q"]:
+    """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), or particles (.star, .cs)."""
+    kind = path.suffix.lower()
+    if kind in (".star", ".cs"):
+        return _same_images(path, table)
+    if kind == ".pkl":
+        numbers = np.asarray(load_arrays(path))
+    else:
+        try:
+            numbers = np.load(path, allow_pickle=False) if kind == ".npy" else np.loadtxt(path, ndmin=1)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}); expected row numbers from 0, one per line, or a .star or .cs file"
+            ) from error
+    rows = numbers.astype(np.int64) if numbers.dtype.kind in "fiu" and np.isfinite(numbers).all() else np.zeros(0)
+    if rows.ndim != 1 or not len(rows) or (rows != numbers).any() or rows.min() < 0 or rows.max() >= len(table):
+        raise InputError(f"{path}: expected row numbers from 0 to {len(table) - 1}, the particles of {table.name}")
+    if len(np.unique(rows)) < len(rows):
+        raise InputError(f"{path}: names a row twice; expected each once")
+    return torch.from_numpy(rows)
+
+
+def _same_images(path: Path, table: ParticleTable) -> Int[Tensor, " q"]:
+    """Rows whose image a metadata file names, in the order of the table; the rest of that file is not looked at.
+
+    An image is known by its number and the name of its stack; where several folders hold a stack of that name, by as
+    much of the path as the file gives.
+    """
+    wanted: dict[tuple[int, str], list[str]] = {}
+    for image, stack in image_keys(path):
+        wanted.setdefault((image, Path(stack).name), []).append(stack.lstrip("/"))
+    names, alike = [stack.name for stack in table.stacks], {stack.name: 0 for stack in table.stacks}
+    for name in names:
+        alike[name] += 1
+    found = []
+    for row, (image, stack) in enumerate(zip(table.image.tolist(), table.stack.tolist(), strict=True)):
+        paths = wanted.get((image, names[stack]))
+        whole = str(table.stacks[stack])
+        if paths and (alike[names[stack]] == 1 or any(whole.endswith(path) for path in paths)):
+            found.append(row)
+    if not found:
+        raise InputError(f"{path}: names none of the images of {table.name}; expected a selection of these particles")
+    return torch.tensor(found)
+
+
+def flip_hand(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> ParticleTable:
+    """The same images as projections of the mirrored molecule, which they are as well (docs/conventions.md, 2).
+
+    The map is mirrored in z through its centre, A' = F A F. Where the symmetry group does not allow that without a
+    change of setting, it is mirrored in all three axes, which every group allows: a half turn about z more.
+    """
+    rotation = _MIRROR @ table.poses.rotation @ _MIRROR
+    mirrored = _MIRROR @ group @ _MIRROR
+    distance = (mirrored[:, None] - group).flatten(2).norm(dim=2).min(1).values
+    if float(distance.max()) > 1e-6:
+        rotation = rotation @ _HALF_TURN
+    return replace(table, poses=Poses(rotation, table.poses.shift), mirrored=not table.mirrored)

@@ -1,0 +1,81 @@
+"""A new particle stack: resampled, normalised, inverted, recentred, with all its metadata carried along."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from emsplat.config import PreprocessConfig
+from emsplat.errors import OutputError
+from emsplat.inputs import read_table
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.mrc import writing_stack
+from emsplat.io.particles import write_used
+from emsplat.particles import ParticleStack, open_table
+from emsplat.progress import Log
+
+_PIXELS = 2**23  # of a batch
+
+
+def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log | None = None) -> Path:
+    """Writes particles.mrcs and particles.star into ``output`` and returns the path of the latter.
+
+    Images are brought to the box and pixel size asked for (`particles.resampled_grid`), moved by whole pixels so that
+    origins are below one, normalised to mean 0 and standard deviation 1 outside the particle, and bright. Those that
+    were multiplied by their CTF become phase-flipped ones. A STAR file keeps its columns; particles of a .cs file get a
+    particles.cs as well. Further grids get stacks of their own (particles2.mrcs, ...).
+
+    Raises:
+        InputError: the particles or an option cannot be used.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    log = log or Log()
+    start = time.monotonic()
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
+        raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
+    table = read_table(config, particles)
+    for warning in table.warnings:
+        log.warn(warning)
+    stack = open_table(
+        table,
+        invert=config.invert,
+        diameter=config.diameter,
+        trust_star_pixel_size=config.trust_star_pixel_size,
+        box=config.box,
+        pixel_size=config.pixel_size,
+        finer=True,
+        recentre=config.recentre,
+    )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+    parts = stack.parts()
+    paths = [output / f"particles{number or ''}.mrcs" for number in (0, *range(2, len(parts) + 1))]
+    for part, path in zip(parts, paths, strict=True):
+        _write_images(part, path, config, log)
+    written = stack.written_to(paths)
+    star = output / "particles.star"
+    write_used(written, star, written.half, new_images=True)
+    if all(source.suffix.lower() == ".cs" for source in table.sources):
+        write_cs(output / "particles.cs", written, written.half, new_images=True)
+    seconds = time.monotonic() - start
+    log.line(f"particles: {star} ({len(stack):,}, {seconds:.0f} s, {len(stack) / seconds:,.0f} images/s)")
+    return star
+
+
+def _write_images(part: ParticleStack, path: Path, config: PreprocessConfig, log: Log) -> None:
+    grid = part.grid
+    done = 0
+    with (
+        log.progress(path.name, len(part)) as update,
+        writing_stack(path, len(part), grid, config.dtype) as write,
+    ):
+        for batch in part.sequential(max(1, _PIXELS // grid.size**2), normalised=config.normalise):
+            write(batch.images)
+            done += len(batch)
+            update(done, f"{grid.size} px of {grid.pixel_size:.4g} Å")

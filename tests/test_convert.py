@@ -1,0 +1,198 @@
+"""Conversion between programs: what is written reads back as it was, at several boxes and through every format."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from gemmi import cif
+
+from emsplat.cli import main
+from emsplat.geometry import random_rotations
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.mrc import writing_stack
+from emsplat.io.particles import read_particles
+from emsplat.io.relion import read_star, write_table
+from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.types import PREMULTIPLIED, Aberrations, Grid, Optics, Poses
+
+COUNT = 24
+
+
+def make(folder, box=64, pixel_size=1.35, **changes):
+    """Particles with nothing at its default, in two stacks of which the files exist."""
+    rng = torch.Generator().manual_seed(box)
+
+    def draw(low, high):
+        return low + (high - low) * torch.rand(COUNT, generator=rng, dtype=torch.float64)
+
+    for name in ("a", "b"):
+        with writing_stack(folder / f"{name}.mrcs", COUNT // 2, Grid(box, pixel_size)) as write:
+            write(torch.randn(COUNT // 2, box, box, generator=rng))
+    shift = torch.stack([draw(-9, 9), draw(-9, 9)], 1)
+    optics = Optics(
+        voltage=torch.full((COUNT,), 300.0).double(),
+        cs=torch.full((COUNT,), 2.7).double(),
+        amplitude_contrast=torch.full((COUNT,), 0.07).double(),
+        defocus_u=draw(8000, 25000),
+        defocus_v=draw(8000, 25000),
+        defocus_angle=draw(0, 3),
+        phase_shift=draw(0, 1),
+        b_factor=torch.zeros(COUNT).double(),
+        scale=torch.ones(COUNT).double(),
+    )
+    values = {
+        "sources": (folder / "p.star",),
+        "source": torch.zeros(COUNT, dtype=torch.int64),
+        "row": torch.arange(COUNT),
+        "poses": Poses(random_rotations(COUNT, rng), shift),
+        "optics": optics,
+        "groups": (OpticsGroup("one", pixel_size, box),),
+        "optics_group": torch.zeros(COUNT, dtype=torch.int64),
+        "half": 1 + torch.arange(COUNT) % 2,
+        "micrograph": torch.arange(COUNT) // 4,
+        "stacks": (folder / "a.mrcs", folder / "b.mrcs"),
+        "stack": torch.arange(COUNT) // (COUNT // 2),
+        "image": torch.arange(COUNT) % (COUNT // 2),
+        "particle_class": torch.arange(COUNT) % 3,
+        "micrograph_names": tuple(f"MotionCorr/m{i}.mrc" for i in range(COUNT // 4)),
+    }
+    return ParticleTable(**(values | changes))
+
+
+def assert_same(found, expected, *, half=True, names=True):
+    """Within 1e-6: rotations absolute, lengths in pixels, the rest relative."""
+    assert len(found) == len(expected)
+    pixel = expected.groups[0].pixel_size
+    torch.testing.assert_close(found.poses.rotation, expected.poses.rotation, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.poses.shift / pixel, expected.poses.shift / pixel, atol=1e-6, rtol=1e-6)
+    for name in ("voltage", "cs", "amplitude_contrast", "defocus_u", "defocus_v", "defocus_angle", "phase_shift"):
+        torch.testing.assert_close(getattr(found.optics, name), getattr(expected.optics, name), rtol=1e-6, atol=1e-6)
+    assert [found.stacks[i].resolve() for i in found.stack] == [expected.stacks[i].resolve() for i in expected.stack]
+    assert torch.equal(found.image, expected.image)
+    for one, other in zip(found.groups, expected.groups, strict=True):
+        assert one.pixel_size == pytest.approx(other.pixel_size, rel=1e-6)
+        assert one.box == other.box
+    if half:
+        assert torch.equal(found.half, expected.half)
+    if names:
+        assert found.micrograph_names == expected.micrograph_names
+        assert torch.equal(found.micrograph, expected.micrograph)
+        assert torch.equal(found.particle_class, expected.particle_class)
+
+
+def convert(*words):
+    assert main(["convert", *map(str, words)]) == 0
+
+
+@pytest.mark.parametrize(("box", "pixel_size"), [(48, 3.3), (64, 1.35), (100, 0.83), (256, 1.0612)])
+def test_round_trips_change_nothing(tmp_path, box, pixel_size):
+    table = make(tmp_path, box, pixel_size)
+    write_table(tmp_path / "p.star", table, table.half)
+    assert_same(read_star(tmp_path / "p.star"), table)
+    convert(tmp_path / "p.star", tmp_path / "p.cs")
+    assert_same(read_particles(tmp_path / "p.cs"), table)
+    convert(tmp_path / "p.cs", tmp_path / "back.star")
+    assert_same(read_star(tmp_path / "back.star"), table)
+    convert(tmp_path / "back.star", tmp_path / "poses.pkl")
+    (tmp_path / "stacks.txt").write_text("a.mrcs\nb.mrcs\n")
+    pickles = {"poses": tmp_path / "poses.pkl", "ctf": tmp_path / "ctf.pkl"}
+    assert_same(read_particles(tmp_path / "stacks.txt", **pickles), table, half=False, names=False)
+    convert(tmp_path / "stacks.txt", tmp_path / "last.cs", "--poses", pickles["poses"], "--ctf", pickles["ctf"])
+    assert_same(read_particles(tmp_path / "last.cs"), table, half=False, names=False)
+
+
+def test_pickles_are_arrays_as_cryodrgn_has_them(tmp_path):
+    table = make(tmp_path)
+    write_table(tmp_path / "p.star", table, table.half)
+    convert(tmp_path / "p.star", tmp_path / "new_poses.pkl")
+    rotation, shift = pickle.loads((tmp_path / "new_poses.pkl").read_bytes())  # noqa: S301 (our own)
+    ctf = pickle.loads((tmp_path / "new_ctf.pkl").read_bytes())  # noqa: S301
+    assert rotation.shape == (COUNT, 3, 3)
+    np.testing.assert_allclose(shift, table.poses.shift / (64 * 1.35), atol=1e-7)
+    assert ctf.dtype == np.float32
+    np.testing.assert_allclose(ctf[:, :2], [[64, 1.35]] * COUNT, rtol=1e-6)
+    np.testing.assert_allclose(ctf[:, 4], np.rad2deg(table.optics.defocus_angle), rtol=1e-5)
+    assert b"numpy._core" not in (tmp_path / "new_ctf.pkl").read_bytes()
+
+
+def test_star_to_star_keeps_unknown_columns(tmp_path):
+    table = make(tmp_path)
+    write_table(tmp_path / "p.star", table, table.half)
+    text = (tmp_path / "p.star").read_text().replace("_rlnPhaseShift", "_rlnOwn", 1)
+    (tmp_path / "q.star").write_text(text)
+    convert(tmp_path / "q.star", tmp_path / "r.star", "--first", "5")
+    block = cif.read_file(str(tmp_path / "r.star")).find_block("particles")
+    assert len(block.find_values("_rlnOwn")) == 5
+
+
+def test_cs_to_cs_keeps_all_fields(tmp_path):
+    table = make(tmp_path)
+    write_cs(tmp_path / "p.cs", table, table.half)
+    data = np.load(tmp_path / "p.cs")
+    wide = np.zeros(COUNT, [*data.dtype.descr, ("own/field", "<f4", (3,))])
+    for name in data.dtype.names:
+        wide[name] = data[name]
+    wide["own/field"] = np.arange(3)
+    with (tmp_path / "q.cs").open("wb") as file:
+        np.save(file, wide)
+    convert(tmp_path / "q.cs", tmp_path / "r.cs", "--class", "1")
+    kept = np.load(tmp_path / "r.cs")
+    assert kept["own/field"].tolist() == [[0, 1, 2]] * (COUNT // 3)
+    assert kept["uid"].tolist() == data["uid"][1::3].tolist()
+    assert len(set(data["uid"].tolist())) == COUNT
+
+
+def test_what_a_format_cannot_say_is_refused_or_said(tmp_path, capsys):
+    table = make(tmp_path)
+    write_table(tmp_path / "p.star", table, table.half)
+    convert(tmp_path / "p.star", tmp_path / "poses.pkl")
+    assert "no place for half-sets" in capsys.readouterr().out
+    bent = Aberrations(
+        torch.eye(2).double().repeat(COUNT, 1, 1), torch.ones(COUNT, 6).double(), torch.zeros(COUNT, 0).double()
+    )
+    for name, change in (
+        ("bent", {"aberrations": bent}),
+        ("multiplied", {"treatment": torch.full((COUNT,), PREMULTIPLIED)}),
+    ):
+        optics = Optics(**(vars(table.optics) | change))
+        write_table(tmp_path / f"{name}.star", make(tmp_path, optics=optics), table.half)
+        assert main(["convert", str(tmp_path / f"{name}.star"), str(tmp_path / f"{name}.pkl")]) == 2
+        assert "convert to a STAR file" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "bent.star"), str(tmp_path / "bent.cs")]) == 2
+    assert main(["convert", str(tmp_path / "multiplied.star"), str(tmp_path / "m.cs")]) == 2
+
+
+def test_an_existing_file_stays(tmp_path, capsys):
+    table = make(tmp_path)
+    write_table(tmp_path / "p.star", table, table.half)
+    (tmp_path / "ctf.pkl").write_text("mine")
+    assert main(["convert", str(tmp_path / "p.star"), str(tmp_path / "poses.pkl")]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "ctf.pkl").read_text() == "mine"
+    convert(tmp_path / "p.star", tmp_path / "poses.pkl", "--overwrite")
+    assert main(["convert", str(tmp_path / "p.star"), str(tmp_path / "p.txt")]) == 2
+
+
+def test_real_files_make_the_round_trip(shared_data, tmp_path):
+    """cryoSPARC's own file through STAR and back."""
+    source = shared_data / "formats" / "cryosparc_P12_J24_001_particles.cs"
+    convert(source, tmp_path / "a.star")
+    convert(tmp_path / "a.star", tmp_path / "b.cs")
+    one, two = (read_particles(path, need_stacks=False) for path in (source, tmp_path / "b.cs"))
+    torch.testing.assert_close(two.poses.rotation, one.poses.rotation, atol=1e-6, rtol=0)
+    torch.testing.assert_close(two.poses.shift, one.poses.shift, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(two.optics.defocus_u, one.optics.defocus_u, rtol=1e-6, atol=0)
+    assert torch.equal(two.image, one.image)
+
+
+def test_all_real_star_files_keep_every_column(shared_data, tmp_path):
+    for name in ("relion31.star", "relion31.v2.star", "relion5.star", "relion31.6opticsgroups.star"):
+        source, target = shared_data / "formats" / name, tmp_path / name
+        convert(source, target)
+        before, after = (cif.read_file(str(path)) for path in (source, target))
+        assert [block.name for block in before] == [block.name for block in after]
+        for one, two in zip(before, after, strict=True):
+            for loop in (item.loop for item in one if item.loop is not None):
+                for tag in loop.tags:
+                    assert list(one.find_values(tag)) == list(two.find_values(tag)), tag
