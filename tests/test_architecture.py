@@ -18,7 +18,7 @@ FLOORS = [
     {"io"},
     {"model", "particles"},
     {"accumulate", "config"},
-    {"objective", "report", "inputs"},
+    {"objective", "report", "inputs", "naming"},
     {"fit", "density"},
     {"one_pass", "run_folder", "assessment", "residuals"},
     {"reconstruct", "simulate", "postprocess"},

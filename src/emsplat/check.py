@@ -16,6 +16,7 @@ from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
+from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_input, read_table
@@ -55,7 +56,14 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
     missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
-    items = [_counts(table), _half_sets(table), *_optics(table), _shifts(table), _views(table, group)]
+    items = [
+        _counts(table),
+        _half_sets(table),
+        *_optics(table),
+        *_formation(table),
+        _shifts(table),
+        _views(table, group),
+    ]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
     items += _repeated(table)
     stack: ParticleStack | None = None
@@ -173,6 +181,32 @@ def _optics(table: ParticleTable) -> list[Item]:
     else:
         odd = least < 0 or most > 60_000
         items.append(Item("defocus", "look" if odd else "ok", text + ("; 2,000 to 60,000 is usual" if odd else "")))
+    return items
+
+
+def _formation(table: ParticleTable) -> list[Item]:
+    """What was done to the images, what bends them, and how far the CTF spreads their detail."""
+    optics, items = table.optics, []
+    if optics.treatment is not None:
+        counts = torch.bincount(optics.treatment, minlength=3).tolist()
+        named = zip(("raw", "phase-flipped", "multiplied by their CTF"), counts, strict=True)
+        items.append(Item("treatment", "ok", ", ".join(f"{count:,} {name}" for name, count in named if count)))
+    if (bent := optics.aberrations) is not None:
+        stretch = float((bent.magnification - torch.eye(2)).abs().max())
+        kinds = [name for name, part in (("odd", bent.odd), ("even", bent.even)) if bool(part.any())]
+        text = f"{' and '.join(kinds)} aberrations" if kinds else "no aberrations"
+        items.append(Item("aberrations", "ok", f"{text}, magnification anisotropic by {stretch:.2%}; all are used"))
+    boxes = torch.tensor([group.box or 0 for group in table.groups])[table.optics_group]
+    pixel_size = torch.tensor([group.pixel_size for group in table.groups], dtype=torch.float64)[table.optics_group]
+    reach = electron_wavelength(optics.voltage) * _defocus(table).abs() / (2 * pixel_size)
+    share = torch.where(boxes > 0, reach / (0.5 * boxes.clamp(min=1) * pixel_size), 0.0)
+    worst = int(share.argmax())
+    text = f"detail at Nyquist is spread by up to {float(reach[worst]):.0f} Å"
+    if float(share[worst]) > 2:
+        text += f", far beyond the half box of {0.5 * float(boxes[worst] * pixel_size[worst]):.0f} Å; take a larger box"
+        items.append(Item("delocalisation", "look", text))
+    elif float(share[worst]) > 0:
+        items.append(Item("delocalisation", "ok", text))
     return items
 
 

@@ -197,6 +197,10 @@ class InputConfig(SourceConfig):
     keep_statistics: bool = False
     """Keep the sums over the particles in the run folder, for --add-statistics and for fits without the images."""
 
+    naming: Literal["relion", "cryosparc", "cryodrgn"] = "relion"
+    """Results have RELION's names; with another program here they and the particles stand under its names as well, in a
+    folder of the run."""
+
     threads: int | None = None
     """Threads of the computation; default: all cores."""
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from emsplat.config import ConvertConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.inputs import read_table
+from emsplat.inputs import read_table, with_boxes
 from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
-from emsplat.io.mrc import StackFile
 from emsplat.io.particles import write_used
-from emsplat.io.table import ParticleTable
 
 _KINDS = (".star", ".cs", ".pkl")
 
@@ -69,17 +64,3 @@ def ctf_beside(poses: Path) -> Path:
     """The file for CTF parameters that goes with one for poses: ctf.pkl with poses.pkl, a_ctf.pkl with a.pkl."""
     name = poses.name.replace("poses", "ctf") if "poses" in poses.name else f"{poses.stem}_ctf{poses.suffix}"
     return poses.with_name(name)
-
-
-def with_boxes(table: ParticleTable) -> ParticleTable:
-    """With the boxes that only the stacks know, where these are there."""
-    groups = list(table.groups)
-    for number, group in enumerate(groups):
-        rows = (table.optics_group == number).nonzero()[:1, 0]
-        if group.box is None and len(rows):
-            stack = table.stacks[int(table.stack[rows[0]])]
-            if stack.is_file():
-                file = StackFile(stack)
-                groups[number] = replace(group, box=file.box)
-                file.close()
-    return replace(table, groups=tuple(groups), half=None if table.half is None else table.half.to(torch.int64))

@@ -13,6 +13,7 @@ from torch import Tensor
 from emsplat.config import SourceConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
+from emsplat.io.mrc import StackFile
 from emsplat.io.particles import image_keys, read_particles
 from emsplat.io.pickles import load_arrays
 from emsplat.io.table import ParticleTable, merge_tables
@@ -40,6 +41,20 @@ def read_table(config: SourceConfig, particles: Path, *, need_stacks: bool = Tru
     more = [read_particles(path, datadir=config.datadir, need_stacks=need_stacks) for path in config.merge]
     table = _choose(config, merge_tables([first, *more]))
     return flip_hand(table, symmetry_group(config.symmetry)) if config.flip_hand else table
+
+
+def with_boxes(table: ParticleTable) -> ParticleTable:
+    """With the boxes that only the stacks know, where these are there."""
+    groups = list(table.groups)
+    for number, group in enumerate(groups):
+        rows = (table.optics_group == number).nonzero()[:1, 0]
+        if group.box is None and len(rows):
+            stack = table.stacks[int(table.stack[rows[0]])]
+            if stack.is_file():
+                file = StackFile(stack)
+                groups[number] = replace(group, box=file.box)
+                file.close()
+    return replace(table, groups=tuple(groups))
 
 
 def open_input(config: SourceConfig, table: ParticleTable) -> ParticleStack:

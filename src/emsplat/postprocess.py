@@ -15,6 +15,7 @@ from emsplat.config import PostprocessConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.io.relion import write_fsc_star
+from emsplat.naming import link_results
 from emsplat.progress import Log
 from emsplat.run_folder import write_text
 from emsplat.types import Curve
@@ -85,6 +86,7 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
     title = "emsplat half maps, masked and corrected"
     write_text(run / "postprocess_fsc.xml", fsc_xml(corrected, title))
     log.line(f"resolution {found:.2f} Å ({source}), B factor {b_factor:.1f} Å²")
+    link_results(run)
     log.line(f"  map: {run / 'postprocess.mrc'}, masked: {run / 'postprocess_masked.mrc'}")
     log.line(f"  tables: {run / 'postprocess.star'}, FSC for EMDB: {run / 'postprocess_fsc.xml'}")
     return about

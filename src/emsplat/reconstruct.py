@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,12 @@ from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
-from emsplat.inputs import open_stack
+from emsplat.inputs import open_stack, with_boxes
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
 from emsplat.io.ply import write_ply
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
+from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
 from emsplat.particles import ParticleStack, estimate_noise
@@ -548,6 +549,9 @@ def _finish(
     write_text(output / "summary.json", json.dumps(summary, indent=2))
     report.write_report(output)  # and every figure in it
     _conclude(log, summary, output)
+    if config.naming != "relion":
+        table = replace(stack.table, half=stack.half).take(stack.rows)
+        name_results(output, config.naming, with_boxes(table), log)
     return summary
 
 
@@ -569,6 +573,7 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
     summary = summary | verdict | {"assessment": plain(config), "warnings": log.warnings}
     write_text(path, json.dumps(summary, indent=2))
     report.write_report(run)
+    link_results(run)
     _conclude_resolution(log, summary)
     log.line(f"  FSC: {run / 'fsc.star'}; report: {run / 'report.html'}")
     return summary
