@@ -190,10 +190,10 @@ def writing_stack(
         def write(images: Tensor) -> None:
             data = np.ascontiguousarray(images.numpy().astype(number, copy=False))
             file.write(data.data)
-            kept = torch.from_numpy(data).float()
-            low, high = kept.aminmax()
-            sums[:] += float(kept.sum(dtype=torch.float64)), float(kept.square().sum(dtype=torch.float64))
-            extremes[:] = min(extremes[0], float(low)), max(extremes[1], float(high))
+            kept = torch.from_numpy(data).float().flatten(1)
+            squares = torch.linalg.vector_norm(kept, dim=1).double().square()
+            sums[:] += float(kept.sum(1).double().sum()), float(squares.sum())
+            extremes[:] = min(extremes[0], float(kept.amin())), max(extremes[1], float(kept.amax()))
 
         yield write
         file.seek(0)
