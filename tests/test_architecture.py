@@ -23,7 +23,7 @@ FLOORS = [
     {"one_pass", "run_folder", "assessment", "residuals"},
     {"reconstruct", "simulate", "postprocess"},
     {"nulltest", "check", "convert", "preprocess"},
-    {"cli"},
+    {"cli", "relion_job"},
     {"__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

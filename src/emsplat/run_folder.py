@@ -30,15 +30,15 @@ class Interrupted(EmsplatError):
 
 
 def prepare_folder(config: InputConfig, particles: Path, output: Path) -> None:
-    """An empty folder, or with ``resume`` one that holds the same run.
+    """An empty folder, or with ``resume`` one that holds the same run. Files of a RELION job do not count and stay.
 
     Raises:
         OutputError: it holds something else.
         InputError: it holds a run with other settings.
     """
     if config.resume:
-        _check_same_run(config, particles, output)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        check_same_run(config, particles, output)
+    elif output.exists() and (not output.is_dir() or _contents(output)):
         if not config.overwrite:
             raise OutputError(
                 f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
@@ -49,17 +49,42 @@ def prepare_folder(config: InputConfig, particles: Path, output: Path) -> None:
             )
         if particles.resolve().is_relative_to(output.resolve()):
             raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
-        shutil.rmtree(output)
+        for path in _contents(output):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
 
 
+# What RELION keeps in the folder of a job (RELION_*: how it ended, what it wrote), its pipeliner in hidden files.
+_RELION_FILES = (
+    "run.out",
+    "run.err",
+    "run.job",
+    "note.txt",
+    "job.star",
+    "continue_job.star",
+    "job_pipeline.star",
+    "default_pipeline.star",
+    "run_submit.script",
+    "RELION_*",
+    ".*",
+)
+
+
+def _contents(output: Path) -> list[Path]:
+    return [path for path in output.iterdir() if not any(path.match(pattern) for pattern in _RELION_FILES)]
+
+
 _MAY_CHANGE = {"resume", "overwrite", "threads", "checkpoint_every", "datadir"}
 
 
-def _check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
+def check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
+    """
+    Raises:
+        InputError: the folder holds no run, or one of other particles or with other options.
+    """
     import tomllib
 
     try:

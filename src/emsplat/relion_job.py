@@ -1,0 +1,198 @@
+"""`emsplat-relion`: a reconstruction as a job of type External of RELION 4 and 5 (docs/relion.md).
+
+RELION runs `emsplat-relion --o External/job005/ --in_parts ... --label value ... --j 4` in the project directory; the
+folder holds files of its own already. It learns how the job ended from an empty file in that folder, and which files
+other jobs can take from RELION_OUTPUT_NODES.star.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+from gemmi import cif
+
+from emsplat.config import ReconstructConfig
+from emsplat.errors import EmsplatError, InputError
+from emsplat.io.files import replacing
+from emsplat.run_folder import Interrupted, check_same_run
+
+_ABORT = "RELION_JOB_ABORT_NOW"
+_ENDINGS = ("SUCCESS", "FAILURE", "ABORTED")
+_LOOK_EVERY = 0.5  # seconds between looks for a request to abort
+_LAST_FILE = "report.html"  # that a reconstruction writes
+_UNUSED = {
+    "in_movies": "Input movies",
+    "in_mics": "Input micrographs",
+    "in_coords": "Input coordinates",
+    "in_3dref": "Input 3D reference",
+}
+_PARTICLES = "ParticleGroupMetadata.star.relion"  # what RELION 5 calls a particle file
+# RELION's file browsers go by the words before the first dot, and offer half maps by "half1" in the file name.
+_NODES = {
+    "run_class001.mrc": "DensityMap.mrc",
+    "run_half1_class001_unfil.mrc": "DensityMap.mrc.halfmap",
+    "run_half2_class001_unfil.mrc": "DensityMap.mrc.halfmap",
+    "backprojection_half1.mrc": "DensityMap.mrc.halfmap",
+    "backprojection_half2.mrc": "DensityMap.mrc.halfmap",
+    "mask.mrc": "Mask3D.mrc",
+    "local_resolution.mrc": "Image3D.mrc.localresmap",
+}
+
+
+def job(
+    o: Path,
+    in_parts: Path | None = None,
+    in_mask: Path | None = None,
+    in_movies: Path | None = None,
+    in_mics: Path | None = None,
+    in_coords: Path | None = None,
+    in_3dref: Path | None = None,
+    j: int = 1,
+    pipeline_control: Path | None = None,
+    config: tyro.conf.OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Reconstruct a density map and two half maps, as a job of type External of RELION.
+
+    RELION's GUI fills in the first options; every other one can be given as a parameter of the job, label and value
+    (label "symmetry", value "D2"; of a switch such as "isotropic" the label alone).
+
+    Args:
+        o: Folder of the job.
+        in_parts: Particles.
+        in_mask: Mask for the FSC.
+        in_movies: Not used.
+        in_mics: Not used.
+        in_coords: Not used.
+        in_3dref: Not used: emsplat starts from the particles' own classical map.
+        j: Threads.
+        pipeline_control: Folder of the job once more; RELION adds this where the command contains "relion_".
+    """
+    given = {"in_movies": in_movies, "in_mics": in_mics, "in_coords": in_coords, "in_3dref": in_3dref}
+    for option, box in _UNUSED.items():
+        if given[option] is not None:
+            raise InputError(
+                f'--{option} {given[option]}: emsplat starts from the particles alone; leave the box "{box}" empty'
+                + ("; `emsplat assess --reference` compares with a map afterwards" if option == "in_3dref" else "")
+            )
+    if in_parts is None:
+        raise InputError('--in_parts: missing; give a particle STAR file in the box "Input particles"')
+    if pipeline_control is not None and pipeline_control.resolve() != o.resolve():
+        raise InputError(f"--pipeline_control {pipeline_control}: another folder than --o {o}; expected the same")
+    if config.threads is not None:
+        raise InputError('--threads: set "Number of threads" on the tab Running instead')
+    if in_mask is not None and config.mask is not None:
+        raise InputError('--mask and the box "Input 3D mask": expected one of them; leave the other out')
+    config = replace(config, threads=j, mask=in_mask or config.mask)
+    if (o / "config.toml").is_file() and not config.overwrite:
+        config = replace(config, resume=True)
+        if (o / _LAST_FILE).is_file():
+            check_same_run(config, in_parts, o)
+            print(f"{o}: the run is finished; its files are listed for RELION again")
+            write_nodes(o, in_parts)
+            return
+    from emsplat.reconstruct import reconstruct
+
+    reconstruct(config, in_parts, o)
+    write_nodes(o, in_parts)
+
+
+def write_nodes(output: Path, particles: Path) -> None:
+    """RELION_OUTPUT_NODES.star: the files that other jobs can take, named from the project directory, and their kinds.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    folder = Path(os.path.relpath(output))
+    document = cif.Document()
+    block = document.add_new_block("output_nodes")
+    loop = block.init_loop("_rlnPipeLine", ["NodeName", "NodeTypeLabel"])
+    for name, kind in {"run_data.star": _particle_label(output, particles), **_NODES}.items():
+        if (output / name).is_file():
+            # Plain where possible, as RELION writes names: not every script around it reads quotes.
+            path = (folder / name).as_posix()
+            loop.add_row([cif.quote(path) if any(c.isspace() for c in path) else path, kind])
+    with replacing(output / "RELION_OUTPUT_NODES.star") as temporary:
+        document.write_file(str(temporary))
+
+
+def _particle_label(output: Path, particles: Path) -> str:
+    """What this RELION calls a particle file; betas of RELION 4 said ParticlesData.
+
+    RELION lists the inputs of a job, with their kinds, in job_pipeline.star of its folder.
+    """
+    path = output / "job_pipeline.star"
+    if path.is_file():
+        try:
+            nodes = cif.read(str(path)).find_block("pipeline_nodes")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); expected the STAR file that RELION wrote") from error
+        for name, kind in nodes.find("_rlnPipeLineNode", ["Name", "TypeLabel"]) if nodes else ():
+            if Path(cif.as_string(name)) == particles and cif.as_string(kind).startswith("Particle"):
+                return f"{cif.as_string(kind).split('.')[0]}.star.relion"
+    return _PARTICLES
+
+
+@contextmanager
+def _abortable(folder: Path) -> Iterator[None]:
+    """Within this block a request to abort ends the work like a kill: with a checkpoint where there is one to write.
+
+    A run that can write one has a handler of its own while it does (`run_folder.interruptible`).
+
+    Raises:
+        Interrupted: asked to, by RELION or the queueing system.
+    """
+    over = threading.Event()
+
+    def stop(*_: object) -> None:
+        raise Interrupted("stopped; go on with --resume")
+
+    def watch() -> None:
+        while not over.wait(_LOOK_EVERY):
+            if (folder / _ABORT).exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a job and says in its folder how it ended; the exit code is that of `emsplat`."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if "--o" not in words[:-1]:
+        tyro.cli(job, prog="emsplat-relion", args=words)  # for its help, or its complaint
+    folder = Path(words[words.index("--o") + 1])
+    for ending in _ENDINGS:
+        (folder / f"RELION_JOB_EXIT_{ending}").unlink(missing_ok=True)
+    ending = "FAILURE"
+    try:
+        with _abortable(folder):
+            tyro.cli(job, prog="emsplat-relion", args=words)
+        ending = "SUCCESS"
+        return 0
+    except EmsplatError as error:
+        aborted = isinstance(error, Interrupted)
+        ending = "ABORTED" if aborted else "FAILURE"
+        print(f"emsplat-relion: {error}" + (" (in RELION: Continue)" if aborted else ""), file=sys.stderr)
+        return error.exit_code
+    finally:
+        # Also where the options could not be read, and where a bug ends the program.
+        (folder / _ABORT).unlink(missing_ok=True)
+        if folder.is_dir():
+            (folder / f"RELION_JOB_EXIT_{ending}").touch()
