@@ -18,7 +18,7 @@ FLOORS = [
     {"io"},
     {"model", "particles"},
     {"accumulate", "config"},
-    {"objective", "report", "inputs", "naming"},
+    {"objective", "report", "inputs", "naming", "symmetry"},
     {"fit", "density"},
     {"one_pass", "run_folder", "assessment", "residuals"},
     {"reconstruct", "simulate", "postprocess"},

@@ -25,6 +25,7 @@ from emsplat.io.particles import is_star
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
 from emsplat.report.figures import draw_directions, draw_slices
+from emsplat.symmetry import examine_symmetry
 from emsplat.types import Grid
 
 _SAMPLE = 2000  # particles of the quick look
@@ -80,6 +81,8 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items += [_headers(stack), _cost(stack)]
         try:
             items += _quick_look(stack, group, output)
+            symmetry = examine_symmetry(stack, config.symmetry)
+            items += [] if symmetry is None else [Item("symmetry", symmetry.verdict, symmetry.text)]
         except InputError as error:
             items.append(Item("image values", "wrong", str(error)))
     elif table.groups[0].box is not None:

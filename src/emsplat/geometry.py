@@ -121,3 +121,14 @@ def symmetry_group(symbol: str) -> Float[Tensor, "s 3 3"]:
     else:
         raise InputError(f"--symmetry {symbol}: not a point group; expected Cn, Dn, T, O, I (= I2), I1, I2, I3 or I4")
     return torch.from_numpy(_close(generators))
+
+
+def generators(group: Float[Tensor, "s 3 3"]) -> Float[Tensor, "g 3 3"]:
+    """A few elements of a group that generate it, the first that do; none for the trivial group."""
+    chosen: list[NDArray[np.float64]] = []
+    known = [np.eye(3)]
+    for element in group.numpy():
+        if not any(np.allclose(element, other, atol=1e-4) for other in known):
+            chosen.append(element)
+            known = list(_close(chosen))
+    return torch.from_numpy(np.stack(chosen)) if chosen else torch.zeros(0, 3, 3, dtype=group.dtype)

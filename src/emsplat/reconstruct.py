@@ -55,6 +55,7 @@ from emsplat.progress import Log, peak_memory
 from emsplat.project import voxelize
 from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
+from emsplat.symmetry import examine_symmetry
 from emsplat.types import Curve, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
@@ -223,6 +224,10 @@ def _open(
     write_used(stack.table.take(stack.rows), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
     about = {"program": f"emsplat {__version__}", "particles": str(particles)}
     write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+    if len(stack.symmetry) > 1:
+        finding = examine_symmetry(stack, config.symmetry)
+        if finding is not None:
+            (log.warn if finding.verdict == "wrong" else log.line)(f"symmetry {finding.text}")
     return stack, skipped
 
 
