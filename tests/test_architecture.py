@@ -76,6 +76,8 @@ def test_no_pickle_and_no_network(forbidden):
         text = path.read_text()
         if path.name == "pickles.py":  # arrays for cryoDRGN and back, through an unpickler that knows nothing else
             text = text.replace("import pickle\n", "").replace("pickle.dumps(", "")
+        if path.name == "pickled.py":  # Python's disassembler of pickles runs nothing
+            text = text.replace("import pickletools\n", "")
         assert not re.search(forbidden, text), path
 
 

@@ -19,7 +19,7 @@ from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles
-from emsplat.io.pickles import load_arrays
+from emsplat.io.pickled import load_arrays
 from emsplat.io.relion import read_star
 from emsplat.progress import Log
 from emsplat.reconstruct import backproject
@@ -140,7 +140,7 @@ def test_damaged_pickles_give_our_error_or_arrays(tmp_path_factory, place, value
         ((np.eye(3)[None].repeat(5, 0), np.full((5, 2), 3.0)), "fractions of the box"),
         ((np.eye(3)[None].repeat(5, 0), np.zeros((4, 2))), "same number"),
         (np.eye(3)[None].repeat(5, 0), "200 images, but 5 poses"),
-        ({}, "dict"),
+        ({}, "EMPTY_DICT"),
     ],
 )
 def test_what_is_refused(star, tmp_path, content, message):

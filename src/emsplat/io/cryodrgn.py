@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from emsplat.errors import InputError
 from emsplat.io.mrc import StackFile
 from emsplat.io.paths import find_stacks, group_equal
-from emsplat.io.pickles import load_arrays, write_arrays
+from emsplat.io.pickled import load_arrays
+from emsplat.io.pickles import write_arrays
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.types import Optics, Poses
 
@@ -141,7 +142,8 @@ def _numbers(path: Path, value: Any, shape: tuple[int, ...]) -> NDArray[np.float
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.shape[1:] != shape or not len(value):
         found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"{path}: holds {found}; expected numbers of shape (n, {', '.join(map(str, shape))})")
-    numbers = value.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # not a number: refused below
+        numbers = value.astype(np.float64)
     if not (np.abs(numbers) <= _LARGEST).all():
         raise InputError(f"{path}: holds values that are not finite; expected numbers")
     return numbers
