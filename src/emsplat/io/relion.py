@@ -7,6 +7,7 @@ the text that the file holds, so that a rewritten file changes nothing that it d
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ class _Block:
             raise InputError(f"{self.path}: the table data_{self.name} has no column rln{column}; {_remedy(column)}")
         values = self._find(column)
         rows = len(self._find("OpticsGroup" if self.name == "optics" else "ImageName"))
+        if not rows:
+            raise InputError(f"{self.path}: the table data_{self.name} has no rows; expected at least one")
         if len(values) != rows:
             raise InputError(
                 f"{self.path}: the table data_{self.name} has {rows} rows and {len(values)} values of rln{column}; "
@@ -118,11 +121,34 @@ def _document(path: Path) -> cif.Document:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a RELION STAR file of particles")
     try:
-        return cif.read_file(str(path))
+        return cif.read_file(str(path)) if _is_ascii(path) else cif.read_string(_quoted(path.read_bytes().decode()))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: byte {error.object[error.start]:#x} is no UTF-8 text; expected names in ASCII or "
+            "UTF-8, save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a RELION STAR file") from error
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a well-formed STAR file ({error}); write it again") from error
+
+
+def _is_ascii(path: Path) -> bool:
+    with path.open("rb") as file:
+        return all(part.isascii() for part in iter(lambda: file.read(2**20), b""))
+
+
+# Text fields, quoted text, comments, and bare words, which alone are captured.
+_WORDS = re.compile(
+    r"""^;.*?^;|(?<!\S)'[^\n]*?'(?!\S)|(?<!\S)"[^\n]*?"(?!\S)|(?<!\S)\#[^\n]*|(?<!\S)([^\s'"\#;]\S*)""",
+    re.ASCII | re.DOTALL | re.MULTILINE,
+)
+
+
+def _quoted(text: str) -> str:
+    """The same STAR file with quotes around words that are not ASCII: RELION takes them bare, CIF does not."""
+    return _WORDS.sub(lambda m: f'"{m[1]}"' if m[1] and not m[1].isascii() else m[0], text)
 
 
 def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
@@ -268,8 +294,9 @@ def _old_pixel_size(particles: _Block) -> float:
         detector, magnification = particles.numbers("DetectorPixelSize"), particles.numbers("Magnification")
         if not (magnification > 0).all():
             raise InputError(f"{particles.path}: rlnMagnification is not above 0 everywhere; repair the column")
-        sizes = 1e4 * detector / magnification
-    if not sizes.min() > 0 or sizes.max() - sizes.min() > 1e-4 * sizes.max():
+        with np.errstate(over="ignore"):  # refused below
+            sizes = np.minimum(1e4 * detector / magnification, _LARGEST)
+    if not 0 < sizes.min() <= sizes.max() < _LARGEST or sizes.max() - sizes.min() > 1e-4 * sizes.max():
         raise InputError(
             f"{particles.path}: pixel sizes from {sizes.min():g} to {sizes.max():g} Å; expected one for all particles, "
             "select the particles of one microscope setting"
