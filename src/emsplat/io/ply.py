@@ -135,6 +135,6 @@ def _layout(path: Path, lines: list[str]) -> tuple[int, list[tuple[str, str]]]:
             if words[2] in (name for name, _ in fields):
                 raise InputError(f"{path}: has property {words[2]} twice; write the file again")
             fields.append((words[2], _NUMPY_TYPES[words[1]]))
-    if count < 0 or not fields:
-        raise InputError(f"{path}: the PLY header names no vertices; expected one vertex per Gaussian")
+    if count < 1 or not fields:
+        raise InputError(f"{path}: the PLY header names no vertices; expected one vertex per Gaussian, at least one")
     return count, fields
