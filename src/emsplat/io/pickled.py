@@ -201,6 +201,6 @@ def _array(data: Any, kind: Any, shape: Any, by_column: bool) -> NDArray[Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (_Type, _Name)) or (isinstance(value, _Array) and value.content is None):
-        raise TypeError("an array without content")
+    if isinstance(value, (_Type, _Name, tuple, list)) or (isinstance(value, _Array) and value.content is None):
+        raise TypeError("an array without content, or lists in lists")
     return value.content if isinstance(value, _Array) else value
