@@ -87,6 +87,7 @@ def test_attributes_may_come_in_another_order_and_without_grid(tmp_path):
         (b"element vertex 5", b"element vertex 6", "cut short, 6 Gaussians need 432 bytes and 360 are there"),
         (b"element vertex 5", b"element vertex " + b"5" * 5000, "names no vertices"),
         (b"element vertex 5", b"element face 5", "names no vertices"),
+        (b"element vertex 5", b"element vertex 0", "names no vertices"),
         (b"property float amplitude", b"property float other", "no property amplitude; expected x, y, z"),
         (b"property float y\n", b"property float x\n", "has property x twice"),
         (b"property float y\n", b"property list y\n", "property 'list y' is not understood"),
