@@ -279,7 +279,9 @@ def test_passthrough_files_are_joined_by_integers(folder, kind):
         read(folder, table())
 
 
-@pytest.mark.parametrize(("rows", "message"), [("(0,)", "no particles"), ("(100000000000,)", "cut off"), ("(-1,)", "cut off")])
+@pytest.mark.parametrize(
+    ("rows", "message"), [("(0,)", "no particles"), ("(100000000000,)", "cut off"), ("(-1,)", "cut off")]
+)
 def test_rows_that_are_not_there(tmp_path, rows, message):
     """Not even memory is taken for them."""
     path = write(tmp_path / "particles.cs", table())
