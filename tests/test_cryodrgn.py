@@ -19,7 +19,7 @@ from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles
-from emsplat.io.pickled import load_arrays
+from emsplat.io.pickles import load_arrays
 from emsplat.io.relion import read_star
 from emsplat.progress import Log
 from emsplat.reconstruct import backproject

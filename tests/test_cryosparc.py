@@ -93,7 +93,7 @@ def test_zero_rotation(folder):
 
 def test_real_file_as_another_program_reads_it(shared_data):
     """cryoDRGN's poses and CTF parameters of the same file, number by number."""
-    from emsplat.io.pickled import load_arrays
+    from emsplat.io.pickles import load_arrays
 
     formats = shared_data / "formats"
     found = read_cs(formats / "cryosparc_P12_J24_001_particles.cs", need_stacks=False)

@@ -13,7 +13,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from emsplat.io.particles import read_particles
-from emsplat.io.pickled import load_arrays
+from emsplat.io.pickles import load_arrays
 
 STARS = [
     "bgal/particles.star",
@@ -106,7 +106,7 @@ def test_cs_file_as_cryosparc_tools_reads_it(shared_data):
         (optics.defocus_v, rows["ctf/df2_A"]),
         (optics.defocus_angle, rows["ctf/df_angle_rad"]),
         (optics.phase_shift, rows["ctf/phase_shift_rad"]),
-        (optics.scale, rows["ctf/scale"]),
+        (optics.scale, rows["ctf/scale"].astype(float) * rows["alignments3D/alpha"]),
         (ours.image, rows["blob/idx"]),
     ]
     assert max(largest(found, expected) for found, expected in pairs) == 0

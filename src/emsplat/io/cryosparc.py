@@ -20,7 +20,7 @@ from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.io.files import replacing
 from emsplat.io.paths import find_stacks, group_equal
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
 
 Array = NDArray[Any]
@@ -88,7 +88,7 @@ def read_cs(
 def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     """0-based index and stack of each particle, as written."""
     fields = _Fields(path, ())
-    index = fields.numbers("blob/idx").astype(np.int64).tolist()
+    index = fields.integers("blob/idx").tolist()
     return zip(index, (name.lstrip(">") for name in fields.text("blob/path")), strict=True)
 
 
@@ -241,6 +241,7 @@ def _optics(fields: _Fields, notes: list[str]) -> Optics:
         )
     }
     optics = Optics(**values)
+    refuse_impossible(fields.path, optics, ("ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast"))
     return replace(optics, aberrations=_aberrations(fields, optics, notes))
 
 
@@ -353,7 +354,7 @@ def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_whole(fields: _Fields, name: str) -> bool:
-    return fields.has(name) and fields.raw(name).ndim == 1 and fields.raw(name).dtype.kind in "ui"
+    return fields.has(name) and _identify(fields.raw(name))
 
 
 def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_images: bool = False) -> None:

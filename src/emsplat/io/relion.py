@@ -25,7 +25,7 @@ from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
 from emsplat.io.files import replacing
 from emsplat.io.paths import find_stacks, group_equal, relative_to
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
 
 _PIXEL_SIZES = (
@@ -39,6 +39,7 @@ _TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultipl
 _MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
 _INDEX_DIGITS = 9
+_LARGEST_TILT = 100.0  # mrad
 _ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 
 
@@ -218,7 +219,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         scale=column("CtfScalefactor", 1.0),
         treatment=_treatment(column),
     )
-    _refuse_impossible_optics(path, ctf_values)
+    refuse_impossible(path, ctf_values, ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"))
     zernikes = {
         kind: _zernikes(optics, f"{kind}Zernike")[row_of_group][group]
         for kind in ("Odd", "Even")
@@ -304,17 +305,6 @@ def _old_pixel_size(particles: _Block) -> float:
     return float(sizes[0])
 
 
-def _refuse_impossible_optics(path: Path, optics: Optics) -> None:
-    for name, values, possible in (
-        ("rlnVoltage", optics.voltage, optics.voltage > 0),
-        ("rlnAmplitudeContrast", optics.amplitude_contrast, optics.amplitude_contrast.abs() <= 1),
-    ):
-        bad = (~possible).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            raise InputError(f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value")
-
-
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
     """What was done to the CTF of each image; None where nothing was."""
     treatment = torch.zeros(len(column(next(iter(_TREATMENTS)), 0.0)), dtype=torch.int64)
@@ -330,6 +320,8 @@ def _aberrations(
     count = len(optics)
     odd, even = (torch.from_numpy(zernikes.get(kind, np.zeros((count, 0)))) for kind in ("Odd", "Even"))
     tilt = torch.stack([column("BeamTiltX", 0.0), column("BeamTiltY", 0.0)], 1)
+    if not (tilt.abs() < _LARGEST_TILT).all():
+        raise InputError(f"{path}: rlnBeamTiltX or Y is up to {tilt.abs().max():.3g}; expected a few mrad")
     if tilt.any():
         coma = beam_tilt(tilt, optics.voltage, optics.cs)
         odd = torch.nn.functional.pad(odd, (0, max(0, coma.shape[1] - odd.shape[1])))
