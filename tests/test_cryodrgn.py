@@ -135,7 +135,7 @@ def test_other_names_are_refused(tmp_path, code):
 
 
 def test_a_far_place_in_the_memory_costs_nothing(tmp_path):
-    """Python's own unpickler would take 64 GB."""
+    """Python's own unpickler would take tens of GB."""
     path = tmp_path / "x.pkl"
     path.write_bytes(b"Nr\xff\xff\xff\xff.")
     assert load_arrays(path) is None
