@@ -688,6 +688,8 @@ def _work(task: Task, at: Any, counts: Any) -> None:
     ``at`` holds the next number and whether work has begun, ``counts`` how many were read and refused.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
     scratch = task.scratch / str(task.first % task.step)
     scratch.mkdir(exist_ok=True)
     reading = Reading(scratch, task.files)
@@ -703,6 +705,8 @@ def _work(task: Task, at: Any, counts: Any) -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE,) * 2)
     for number in range(task.first, min(task.stop, task.first + RECYCLE * task.step), task.step):
+        if os.getppid() != parent:
+            return  # nobody asks any more
         at[:] = number, 1
         kind, content = make(task.files, task.seed, number, task.kinds)
         read, wrong = reading.judge(kind, content)
@@ -842,4 +846,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # saves the progress on its way out
     sys.exit(main())
