@@ -74,8 +74,8 @@ def test_importing_emsplat_is_cheap():
 def test_no_pickle_and_no_network(forbidden):
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
-        if path.name == "pickles.py":  # arrays for cryoDRGN and back, through an unpickler that knows nothing else
-            text = text.replace("import pickle\n", "").replace("pickle.dumps(", "")
+        if path.name == "pickles.py":  # arrays for cryoDRGN and back, read without running them
+            text = text.replace("import pickle\nimport pickletools\n", "").replace("pickle.dumps(", "")
         assert not re.search(forbidden, text), path
 
 

@@ -110,6 +110,21 @@ def test_malicious_pickle_is_refused_and_nothing_runs(star, tmp_path, capsys):
         b"cnumpy.core.evil.multiarray\n_reconstruct\n.",
         b"cposix\nsystem\n(S'true'\ntR.",
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I1000000000000\ntS'b'\ntR.",
+        # Memory, and a stack, without end: lengths of text and bytes, arrays, tuples in tuples.
+        b"\x8e\xff\xff\xff\xff\x1f\0\0\0.",
+        b"\x96\xff\xff\xff\xff\x1f\0\0\0.",
+        b"cnumpy\nndarray\n(I40000000000\ntR.",
+        b"}N" + b"\x85" * 1_000_000 + b"Ns.",  # its hash overflows the C stack
+        # numpy believes what a dtype says about itself: an object at a place that holds a number.
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nt"
+        b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt}S'a'\n(cnumpy\ndtype\n(S'O8'\nI0\nI1\ntRI0\ntsI8\nI1\nI0\ntb"
+        b"I00\nS'12345678'\ntb.",
+        # Functions have attributes: what the reader itself is made of is not to be changed.
+        b"cnumpy.core.multiarray\n_reconstruct\nN(lp0\n\x86b.",
+        b"cnumpy\ndtype\n(S'f4'\nI0\nI1\ntR.",
+        b"((lt.",
+        b"0.",
+        b".",
     ],
 )
 def test_other_names_are_refused(tmp_path, code):
@@ -117,6 +132,13 @@ def test_other_names_are_refused(tmp_path, code):
     path.write_bytes(code)
     with pytest.raises(InputError, match=r"x\.pkl"):
         load_arrays(path)
+
+
+def test_a_far_place_in_the_memory_costs_nothing(tmp_path):
+    """Python's own unpickler would take tens of GB."""
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"Nr\xff\xff\xff\xff.")
+    assert load_arrays(path) is None
 
 
 @given(st.integers(0, 600), st.integers(0, 255), st.booleans())
@@ -140,7 +162,7 @@ def test_damaged_pickles_give_our_error_or_arrays(tmp_path_factory, place, value
         ((np.eye(3)[None].repeat(5, 0), np.full((5, 2), 3.0)), "fractions of the box"),
         ((np.eye(3)[None].repeat(5, 0), np.zeros((4, 2))), "same number"),
         (np.eye(3)[None].repeat(5, 0), "200 images, but 5 poses"),
-        ({}, "dict"),
+        ({}, "EMPTY_DICT"),
     ],
 )
 def test_what_is_refused(star, tmp_path, content, message):

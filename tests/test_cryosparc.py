@@ -250,6 +250,11 @@ def test_scale_of_each_particle(folder):
         ({"blob/path": np.array([b"J9/none.mrc"] * 6)}, "--datadir"),
         ({"ctf/accel_kv": None}, "passthrough"),
         ({"alignments3D/pose": None}, "known orientations"),
+        ({"blob/idx": np.full(6, 1e30)}, "whole numbers"),
+        ({"blob/idx": np.full(6, 1.5)}, "whole numbers"),
+        ({"blob/shape": np.zeros((6, 2), "u4")}, "without size"),
+        ({"sym_expand/src_uid": np.zeros((6, 2), "u8")}, "one integer per particle"),
+        ({"ctf/tilt_A": np.full((6, 2), b"x")}, "tilt_A has type"),
     ],
 )
 def test_what_is_refused(folder, change, message):
@@ -262,6 +267,36 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "particles.cs"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"\.cs file"):
+        read_cs(path)
+
+
+@pytest.mark.parametrize("kind", [[("uid", "S8")], [("uid", "u8", (2,))], [("uid", object)]])
+def test_passthrough_files_are_joined_by_integers(folder, kind):
+    other = folder / "J1_passthrough_particles.cs"
+    header = str({"descr": np.dtype(kind).descr, "fortran_order": False, "shape": (6,)}).encode()
+    other.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(100))
+    with pytest.raises(InputError, match=str(other)):
+        read(folder, table())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [("(0,)", "no particles"), ("(100000000000,)", "cut off"), ("(-1,)", "cut off")]
+)
+def test_rows_that_are_not_there(tmp_path, rows, message):
+    """Not even memory is taken for them."""
+    path = write(tmp_path / "particles.cs", table())
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"(6,), }", f"{rows}, }}".encode(), 1))
+    assert path.read_bytes() != content
+    with pytest.raises(InputError, match=message) as caught:
+        read_cs(path)
+    assert not isinstance(caught.value.__cause__, MemoryError)
+
+
+def test_header_longer_than_the_file(tmp_path):
+    path = tmp_path / "particles.cs"
+    path.write_bytes(b"\x93NUMPY\x02\x00" + (2**32 - 2).to_bytes(4, "little") + b"{'descr'")
+    with pytest.raises(InputError, match="a header of 4294967294 bytes"):
         read_cs(path)
 
 

@@ -144,6 +144,7 @@ def patch(offset, value):
         (patch(8, 7), "the header accounts for"),
         (patch(8, -1), "MRC"),
         (patch(92, 2_000_000_000), "more header than the file is long"),
+        (patch(92, 64 << 24), "more header than the file is long"),  # 64 in the other byte order
         (lambda c: c + bytes(4000), "the header accounts for"),
     ],
 )

@@ -1,5 +1,8 @@
 """PLY files of Gaussians: what was written is read again, and what cannot be right is refused by name."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +90,7 @@ def test_attributes_may_come_in_another_order_and_without_grid(tmp_path):
         (b"element vertex 5", b"element vertex 6", "cut short, 6 Gaussians need 432 bytes and 360 are there"),
         (b"element vertex 5", b"element vertex " + b"5" * 5000, "names no vertices"),
         (b"element vertex 5", b"element face 5", "names no vertices"),
+        (b"element vertex 5", b"element vertex 0", "names no vertices"),
         (b"property float amplitude", b"property float other", "no property amplitude; expected x, y, z"),
         (b"property float y\n", b"property float x\n", "has property x twice"),
         (b"property float y\n", b"property list y\n", "property 'list y' is not understood"),
@@ -120,6 +124,20 @@ def test_bad_headers_are_refused_by_name(tmp_path, old, new, message):
 def test_numbers_that_make_no_gaussian_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         read_ply(saved(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("value", [1e300, np.nan])
+def test_doubles_beyond_float32_are_refused_without_a_warning(tmp_path, value):
+    path = saved(tmp_path)
+    head, end, body = path.read_bytes().partition(b"end_header\n")
+    rows = np.frombuffer(body, "<f4").reshape(COUNT, -1)
+    wide = np.zeros(COUNT, np.dtype([("rest", "<f4", rows.shape[1] - 1), ("amplitude", "<f8")]))
+    wide["rest"], wide["amplitude"] = rows[:, :-1], value
+    path.write_bytes(head.replace(b"float amplitude", b"double amplitude") + end + wide.tobytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match="amplitude hold values that are not finite"):
+            read_ply(path)
 
 
 def test_missing_file_and_folder(tmp_path):

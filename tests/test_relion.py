@@ -365,6 +365,43 @@ def test_stack_with_a_space_in_its_name(folder):
     assert [table.stacks[i].name for i in table.stack] == ["a.mrcs", "b c.mrcs", "a.mrcs", "b c.mrcs"]
 
 
+def test_names_in_other_alphabets(folder):
+    """gemmi's CIF is ASCII outside quotes; the file systems that names come from are not."""
+    name = "/data/Müller/粒子 1.mrcs"
+    text = (
+        "# für\n"
+        + OPTICS
+        + particles([row.replace("a.mrcs", "é#ö'.mrcs").replace("b.mrcs", "é#ö'.mrcs") for row in ROWS])
+    )
+    path = write(folder, text)
+    table = read_star(path, need_stacks=False)
+    assert [str(stack) for stack in table.stacks] == ["é#ö'.mrcs"]
+    rewrite_star(path, folder / "new.star", torch.arange(2), torch.tensor([1, 2]), {"MicrographName": [name] * 2})
+    again = read_star(folder / "new.star", need_stacks=False)
+    assert again.stacks == table.stacks
+    assert set(again.micrograph_names) == {name}
+    quoted = text.replace("1 first", "1 'ein é Name'").replace("data_optics", "data_note\n_a\n;é é\n;\ndata_optics", 1)
+    assert read_star(write(folder, quoted), need_stacks=False).stacks == table.stacks
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(InputError, match=r"p\.star, line 1: byte 0xfc is no UTF-8"):
+        read_star(path, need_stacks=False)
+
+
+def test_tables_without_rows(folder):
+    empty = "data_particles\nloop_\n" + "".join(f"_rln{name}\n" for name in COLUMNS.split())
+    for text in (OPTICS + empty, empty):
+        with pytest.raises(InputError, match="data_particles has no rows"):
+            read_star(write(folder, text), need_stacks=False)
+
+
+def test_messages_are_one_line(folder):
+    rows = [row.replace("000002@a.mrcs", "\n;x@bad\nname" + "x" * 5000 + "\n;\n", 1) for row in ROWS]
+    with pytest.raises(InputError, match=r"row 1 .*expected index@stack") as caught:
+        read_star(write(folder, OPTICS + particles(rows)), need_stacks=False)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
 def test_rewriting_replaces_half_sets_and_leaves_the_other_tables(folder):
     rows = [f"{row} 1 -0.000000" for row in ROWS]
     extra = "\ndata_job\n_rlnJobTypeLabel  'relion.refine3d'\n"

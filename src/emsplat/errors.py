@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+_LONGEST = 800  # characters of a message
+
 
 class EmsplatError(Exception):
     """Base of every error that emsplat raises on purpose; the command line prints its text and nothing else."""
 
     exit_code = 1
+
+    def __init__(self, text: str) -> None:
+        super().__init__(_one_line(text))
 
 
 class InputError(EmsplatError):
@@ -22,3 +27,11 @@ class OutputError(EmsplatError):
     """A result cannot be written: folder not empty, disk full, no permission."""
 
     exit_code = 2
+
+
+def _one_line(text: str) -> str:
+    """Texts out of a damaged file may be anything: line breaks, control characters, a million digits."""
+    line = " ".join(text.splitlines())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -13,7 +13,7 @@ from emsplat.errors import InputError
 from emsplat.io.mrc import StackFile
 from emsplat.io.paths import find_stacks, group_equal
 from emsplat.io.pickles import load_arrays, write_arrays
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import Optics, Poses
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -56,6 +56,18 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in table.T]
     image = np.concatenate([np.arange(n) for n in counts])
     stack = group_equal(names).repeat_interleave(torch.tensor(counts))
+    optics = Optics(
+        voltage=columns[5],
+        cs=columns[6],
+        amplitude_contrast=columns[7],
+        defocus_u=columns[2],
+        defocus_v=columns[3],
+        defocus_angle=torch.deg2rad(columns[4]),
+        phase_shift=torch.deg2rad(columns[8]),
+        b_factor=torch.zeros(count, dtype=torch.float64),
+        scale=torch.ones(count, dtype=torch.float64),
+    )
+    refuse_impossible(ctf, optics, ("kV", "Cs", "amplitude contrast"))
     return ParticleTable(
         sources=(particles,),
         source=torch.zeros(count, dtype=torch.int64),
@@ -64,17 +76,7 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
             torch.from_numpy(rotation),
             torch.from_numpy(fraction * (table[:, 0] * table[:, 1])[:, None]),
         ),
-        optics=Optics(
-            voltage=columns[5],
-            cs=columns[6],
-            amplitude_contrast=columns[7],
-            defocus_u=columns[2],
-            defocus_v=columns[3],
-            defocus_angle=torch.deg2rad(columns[4]),
-            phase_shift=torch.deg2rad(columns[8]),
-            b_factor=torch.zeros(count, dtype=torch.float64),
-            scale=torch.ones(count, dtype=torch.float64),
-        ),
+        optics=optics,
         groups=tuple(OpticsGroup(f"opticsGroup{i + 1}", float(row[0]), box) for i, row in enumerate(unique)),
         optics_group=torch.from_numpy(group.reshape(-1).astype(np.int64)),
         half=None,
@@ -141,7 +143,8 @@ def _numbers(path: Path, value: Any, shape: tuple[int, ...]) -> NDArray[np.float
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.shape[1:] != shape or not len(value):
         found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"{path}: holds {found}; expected numbers of shape (n, {', '.join(map(str, shape))})")
-    numbers = value.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # not a number: refused below
+        numbers = value.astype(np.float64)
     if not (np.abs(numbers) <= _LARGEST).all():
         raise InputError(f"{path}: holds values that are not finite; expected numbers")
     return numbers

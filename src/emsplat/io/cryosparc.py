@@ -20,12 +20,14 @@ from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.io.files import replacing
 from emsplat.io.paths import find_stacks, group_equal
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
 
 Array = NDArray[Any]
 
 _NPY = b"\x93NUMPY"
+_LONGEST_HEADER = 100_000  # bytes: wide tables exceed numpy's own limit
+_TOO_MANY = 10**9  # images of a stack, pixels of a box
 _SIGNS = (-1.0, 1.0)
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -46,10 +48,9 @@ def read_cs(
     """
     fields = _Fields(path, passthrough)
     names = [name.lstrip(">") for name in fields.text("blob/path")]
-    index = fields.numbers("blob/idx").astype(np.int64)
-    shape = fields.numbers("blob/shape", 2)
-    if (index < 0).any() or (shape[:, 0] != shape[:, 1]).any():
-        raise InputError(f"{path}: blob/idx below 0 or images that are not square; expected extracted particles")
+    index, shape = fields.integers("blob/idx"), fields.integers("blob/shape", 2)
+    if (index < 0).any() or (shape < 1).any() or (shape[:, 0] != shape[:, 1]).any():
+        raise InputError(f"{path}: blob/idx below 0 or images without size or not square; expected extracted particles")
     pixel_size = fields.numbers("blob/psize_A")
     if not pixel_size.min() > 0:
         raise InputError(f"{path}: blob/psize_A is {pixel_size.min():g}; expected a pixel size above 0")
@@ -87,7 +88,7 @@ def read_cs(
 def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     """0-based index and stack of each particle, as written."""
     fields = _Fields(path, ())
-    index = fields.numbers("blob/idx").astype(np.int64).tolist()
+    index = fields.integers("blob/idx").tolist()
     return zip(index, (name.lstrip(">") for name in fields.text("blob/path")), strict=True)
 
 
@@ -97,6 +98,8 @@ class _Fields:
     def __init__(self, path: Path, passthrough: Sequence[Path]) -> None:
         self.path = path
         self._own = _read(path)
+        if not len(self._own):
+            raise InputError(f"{path}: holds no particles; expected at least one")
         self._others: list[tuple[Path, Array, Array]] = []
         self.notes: list[str] = []
         beside = sorted(path.absolute().parent.glob("*passthrough_particles*.cs")) if not passthrough else []
@@ -112,7 +115,7 @@ class _Fields:
         """The other file and its row for each of ours."""
         data = _read(other)
         mine, theirs = (a["uid"] if "uid" in (a.dtype.names or ()) else None for a in (self._own, data))
-        if mine is None or theirs is None:
+        if mine is None or theirs is None or not _identify(mine) or not _identify(theirs):
             raise InputError(f"{other}: no field uid to join it with {self.path}; expected a file of the same job")
         order = np.argsort(theirs, kind="stable")
         place = np.searchsorted(theirs, mine, sorter=order).clip(max=max(len(theirs) - 1, 0))
@@ -165,7 +168,8 @@ class _Fields:
                 f"{self.path}: {name} has type {raw.dtype} and shape {raw.shape[1:]} per particle; expected "
                 f"{inner or 'one'} numbers"
             )
-        values = raw.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # not a number: refused below
+            values = raw.astype(np.float64)
         bad = np.flatnonzero(~(np.abs(values) <= _LARGEST).reshape(len(values), -1).all(1))
         if len(bad):
             raise InputError(
@@ -174,9 +178,19 @@ class _Fields:
             )
         return values
 
+    def integers(self, name: str, *inner: int) -> NDArray[np.int64]:
+        values = self.numbers(name, *inner)
+        if ((values != np.rint(values)) | (np.abs(values) >= _TOO_MANY)).any():
+            raise InputError(f"{self.path}: {name} has values up to {values.max():g}; expected whole numbers")
+        return values.astype(np.int64)
+
     def first(self, name: str) -> NDArray[np.float64]:
         """A number per particle; the first of its classes where there is one for each."""
         return self.numbers(name) if self.raw(name).ndim == 1 else self.numbers(name, 0)[:, 0]
+
+
+def _identify(uid: Array) -> bool:
+    return uid.ndim == 1 and uid.dtype.kind in "iu"
 
 
 def _read(path: Path) -> Array:
@@ -184,17 +198,21 @@ def _read(path: Path) -> Array:
         raise InputError(f"{path}: no such file; expected a cryoSPARC .cs file")
     try:
         with path.open("rb") as file:
-            magic = file.read(len(_NPY))
-        if magic != _NPY:
+            start = file.read(12)
+        if not start.startswith(_NPY):
             raise InputError(
                 f"{path}: not a numpy array; newer cryoSPARC can write compressed CSDAT files, which only its own "
                 "tools read; expected a plain .cs file, export the particles from their job"
             )
-        data = np.load(path, allow_pickle=False, max_header_size=100_000)
+        header = int.from_bytes(start[8 : 10 if start[6] == 1 else 12], "little") if len(start) == 12 else 0
+        if header > min(_LONGEST_HEADER, path.stat().st_size):
+            raise ValueError(f"a header of {header} bytes")
+        # Mapped, so that the word of the header is compared with the length of the file before memory is taken.
+        data = np.array(np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=_LONGEST_HEADER))
     except InputError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
+        text = str(error)[:200] or type(error).__name__
         raise InputError(f"{path}: cannot be read ({text}); expected a cryoSPARC .cs file; was it cut off?") from error
     if not isinstance(data, np.ndarray) or data.dtype.names is None or data.ndim != 1:
         raise InputError(f"{path}: not a table of particles; expected a cryoSPARC .cs file")
@@ -223,6 +241,7 @@ def _optics(fields: _Fields, notes: list[str]) -> Optics:
         )
     }
     optics = Optics(**values)
+    refuse_impossible(fields.path, optics, ("ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast"))
     return replace(optics, aberrations=_aberrations(fields, optics, notes))
 
 
@@ -311,7 +330,7 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
 
 
 def _optics_groups(
-    fields: _Fields, pixel_size: NDArray[np.float64], box: NDArray[np.float64], optics: Optics
+    fields: _Fields, pixel_size: NDArray[np.float64], box: NDArray[np.int64], optics: Optics
 ) -> tuple[NDArray[np.int64], tuple[OpticsGroup, ...]]:
     """Particles of one exposure group, pixel size, box, microscope and aberration belong together."""
     exposure = fields.numbers("ctf/exp_group_id", default=0.0)
@@ -335,7 +354,7 @@ def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_whole(fields: _Fields, name: str) -> bool:
-    return fields.has(name) and fields.raw(name).ndim == 1 and fields.raw(name).dtype.kind in "ui"
+    return fields.has(name) and _identify(fields.raw(name))
 
 
 def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_images: bool = False) -> None:
@@ -436,7 +455,10 @@ def _sources(fields: _Fields) -> NDArray[np.int64] | None:
     """Equal numbers for the copies of one particle in a symmetry-expanded set."""
     if not fields.has("sym_expand/src_uid"):
         return None
-    return np.unique(fields.raw("sym_expand/src_uid"), return_inverse=True)[1].reshape(-1).astype(np.int64)
+    uid = fields.raw("sym_expand/src_uid")
+    if not _identify(uid):
+        raise InputError(f"{fields.path}: sym_expand/src_uid has type {uid.dtype}; expected one integer per particle")
+    return np.unique(uid, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.int64] | None) -> Tensor | None:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from mrcfile.dtypes import HEADER_DTYPE
-from mrcfile.utils import data_dtype_from_header
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,8 +26,7 @@ from emsplat.io.files import replacing
 from emsplat.types import Grid
 
 _HEADER_BYTES = 1024
-_BYTE_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
-_MODES = {0, 1, 2, 6, 12}
+_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 _DROP_AFTER = 64 * 2**20  # bytes read before mapped pages are handed back
 
 
@@ -53,19 +51,19 @@ def _header(path: Path, expected: str) -> tuple[tuple[int, int, int], np.dtype[A
         length = path.stat().st_size
         if length < _HEADER_BYTES:
             raise InputError(f"{path}: {length} bytes are too few for an MRC header; expected {expected}")
-        _refuse_long_extension(path, length)
-        with mrcfile.open(path, permissive=True, header_only=True) as file:
-            header = file.header
-            shape = (int(header.nz), int(header.ny), int(header.nx))
-            mode, extended = int(header.mode), int(header.nsymbt)
-            if mode not in _MODES:
-                raise InputError(f"{path}: MRC mode {mode} is not supported; expected one of {sorted(_MODES)}")
-            dtype = np.dtype(data_dtype_from_header(header))
-            cell = np.array([header.cella.x, header.cella.y, header.cella.z], float)
-            sampling = np.array([header.mx, header.my, header.mz], float)
+        header = _read_header(path)
+        shape = (int(header["nz"]), int(header["ny"]), int(header["nx"]))
+        mode, extended = int(header["mode"]), int(header["nsymbt"])
+        if mode not in _MODES:
+            raise InputError(f"{path}: MRC mode {mode} is not supported; expected one of {sorted(_MODES)}")
+        dtype = np.dtype(_MODES[mode]).newbyteorder(header["mode"].dtype.byteorder)
+        cell = np.array(header["cella"].item(), float)
+        sampling = np.array([header["mx"], header["my"], header["mz"]], float)
     if min(shape) < 1 or extended < 0:
         raise InputError(f"{path}: the header says {shape[::-1]} points (x, y, z); not a readable MRC file")
     offset = _HEADER_BYTES + extended
+    if offset > length:
+        raise InputError(f"{path}: the header announces more header than the file is long; copy or extract it again")
     needed = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
     if needed > length:
         held = max(length - offset, 0) // (shape[1] * shape[2] * dtype.itemsize)
@@ -83,13 +81,13 @@ def _header(path: Path, expected: str) -> tuple[tuple[int, int, int], np.dtype[A
     return shape, dtype, offset, voxel
 
 
-def _refuse_long_extension(path: Path, length: int) -> None:
-    """mrcfile allocates the extended header on the word of the file: see first that the file is that long."""
+def _read_header(path: Path) -> NDArray[Any]:
+    """The header in the byte order of the machine stamp, or in the other one where only that gives a known mode."""
     with path.open("rb") as file:
-        field = file.read(_HEADER_BYTES)[92:96]
-    sizes = [int.from_bytes(field, order, signed=True) for order in _BYTE_ORDERS]
-    if not any(0 <= size <= length - _HEADER_BYTES for size in sizes):
-        raise InputError(f"{path}: the header announces more header than the file is long; copy or extract it again")
+        raw = file.read(_HEADER_BYTES)
+    orders = "><" if raw[212:214] == b"\x11\x11" else "<>"
+    headers = [np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order)).reshape(()) for order in orders]
+    return next((header for header in headers if int(header["mode"]) in _MODES), headers[0])
 
 
 def read_map(path: Path) -> tuple[Float[Tensor, "z y x"], Grid]:

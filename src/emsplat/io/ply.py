@@ -91,7 +91,8 @@ def read_ply(path: Path) -> tuple[Gaussians, Grid | None]:
         missing = [name for name in names if name not in _names(table)]
         if missing:
             raise InputError(f"{path}: has no property {missing[0]}; expected {', '.join(_NAMES)}")
-        values = np.stack([table[name].astype(np.float32) for name in names], 1)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            values = np.stack([table[name].astype(np.float32) for name in names], 1)
         if not np.isfinite(values).all():
             raise InputError(f"{path}: {', '.join(names)} hold values that are not finite; write the file again")
         return torch.from_numpy(values)
@@ -135,6 +136,6 @@ def _layout(path: Path, lines: list[str]) -> tuple[int, list[tuple[str, str]]]:
             if words[2] in (name for name, _ in fields):
                 raise InputError(f"{path}: has property {words[2]} twice; write the file again")
             fields.append((words[2], _NUMPY_TYPES[words[1]]))
-    if count < 0 or not fields:
-        raise InputError(f"{path}: the PLY header names no vertices; expected one vertex per Gaussian")
+    if count < 1 or not fields:
+        raise InputError(f"{path}: the PLY header names no vertices; expected one vertex per Gaussian, at least one")
     return count, fields

@@ -7,6 +7,7 @@ the text that the file holds, so that a rewritten file changes nothing that it d
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
 from emsplat.io.files import replacing
 from emsplat.io.paths import find_stacks, group_equal, relative_to
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
 
 _PIXEL_SIZES = (
@@ -38,6 +39,7 @@ _TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultipl
 _MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
 _INDEX_DIGITS = 9
+_LARGEST_TILT = 100.0  # mrad
 _ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 
 
@@ -60,6 +62,8 @@ class _Block:
             raise InputError(f"{self.path}: the table data_{self.name} has no column rln{column}; {_remedy(column)}")
         values = self._find(column)
         rows = len(self._find("OpticsGroup" if self.name == "optics" else "ImageName"))
+        if not rows:
+            raise InputError(f"{self.path}: the table data_{self.name} has no rows; expected at least one")
         if len(values) != rows:
             raise InputError(
                 f"{self.path}: the table data_{self.name} has {rows} rows and {len(values)} values of rln{column}; "
@@ -118,11 +122,34 @@ def _document(path: Path) -> cif.Document:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a RELION STAR file of particles")
     try:
-        return cif.read_file(str(path))
+        return cif.read_file(str(path)) if _is_ascii(path) else cif.read_string(_quoted(path.read_bytes().decode()))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line}: byte {error.object[error.start]:#x} is no UTF-8 text; expected names in ASCII or "
+            "UTF-8, save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a RELION STAR file") from error
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a well-formed STAR file ({error}); write it again") from error
+
+
+def _is_ascii(path: Path) -> bool:
+    with path.open("rb") as file:
+        return all(part.isascii() for part in iter(lambda: file.read(2**20), b""))
+
+
+# Text fields, quoted text, comments, and bare words, which alone are captured.
+_WORDS = re.compile(
+    r"""^;.*?^;|(?<!\S)'[^\n]*?'(?!\S)|(?<!\S)"[^\n]*?"(?!\S)|(?<!\S)\#[^\n]*|(?<!\S)([^\s'"\#;]\S*)""",
+    re.ASCII | re.DOTALL | re.MULTILINE,
+)
+
+
+def _quoted(text: str) -> str:
+    """The same STAR file with quotes around words that are not ASCII: RELION takes them bare, CIF does not."""
+    return _WORDS.sub(lambda m: f'"{m[1]}"' if m[1] and not m[1].isascii() else m[0], text)
 
 
 def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
@@ -192,7 +219,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         scale=column("CtfScalefactor", 1.0),
         treatment=_treatment(column),
     )
-    _refuse_impossible_optics(path, ctf_values)
+    refuse_impossible(path, ctf_values, ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"))
     zernikes = {
         kind: _zernikes(optics, f"{kind}Zernike")[row_of_group][group]
         for kind in ("Odd", "Even")
@@ -268,24 +295,14 @@ def _old_pixel_size(particles: _Block) -> float:
         detector, magnification = particles.numbers("DetectorPixelSize"), particles.numbers("Magnification")
         if not (magnification > 0).all():
             raise InputError(f"{particles.path}: rlnMagnification is not above 0 everywhere; repair the column")
-        sizes = 1e4 * detector / magnification
-    if not sizes.min() > 0 or sizes.max() - sizes.min() > 1e-4 * sizes.max():
+        with np.errstate(over="ignore"):  # refused below
+            sizes = np.minimum(1e4 * detector / magnification, _LARGEST)
+    if not 0 < sizes.min() <= sizes.max() < _LARGEST or sizes.max() - sizes.min() > 1e-4 * sizes.max():
         raise InputError(
             f"{particles.path}: pixel sizes from {sizes.min():g} to {sizes.max():g} Å; expected one for all particles, "
             "select the particles of one microscope setting"
         )
     return float(sizes[0])
-
-
-def _refuse_impossible_optics(path: Path, optics: Optics) -> None:
-    for name, values, possible in (
-        ("rlnVoltage", optics.voltage, optics.voltage > 0),
-        ("rlnAmplitudeContrast", optics.amplitude_contrast, optics.amplitude_contrast.abs() <= 1),
-    ):
-        bad = (~possible).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            raise InputError(f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value")
 
 
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
@@ -303,6 +320,8 @@ def _aberrations(
     count = len(optics)
     odd, even = (torch.from_numpy(zernikes.get(kind, np.zeros((count, 0)))) for kind in ("Odd", "Even"))
     tilt = torch.stack([column("BeamTiltX", 0.0), column("BeamTiltY", 0.0)], 1)
+    if not (tilt.abs() < _LARGEST_TILT).all():
+        raise InputError(f"{path}: rlnBeamTiltX or Y is up to {tilt.abs().max():.3g}; expected a few mrad")
     if tilt.any():
         coma = beam_tilt(tilt, optics.voltage, optics.cs)
         odd = torch.nn.functional.pad(odd, (0, max(0, coma.shape[1] - odd.shape[1])))

@@ -165,3 +165,22 @@ def perfect(count: int) -> Aberrations:
     """The aberrations of images that have none."""
     none = torch.zeros(count, 0, dtype=torch.float64)
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
+
+
+_POSSIBLE = {"voltage": (1.0, 1e4), "cs": (-1e3, 1e3), "amplitude_contrast": (-1.0, 1.0)}  # kV, mm, fraction
+
+
+def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
+    """Refuses voltage, Cs and amplitude contrast (``names`` in the file, in this order) of no microscope.
+
+    Raises:
+        InputError: names the first row.
+    """
+    for name, (field, (low, high)) in zip(names, _POSSIBLE.items(), strict=True):
+        values = getattr(optics, field)
+        bad = (~((values >= low) & (values <= high))).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise InputError(
+                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value, from {low:g} to {high:g}"
+            )
