@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
+from emsplat import report
 from emsplat.assess.fsc import fsc_curve
 from emsplat.cli import main
 from emsplat.config import ReconstructConfig, SimulateConfig
@@ -219,7 +220,11 @@ def test_same_gaussians_same_bytes(tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = SimulateConfig(box=32, pixel_size=4.0, particles=300, snr=0.5, atoms=1500, seed=3)
-    reconstruct(ReconstructConfig(epochs=4, gaussians=400), simulate(config, None, folder / "p"), folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda run: None)  # drawing takes longer than the run
+        reconstruct(
+            ReconstructConfig(epochs=4, gaussians=400, threads=1), simulate(config, None, folder / "p"), folder / "run"
+        )
     return folder / "run"
 
 

@@ -20,7 +20,7 @@ from emsplat.start import check_start, read_start
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(32, 4.0)
-QUICK = ReconstructConfig(epochs=4, gaussians=400)
+QUICK = ReconstructConfig(epochs=4, gaussians=400, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_a_start_from_each_kind_of_file(files, particles, usual, tmp_path, name,
     """The Gaussians of the file, or as many as asked for, reach the truth whatever the grey values of the file."""
     init = str(files / name)
     count = 300 if name == "map.mrc" else None
-    config = ReconstructConfig(init=init, gaussians=count, epochs=4, engine=engine)
+    config = ReconstructConfig(init=init, gaussians=count, epochs=4, engine=engine, threads=1)
     summary = reconstruct(config, particles, tmp_path / "run")
     assert {fit["gaussians"] for fit in summary["fits"].values()} == {count or 400}
     assert summary["settings"]["init"] == init
@@ -96,7 +96,7 @@ def test_each_half_starts_from_its_own_file(files, particles, tmp_path):
     write_gaussians(
         second, Gaussians(gaussians.mean[:350], gaussians.covariance[:350], gaussians.amplitude[:350]), GRID
     )
-    config = ReconstructConfig(init=str(first), epochs=2, independent_halves=True)
+    config = ReconstructConfig(init=str(first), epochs=2, independent_halves=True, threads=1)
     summary = reconstruct(config, particles, tmp_path / "run")
     found = {name: fit["gaussians"] for name, fit in summary["fits"].items()}
     assert found == {"half1": 400, "half2": 350, "class001": 400}
@@ -142,7 +142,7 @@ def test_an_atomic_model_is_a_start(shared_data, tmp_path):
     # The simulation moves the centre of mass to the centre of the box: so must the model, as if fitted into the map.
     shift = 64.0 - (atoms.position - place_atoms(atoms, GRID).position)[0]
     fitted = moved(path, tmp_path / "fitted.pdb", shift.tolist())
-    summary = reconstruct(ReconstructConfig(init=str(fitted), epochs=3), star, tmp_path / "run")
+    summary = reconstruct(ReconstructConfig(init=str(fitted), epochs=3, threads=1), star, tmp_path / "run")
     assert summary["fits"]["class001"]["gaussians"] == len(atoms)
     volume, _ = read_map(tmp_path / "run" / "run_class001.mrc")
     truth = truth_map(place_atoms(atoms, GRID), GRID, 60.0)
@@ -205,7 +205,7 @@ def test_experimental_particles_from_an_atomic_model(shared_data, tmp_path):
     """Beta-galactosidase from the model that lies in its map: at least what the usual start gives."""
     folder = shared_data / "bgal"
     path = folder / "8bk7_in_map_frame.cif.gz"
-    config = ReconstructConfig(symmetry="D2", init=str(path))
+    config = ReconstructConfig(symmetry="D2", init=str(path), threads=1)
     summary = reconstruct(config, folder / "particles.star", tmp_path / "run")
     volume, grid = read_map(tmp_path / "run" / "run_class001.mrc")
     mask, _ = read_map(folder / "mask_soft.mrc")
