@@ -18,10 +18,11 @@ from common import save
 from emsplat.assess.fsc import crossing, fsc_curve
 from emsplat.assess.mask import solvent_mask
 from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.progress import Log
 from emsplat.reconstruct import reconstruct
-from emsplat.simulate import place_atoms, read_atoms, simulate, truth_map
+from emsplat.simulate import place_atoms, simulate, truth_map
 
 
 def score(path, truth, grid, mask):

@@ -17,7 +17,7 @@ FLOORS = [
     {"project", "ctf", "assess"},
     {"io"},
     {"model", "particles"},
-    {"accumulate", "config"},
+    {"accumulate", "config", "start"},
     {"objective", "report", "inputs", "naming", "symmetry"},
     {"fit", "density"},
     {"one_pass", "run_folder", "assessment", "residuals"},

@@ -12,6 +12,8 @@ from emsplat.geometry import (
     axis_rotation,
     euler_to_matrix,
     matrix_to_euler,
+    matrix_to_quaternion,
+    principal_axes,
     quaternion_to_matrix,
     random_rotations,
     symmetry_group,
@@ -94,3 +96,20 @@ def test_axes_lie_where_relion_puts_them(symbol):
 def test_unknown_groups_are_refused(symbol):
     with pytest.raises(InputError, match=r"--symmetry .*expected Cn, Dn"):
         symmetry_group(symbol)
+
+
+def test_quaternion_of_a_matrix_gives_the_matrix_again():
+    matrix = random_rotations(50, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(quaternion_to_matrix(matrix_to_quaternion(matrix)), matrix)
+
+
+def test_principal_axes_give_the_covariance_again():
+    """Also for round, flat and needle-like Gaussians, and never as a mirror image."""
+    rotation = random_rotations(40, torch.Generator().manual_seed(3))
+    scale = torch.tensor([[1.0, 1, 1], [5, 5, 0.1], [0.1, 0.1, 9], [3, 2, 1]], dtype=torch.float64).repeat(10, 1)
+    covariance = rotation @ torch.diag_embed(scale**2) @ rotation.mT
+    found, quaternion = principal_axes(covariance)
+    torch.testing.assert_close(found.sort(1).values, scale.sort(1).values)
+    axes = quaternion_to_matrix(quaternion)
+    torch.testing.assert_close(torch.linalg.det(axes), torch.ones(40, dtype=torch.float64))
+    torch.testing.assert_close(axes @ torch.diag_embed(found**2) @ axes.mT, covariance)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emsplat.model import Bounds, GaussianField, ball, from_map, inverse_softplus, uniform
+from emsplat.model import Bounds, GaussianField, ball, from_gaussians, from_map, inverse_softplus, uniform
 from emsplat.project import voxelize
 from emsplat.types import Gaussians, Grid
 
@@ -155,3 +155,27 @@ def test_splitting_is_along_the_longest_axis():
     step = torch.nn.functional.normalize(halves[:30] - halves[30:], dim=1)
     along = torch.linalg.eigh(model().covariance.detach()).eigenvectors[:, :, -1]
     torch.testing.assert_close((step * along).sum(1).abs(), torch.ones(30), rtol=0, atol=1e-3)
+
+
+def test_a_mixture_becomes_parameters_and_the_mixture_again():
+    before = wild()()
+    model = from_gaussians(before, Bounds(20.0, 3.0, 0.2))
+    after = model()
+    torch.testing.assert_close(after.mean, before.mean)
+    torch.testing.assert_close(after.covariance, before.covariance, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.amplitude / 3, before.amplitude / before.amplitude.mean(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_mixture_that_the_model_cannot_hold_comes_close():
+    """Below the bound, at and below zero, round, and not turned."""
+    covariance = torch.tensor([[4.0, 1, 0], [1, 9, 0], [0, 0, 0.01]]).repeat(3, 1, 1)
+    mixture = Gaussians(torch.zeros(3, 3), covariance, torch.tensor([2.0, 0.0, -5.0]))
+    bounds = Bounds(10.0, 1.0, 1.5)
+    model = from_gaussians(mixture, bounds)
+    torch.testing.assert_close(model.amplitudes(), torch.tensor([1.0, 0.01, 0.01]), rtol=1e-4, atol=0)
+    assert float(model.scales().detach().min()) == pytest.approx(1.515, rel=1e-3)
+    straight = from_gaussians(mixture, bounds, rotation=False)
+    torch.testing.assert_close(straight.scales()[0], torch.tensor([2.0, 3.0, 1.515]))
+    round_one = from_gaussians(mixture, bounds, isotropic=True)
+    assert round_one.scale.shape == (3, 1)
+    assert float(round_one.scales().detach()[0, 0]) == pytest.approx((13.01 / 3) ** 0.5, rel=1e-4)

@@ -18,10 +18,10 @@ from emsplat import fourier
 from emsplat.config import SimulateConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import euler_to_matrix
+from emsplat.io.atoms import Atoms, read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.io.relion import read_star
 from emsplat.simulate import (
-    Atoms,
     check_fits,
     clean_images,
     form_factor,
@@ -33,7 +33,6 @@ from emsplat.simulate import (
     project_atoms,
     random_optics,
     random_poses,
-    read_atoms,
     simulate,
     truth_map,
 )
@@ -49,6 +48,7 @@ def some_atoms(count: int = 12, seed: int = 0) -> Atoms:
         12 * torch.randn(count, 3, generator=generator, dtype=torch.float64).clamp(-2, 2),
         torch.tensor(ELEMENTS)[torch.arange(count) % len(ELEMENTS)],
         torch.rand(count, generator=generator, dtype=torch.float64),
+        torch.zeros(count, dtype=torch.float64),
     )
 
 
@@ -113,7 +113,9 @@ def test_map_is_the_analytic_density():
         a * 1.5**3 * (4 * math.pi / b) ** 1.5 * torch.exp(-4 * math.pi**2 / b * r2)
         for a, b in zip(coefficients.a, np.array(coefficients.b) + b_factor, strict=True)
     )
-    atom = Atoms(torch.tensor([[5.0, -3.0, 4.0]], dtype=torch.float64), torch.tensor([6]), torch.ones(1))
+    atom = Atoms(
+        torch.tensor([[5.0, -3.0, 4.0]], dtype=torch.float64), torch.tensor([6]), torch.ones(1), torch.zeros(1)
+    )
     torch.testing.assert_close(truth_map(atom, grid, b_factor, torch.float64), expected, rtol=0, atol=1e-6)
 
 
@@ -138,7 +140,9 @@ def test_conventions_frame():
     # docs/conventions.md, 7: orientation test vector.
     angles = torch.deg2rad(torch.tensor([[30.0, 50.0, 70.0]], dtype=torch.float64))
     poses = Poses(euler_to_matrix(angles), torch.tensor([[3.0, -4.0]], dtype=torch.float64))
-    atom = Atoms(torch.tensor([[20.0, -10.0, 5.0]], dtype=torch.float64), torch.tensor([6]), torch.ones(1))
+    atom = Atoms(
+        torch.tensor([[20.0, -10.0, 5.0]], dtype=torch.float64), torch.tensor([6]), torch.ones(1), torch.zeros(1)
+    )
     grid = Grid(64, 1.5)
     image = fourier.irfft(project_atoms(atom, poses, grid, 300.0))[0]
     x = (torch.arange(64, dtype=torch.float64) - 32) * 1.5
@@ -301,7 +305,7 @@ def test_frames_of_a_model():
     centred = place_atoms(atoms, GRID)
     mass = atoms.weight * torch.tensor([gemmi.Element(e).weight for e in atoms.element.tolist()])
     torch.testing.assert_close((mass @ centred.position).tolist(), [0.0] * 3, atol=1e-9, rtol=0)
-    atom = Atoms(torch.zeros(1, 3).double(), torch.tensor([6]), torch.ones(1))
+    atom = Atoms(torch.zeros(1, 3).double(), torch.tensor([6]), torch.ones(1), torch.zeros(1))
     corner = place_atoms(atom, GRID, keep_frame=True)
     volume = truth_map(corner, GRID, 200.0)
     assert int(volume.argmax()) == 0

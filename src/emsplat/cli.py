@@ -254,23 +254,22 @@ def voxelize(
     """Turn Gaussians into a density map.
 
     Args:
-        model: PLY file of emsplat.
+        model: Gaussians of emsplat (.ply, .cif, .pdb), or an atomic model (.cif, .pdb) in a map of this box and pixel
+            size with MRC origin 0.
         output: MRC map to write.
         box: Box size in pixels; default: the one the model was fitted on.
         pixel_size: Pixel size in Å; default: the one the model was fitted on.
     """
+    from emsplat.io.gaussians import read_gaussians
     from emsplat.io.mrc import write_map
-    from emsplat.io.ply import read_ply
     from emsplat.project import voxelize as run
     from emsplat.types import Grid
 
-    gaussians, fitted = read_ply(model)
-    if fitted is None and (box is None or pixel_size is None):
-        raise InputError(f"{model}: does not say its box and pixel size; give --box and --pixel-size")
-    size = box or (fitted.size if fitted else 0)
-    spacing = pixel_size or (fitted.pixel_size if fitted else 0.0)
-    if size < 2 or not spacing > 0:
-        raise InputError(f"--box {size} --pixel-size {spacing}: expected at least 2 pixels of a size above 0")
+    given = None if box is None or pixel_size is None else Grid(box, pixel_size)
+    if (box is not None and box < 2) or (pixel_size is not None and not pixel_size > 0):
+        raise InputError(f"--box {box} --pixel-size {pixel_size}: expected at least 2 pixels of a size above 0")
+    gaussians, fitted = read_gaussians(model, given)
+    size, spacing = box or fitted.size, pixel_size or fitted.pixel_size
     write_map(output, run(gaussians, Grid(size, spacing)), spacing)
     print(f"map: {output} ({size}³ voxels of {spacing:g} Å)")
 

@@ -281,8 +281,11 @@ class ReconstructConfig(InputConfig):
     independent_halves: bool = False
     """One-pass: let no number pass between the half-sets; the course of the fits is fixed beforehand."""
 
-    init: Literal["map", "ball", "uniform"] | None = None
-    """Where the Gaussians start: on the classical map of the same images, in a ball, or uniformly in the box."""
+    init: str | None = None
+    """Where the Gaussians start: map (the classical map of the same images), ball, uniform (in the box), or a file:
+    Gaussians (.ply, .cif, .pdb), an atomic model (.cif, .pdb) fitted into a map of this box with MRC origin 0, or a map
+    (.mrc) of any box and pixel size, which is low-passed at 20 Å. Both half-sets start from it, unless half1 in its
+    name tells where the other half's is."""
 
     epochs: int | None = None
     """Images: how often every image is presented. One-pass: at most so many times ten steps before the number of

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from emsplat.errors import InputError
@@ -51,6 +52,24 @@ def quaternion_to_matrix(quaternion: Float[Tensor, "*g 4"]) -> Float[Tensor, "*g
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def matrix_to_quaternion(matrix: Float[Tensor, "g 3 3"]) -> Float[Tensor, "g 4"]:
+    """Unit quaternions (w, x, y, z) with w >= 0 of rotation matrices: the inverse of `quaternion_to_matrix`, not
+    differentiable."""
+    xyzw = Rotation.from_matrix(matrix.detach().numpy()).as_quat(canonical=True)
+    return torch.from_numpy(xyzw[:, [3, 0, 1, 2]]).to(matrix.dtype)
+
+
+def principal_axes(covariance: Float[Tensor, "g 3 3"]) -> tuple[Float[Tensor, "g 3"], Float[Tensor, "g 4"]]:
+    """Standard deviations S and unit quaternions of axes R with R S² Rᵀ the covariance (positive definite).
+
+    Rounding may leave the thinnest direction of a needle without variance: it keeps 1e-8 of the largest.
+    """
+    variance, axes = torch.linalg.eigh(covariance.double())
+    variance = torch.maximum(variance, 1e-8 * variance[:, 2:])
+    axes[:, :, 0] *= torch.linalg.det(axes).sign()[:, None]  # a rotation, not a mirror
+    return variance.sqrt().to(covariance.dtype), matrix_to_quaternion(axes).to(covariance.dtype)
 
 
 def random_rotations(count: int, generator: torch.Generator) -> Float[Tensor, "p 3 3"]:

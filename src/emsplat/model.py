@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional
 
-from emsplat.geometry import quaternion_to_matrix
+from emsplat.geometry import principal_axes, quaternion_to_matrix
 from emsplat.types import Gaussians, Grid
 
 _IDENTITY = torch.tensor([1.0, 0.0, 0.0, 0.0])
@@ -208,6 +208,32 @@ def from_map(
     quaternion = torch.from_numpy(rng.normal(0, 0.1, (count, 4)) + [1, 0, 0, 0]).float()
     amplitude = inverse_softplus(torch.from_numpy(weight).float())
     return GaussianField(mean, _raw_scale(scale, bounds), quaternion, amplitude, bounds, rotation=rotation)
+
+
+@torch.no_grad()
+def from_gaussians(
+    gaussians: Gaussians, bounds: Bounds, *, isotropic: bool = False, rotation: bool = True
+) -> GaussianField:
+    """The parameters of a mixture, the inverse of `GaussianField.forward` except that the amplitudes are scaled.
+
+    Amplitudes above 0 get the mean 1 (in units of ``bounds.unit``); the others, which the model cannot hold, and very
+    small ones become 0.01. Widths below the bound are raised to 1 % above it. Round Gaussians take the mean of the
+    three variances, those that cannot turn the diagonal of the covariance.
+    """
+    positive = gaussians.amplitude[gaussians.amplitude > 0]
+    weight = (gaussians.amplitude / positive.mean()).clamp(min=0.01)
+    variance = gaussians.covariance.diagonal(dim1=1, dim2=2)
+    quaternion = _IDENTITY.repeat(len(gaussians), 1)
+    if isotropic:
+        scale = variance.mean(1, keepdim=True).sqrt()
+    elif rotation:
+        scale, quaternion = principal_axes(gaussians.covariance)
+    else:
+        scale = variance.sqrt()
+    mean = gaussians.mean / bounds.length
+    return GaussianField(
+        mean, _raw_scale(scale, bounds), quaternion, inverse_softplus(weight), bounds, rotation=rotation
+    )
 
 
 _REACH = 0.42  # of the box: beyond it a map is surroundings

@@ -46,7 +46,7 @@ from emsplat.inputs import open_stack, with_boxes
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
 from emsplat.io.ply import write_ply
-from emsplat.model import Bounds, GaussianField, ball, dense_part, from_map, uniform
+from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
@@ -55,8 +55,9 @@ from emsplat.progress import Log, peak_memory
 from emsplat.project import voxelize
 from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
+from emsplat.start import LOWPASS, check_start, is_shared, read_start, starts_from_gaussians
 from emsplat.symmetry import examine_symmetry
-from emsplat.types import Curve, Grid
+from emsplat.types import Curve, Gaussians, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
@@ -106,7 +107,8 @@ def settings_of(config: ReconstructConfig) -> Settings:
             if engine != recipe["engine"] and getattr(config, option) not in (None, False, ()):
                 raise InputError(f"--{option.replace('_', '-')} belongs to --engine {engine}; leave it out or add that")
     chosen: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(Settings)}
-    if config.growth is None and (config.gaussians is not None or config.independent_halves):
+    counted = config.gaussians is not None or starts_from_gaussians(config.init or recipe["init"])
+    if config.growth is None and (counted or config.independent_halves):
         recipe["growth"] = 0  # a number that was asked for stays; nobody judges independent halves
     recipe |= {
         key: value for key, value in (("batch", 0), ("weighting", "noise"), ("growth", 0)) if recipe[key] is None
@@ -118,6 +120,7 @@ def settings_of(config: ReconstructConfig) -> Settings:
         value = getattr(config, option)
         if value is not None and value < least:
             raise InputError(f"--{option} {value}: expected at least {least}")
+    _check_start(config, merged)
     if config.independent_halves and merged.growth:
         raise InputError("--growth with --independent-halves: only the other half can tell whether more Gaussians pay")
     for option in ("learning_rate", "decay", "min_scale"):
@@ -126,6 +129,14 @@ def settings_of(config: ReconstructConfig) -> Settings:
     if any(not 0 < epoch < merged.epochs for epoch in merged.split_after):
         raise InputError(f"--split-after {merged.split_after}: expected epochs from 1 to {merged.epochs - 1}")
     return merged
+
+
+def _check_start(config: ReconstructConfig, settings: Settings) -> None:
+    check_start(settings.init)
+    if config.gaussians is not None and starts_from_gaussians(settings.init):
+        raise InputError(f"--gaussians with --init {settings.init}: the file says how many there are; leave it out")
+    if config.independent_halves and is_shared(settings.init):
+        raise InputError(f"--independent-halves with --init {settings.init}: both halves would start from it; use map")
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,8 @@ def _open(
     if not several_grids:
         stack.require_one_grid()
     given_mask(config, stack.grid)
+    for name in _HALVES:
+        read_start(settings.get("init", "map"), stack.grid, name)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
     for warning in stack.table.warnings:
@@ -352,7 +365,7 @@ def _fit_volumes(
 
     def begin_fit(name: str) -> VolumeFit:
         objective = VolumeObjective(classical.equations[name], support, coarse_steps=coarse)
-        model = start_model(classical.raw[name], grid, settings, detail)
+        model = start_model(classical.raw[name], grid, settings, detail, name)
         return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
 
     halves = [begin_fit(name) for name in _HALVES]
@@ -423,17 +436,22 @@ def _support(mask: Tensor, stack: ParticleStack) -> int:
     return support_size(2 * reach + 4, stack.grid.size)
 
 
-def start_model(raw: Float[Tensor, "z y x"], grid: Grid, settings: Settings, detail: float) -> GaussianField:
+def start_model(
+    raw: Float[Tensor, "z y x"], grid: Grid, settings: Settings, detail: float, name: str = "class001"
+) -> GaussianField:
     """The start of a fit; ``detail`` (Å, at least a voxel) is the finest spacing that the data resolve."""
-    fraction = 6 if settings.engine == "one-pass" and settings.growth else 3
-    count = settings.gaussians or gaussian_count(raw, grid, detail, fraction)
     length = grid.length if settings.length_unit is None else settings.length_unit * detail
     bounds = Bounds(length, 1.0, settings.min_scale * detail)
     shape = {"isotropic": settings.isotropic, "rotation": settings.rotation}
-    if settings.init == "map":
-        return from_map(raw, grid, count, bounds, settings.seed, **shape)
-    start = {"ball": ball, "uniform": uniform}[settings.init]
-    return start(count, grid, bounds, settings.seed, **shape)
+    given = read_start(settings.init, grid, name)
+    if isinstance(given, Gaussians):
+        return from_gaussians(given, bounds, **shape)
+    fraction = 6 if settings.engine == "one-pass" and settings.growth else 3
+    count = settings.gaussians or gaussian_count(raw, grid, detail, fraction)
+    if settings.init in ("ball", "uniform"):
+        start = ball if settings.init == "ball" else uniform
+        return start(count, grid, bounds, settings.seed, **shape)
+    return from_map(raw if given is None else given, grid, count, bounds, settings.seed, **shape)
 
 
 def gaussian_count(raw: Float[Tensor, "z y x"], grid: Grid, detail: float, fraction: int) -> int:
@@ -469,7 +487,7 @@ def _fit_images(
         history.rewind(name, state.step)
     else:
         history.rewind(name, 0)
-        model = start_model(raw, grid, settings, grid.pixel_size)
+        model = start_model(raw, grid, settings, grid.pixel_size, name)
         whole = VolumeObjective(equations, support_size(grid.size, grid.size))
         state = State.begin(model.with_unit(whole.best_gain(model)))
     start_state, first = state, state.step
@@ -641,13 +659,31 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
 
 def _introduce_fit(log: Log, settings: Settings) -> None:
     count = f"{settings.gaussians:,}" if settings.gaussians else "as many as needed"
+    if starts_from_gaussians(settings.init):
+        count = "those of the file"
     log.line(f"  Gaussians: {count}, from {settings.init}; engine {settings.engine}")
+    if is_shared(settings.init):
+        _warn_of_shared_start(log, settings.init)
     if settings.engine == "images":
         log.line(f"  {settings.epochs} epochs in batches of {settings.batch}")
     elif settings.independent_halves:
         log.line("  nothing passes between the half-sets")
     else:
         log.line("  the halves share one number per candidate: the mean cross-validated FSC")
+
+
+def _warn_of_shared_start(log: Log, init: str) -> None:
+    if starts_from_gaussians(init):
+        log.warn(
+            f"both half-sets start from {init}: their maps share what it holds and the data leave open, and their FSC "
+            "flatters; so does the cross-validated FSC where it was made from these particles (a name with half1 in it "
+            "gives each half its own file)"
+        )
+    else:
+        log.warn(
+            f"both half-sets start from {init}, low-passed at {LOWPASS:g} Å: what is coarser they share; go by the "
+            "cross-validated FSC"
+        )
 
 
 def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from emsplat.config import SimulateConfig
 from emsplat.ctf import ctf
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import quaternion_to_matrix, random_rotations
+from emsplat.io.atoms import Atoms, read_atoms, scattering
 from emsplat.io.files import replacing
 from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.relion import write_particles_star
@@ -39,73 +40,7 @@ from emsplat.types import Grid, Optics, Poses
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Atoms:
-    """Point atoms; ``weight`` is the occupancy, so that alternative conformers share one scattering."""
-
-    position: Float[Tensor, "a 3"]  # Å, float64
-    element: Int[Tensor, " a"]  # atomic number
-    weight: Float[Tensor, " a"]
-
-    def __len__(self) -> int:
-        return len(self.element)
-
-
 # --- atomic models ------------------------------------------------------------------------------------------
-
-
-_ORGANIC = frozenset(("H", "D", "C", "N", "O", "P", "S", "Se", "F", "Cl", "Br", "I"))
-
-
-def _repair_elements(structure: gemmi.Structure) -> None:
-    """Take elements that cannot be right from the atom's name.
-
-    PDB files of simulation programs lack the element column and shift the names, so that CA is read as
-    calcium and CB as unknown. Ions and ligands known to gemmi may contain anything and are left alone.
-    """
-    for site in structure[0].all() if len(structure) else ():
-        residue = gemmi.find_tabulated_residue(site.residue.name)
-        polymer = residue.is_amino_acid() or residue.is_nucleic_acid()
-        doubtful = polymer or (not residue.found() and len(site.residue) > 1)
-        if doubtful and site.atom.element.name not in _ORGANIC:
-            site.atom.element = gemmi.Element(site.atom.name.lstrip("0123456789")[:1])
-
-
-def read_atoms(path: Path) -> Atoms:
-    """Atoms of the first model of a PDB or mmCIF file (also .gz), in the frame of the file.
-
-    Waters are left out, since the images have no other solvent, and hydrogens, since most deposited models
-    have none.
-
-    Raises:
-        InputError: the file is missing or unreadable, has no atoms, or has an element without form factor.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected an atomic model in PDB or mmCIF format")
-    try:
-        structure = gemmi.read_structure(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"{path}: not readable as an atomic model: {' '.join(str(error).split())}; "
-            "expected PDB or mmCIF, named .pdb, .cif, .pdb.gz or .cif.gz"
-        ) from error
-    _repair_elements(structure)
-    structure.remove_waters()
-    structure.remove_hydrogens()
-    sites = [site.atom for site in structure[0].all() if site.atom.occ > 0] if len(structure) else []
-    if not sites:
-        raise InputError(
-            f"{path}: no atoms of occupancy above 0 besides waters and hydrogens; expected an atomic model"
-        )
-    unknown = {a.element.name for a in sites if a.element.atomic_number == 0 or a.element.c4322 is None}
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise InputError(f"{path}: no electron form factor for element {names}; remove or rename these atoms")
-    return Atoms(
-        torch.tensor([atom.pos.tolist() for atom in sites], dtype=torch.float64),
-        torch.tensor([atom.element.atomic_number for atom in sites]),
-        torch.tensor([atom.occ for atom in sites], dtype=torch.float64),
-    )
 
 
 def place_atoms(atoms: Atoms, grid: Grid, keep_frame: bool = False) -> Atoms:
@@ -121,7 +56,7 @@ def place_atoms(atoms: Atoms, grid: Grid, keep_frame: bool = False) -> Atoms:
         masses = {number: gemmi.Element(number).weight for number in set(numbers)}
         mass = atoms.weight * torch.tensor([masses[number] for number in numbers])
         origin = mass @ atoms.position / mass.sum()
-    return Atoms(atoms.position - origin, atoms.element, atoms.weight)
+    return replace(atoms, position=atoms.position - origin)
 
 
 def check_fits(atoms: Atoms, grid: Grid, name: str = "model", keep_frame: bool = False) -> None:
@@ -276,6 +211,7 @@ def procedural_protein(atoms: int = 4000, seed: int = 0) -> Atoms:
         torch.from_numpy(position),
         torch.from_numpy(sites[:, 0]).long(),
         torch.ones(len(sites), dtype=torch.float64),
+        torch.zeros(len(sites), dtype=torch.float64),
     )
     return place_atoms(protein, Grid(2, 1.0))
 
@@ -284,12 +220,8 @@ def procedural_protein(atoms: int = 4000, seed: int = 0) -> Atoms:
 
 
 def form_factor(element: int, k: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Electron form factor in Å of an element (atomic number) at spatial frequencies |k| in 1/Å.
-
-    Five Gaussians (International Tables for Crystallography C, table 4.3.2.2, whose variable is k/2).
-    """
-    coefficients = gemmi.Element(element).c4322
-    terms = [a * torch.exp(-b / 4 * k**2) for a, b in zip(coefficients.a, coefficients.b, strict=True)]
+    """Electron form factor in Å of an element (atomic number) at spatial frequencies |k| in 1/Å."""
+    terms = [a * torch.exp(-b / 4 * k**2) for a, b in zip(*scattering(element), strict=True)]
     return torch.stack(terms).sum(0)
 
 
