@@ -10,11 +10,12 @@ from gemmi import cif
 from emsplat.cli import main
 from emsplat.geometry import random_rotations
 from emsplat.io.cryosparc import write_cs
+from emsplat.io.gaussians import read_gaussians, write_gaussians
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.table import OpticsGroup, ParticleTable
-from emsplat.types import PREMULTIPLIED, Aberrations, Grid, Optics, Poses
+from emsplat.types import PREMULTIPLIED, Aberrations, Gaussians, Grid, Optics, Poses
 
 COUNT = 24
 
@@ -196,3 +197,20 @@ def test_all_real_star_files_keep_every_column(shared_data, tmp_path):
             for loop in (item.loop for item in one if item.loop is not None):
                 for tag in loop.tags:
                     assert list(one.find_values(tag)) == list(two.find_values(tag)), tag
+
+
+def test_gaussians_to_pseudo_atoms_and_back(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    axes = torch.randn(9, 3, 3, generator=rng)
+    mixture = Gaussians(
+        10 * torch.randn(9, 3, generator=rng), axes @ axes.mT + torch.eye(3), torch.rand(9, generator=rng)
+    )
+    write_gaussians(tmp_path / "m.ply", mixture, Grid(64, 1.5))
+    convert(tmp_path / "m.ply", tmp_path / "m.cif")
+    convert(tmp_path / "m.cif", tmp_path / "n.ply")
+    found, grid = read_gaussians(tmp_path / "n.ply")
+    assert grid == Grid(64, 1.5)
+    for name, value in vars(mixture).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-3, atol=1e-3)
+    assert main(["convert", str(tmp_path / "m.ply"), str(tmp_path / "m.star")]) == 2
+    assert main(["convert", str(tmp_path / "m.ply"), str(tmp_path / "m.cif")]) == 2

@@ -111,16 +111,17 @@ def convert(
     output: tyro.conf.Positional[Path],
     config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Convert particle metadata between RELION (.star), cryoSPARC (.cs) and cryoDRGN (.pkl); images stay as they are.
+    """Convert particle metadata between RELION (.star), cryoSPARC (.cs) and cryoDRGN (.pkl), or Gaussians between .ply
+    and pseudo-atoms (.cif, .pdb). Images stay as they are.
 
     Args:
-        particles: Particles, as for `emsplat reconstruct`.
+        particles: Particles, as for `emsplat reconstruct`, or Gaussians or an atomic model.
         output: File to write, by its ending. For cryoDRGN poses.pkl, beside which ctf.pkl is written.
     """
     from emsplat.convert import convert as run
 
     files = run(config, particles, output, say=print)
-    print(f"particles: {' and '.join(map(str, files))}")
+    print(f"written: {' and '.join(map(str, files))}")
 
 
 def preprocess(

@@ -92,8 +92,8 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """Which particles, and how they are to be understood."""
+class ChoiceConfig:
+    """Which particles, and in which hand."""
 
     symmetry: str = "C1"
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
@@ -124,6 +124,14 @@ class SourceConfig:
     first: int | None = None
     """Only the first so many particles."""
 
+    flip_hand: bool = False
+    """Reconstruct the mirror image. The images do not tell which hand is right."""
+
+
+@dataclass(frozen=True)
+class ImagesConfig(ChoiceConfig):
+    """How their images are read."""
+
     box: int | None = None
     """Bring the images to so many pixels while they are read: the whole image on fewer pixels, or with --pixel-size the
     middle of it."""
@@ -131,9 +139,6 @@ class SourceConfig:
     pixel_size: float | None = None
     """Bring the images to about this pixel size in Å while they are read; it becomes the one nearest to it for which
     the image is an even number of pixels wide."""
-
-    flip_hand: bool = False
-    """Reconstruct the mirror image. The images do not tell which hand is right."""
 
     diameter: float | None = None
     """Diameter of the particle in Å: outside it is background, for normalisation, noise and the mask of the FSC.
@@ -145,20 +150,31 @@ class SourceConfig:
     trust_star_pixel_size: bool = False
     """Go by the STAR file where the headers of the stacks give another pixel size."""
 
+
+@dataclass(frozen=True)
+class SourceConfig(ImagesConfig):
+    """Particles in two half-sets."""
+
     seed: int = 0
     """Seed of half-sets (where the STAR file has none), start and order of the images."""
 
 
 @dataclass(frozen=True)
-class ConvertConfig(SourceConfig):
-    """Settings of a conversion of metadata."""
+class ConvertConfig(ChoiceConfig):
+    """Settings of a conversion."""
+
+    box: int | None = None
+    """Box of the map that an atomic model lies in, in pixels; files of particles or Gaussians say theirs."""
+
+    pixel_size: float | None = None
+    """Pixel size of that map in Å."""
 
     overwrite: bool = False
     """Replace the file if it exists."""
 
 
 @dataclass(frozen=True)
-class PreprocessConfig(SourceConfig):
+class PreprocessConfig(ImagesConfig):
     """Settings of a new particle stack."""
 
     normalise: bool = True

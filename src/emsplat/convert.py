@@ -1,4 +1,4 @@
-"""Particle metadata from one program's format to another's."""
+"""Particle metadata, and Gaussians, from one program's format to another's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from emsplat.errors import InputError, OutputError
 from emsplat.inputs import read_table, with_boxes
 from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
+from emsplat.io.gaussians import convert_model, holds_gaussians
 from emsplat.io.particles import write_used
+from emsplat.types import Grid
 
 _KINDS = (".star", ".cs", ".pkl")
 
@@ -23,6 +25,9 @@ def convert(
     From STAR to STAR and from .cs to .cs all columns stay. For cryoDRGN two files are written, see `ctf_beside`; the
     images are those of the source, in its order. What the target has no place for is said through ``say``.
 
+    Gaussians and atomic models (.ply, .cif, .pdb) become one another likewise; an atomic model is taken to lie in a map
+    of ``config.box`` and ``config.pixel_size`` with MRC origin 0.
+
     Returns the files written.
 
     Raises:
@@ -30,12 +35,18 @@ def convert(
         OutputError: the target exists, or cannot be written.
     """
     kind = target.suffix.lower()
-    if kind not in _KINDS:
+    model = holds_gaussians(particles)
+    if kind not in _KINDS and not model:
         raise InputError(f"{target}: expected a name that ends with {', '.join(_KINDS)}")
     files = [target, ctf_beside(target)] if kind == ".pkl" else [target]
     for path in files:
         if path.exists() and not config.overwrite:
             raise OutputError(f"{path}: exists; choose another name or add --overwrite")
+    if model:
+        given = None if config.box is None or config.pixel_size is None else Grid(config.box, config.pixel_size)
+        for warning in convert_model(particles, target, given):
+            say(f"look: {warning}")
+        return files
     table = read_table(config, particles, need_stacks=False)
     for warning in table.warnings:
         say(f"look: {warning}")

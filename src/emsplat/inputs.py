@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.config import SourceConfig
+from emsplat.config import ChoiceConfig, SourceConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
@@ -24,7 +24,7 @@ _MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
 _HALF_TURN = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 
 
-def read_table(config: SourceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
     """The particles that the options describe: files merged, some of them chosen, in the hand asked for.
 
     Raises:
@@ -83,7 +83,7 @@ def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
     return open_input(config, read_table(config, particles))
 
 
-def _choose(config: SourceConfig, table: ParticleTable) -> ParticleTable:
+def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
     """A subset of all particles, of these one class, of these the first."""
     if config.subset is not None:
         table = table.take(_listed(config.subset, table))
