@@ -214,3 +214,38 @@ def test_gaussians_to_pseudo_atoms_and_back(tmp_path):
         torch.testing.assert_close(getattr(found, name), value, rtol=1e-3, atol=1e-3)
     assert main(["convert", str(tmp_path / "m.ply"), str(tmp_path / "m.star")]) == 2
     assert main(["convert", str(tmp_path / "m.ply"), str(tmp_path / "m.cif")]) == 2
+
+
+def test_a_30_file_gets_an_optics_table(shared_data, tmp_path):
+    """RELION 5 wants one; every column of the old table stays."""
+    source = shared_data / "formats" / "sample_particles_relion30.star"
+    convert(source, tmp_path / "new.star")
+    before, after = (read_particles(path, need_stacks=False) for path in (source, tmp_path / "new.star"))
+    torch.testing.assert_close(after.poses.shift, before.poses.shift, atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.optics.defocus_u, before.optics.defocus_u)
+    assert after.groups[0].pixel_size == pytest.approx(before.groups[0].pixel_size, rel=1e-6)
+    document = cif.read_file(str(tmp_path / "new.star"))
+    assert {"optics", "particles"} <= {block.name for block in document}
+    old = next(block for block in cif.read_file(str(source)) if block.find_values("_rlnImageName"))
+    for tag in old.find_loop("_rlnImageName").get_loop().tags:
+        assert list(old.find_values(tag)) == list(document.find_block("particles").find_values(tag)), tag
+
+
+def test_a_poor_optics_table_is_completed(tmp_path):
+    """Voltage and the like from the particles, the box from the stack."""
+    table = make(tmp_path)
+    write_table(tmp_path / "p.star", table, table.half)
+    document = cif.read_file(str(tmp_path / "p.star"))
+    optics, particles = (document.find_block(name) for name in ("optics", "particles"))
+    moved = ("_rlnVoltage", "_rlnSphericalAberration", "_rlnAmplitudeContrast")
+    columns = {tag: list(particles.find_values(tag)) for tag in particles.find_loop("_rlnImageName").get_loop().tags}
+    columns |= {tag: [optics.find_values(tag)[0]] * COUNT for tag in moved}
+    particles.init_loop("", list(columns)).set_all_values(list(columns.values()))
+    optics.init_loop("", ["_rlnOpticsGroup", "_rlnImagePixelSize"]).set_all_values([["1"], ["1.35"]])
+    document.write_file(str(tmp_path / "poor.star"))
+    assert main(["backproject", str(tmp_path / "poor.star"), "-o", str(tmp_path / "run")]) == 0
+    whole = cif.read_file(str(tmp_path / "run" / "run_data.star")).find_block("optics")
+    assert [float(whole.find_values(tag)[0]) for tag in moved] == [300, 2.7, 0.07]
+    assert whole.find_values("_rlnImageSize")[0] == "64"
+    assert whole.find_values("_rlnImageDimensionality")[0] == "2"
+    assert len(whole.find_values("_rlnOpticsGroupName")) == 1

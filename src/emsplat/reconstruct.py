@@ -234,7 +234,7 @@ def _open(
         if skipped:
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
-    write_used(stack.table.take(stack.rows), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
+    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
     about = {"program": f"emsplat {__version__}", "particles": str(particles)}
     write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
     if len(stack.symmetry) > 1:

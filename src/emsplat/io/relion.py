@@ -415,7 +415,7 @@ def rewrite_star(
     """The STAR file ``source`` with only these particle rows and with rlnRandomSubset = ``half`` (one per row).
 
     ``columns`` (names without "rln", one text per row) take the place of those of the particle table, ``optics`` of
-    those of the optics table. Every other table and column keeps its text.
+    those of the optics table, which is made where there is none. Every other table and column keeps its text.
 
     Raises:
         InputError: the source is no longer readable.
@@ -432,6 +432,10 @@ def rewrite_star(
     _replace_columns(particles.block, "_rlnImageName", {**(columns or {}), **halves})
     if table is not None:
         _replace_columns(table.block, "_rlnOpticsGroup", optics or {})
+    elif optics:
+        particles.block.name = "particles"
+        block = document.add_new_block("optics", 0)
+        block.init_loop("", [f"_rln{name}" for name in optics]).set_all_values(list(map(list, optics.values())))
     _write(document, target)
 
 
@@ -458,7 +462,8 @@ def _replace_columns(block: cif.Block, anchor: str, columns: Mapping[str, Sequen
 def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool) -> None:
     """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
 
-    With ``new_images``, which lie beside ``target``, so are image names, origins, boxes and pixel sizes.
+    What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. With
+    ``new_images``, which lie beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
 
     Raises:
         InputError: the source is no longer readable.
@@ -472,28 +477,48 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
         angles = torch.rad2deg(matrix_to_euler(table.poses.rotation)).T.tolist()
         names = ("AngleRot", "AngleTilt", "AnglePsi")
         columns |= {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
+    if optics is None:
+        recorded, rows = _recorded_alike(table.optics, table.groups, table.optics_group)
+        columns["OpticsGroup"] = [str(number + 1) for number in recorded.tolist()]
+        groups = {name: [row[name] for row in rows] for name in rows[0]}
+    else:
+        groups = _missing_optics(table, optics)
     if new_images:
         files = [str(relative_to(stack, target.parent)) for stack in table.stacks]
         pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
         columns["ImageName"] = [f"{image + 1:06d}@{files[stack]}" for image, stack in pairs]
+        columns |= _flags_of_flipped(particles, table.row)
         pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[table.optics_group]
-        for axis, values in zip("XY", table.poses.shift.T, strict=True):
-            in_angstrom = particles.has(f"Origin{axis}Angst") or optics is not None
-            name, unit = (f"Origin{axis}Angst", 1.0) if in_angstrom else (f"Origin{axis}", pixel_size)
-            columns[name] = [f"{value:.7f}" for value in (values / unit).tolist()]
-        if optics is None:
+        if particles.has("Magnification"):
             # 3.0 has the pixel size as that of the detector, in µm, over the magnification.
-            if particles.has("Magnification"):
-                magnification = particles.numbers("Magnification")[table.row.numpy()]
-                columns["DetectorPixelSize"] = [f"{v:.8f}" for v in pixel_size.numpy() * magnification / 1e4]
-            if particles.has("ImagePixelSize"):
-                columns["ImagePixelSize"] = [f"{value:.7f}" for value in pixel_size.tolist()]
-        else:
+            detector = pixel_size.numpy() * particles.numbers("Magnification")[table.row.numpy()] / 1e4
+            columns["DetectorPixelSize"] = [f"{value:.8f}" for value in detector]
+        if particles.has("ImagePixelSize"):
+            columns["ImagePixelSize"] = [f"{value:.7f}" for value in pixel_size.tolist()]
+        if optics is not None:
             groups["ImagePixelSize"] = [f"{own.pixel_size:.7f}" for own in table.groups]
             groups["ImageSize"] = [str(own.box) for own in table.groups]
             groups |= _flags_of_flipped(optics)
-        columns |= _flags_of_flipped(particles, table.row)
+    if new_images or optics is None:
+        for axis, values in zip("XY", table.poses.shift.T, strict=True):
+            columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
     rewrite_star(source, target, table.row, half, columns, groups)
+
+
+def _missing_optics(table: ParticleTable, optics: _Block) -> dict[str, list[str]]:
+    """Columns that RELION 5 wants of an optics table and this one has not."""
+    particle = [int((table.optics_group == n).nonzero()[:1, 0].sum()) for n in range(len(table.groups))]  # or the first
+    values = {
+        "OpticsGroupName": [own.name for own in table.groups],
+        "ImagePixelSize": [f"{own.pixel_size:.7f}" for own in table.groups],
+        "ImageDimensionality": ["2"] * len(table.groups),
+        "Voltage": [f"{value:.7f}" for value in table.optics.voltage[particle].tolist()],
+        "SphericalAberration": [f"{value:.7f}" for value in table.optics.cs[particle].tolist()],
+        "AmplitudeContrast": [f"{value:.7f}" for value in table.optics.amplitude_contrast[particle].tolist()],
+    }
+    if all(own.box is not None for own in table.groups):
+        values["ImageSize"] = [str(own.box) for own in table.groups]
+    return {name: texts for name, texts in values.items() if not optics.has(name)}
 
 
 def _write(document: cif.Document, target: Path) -> None:
