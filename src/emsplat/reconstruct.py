@@ -230,7 +230,7 @@ def _open(
     skipped: list[int] = []
     if config.skip_bad:
         stack, bad = stack.without_bad()
-        skipped = [row + 1 for row in bad.tolist()]
+        skipped = [row + 1 for row in stack.table.row[bad].tolist()]
         if skipped:
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)

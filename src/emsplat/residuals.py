@@ -58,7 +58,8 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
                 if other and len(about) < _EXAMPLES // 2 * half:
                     examples += [_lowpass(s[:1], grid)[0] for s in (observed, seen, observed - seen)]
                     defocus = 0.5 * float(batch.optics.defocus_u[0] + batch.optics.defocus_v[0])
-                    about.append({"row": int(batch.index[0]) + 1, "half": half, "defocus": round(defocus)})
+                    own = int(stack.table.row[batch.index[0]])
+                    about.append({"row": own + 1, "half": half, "defocus": round(defocus)})
             images += len(batch)
     power /= max(images, 1)
     with (
