@@ -19,7 +19,7 @@ from emsplat.config import CheckConfig
 from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
-from emsplat.inputs import open_input, read_table
+from emsplat.inputs import open_images, read_table
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star
 from emsplat.io.table import ParticleTable
@@ -74,7 +74,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items.append(_missing(missing, table, config))
     else:
         try:
-            stack = open_input(config, table)
+            stack = open_images(config, table).with_halves(config.seed)
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:

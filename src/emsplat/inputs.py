@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.config import ChoiceConfig, SourceConfig
+from emsplat.config import ChoiceConfig, ImagesConfig, SourceConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
@@ -57,8 +57,10 @@ def with_boxes(table: ParticleTable) -> ParticleTable:
     return replace(table, groups=tuple(groups))
 
 
-def open_input(config: SourceConfig, table: ParticleTable) -> ParticleStack:
-    """The images of a table, with half-sets.
+def open_images(
+    config: ImagesConfig, table: ParticleTable, *, finer: bool = False, recentre: bool | None = None
+) -> ParticleStack:
+    """The images of a table as the options describe them; ``finer`` and ``recentre`` as in `open_table`.
 
     Raises:
         InputError: through `open_table`.
@@ -71,7 +73,9 @@ def open_input(config: SourceConfig, table: ParticleTable) -> ParticleStack:
         trust_star_pixel_size=config.trust_star_pixel_size,
         box=config.box,
         pixel_size=config.pixel_size,
-    ).with_halves(config.seed)
+        finer=finer,
+        recentre=recentre,
+    )
 
 
 def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
@@ -80,7 +84,7 @@ def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
     Raises:
         InputError: through `read_table` and `open_table`.
     """
-    return open_input(config, read_table(config, particles))
+    return open_images(config, read_table(config, particles)).with_halves(config.seed)
 
 
 def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:

@@ -10,11 +10,11 @@ import torch
 
 from emsplat.config import PreprocessConfig
 from emsplat.errors import OutputError
-from emsplat.inputs import read_table
+from emsplat.inputs import open_images, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
-from emsplat.particles import ParticleStack, open_table
+from emsplat.particles import ParticleStack
 from emsplat.progress import Log
 
 _PIXELS = 2**23  # of a batch
@@ -40,16 +40,7 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
     table = read_table(config, particles)
     for warning in table.warnings:
         log.warn(warning)
-    stack = open_table(
-        table,
-        invert=config.invert,
-        diameter=config.diameter,
-        trust_star_pixel_size=config.trust_star_pixel_size,
-        box=config.box,
-        pixel_size=config.pixel_size,
-        finer=True,
-        recentre=config.recentre,
-    )
+    stack = open_images(config, table, finer=True, recentre=config.recentre)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
