@@ -125,6 +125,18 @@ def test_merged_files(particles, tmp_path):
     assert len(read_star(run / "run_data.star")) == 400
 
 
+def test_merged_star_files_keep_the_columns_that_they_share(particles, tmp_path):
+    text = particles.read_text()
+    (tmp_path / "a.star").write_text(text.replace("_rlnClassNumber", "_rlnOwn"))
+    (tmp_path / "b.star").write_text(text.replace("_rlnClassNumber", "_rlnOwn").replace("_rlnPhaseShift", "_rlnLonely"))
+    words = ["--merge", str(tmp_path / "b.star"), "--datadir", str(particles.parent)]
+    assert main(["convert", str(tmp_path / "a.star"), str(tmp_path / "both.star"), *words]) == 0
+    block = cif.read_file(str(tmp_path / "both.star")).find_block("particles")
+    assert list(block.find_values("_rlnOwn")) == ["1"] * 800
+    assert not block.find_values("_rlnLonely")
+    assert len(read_star(tmp_path / "both.star", particles.parent)) == 800
+
+
 def test_images_of_two_signs_are_not_merged(particles, tmp_path):
     table = read_star(particles)
     write_cs(tmp_path / "dark.cs", replace(table, sign=-1.0), table.half)

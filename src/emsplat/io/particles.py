@@ -10,7 +10,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.cryosparc import cs_image_keys, read_cs
-from emsplat.io.relion import read_star, rewrite_table, star_image_keys, write_table
+from emsplat.io.relion import common_columns, read_star, rewrite_table, star_image_keys, write_table
 from emsplat.io.table import ParticleTable
 
 
@@ -49,7 +49,8 @@ def read_particles(
 
 
 def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool = False) -> None:
-    """The particles of a table as a STAR file: of one STAR file with all its columns, else with what was read.
+    """The particles of a table as a STAR file: of one STAR file with all its columns, of several with those that they
+    share, else with what was read.
 
     With ``new_images`` the images are others than those of the source, beside the target, and so are their origins and
     the optics groups' boxes and pixel sizes.
@@ -58,8 +59,10 @@ def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_i
         InputError: the source is no longer readable.
         OutputError: the target cannot be written.
     """
-    if len(table.sources) > 1 or not is_star(table.sources[0]):
-        write_table(target, table, half, target.parent if new_images else None)
+    stars = all(is_star(path) for path in table.sources)
+    if len(table.sources) > 1 or not stars:
+        more = common_columns(table) if stars else {}
+        write_table(target, table, half, target.parent if new_images else None, more)
     else:
         rewrite_table(table, target, half, new_images=new_images)
 

@@ -550,11 +550,36 @@ def write_particles_star(
     """A RELION 3.1 STAR file of particles of one pixel size and box."""
     groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size),)
     group = torch.zeros(len(image_names), dtype=torch.int64)
-    _write_particles(path, image_names, micrographs, poses, optics, groups, group, half, None)
+    _write_particles(path, image_names, micrographs, poses, optics, groups, group, half, None, {})
 
 
-def write_table(path: Path, table: ParticleTable, half: Tensor | None, folder: Path | None = None) -> None:
+def common_columns(table: ParticleTable) -> dict[str, list[str]]:
+    """The columns (without "rln") that the STAR files of a merged table share, with the text of each particle.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    blocks = [_tables(path, _document(path))[0] for path in table.sources]
+    loops = [block.block.find_loop("_rlnImageName").get_loop() for block in blocks]
+    shared = [tag for tag in loops[0].tags if all(tag in loop.tags for loop in loops)] if all(loops) else []
+    places = list(zip(table.source.tolist(), table.row.tolist(), strict=True))
+    columns = {}
+    for tag in (tag for tag in shared if tag.startswith("_rln")):
+        texts = [[cif.as_string(text) for text in block.block.find_values(tag)] for block in blocks]
+        columns[tag.removeprefix("_rln")] = [texts[source][row] for source, row in places]
+    return columns
+
+
+def write_table(
+    path: Path,
+    table: ParticleTable,
+    half: Tensor | None,
+    folder: Path | None = None,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """A table from any format as a RELION 3.1 STAR file; images under their full paths, or relative to ``folder``.
+
+    ``more`` are further columns (without "rln"); those that the table itself has go before them.
 
     Particles of one optics group that differ in voltage, Cs, amplitude contrast or aberrations become several groups.
 
@@ -576,6 +601,7 @@ def write_table(path: Path, table: ParticleTable, half: Tensor | None, folder: P
         table.optics_group,
         half,
         table.particle_class,
+        more or {},
     )
 
 
@@ -589,6 +615,7 @@ def _write_particles(
     group: Tensor,
     half: Tensor | None,
     particle_class: Tensor | None,
+    more: Mapping[str, Sequence[str]],
 ) -> None:
     document = cif.Document()
     recorded, tables = _recorded_alike(optics, groups, group)
@@ -620,6 +647,8 @@ def _write_particles(
     }
     if half is not None:
         columns["RandomSubset"] = [str(value) for value in half.tolist()]
+    apart = {*columns, *_TREATMENTS, *_MAGNIFICATION, "RandomSubset", "BeamTiltX", "BeamTiltY", "OriginX", "OriginY"}
+    columns |= {name: [cif.quote(text) for text in texts] for name, texts in more.items() if name not in apart}
     block = document.add_new_block("particles")
     block.init_loop("", [f"_rln{name}" for name in columns]).set_all_values(list(columns.values()))
     _write(document, path)
