@@ -175,6 +175,19 @@ def test_class_of_highest_posterior(folder):
     assert torch.equal(classes.poses.rotation, multi.poses.rotation)
 
 
+@pytest.mark.parametrize(("poses", "classes", "spacings"), [(0, 2, 2), (1, 2, 2), (2, 0, 2), (2, 2, 0)])
+def test_numbers_of_classes_that_disagree_are_refused(folder, poses, classes, spacings):
+    prefix = "alignments3D_multi"
+    columns = {
+        f"{prefix}/pose": np.zeros((6, poses, 3), np.float32),
+        f"{prefix}/shift": np.zeros((6, 2, 2), np.float32),
+        f"{prefix}/class_posterior": np.ones((6, classes), np.float32),
+        f"{prefix}/psize_A": np.ones((6, spacings), np.float32),
+    }
+    with pytest.raises(InputError, match=prefix):
+        read(folder, without_alignment(**columns))
+
+
 def test_symmetry_copies_stay_in_one_half(folder):
     source = np.array([7, 7, 8, 8, 9, 9], np.uint64)
     found = read(folder, table(**{"sym_expand/src_uid": source}))

@@ -186,7 +186,12 @@ class _Fields:
 
     def first(self, name: str) -> NDArray[np.float64]:
         """A number per particle; the first of its classes where there is one for each."""
-        return self.numbers(name) if self.raw(name).ndim == 1 else self.numbers(name, 0)[:, 0]
+        if self.raw(name).ndim == 1:
+            return self.numbers(name)
+        values = self.numbers(name, 0)
+        if not values.shape[1]:
+            raise InputError(f"{self.path}: {name} has no values; expected one for each class")
+        return values[:, 0]
 
 
 def _identify(uid: Array) -> bool:
@@ -302,10 +307,14 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
         number = fields.first(f"{prefix}/class") if fields.has(f"{prefix}/class") else None
     elif fields.has("alignments3D_multi/pose"):
         prefix = "alignments3D_multi"
-        number = best = fields.numbers(f"{prefix}/class_posterior", 0).argmax(1)
+        posterior = fields.numbers(f"{prefix}/class_posterior", 0)
+        count = posterior.shape[1]
+        if not count:
+            raise InputError(f"{fields.path}: {prefix}/class_posterior has no classes; expected at least one")
+        number = best = posterior.argmax(1)
         pose, shift = (
-            fields.numbers(f"{prefix}/pose", 0, 3)[rows, best],
-            fields.numbers(f"{prefix}/shift", 0, 2)[rows, best],
+            fields.numbers(f"{prefix}/pose", count, 3)[rows, best],
+            fields.numbers(f"{prefix}/shift", count, 2)[rows, best],
         )
     elif classes:
         prefix = classes[0]
