@@ -227,3 +227,10 @@ def test_damaged_pixels_stay_in_their_image(good, tmp_path, where):
         untouched = [i for i in range(COUNT) if i not in touched]
         assert torch.equal(batch.images[untouched], expected[untouched])
         assert torch.isfinite(batch.images).all()
+
+
+def test_messages_are_one_printable_line_of_bounded_length():
+    text = str(InputError("two\nlines, " + 5000 * "a\x01"))
+    assert text.startswith("two lines, ")
+    assert text.isprintable()
+    assert len(text) < 900

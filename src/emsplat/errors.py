@@ -31,7 +31,11 @@ class OutputError(EmsplatError):
 
 def _one_line(text: str) -> str:
     """Texts out of a damaged file may be anything: line breaks, control characters, a million digits."""
-    line = " ".join(text.splitlines())
-    if len(line) > _LONGEST:
-        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    line = _shortened(" ".join(text.splitlines()))
+    if line.isprintable():
+        return line
+    return _shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
