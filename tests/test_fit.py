@@ -66,7 +66,7 @@ def test_loss_is_the_mean_squared_error_in_real_space():
     stack = Memory(7, noise=0.1)
     stack.all.poses.shift.zero_()  # a fractional shift leaves a part at Nyquist that no real image has
     objective = ImageObjective(stack, batch=7, seed=0)
-    seen = objective.observe(stack.all)
+    seen, weight = objective.observe(stack.all)
     model = ball(20, GRID, Bounds(12.0, 4.0, 1.0), 0)()
     centred = Poses(stack.all.poses.rotation, torch.zeros(7, 2))
     predicted = torch.fft.irfft2(torch.fft.rfft2(project(model, centred, GRID)) * seen.transfer, s=(24, 24))
@@ -75,7 +75,7 @@ def test_loss_is_the_mean_squared_error_in_real_space():
     torch.testing.assert_close(objective.loss(model, stack.all), expected, rtol=1e-4, atol=0)
     projection = project(model, centred, GRID)
     torch.testing.assert_close(
-        squared_error(projection, seen.transfer, seen.spectrum, seen.weight), expected, rtol=1e-4, atol=0
+        squared_error(projection, seen.transfer, seen.spectrum, weight), expected, rtol=1e-4, atol=0
     )
 
 
