@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emsplat.ctf import flipped_from_multiplied
 from emsplat.errors import InputError
-from emsplat.fourier import crop, hermitian_weight, irfft, rfft, shell_index
+from emsplat.fourier import crop, hermitian_weight, shell_index
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.particles import read_particles
@@ -479,9 +479,10 @@ def resample(
     the box. Grey values stay what they are; what leaves on one side comes in on the other."""
     whole = round(disk.length / grid.pixel_size)
     if whole != disk.size:
-        spectrum = rfft(images)
+        # The first pixel lies half a box from the centre at both sizes, so no image has to be moved to the origin.
+        spectrum = torch.fft.rfft2(images)
         spectrum = crop(spectrum, whole) if whole < disk.size else _padded(spectrum, whole)
-        images = irfft(spectrum) * (whole / disk.size) ** 2
+        images = torch.fft.irfft2(spectrum, s=(whole, whole)).mul_((whole / disk.size) ** 2)
     if moves is not None and moves.any():
         images = torch.stack([image.roll((y, x), (0, 1)) for image, (x, y) in zip(images, moves.tolist(), strict=True)])
     edge = whole // 2 - grid.size // 2
