@@ -25,7 +25,7 @@ def ctf(optics: Optics, grid: Grid) -> Float[Tensor, "p y k"]:
     """Contrast transfer function of each particle in rfft order, RELION's formula and sign (docs/conventions.md, 7).
 
     At k = 0 it is +amplitude_contrast, so protein is bright. Even aberrations and anisotropic magnification are in it;
-    odd ones turn the image instead (`odd_phase`).
+    odd ones turn the image instead (`observe`).
     """
     ky, kx = frequencies(grid, dtype=optics.voltage.dtype)
     return ctf_at(optics, kx.to(optics.voltage.device), ky.to(optics.voltage.device))
@@ -74,10 +74,10 @@ def zernike_phase(
 ) -> Float[Tensor, "p *k"]:
     """Phase in rad of the odd or even aberrations of each particle at frequencies of the image (1/Å)."""
     coefficients = aberrations.odd if odd else aberrations.even
-    kinds, kind = torch.unique(aberrations.magnification, dim=0, return_inverse=True)
     phase = coefficients.new_zeros(len(coefficients), *_stacked(kx, ky).shape[1:])
     if not coefficients.shape[1]:
         return phase
+    kinds, kind = torch.unique(aberrations.magnification, dim=0, return_inverse=True)
     for number, magnification in enumerate(kinds):
         # Particles of an optics group share M, so the polynomials are worked out once for all of them.
         kx_true, ky_true = torch.einsum("ij,j...->i...", magnification, _stacked(kx, ky))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,9 +138,8 @@ def _same_images(path: Path, table: ParticleTable) -> Int[Tensor, " q"]:
     wanted: dict[tuple[int, str], list[str]] = {}
     for image, stack in image_keys(path):
         wanted.setdefault((image, Path(stack).name), []).append(stack.lstrip("/"))
-    names, alike = [stack.name for stack in table.stacks], {stack.name: 0 for stack in table.stacks}
-    for name in names:
-        alike[name] += 1
+    names = [stack.name for stack in table.stacks]
+    alike = Counter(names)
     found = []
     for row, (image, stack) in enumerate(zip(table.image.tolist(), table.stack.tolist(), strict=True)):
         paths = wanted.get((image, names[stack]))

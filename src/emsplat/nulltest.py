@@ -23,7 +23,7 @@ from torch import Tensor
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import crossing, fsc_curve, resolution
 from emsplat.assessment import FIRST_SHELLS, RunMaps, read_run, shell_curves
-from emsplat.config import NullTestConfig, ReconstructConfig
+from emsplat.config import ImagesConfig, NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
 from emsplat.inputs import open_stack
@@ -117,24 +117,10 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
 def _settings(config: NullTestConfig) -> ReconstructConfig:
     """Those of a reconstruction of the altered particles, which are bright and lie beside their STAR file."""
     same = ReconstructConfig(**{field.name: getattr(config, field.name) for field in fields(ReconstructConfig)})
-    return replace(
-        same,
-        datadir=None,
-        poses=None,
-        ctf=None,
-        passthrough=(),
-        merge=(),
-        subset=None,
-        particle_class=None,
-        first=None,
-        box=None,
-        pixel_size=None,
-        flip_hand=False,
-        invert=False,
-        add_statistics=(),
-        overwrite=True,
-        resume=False,
-    )
+    settled: dict[str, Any] = {
+        f.name: f.default for f in fields(ImagesConfig) if f.name not in ("symmetry", "diameter")
+    }
+    return replace(same, **settled, add_statistics=(), overwrite=True, resume=False)
 
 
 def _choose(stack: ParticleStack, count: int) -> ParticleStack:

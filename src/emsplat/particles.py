@@ -116,7 +116,7 @@ class ParticleStack:
     def parts(self) -> list[Self]:
         """The particles of each grid, those of ``grid`` first; together they are this stack."""
         group = self.table.optics_group[self.rows]
-        within = [(grid, torch.tensor([own == grid for own in self.grids])[group]) for grid in self._kinds()]
+        within = [(grid, _with_grid(grid, self.grids, group)) for grid in self._kinds()]
         return [self._like(self.rows[here], self.half, self.sign, grid) for grid, here in within]
 
     def _kinds(self) -> list[Grid]:
@@ -135,7 +135,7 @@ class ParticleStack:
         stack, image = torch.zeros_like(group), torch.zeros_like(group)
         shift = table.poses.shift.clone()
         for number, grid in enumerate(self._kinds()):
-            here = torch.tensor([own == grid for own in self.grids])[group]
+            here = _with_grid(grid, self.grids, group)
             stack[here], image[here] = number, torch.arange(int(here.sum()))
             shift[here] -= grid.pixel_size * self._moves(shift[here], grid)
         groups = zip(table.groups, self.grids, strict=True)
@@ -247,7 +247,7 @@ class ParticleStack:
         kinds = dict.fromkeys(self.disk[number] for number in torch.unique(group).tolist())
         parts = []
         for disk in kinds:
-            here = torch.tensor([own == disk for own in self.disk])[group]
+            here = _with_grid(disk, self.disk, group)
             images = self._files.read(rows[here])
             self._refuse_bad(images, rows[here])
             images = flipped_from_multiplied(images, optics[here], disk)
@@ -290,10 +290,15 @@ class ParticleStack:
         bad = torch.zeros(len(self.table), dtype=torch.bool)
         group = self.table.optics_group[self.rows]
         for disk in dict.fromkeys(self.disk):
-            here = torch.tensor([own == disk for own in self.disk])[group]
+            here = _with_grid(disk, self.disk, group)
             for rows in torch.split(self.rows[here], 256):
                 bad[rows] = is_bad(self._files.read(rows)) if len(rows) else bad[rows]
         return self.take((~bad[self.rows]).nonzero()[:, 0]), self.rows[bad[self.rows]]
+
+
+def _with_grid(grid: Grid, grids: Sequence[Grid], group: Int[Tensor, " p"]) -> Bool[Tensor, " p"]:
+    """Which particles, given by optics group, have a grid; ``grids`` has one for each group."""
+    return torch.tensor([own == grid for own in grids])[group]
 
 
 def in_image(rotation: Float[Tensor, "p 3 3"], aberrations: Aberrations | None) -> Float[Tensor, "p 3 3"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -421,7 +422,18 @@ def rewrite_star(
         InputError: the source is no longer readable.
         OutputError: the target cannot be written.
     """
-    document = _document(source)
+    _rewrite(_document(source), source, target, rows, half, columns or {}, optics or {})
+
+
+def _rewrite(
+    document: cif.Document,
+    source: Path,
+    target: Path,
+    rows: Tensor,
+    half: Tensor | None,
+    columns: Mapping[str, Sequence[str]],
+    optics: Mapping[str, Sequence[str]],
+) -> None:
     particles, table = _tables(source, document)
     loop = particles.block.find_loop("_rlnImageName").get_loop()
     if loop is not None:  # a single particle may be written as pairs of name and value
@@ -429,9 +441,9 @@ def rewrite_star(
         kept = [[column[row] for row in rows.tolist()] for column in map(list, map(particles.block.find_values, tags))]
         particles.block.init_loop("", tags).set_all_values(kept)
     halves = {} if half is None else {"RandomSubset": [str(value) for value in half.tolist()]}
-    _replace_columns(particles.block, "_rlnImageName", {**(columns or {}), **halves})
+    _replace_columns(particles.block, "_rlnImageName", {**columns, **halves})
     if table is not None:
-        _replace_columns(table.block, "_rlnOpticsGroup", optics or {})
+        _replace_columns(table.block, "_rlnOpticsGroup", optics)
     elif optics:
         particles.block.name = "particles"
         block = document.add_new_block("optics", 0)
@@ -470,7 +482,8 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
         OutputError: the target cannot be written.
     """
     source = table.sources[0]
-    particles, optics = _tables(source, _document(source))
+    document = _document(source)
+    particles, optics = _tables(source, document)
     columns: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
     if table.mirrored:
@@ -502,7 +515,7 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
     if new_images or optics is None:
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
             columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
-    rewrite_star(source, target, table.row, half, columns, groups)
+    _rewrite(document, source, target, table.row, half, columns, groups)
 
 
 def _missing_optics(table: ParticleTable, optics: _Block) -> dict[str, list[str]]:
@@ -667,15 +680,15 @@ def _recorded_alike(
     _, first, recorded = np.unique(
         np.stack([key.double().numpy() for key in keys], 1), axis=0, return_index=True, return_inverse=True
     )
+    alike, seen = Counter(group[torch.from_numpy(first)].tolist()), Counter[int]()
     tables: list[dict[str, str]] = []
     for particle in first.tolist():
         number = int(group[particle])
         own = groups[number]
-        alike = sum(int(group[other]) == number for other in first.tolist())
-        earlier = sum(int(group[other]) == number for other in first.tolist()[: len(tables)])
+        seen[number] += 1
         table = {
             "OpticsGroup": str(len(tables) + 1),
-            "OpticsGroupName": cif.quote(own.name if alike == 1 else f"{own.name}_{earlier + 1}"),
+            "OpticsGroupName": cif.quote(own.name if alike[number] == 1 else f"{own.name}_{seen[number]}"),
             "MicrographOriginalPixelSize": f"{own.pixel_size:.7f}",
             "Voltage": f"{optics.voltage[particle]:.7f}",
             "SphericalAberration": f"{optics.cs[particle]:.7f}",

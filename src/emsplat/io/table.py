@@ -151,7 +151,7 @@ def _joined(parts: Sequence[Optics]) -> Optics:
     found = [part.aberrations for part in parts]
     if all(one is None for one in found):
         return Optics(**columns, treatment=treatment)
-    known = [perfect(len(part)) if one is None else one for part, one in zip(parts, found, strict=True)]
+    known = [_perfect(len(part)) if one is None else one for part, one in zip(parts, found, strict=True)]
     odd, even = (max(getattr(one, kind).shape[1] for one in known) for kind in ("odd", "even"))
     aberrations = Aberrations(
         torch.cat([one.magnification for one in known]),
@@ -161,7 +161,7 @@ def _joined(parts: Sequence[Optics]) -> Optics:
     return Optics(**columns, aberrations=aberrations, treatment=treatment)
 
 
-def perfect(count: int) -> Aberrations:
+def _perfect(count: int) -> Aberrations:
     """The aberrations of images that have none."""
     none = torch.zeros(count, 0, dtype=torch.float64)
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
