@@ -8,6 +8,10 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+# Triton decides when a kernel is defined whether it will be compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The problems of the tests are small: threads would mostly wait for each other.
 torch.set_num_threads(1)
 

@@ -4,7 +4,7 @@ The contract, for flat tensors of one dtype on one device: ``project`` and ``vox
 volume; ``project_gradient`` and ``voxelize_gradient`` take the upstream gradient and return the gradients with respect
 to the inputs; ``insert`` adds slices to a half space in place (`emsplat.accumulate`). ``reference`` holds the first two
 as plain differentiable PyTorch; every fast twin is tested against a slow one. The back end is chosen by the device of
-the data (`backend`).
+the data (`backend`): ``cpu`` binds the C++ of native/, ``gpu`` launches Triton kernels.
 """
 
 from __future__ import annotations
@@ -84,4 +84,8 @@ def backend(device: torch.device) -> Kernels:
         from emsplat.kernels import cpu
 
         return cpu
-    raise EmsplatError(f"emsplat has no kernels for the device {device}; expected cpu")
+    if device.type == "cuda":
+        from emsplat.kernels import gpu
+
+        return gpu
+    raise EmsplatError(f"emsplat has no kernels for the device {device}; expected cpu or cuda")

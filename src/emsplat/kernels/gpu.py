@@ -1,0 +1,151 @@
+"""Launching of the Triton kernels (splat_triton.py, insert_triton.py): float32 and float64, one device.
+
+Nothing here waits for the device or copies to the host. Gradients are sums in a fixed order and the same in each run;
+images, volumes and Fourier sums are added up by atomic operations in any order and differ by their rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from emsplat.kernels.insert_triton import insert_kernel
+from emsplat.kernels.splat_triton import (
+    pose_gradient_kernel,
+    project_gradient_kernel,
+    project_kernel,
+    voxelize_gradient_kernel,
+    voxelize_kernel,
+)
+
+TILE = 16  # pixels: a footprint of 4 σ fits for σ up to 1.9 pixels
+POINTS = 32  # Fourier coefficients per warp
+_PROGRAMS = 2**15  # enough to fill a device several times over
+
+
+def project(
+    mean: Float[Tensor, "g 3"],
+    covariance: Float[Tensor, "g 3 3"],
+    amplitude: Float[Tensor, " g"],
+    rotation: Float[Tensor, "p 3 3"],
+    shift: Float[Tensor, "p 2"],
+    size: int,
+    pixel_size: float,
+    cutoff: float,
+) -> Float[Tensor, "p y x"]:
+    gaussians, images = len(mean), len(rotation)
+    image = mean.new_zeros(images, size, size)
+    inputs = _contiguous(mean, covariance, amplitude, rotation, shift)
+    parts, per_program = _shared_out(images, gaussians)
+    _launch(
+        project_kernel, (gaussians, parts), *inputs, image, images, size, 1 / pixel_size, cutoff, per_program, TILE=TILE
+    )
+    return image
+
+
+def project_gradient(
+    mean: Float[Tensor, "g 3"],
+    covariance: Float[Tensor, "g 3 3"],
+    amplitude: Float[Tensor, " g"],
+    rotation: Float[Tensor, "p 3 3"],
+    shift: Float[Tensor, "p 2"],
+    upstream: Float[Tensor, "p y x"],
+    pixel_size: float,
+    cutoff: float,
+    with_pose: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gaussians, images, size = len(mean), len(rotation), upstream.shape[-1]
+    inputs = _contiguous(mean, covariance, amplitude, rotation, shift, upstream)
+    parts, per_program = _shared_out(images, gaussians)
+    packed = mean.new_empty(parts, gaussians, 13)
+    counts = (gaussians, images, size, 1 / pixel_size, cutoff, per_program)
+    _launch(project_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, TILE=TILE)
+    rotation_gradient, shift_gradient = torch.zeros_like(rotation), torch.zeros_like(shift)
+    if with_pose:
+        parts, per_program = _shared_out(gaussians, images)
+        poses = mean.new_empty(images, parts, 8)
+        counts = (gaussians, parts, size, 1 / pixel_size, cutoff, per_program)
+        _launch(pose_gradient_kernel, (images, parts), *inputs, poses, *counts, TILE=TILE)
+        summed = poses.sum(1)
+        # The third row of a rotation does not enter a projection.
+        rotation_gradient[:, :2], shift_gradient = summed[:, :6].reshape(-1, 2, 3), summed[:, 6:]
+    return (*_unpack(packed), rotation_gradient, shift_gradient)
+
+
+def voxelize(
+    mean: Float[Tensor, "g 3"],
+    covariance: Float[Tensor, "g 3 3"],
+    amplitude: Float[Tensor, " g"],
+    size: int,
+    pixel_size: float,
+    cutoff: float,
+) -> Float[Tensor, "z y x"]:
+    gaussians = len(mean)
+    volume = mean.new_zeros(size, size, size)
+    parts, _ = _shared_out(size, gaussians)
+    inputs = _contiguous(mean, covariance, amplitude)
+    _launch(voxelize_kernel, (gaussians, parts), *inputs, volume, size, 1 / pixel_size, cutoff, parts, TILE=TILE)
+    return volume
+
+
+def voxelize_gradient(
+    mean: Float[Tensor, "g 3"],
+    covariance: Float[Tensor, "g 3 3"],
+    amplitude: Float[Tensor, " g"],
+    upstream: Float[Tensor, "z y x"],
+    pixel_size: float,
+    cutoff: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gaussians, size = len(mean), upstream.shape[-1]
+    parts, _ = _shared_out(size, gaussians)
+    packed = mean.new_empty(parts, gaussians, 13)
+    inputs = _contiguous(mean, covariance, amplitude, upstream)
+    counts = (gaussians, size, 1 / pixel_size, cutoff, parts)
+    _launch(voxelize_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, TILE=TILE)
+    return _unpack(packed)
+
+
+def insert(
+    total: Complex[Tensor, "z y x"],
+    total_weight: Float[Tensor, "z y x"],
+    numerator: Complex[Tensor, "p v u"],
+    weight: Float[Tensor, "p v u"],
+    rotation: Float[Tensor, "p 3 3"],
+    polynomials: Float[Tensor, "d t"],
+    radius: float,
+    step: float,
+) -> None:
+    images, box, columns = weight.shape
+    inputs = _contiguous(torch.view_as_real(numerator), weight, rotation, polynomials)
+    sums = (torch.view_as_real(total), total_weight)
+    grid = (triton.cdiv(box * columns, POINTS), images)
+    numbers = (box, len(total), radius, step)
+    _launch(insert_kernel, grid, *inputs, *sums, *numbers, DEGREE=len(polynomials) - 1, POINTS=POINTS)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: int) -> None:
+    """One warp per program: the tiles are as small as that, and no warp waits for another."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+        kernel[grid](*arguments, **constants, num_warps=1, enable_fp_fusion=True)
+
+
+def _shared_out(work: int, others: int) -> tuple[int, int]:
+    """In how many parts to share out what each of ``others`` has to do, and how much work a part is."""
+    parts = max(1, min(work, _PROGRAMS // max(others, 1)))
+    per_program = triton.cdiv(work, parts)
+    return triton.cdiv(work, max(per_program, 1)), per_program
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().contiguous() for tensor in tensors]
+
+
+def _unpack(packed: Float[Tensor, "parts g 13"]) -> tuple[Tensor, Tensor, Tensor]:
+    total = packed[0] if len(packed) == 1 else packed.sum(0)
+    return total[:, :3], total[:, 3:12].reshape(-1, 3, 3), total[:, 12]

@@ -1,0 +1,271 @@
+"""The Triton kernels against the dense reference: interpreted on the CPU, and compiled where there is a GPU.
+
+Both run the same tests. The interpreter is slow, so the problems are small; sizes are odd on purpose, and footprints
+take several tiles.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from emsplat.accumulate import FourierStatistics, _window_polynomials
+from emsplat.geometry import random_rotations
+from emsplat.kernels import cpu, reference
+from emsplat.types import Gaussians, Grid, Poses
+from test_project import WIDE, assert_gradients_agree, mixture, poses
+
+gpu = pytest.importorskip("emsplat.kernels.gpu", reason="Triton is not installed", exc_type=ImportError)
+
+WITHOUT = not torch.cuda.is_available()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreted", marks=pytest.mark.skipif(not WITHOUT, reason="compiled instead")),
+        pytest.param(
+            "cuda", id="compiled", marks=[pytest.mark.gpu, pytest.mark.skipif(WITHOUT, reason="no CUDA device")]
+        ),
+    ]
+)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[16, 4], ids=["one tile", "many tiles"])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(gpu, "TILE", request.param)
+
+
+def inputs(device, gaussians, views=None):
+    tensors = [gaussians.mean, gaussians.covariance, gaussians.amplitude]
+    return [t.to(device) for t in (tensors if views is None else [*tensors, views.rotation, views.shift])]
+
+
+def reference_gradients(function, leaves, cotangent):
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    return torch.autograd.grad((function(*leaves) * cotangent.double()).sum(), leaves)
+
+
+def cotangent(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+def relative(got, expected):
+    return float((got.cpu() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("size", "count", "views"), [(16, 9, 2), (33, 7, 3), (50, 5, 1)])
+def test_project_forward(device, tile, size, count, views):
+    grid = Grid(size, 1.7)
+    g, p = mixture(count, grid), poses(views)
+    got = gpu.project(*inputs(device, g, p), size, grid.pixel_size, WIDE)
+    assert got.device.type == device.type
+    assert relative(got, reference.project(g, p, grid)) < 5e-6
+
+
+@pytest.mark.parametrize(("size", "count", "views"), [(16, 9, 2), (37, 5, 3)])
+def test_project_gradient(device, tile, size, count, views):
+    grid = Grid(size, 1.3)
+    g, p = mixture(count, grid), poses(views)
+    upstream = cotangent(views, size, size)
+
+    def slow(m, s, a, r, t):
+        return reference.project(Gaussians(m, s, a), Poses(r, t), grid)
+
+    leaves = [g.mean, g.covariance, g.amplitude, p.rotation, p.shift]
+    expected = reference_gradients(slow, leaves, upstream)
+    arguments = (*inputs(device, g, p), upstream.to(device), grid.pixel_size, WIDE)
+    got = gpu.project_gradient(*arguments, True)
+    assert_gradients_agree([t.cpu() for t in got], expected, 1e-5)
+    without = gpu.project_gradient(*arguments, False)
+    assert all(torch.equal(one, other) for one, other in zip(got[:3], without[:3], strict=True))
+    assert not without[3].any()
+    assert not without[4].any()
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 5), (13, 3)])
+def test_voxelize_forward(device, tile, size, count):
+    grid = Grid(size, 1.7)
+    g = mixture(count, grid, largest=2.0)
+    got = gpu.voxelize(*inputs(device, g), size, grid.pixel_size, WIDE)
+    assert relative(got, reference.voxelize(g, grid)) < 5e-6
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 5), (13, 3)])
+def test_voxelize_gradient(device, tile, size, count):
+    grid = Grid(size, 1.3)
+    g = mixture(count, grid, largest=2.0)
+    upstream = cotangent(size, size, size)
+    expected = reference_gradients(
+        lambda m, s, a: reference.voxelize(Gaussians(m, s, a), grid), [g.mean, g.covariance, g.amplitude], upstream
+    )
+    got = gpu.voxelize_gradient(*inputs(device, g), upstream.to(device), grid.pixel_size, WIDE)
+    assert_gradients_agree([t.cpu() for t in got], expected, 1e-5)
+
+
+def test_float64(device):
+    """Positions and sums are of the inputs' dtype; pixel size and cutoff are float32 numbers on a GPU."""
+    grid = Grid(16, 1.5)
+    g, p = mixture(5, grid, torch.float64), poses(2, torch.float64)
+    got = gpu.project(*inputs(device, g, p), grid.size, grid.pixel_size, WIDE)
+    assert got.dtype == torch.float64
+    assert relative(got, reference.project(g, p, grid)) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [1, 3, 1000])
+def test_the_work_may_be_shared_out_anyhow(device, monkeypatch, parts):
+    grid = Grid(12, 1.5)
+    g, p = mixture(3, grid), poses(5)
+    monkeypatch.setattr(gpu, "_PROGRAMS", 3 * parts)
+    flat, solid = inputs(device, g, p), inputs(device, g)
+    numbers = (grid.pixel_size, WIDE)
+    assert relative(gpu.project(*flat, 12, *numbers), reference.project(g, p, grid)) < 5e-6
+    assert relative(gpu.voxelize(*solid, 12, *numbers), reference.voxelize(g, grid)) < 5e-6
+    leaves, images, volume = inputs("cpu", g, p), cotangent(5, 12, 12), cotangent(12, 12, 12)
+    for got, expected in (
+        (
+            gpu.project_gradient(*flat, images.to(device), *numbers, True),
+            cpu.project_gradient(*leaves, images, *numbers, True),
+        ),
+        (
+            gpu.voxelize_gradient(*solid, volume.to(device), *numbers),
+            cpu.voxelize_gradient(*leaves[:3], volume, *numbers),
+        ),
+    ):
+        assert_gradients_agree([t.cpu() for t in got], expected, 1e-5)
+
+
+def test_only_the_symmetric_part_of_a_covariance_counts(device):
+    grid = Grid(16, 1.5)
+    g, p = mixture(3, grid), poses(2)
+    skewed = Gaussians(g.mean, g.covariance + 0.3 * torch.tensor([[0.0, 1, 2], [-1, 0, 3], [-2, -3, 0]]), g.amplitude)
+    upright = gpu.project(*inputs(device, g, p), 16, 1.5, WIDE)
+    torch.testing.assert_close(gpu.project(*inputs(device, skewed, p), 16, 1.5, WIDE), upright)
+
+
+@pytest.mark.parametrize("cutoff", [2.0, 4.0])
+def test_footprint_is_cut_at_the_ellipse(device, cutoff):
+    """What is left out is at most exp(-cutoff²/2) of a Gaussian's peak, and nothing within the ellipse."""
+    grid = Grid(32, 1.0)
+    g = mixture(1, grid, largest=4.0)
+    g = Gaussians(torch.zeros_like(g.mean), g.covariance, g.amplitude)
+    whole = reference.project(g, poses(1), grid)
+    cut = gpu.project(*inputs(device, g, poses(1)), grid.size, 1.0, cutoff).cpu()
+    left_out = cut == 0
+    assert left_out.any()
+    assert float(whole[left_out].max()) <= float(torch.exp(torch.tensor(-(cutoff**2) / 2))) * float(whole.max()) * 1.001
+    assert relative(cut[~left_out], whole[~left_out]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"),
+    [((1e-3, 1e-3, 1e-3), 17), ((40.0, 40.0, 40.0), 17), ((0.05, 3.0, 3.0), 17), ((1e6, 1e6, 1e6), 9)],
+)
+def test_extreme_scales(device, scale, size):
+    """As on the CPU, up to the pixels of a footprint's bounding box that the ellipse leaves out."""
+    axes = random_rotations(4, torch.Generator().manual_seed(3)).float()
+    covariance = axes @ torch.diag(torch.tensor(scale) ** 2) @ axes.mT
+    mean = torch.tensor([[0.0, 0, 0], [0.5, -0.5, 0.25], [-7.0, 8.0, 3.0], [1e5, 0, 0]])
+    g, p = Gaussians(mean, covariance, torch.ones(4)), poses(2)
+    flat, solid = inputs(device, g, p), inputs(device, g)
+    small = cotangent(2, size, size)
+    for got, expected in (
+        (gpu.project(*flat, size, 1.0, WIDE), cpu.project(*inputs("cpu", g, p), size, 1.0, WIDE)),
+        (gpu.voxelize(*solid, size, 1.0, WIDE), cpu.voxelize(*inputs("cpu", g), size, 1.0, WIDE)),
+    ):
+        assert torch.isfinite(got).all()
+        assert float((got.cpu() - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) + 1e-12
+    gradients = gpu.project_gradient(*flat, small.to(device), 1.0, WIDE, True)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def test_gaussians_that_are_not_finite_draw_nothing(device):
+    """They must not reach memory outside the image; the loss says that the fit diverged."""
+    grid = Grid(16, 1.0)
+    g = mixture(4, grid)
+    g.mean[0], g.mean[1], g.covariance[2] = float("nan"), float("inf"), float("nan")
+    p = poses(2)
+    expected = gpu.project(*(t[3:] for t in inputs(device, g)), *inputs(device, g, p)[3:], 16, 1.0, WIDE)
+    assert torch.equal(gpu.project(*inputs(device, g, p), 16, 1.0, WIDE), expected)
+
+
+def test_nothing_to_draw(device):
+    none, p = mixture(0, Grid(8, 1.0)), poses(2)
+    assert not gpu.project(*inputs(device, none, p), 8, 1.0, 4.0).any()
+    assert not gpu.voxelize(*inputs(device, none), 8, 1.0, 4.0).any()
+    upstream = torch.ones(2, 8, 8, device=device)
+    gradients = gpu.project_gradient(*inputs(device, none, p), upstream, 1.0, 4.0, True)
+    assert [tuple(t.shape) for t in gradients] == [(0, 3), (0, 3, 3), (0,), (2, 3, 3), (2, 2)]
+    assert not gradients[3].any()
+    assert [len(t) for t in gpu.voxelize_gradient(*inputs(device, none), upstream[:1].expand(8, 8, 8), 1.0, 4.0)] == [
+        0
+    ] * 3
+    g, nobody = mixture(3, Grid(8, 1.0)), poses(0)
+    assert gpu.project(*inputs(device, g, nobody), 8, 1.0, 4.0).shape == (0, 8, 8)
+    gradients = gpu.project_gradient(*inputs(device, g, nobody), upstream[:0], 1.0, 4.0, False)
+    assert not any(bool(t.any()) for t in gradients)
+
+
+def test_gradients_are_the_same_in_each_run(device):
+    grid = Grid(24, 1.0)
+    g, p = mixture(6, grid), poses(3)
+    arguments = (*inputs(device, g, p), cotangent(3, 24, 24).to(device), 1.0, 4.0, True)
+    first, second = gpu.project_gradient(*arguments), gpu.project_gradient(*arguments)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("box", "side"), [(12, 12), (10, 16)])
+def test_insert(device, box, side):
+    """As the CPU's, for images on the volume's box and on another one."""
+    expected = FourierStatistics(Grid(side, 2.0))
+    total, total_weight = expected.numerator.clone().to(device), expected.weight.clone().to(device)
+    rng = torch.Generator().manual_seed(0)
+    numerator = torch.randn(3, box, box // 2 + 1, generator=rng, dtype=torch.complex64)
+    weight = torch.rand(3, box, box // 2 + 1, generator=rng)
+    rotation = random_rotations(3, rng).float()
+    rotation[0] = torch.eye(3)  # points on the edge between the half spaces
+    polynomials = torch.from_numpy(_window_polynomials()).float()
+    numbers = (0.499 * box, 1.5 * side / box)
+    cpu.insert(expected.numerator, expected.weight, numerator, weight, rotation, polynomials, *numbers)
+    slices = (t.to(device) for t in (numerator, weight, rotation, polynomials))
+    gpu.insert(total, total_weight, *slices, *numbers)
+    assert relative(total_weight, expected.weight) < 3e-6
+    assert relative(total, expected.numerator) < 3e-6
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from emsplat.kernels import insert_triton, splat_triton
+
+def compile(kernel, capability, **constants):
+    numbers = {"scale", "cutoff", "radius", "step"}
+    counts = {"images", "gaussians", "parts", "per_program", "size", "box", "side"}
+    kinds = {name: "fp32" if name in numbers else "i32" if name in counts else "*fp32" for name in kernel.arg_names}
+    source = ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+for capability in (75, 80, 90):
+    for name in ("project", "project_gradient", "pose_gradient", "voxelize", "voxelize_gradient"):
+        compiled = compile(getattr(splat_triton, name + "_kernel"), capability, TILE=16)
+        print(capability, name, compiled.metadata.shared, ".local" in compiled.asm["ptx"])
+    compiled = compile(insert_triton.insert_kernel, capability, DEGREE=7, POINTS=32)
+    print(capability, "insert", compiled.metadata.shared, ".local" in compiled.asm["ptx"])
+"""
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    """For three generations of GPUs; the interpreter would not notice what the compiler refuses."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 18
+    assert all(spilled == "False" for *_, spilled in lines)
+    assert all(shared == "0" for _, name, shared, _ in lines if name != "insert")
