@@ -265,11 +265,13 @@ def test_scale_of_each_particle(folder):
         ({"alignments3D/pose": None}, "known orientations"),
         ({"blob/idx": np.full(6, 1e30)}, "whole numbers"),
         ({"blob/idx": np.full(6, 1.5)}, "whole numbers"),
+        ({"blob/idx": np.full(6, np.finfo(np.longdouble).max)}, "row 1: blob/idx"),
         ({"blob/shape": np.zeros((6, 2), "u4")}, "without size"),
         ({"sym_expand/src_uid": np.zeros((6, 2), "u8")}, "one integer per particle"),
         ({"ctf/tilt_A": np.full((6, 2), b"x")}, "tilt_A has type"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_what_is_refused(folder, change, message):
     with pytest.raises(InputError, match=message):
         read(folder, table(**change))

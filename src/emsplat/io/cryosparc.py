@@ -168,7 +168,7 @@ class _Fields:
                 f"{self.path}: {name} has type {raw.dtype} and shape {raw.shape[1:]} per particle; expected "
                 f"{inner or 'one'} numbers"
             )
-        with np.errstate(invalid="ignore"):  # not a number: refused below
+        with np.errstate(invalid="ignore", over="ignore"):  # not a number, or too large a one: refused below
             values = raw.astype(np.float64)
         bad = np.flatnonzero(~(np.abs(values) <= _LARGEST).reshape(len(values), -1).all(1))
         if len(bad):
