@@ -34,9 +34,9 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=[16, 4], ids=["one tile", "many tiles"])
+@pytest.fixture(params=[(32, 32), (4, 8)], ids=["few tiles", "many tiles"])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(gpu, "TILE", request.param)
+    monkeypatch.setattr(gpu, "TILE", dict(zip(("ROWS", "COLUMNS"), request.param, strict=True)))
 
 
 def inputs(device, gaussians, views=None):
@@ -252,7 +252,7 @@ def compile(kernel, capability, **constants):
 
 for capability in (75, 80, 90):
     for name in ("project", "project_gradient", "pose_gradient", "voxelize", "voxelize_gradient"):
-        compiled = compile(getattr(splat_triton, name + "_kernel"), capability, TILE=16)
+        compiled = compile(getattr(splat_triton, name + "_kernel"), capability, ROWS=8, COLUMNS=16)
         print(capability, name, compiled.metadata.shared, ".local" in compiled.asm["ptx"])
     compiled = compile(insert_triton.insert_kernel, capability, DEGREE=7, POINTS=32)
     print(capability, "insert", compiled.metadata.shared, ".local" in compiled.asm["ptx"])

@@ -22,7 +22,7 @@ from emsplat.kernels.splat_triton import (
     voxelize_kernel,
 )
 
-TILE = 16  # pixels: a footprint of 4 σ fits for σ up to 1.9 pixels
+TILE = {"ROWS": 8, "COLUMNS": 16}  # pixels that a warp draws at a time; chosen by counting, see docs/gpu.md
 POINTS = 32  # Fourier coefficients per warp
 _PROGRAMS = 2**15  # enough to fill a device several times over
 
@@ -42,7 +42,7 @@ def project(
     inputs = _contiguous(mean, covariance, amplitude, rotation, shift)
     parts, per_program = _shared_out(images, gaussians)
     _launch(
-        project_kernel, (gaussians, parts), *inputs, image, images, size, 1 / pixel_size, cutoff, per_program, TILE=TILE
+        project_kernel, (gaussians, parts), *inputs, image, images, size, 1 / pixel_size, cutoff, per_program, **TILE
     )
     return image
 
@@ -63,13 +63,13 @@ def project_gradient(
     parts, per_program = _shared_out(images, gaussians)
     packed = mean.new_empty(parts, gaussians, 13)
     counts = (gaussians, images, size, 1 / pixel_size, cutoff, per_program)
-    _launch(project_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, TILE=TILE)
+    _launch(project_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, **TILE)
     rotation_gradient, shift_gradient = torch.zeros_like(rotation), torch.zeros_like(shift)
     if with_pose:
         parts, per_program = _shared_out(gaussians, images)
         poses = mean.new_empty(images, parts, 8)
         counts = (gaussians, parts, size, 1 / pixel_size, cutoff, per_program)
-        _launch(pose_gradient_kernel, (images, parts), *inputs, poses, *counts, TILE=TILE)
+        _launch(pose_gradient_kernel, (images, parts), *inputs, poses, *counts, **TILE)
         summed = poses.sum(1)
         # The third row of a rotation does not enter a projection.
         rotation_gradient[:, :2], shift_gradient = summed[:, :6].reshape(-1, 2, 3), summed[:, 6:]
@@ -88,7 +88,7 @@ def voxelize(
     volume = mean.new_zeros(size, size, size)
     parts, _ = _shared_out(size, gaussians)
     inputs = _contiguous(mean, covariance, amplitude)
-    _launch(voxelize_kernel, (gaussians, parts), *inputs, volume, size, 1 / pixel_size, cutoff, parts, TILE=TILE)
+    _launch(voxelize_kernel, (gaussians, parts), *inputs, volume, size, 1 / pixel_size, cutoff, parts, **TILE)
     return volume
 
 
@@ -105,7 +105,7 @@ def voxelize_gradient(
     packed = mean.new_empty(parts, gaussians, 13)
     inputs = _contiguous(mean, covariance, amplitude, upstream)
     counts = (gaussians, size, 1 / pixel_size, cutoff, parts)
-    _launch(voxelize_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, TILE=TILE)
+    _launch(voxelize_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, **TILE)
     return _unpack(packed)
 
 

@@ -1,6 +1,6 @@
 """Device code of the two operators (Triton); `emsplat.kernels.gpu` launches it.
 
-One warp draws one Gaussian: its footprint in tiles of TILE x TILE pixels, as a rule a single one. The geometry of a
+One warp draws one Gaussian: its footprint in tiles of ROWS x COLUMNS pixels, as a rule a single one. The geometry of a
 view is worked out where it is needed, 80 operations beside some 100 pixels, so that nothing is stored per Gaussian and
 image. Going forward the warps add to the images with atomic operations in float32: terms in any order, so that a pixel
 may differ from run to run by its rounding, n ε of its value at most for n overlapping Gaussians. Going back a warp
@@ -34,15 +34,15 @@ def _span(centre, half, size):
 
 
 @triton.jit
-def _add_splat(image, x, y, a, b, c, hx, hy, weight, size, limit, TILE: tl.constexpr):
+def _add_splat(image, x, y, a, b, c, hx, hy, weight, size, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Adds a splat to an image of ``size`` pixels; a, b, c and ``limit`` are of base 2, hx and hy half extents."""
-    lane = tl.arange(0, TILE)
+    line, lane = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     first_row, last_row = _span(y, hy, size)
     first_column, last_column = _span(x, hx, size)
-    for row0 in range(first_row, last_row, TILE):
-        row = row0 + lane
+    for row0 in range(first_row, last_row, ROWS):
+        row = row0 + line
         dy = (row - y)[:, None]
-        for column0 in range(first_column, last_column, TILE):
+        for column0 in range(first_column, last_column, COLUMNS):
             column = column0 + lane
             dx = (column - x)[None, :]
             exponent = a * dx * dx + (2 * b * dx + c * dy) * dy
@@ -52,24 +52,24 @@ def _add_splat(image, x, y, a, b, c, hx, hy, weight, size, limit, TILE: tl.const
 
 
 @triton.jit
-def _moments(upstream, x, y, a, b, c, hx, hy, size, limit, TILE: tl.constexpr):
-    """Moments of upstream * exp(...) about the centre: 1, dx, dy, dx², dx dy, dy², each as TILE partial sums.
+def _moments(upstream, x, y, a, b, c, hx, hy, size, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Moments of upstream * exp(...) about the centre: 1, dx, dy, dx², dx dy, dy², each as COLUMNS partial sums.
 
     The columns are added up by the caller, once for all images of a Gaussian.
     """
-    lane = tl.arange(0, TILE)
+    line, lane = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     first_row, last_row = _span(y, hy, size)
     first_column, last_column = _span(x, hx, size)
-    m0 = tl.zeros((TILE,), dtype=x.dtype)
+    m0 = tl.zeros((COLUMNS,), dtype=x.dtype)
     mx, my, mxx, mxy, myy = m0, m0, m0, m0, m0
-    for column0 in range(first_column, last_column, TILE):
+    for column0 in range(first_column, last_column, COLUMNS):
         column = column0 + lane
         dx = column - x
         # Only dy changes down a column, so three sums over the rows are enough.
-        s0 = tl.zeros((TILE, TILE), dtype=x.dtype)
+        s0 = tl.zeros((ROWS, COLUMNS), dtype=x.dtype)
         s1, s2 = s0, s0
-        for row0 in range(first_row, last_row, TILE):
-            row = row0 + lane
+        for row0 in range(first_row, last_row, ROWS):
+            row = row0 + line
             dy = (row - y)[:, None]
             exponent = a * (dx * dx)[None, :] + (2 * b * dx[None, :] + c * dy) * dy
             inside = (exponent <= limit) & (row < last_row)[:, None] & (column < last_column)[None, :]
@@ -137,7 +137,8 @@ def project_kernel(
     scale,
     cutoff,
     per_program,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Draws one Gaussian (program axis 0) into ``per_program`` images (axis 1)."""
     w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, tl.program_id(0))
@@ -153,7 +154,7 @@ def project_kernel(
         at = image + index * area
         hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
         a, b, c = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
-        _add_splat(at, x, y, a, b, c, hx, hy, w * norm, size, limit, TILE)
+        _add_splat(at, x, y, a, b, c, hx, hy, w * norm, size, limit, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -208,12 +209,13 @@ def project_gradient_kernel(
     scale,
     cutoff,
     per_program,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The gradient of one Gaussian (program axis 0) from ``per_program`` images (axis 1): 13 numbers each."""
     w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, tl.program_id(0))
     limit = cutoff * cutoff * HALF_LOG2E
-    gx3 = tl.zeros((TILE,), dtype=px.dtype)
+    gx3 = tl.zeros((COLUMNS,), dtype=px.dtype)
     gy3, gz3, dw, dxx, dxy, dxz, dyy, dyz, dzz = gx3, gx3, gx3, gx3, gx3, gx3, gx3, gx3, gx3
     area = _area(size)
     first = tl.program_id(1) * per_program
@@ -226,7 +228,7 @@ def project_gradient_kernel(
         at = upstream + index * area
         hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
         a2, b2, c2 = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
-        m0, mx, my, mxx, mxy, myy = _moments(at, x, y, a2, b2, c2, hx, hy, size, limit, TILE)
+        m0, mx, my, mxx, mxy, myy = _moments(at, x, y, a2, b2, c2, hx, hy, size, limit, ROWS, COLUMNS)
         gx, gy, fxx, fxy, fyy = _plane_gradient(m0, mx, my, mxx, mxy, myy, a, b, c, w * norm, scale)
         dw += norm * m0
         gx3 += u0 * gx + v0 * gy
@@ -260,7 +262,8 @@ def pose_gradient_kernel(
     scale,
     cutoff,
     per_program,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The gradient of one image's pose (program axis 0) from ``per_program`` Gaussians (axis 1): the first two rows of
     the rotation and the shift, 8 numbers."""
@@ -269,7 +272,7 @@ def pose_gradient_kernel(
     shift_x, shift_y = tl.load(shift + 2 * image), tl.load(shift + 2 * image + 1)
     at = upstream + image * _area(size)
     limit = cutoff * cutoff * HALF_LOG2E
-    r0 = tl.zeros((TILE,), dtype=u0.dtype)
+    r0 = tl.zeros((COLUMNS,), dtype=u0.dtype)
     r1, r2, r3, r4, r5, sum_x, sum_y = r0, r0, r0, r0, r0, r0, r0
     first = tl.program_id(1) * per_program
     for index in range(first, tl.minimum(first + per_program, gaussians)):
@@ -279,7 +282,7 @@ def pose_gradient_kernel(
         )
         hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
         a2, b2, c2 = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
-        m0, mx, my, mxx, mxy, myy = _moments(at, x, y, a2, b2, c2, hx, hy, size, limit, TILE)
+        m0, mx, my, mxx, mxy, myy = _moments(at, x, y, a2, b2, c2, hx, hy, size, limit, ROWS, COLUMNS)
         gx, gy, fxx, fxy, fyy = _plane_gradient(m0, mx, my, mxx, mxy, myy, a, b, c, w * norm, scale)
         qu0, qu1, qu2 = fxx * u0 + fxy * v0, fxx * u1 + fxy * v1, fxx * u2 + fxy * v2
         qv0, qv1, qv2 = fxy * u0 + fyy * v0, fxy * u1 + fyy * v1, fxy * u2 + fyy * v2
@@ -315,7 +318,9 @@ def _solid(sxx, sxy, sxz, syy, syz, szz):
 
 
 @triton.jit
-def voxelize_kernel(mean, covariance, amplitude, volume, size, scale, cutoff, parts, TILE: tl.constexpr):
+def voxelize_kernel(
+    mean, covariance, amplitude, volume, size, scale, cutoff, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Draws every ``parts``-th slice of one Gaussian (program axis 0), starting with that of program axis 1."""
     w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, tl.program_id(0))
     s2 = scale * scale
@@ -331,12 +336,25 @@ def voxelize_kernel(mean, covariance, amplitude, volume, size, scale, cutoff, pa
         weight = w * norm * tl.exp2(-(dz * dz / szz) * HALF_LOG2E)
         at = volume + slice_ * area
         hx, hy = tl.sqrt(left * cxx), tl.sqrt(left * cyy)
-        _add_splat(at, x + slope_x * dz, y + slope_y * dz, a, b, c, hx, hy, weight, size, left * HALF_LOG2E, TILE)
+        _add_splat(
+            at, x + slope_x * dz, y + slope_y * dz, a, b, c, hx, hy, weight, size, left * HALF_LOG2E, ROWS, COLUMNS
+        )
 
 
 @triton.jit
 def voxelize_gradient_kernel(
-    mean, covariance, amplitude, upstream, gradient, gaussians, size, scale, cutoff, parts, TILE: tl.constexpr
+    mean,
+    covariance,
+    amplitude,
+    upstream,
+    gradient,
+    gaussians,
+    size,
+    scale,
+    cutoff,
+    parts,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The gradient of one Gaussian (program axis 0) from every ``parts``-th slice (axis 1): 13 numbers each."""
     w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, tl.program_id(0))
@@ -345,7 +363,7 @@ def voxelize_gradient_kernel(
     slope_x, slope_y, cxx, cyy, a, b, c, norm = _solid(sxx * s2, sxy * s2, sxz * s2, syy * s2, syz * s2, szz)
     a2, b2, c2 = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
     x, y, z = px * scale + size // 2, py * scale + size // 2, pz * scale + size // 2
-    t0 = tl.zeros((TILE,), dtype=px.dtype)
+    t0 = tl.zeros((COLUMNS,), dtype=px.dtype)
     tx, ty, tz, txx, txy, txz, tyy, tyz, tzz = t0, t0, t0, t0, t0, t0, t0, t0, t0
     first, last = _span(z, cutoff * tl.sqrt(szz), size)
     area = _area(size)
@@ -356,7 +374,9 @@ def voxelize_gradient_kernel(
         at = upstream + slice_ * area
         hx, hy = tl.sqrt(left * cxx), tl.sqrt(left * cyy)
         ex, ey = slope_x * dz, slope_y * dz
-        m0, mx, my, mxx, mxy, myy = _moments(at, x + ex, y + ey, a2, b2, c2, hx, hy, size, left * HALF_LOG2E, TILE)
+        m0, mx, my, mxx, mxy, myy = _moments(
+            at, x + ex, y + ey, a2, b2, c2, hx, hy, size, left * HALF_LOG2E, ROWS, COLUMNS
+        )
         # From the slice's centre to the Gaussian's.
         nx, ny = mx + ex * m0, my + ey * m0
         t0 += weight * m0
