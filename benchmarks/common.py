@@ -46,8 +46,8 @@ def processor():
     return names[0] if names else platform.processor()
 
 
-def save(name, rows):
-    """Writes results/<name>.json."""
+def save(name, rows, **machine):
+    """Writes results/<name>.json; ``machine`` is what else there is to say of it."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     about = {
         "processor": processor(),
@@ -55,6 +55,7 @@ def save(name, rows):
         "commit": commit.stdout.strip(),
         "versions": {package: version(package) for package in ("emsplat", "torch", "numpy")},
         "date": time.strftime("%Y-%m-%d"),
+        **machine,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -19,7 +19,7 @@ def _taps(polynomials, fraction, tap, DEGREE: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("box", "side"))
 def insert_kernel(
     numerator,
     weight,

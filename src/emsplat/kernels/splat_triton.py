@@ -17,6 +17,9 @@ HALF_LOG2E = tl.constexpr(0.7213475204444817)
 INVERSE_2PI = tl.constexpr(0.15915494309189535)
 INVERSE_2PI_15 = tl.constexpr(0.06349363593424097)  # (2π)^-1.5
 
+# Counts that change from call to call: a kernel would be compiled anew for each that is 1 or a multiple of 16.
+_COUNTS = ("gaussians", "images", "size", "parts", "per_program")
+
 
 @triton.jit
 def _area(size):
@@ -124,7 +127,7 @@ def _see(px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift
     return x, y, cyy * inverse, -cxy * inverse, cxx * inverse, cxx, cyy, tl.sqrt(inverse) * INVERSE_2PI
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def project_kernel(
     mean,
     covariance,
@@ -194,7 +197,7 @@ def _store_gradient(at, gx, gy, gz, dxx, dxy, dxz, dyy, dyz, dzz, dw):
     tl.store(at + 12, tl.sum(dw, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def project_gradient_kernel(
     mean,
     covariance,
@@ -247,7 +250,7 @@ def project_gradient_kernel(
     _store_gradient(gradient + 13 * row, gx3, gy3, gz3, dxx, dxy, dxz, dyy, dyz, dzz, dw)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def pose_gradient_kernel(
     mean,
     covariance,
@@ -317,7 +320,7 @@ def _solid(sxx, sxy, sxz, syy, syz, szz):
     return slope_x, slope_y, cxx, cyy, cyy * inverse, -cxy * inverse, cxx * inverse, norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def voxelize_kernel(
     mean, covariance, amplitude, volume, size, scale, cutoff, parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -341,7 +344,7 @@ def voxelize_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def voxelize_gradient_kernel(
     mean,
     covariance,
