@@ -27,8 +27,8 @@ def ctf(optics: Optics, grid: Grid) -> Float[Tensor, "p y k"]:
     At k = 0 it is +amplitude_contrast, so protein is bright. Even aberrations and anisotropic magnification are in it;
     odd ones turn the image instead (`observe`).
     """
-    ky, kx = frequencies(grid, dtype=optics.voltage.dtype)
-    return ctf_at(optics, kx.to(optics.voltage.device), ky.to(optics.voltage.device))
+    ky, kx = frequencies(grid, dtype=optics.voltage.dtype, device=optics.voltage.device)
+    return ctf_at(optics, kx, ky)
 
 
 def ctf_at(optics: Optics, kx: Float[Tensor, "..."], ky: Float[Tensor, "..."]) -> Float[Tensor, "p *k"]:
@@ -76,6 +76,13 @@ def zernike_phase(
     coefficients = aberrations.odd if odd else aberrations.even
     phase = coefficients.new_zeros(len(coefficients), *_stacked(kx, ky).shape[1:])
     if not coefficients.shape[1]:
+        return phase
+    if coefficients.device.type != "cpu":
+        # To find out which particles share M would make the host wait, and the device has flops to spare.
+        kx_true, ky_true = _undistorted(aberrations, kx, ky)
+        for index, column in enumerate(coefficients.unbind(1)):
+            value = zernike(index, kx_true, ky_true, odd=odd)
+            phase.addcmul_(value, column.reshape(-1, *[1] * (value.dim() - 1)))
         return phase
     kinds, kind = torch.unique(aberrations.magnification, dim=0, return_inverse=True)
     for number, magnification in enumerate(kinds):
@@ -134,7 +141,7 @@ def observe(batch: Batch, grid: Grid, *, corner: bool = False) -> Observed:
     transfer = ctf(batch.optics, grid)
     aberrations, treatment = batch.optics.aberrations, batch.optics.treatment
     if aberrations is not None and aberrations.odd.shape[1]:
-        ky, kx = frequencies(grid, dtype=transfer.dtype)
+        ky, kx = frequencies(grid, dtype=transfer.dtype, device=transfer.device)
         phase = zernike_phase(aberrations, kx, ky, odd=True)
         spectrum.mul_(torch.polar(torch.ones_like(phase), -phase))
     if treatment is not None:

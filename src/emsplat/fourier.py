@@ -6,6 +6,7 @@ object has a real transform.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import cast
 
 import torch
@@ -30,23 +31,36 @@ def irfft(spectrum: Complex[Tensor, "*p y k"], dims: int = 2) -> Float[Tensor, "
     return image
 
 
-def frequencies(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Broadcastable spatial frequencies in 1/Å of the rfft half space, slowest axis first: (ky, kx) or (kz, ky, kx)."""
-    full = torch.fft.fftfreq(grid.size, grid.pixel_size, dtype=dtype)
-    half = torch.fft.rfftfreq(grid.size, grid.pixel_size, dtype=dtype)
+def frequencies(
+    grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> tuple[Tensor, ...]:
+    """Broadcastable spatial frequencies in 1/Å of the rfft half space, slowest axis first: (ky, kx) or (kz, ky, kx).
+
+    They are kept for the next call: not to be changed in place.
+    """
+    full, half = _axes(grid, dtype, device or torch.device("cpu"))
     axes = [full] * (dims - 1) + [half]
     return tuple(axis.reshape([-1 if i == j else 1 for j in range(dims)]) for i, axis in enumerate(axes))
 
 
-def shell_radius(size: int, dims: int = 2) -> Float[Tensor, "*zy k"]:
+# What is kept for later calls is made on the CPU. The copy waits until it has arrived, so that any stream of a device
+# may use it.
+@cache
+def _axes(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    full = torch.fft.fftfreq(grid.size, grid.pixel_size, dtype=dtype)
+    half = torch.fft.rfftfreq(grid.size, grid.pixel_size, dtype=dtype)
+    return full.to(device), half.to(device)
+
+
+def shell_radius(size: int, dims: int = 2, device: torch.device | None = None) -> Float[Tensor, "*zy k"]:
     """|k| N a of each rfft coefficient, float64."""
-    axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64)
+    axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64, device)
     return cast(Tensor, sum(axis**2 for axis in axes)).sqrt()
 
 
-def shell_index(size: int, dims: int = 2) -> Int[Tensor, "*zy k"]:
+def shell_index(size: int, dims: int = 2, device: torch.device | None = None) -> Int[Tensor, "*zy k"]:
     """Shell round(|k| N a) of each rfft coefficient (RELION's rule); corners lie beyond ``size // 2``."""
-    return torch.floor(shell_radius(size, dims) + 0.5).long()
+    return torch.floor(shell_radius(size, dims, device) + 0.5).long()
 
 
 def randomise_phases(
@@ -56,9 +70,10 @@ def randomise_phases(
     axes = tuple(range(-dims, 0))
     spectrum = torch.fft.rfftn(image, dim=axes)
     # The phases of white noise obey the symmetry of the transform of a real image.
-    phase = torch.fft.rfftn(torch.randn(image.shape, generator=generator, dtype=image.dtype), dim=axes)
+    noise = torch.randn(image.shape, generator=generator, dtype=image.dtype, device=generator.device).to(image.device)
+    phase = torch.fft.rfftn(noise, dim=axes)
     random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
-    beyond = shell_index(image.shape[-1], dims) >= shell
+    beyond = shell_index(image.shape[-1], dims, image.device) >= shell
     moved: Tensor = torch.fft.irfftn(torch.where(beyond, random, spectrum), s=image.shape[-dims:], dim=axes)
     return moved
 
@@ -71,16 +86,26 @@ def is_smooth(size: int) -> bool:
     return size == 1
 
 
-def hermitian_weight(size: int) -> Float[Tensor, " k"]:
-    """How often each rfft column stands in the full transform: 1 for kx = 0 and Nyquist, else 2 (even sizes)."""
-    weight = torch.full((size // 2 + 1,), 2.0)
+def hermitian_weight(
+    size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Float[Tensor, " k"]:
+    """How often each rfft column stands in the full transform: 1 for kx = 0 and Nyquist, else 2 (even sizes).
+
+    Kept for the next call: not to be changed in place.
+    """
+    return _hermitian_weight(size, dtype, device or torch.device("cpu"))
+
+
+@cache
+def _hermitian_weight(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    weight = torch.full((size // 2 + 1,), 2.0, dtype=dtype)
     weight[0] = weight[-1] = 1.0
-    return weight
+    return weight.to(device)
 
 
 def shift_phase(shift: Float[Tensor, "p 2"], grid: Grid) -> Complex[Tensor, "p y k"]:
     """Factors that move each image by +shift (x, y) in Å: exp(-2πi (kx sx + ky sy)) (docs/conventions.md, 3)."""
-    ky, kx = frequencies(grid, dtype=shift.dtype)
+    ky, kx = frequencies(grid, dtype=shift.dtype, device=shift.device)
     x, y = shift[:, 0, None], shift[:, 1, None]
     phase_x = torch.polar(torch.ones_like(x * kx[0]), -2 * torch.pi * x * kx[0])
     phase_y = torch.polar(torch.ones_like(y * ky[:, 0]), -2 * torch.pi * y * ky[:, 0])
