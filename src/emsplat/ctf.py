@@ -33,25 +33,39 @@ def ctf(optics: Optics, grid: Grid) -> Float[Tensor, "p y k"]:
 
 def ctf_at(optics: Optics, kx: Float[Tensor, "..."], ky: Float[Tensor, "..."]) -> Float[Tensor, "p *k"]:
     """The same at any frequencies (1/Å), which broadcast against each other."""
-    dims = (-1,) + (1,) * max(kx.dim(), ky.dim())
+    x2, y2, xy = kx**2, ky**2, 2 * kx * ky
+    squares = torch.stack([x2 + 0 * xy, xy, y2 + 0 * xy])
+    wavelength = electron_wavelength(optics.voltage)
+    half_pi = math.pi * wavelength / 2
+    mean, spread = half_pi * (optics.defocus_u + optics.defocus_v), half_pi * (optics.defocus_u - optics.defocus_v)
+    along, across = spread * torch.cos(2 * optics.defocus_angle), spread * torch.sin(2 * optics.defocus_angle)
+    # πλ k² Δf(θ) = form · (kx², 2 kx ky, ky²): no trigonometry per pixel, and one operation for all particles.
+    form = torch.stack([mean + along, across, mean - along], 1)
+    k2 = squares[0] + squares[2]
+    offset = _phase_offset(optics)
+    if optics.aberrations is not None:
+        form, metric = _distorted(form, optics.aberrations.magnification)
+        k2 = torch.tensordot(metric, squares, 1)
+    phase = torch.addmm(offset[:, None], form, squares.reshape(3, -1)).reshape(-1, *squares.shape[1:])
 
     def column(values: Tensor) -> Tensor:
-        return values.reshape(dims)
+        return values.reshape(-1, *[1] * (squares.dim() - 1))
 
-    offset = column(_phase_offset(optics))
+    phase.addcmul_(column(half_pi * 1e7 * optics.cs * wavelength**2), k2**2, value=-1)
     if optics.aberrations is not None:
-        offset = offset - zernike_phase(optics.aberrations, kx, ky, odd=False)
-        kx, ky = _undistorted(optics.aberrations, kx, ky)
-    wavelength = column(electron_wavelength(optics.voltage))
-    cs = 1e7 * column(optics.cs)
-    u, v, angle = column(optics.defocus_u), column(optics.defocus_v), column(optics.defocus_angle)
-    # k² Δf(θ) = ½(u+v) k² + ½(u-v) (cos 2α (kx²-ky²) + sin 2α 2 kx ky): no trigonometry per pixel.
-    k2 = kx**2 + ky**2
-    astigmatism = torch.cos(2 * angle) * (kx**2 - ky**2) + torch.sin(2 * angle) * (2 * kx * ky)
-    defocus_k2 = 0.5 * (u + v) * k2 + 0.5 * (u - v) * astigmatism
-    gamma = math.pi * wavelength * (0.5 * cs * wavelength**2 * k2**2 - defocus_k2) - offset
-    transfer: Tensor = -torch.sin(gamma) * torch.exp(-0.25 * column(optics.b_factor) * k2) * column(optics.scale)
+        phase -= zernike_phase(optics.aberrations, kx, ky, odd=False)
+    transfer: Tensor = phase.sin_().mul_(torch.exp(column(-0.25 * optics.b_factor) * k2)).mul_(column(optics.scale))
     return transfer
+
+
+def _distorted(
+    form: Float[Tensor, "p 3"], magnification: Float[Tensor, "p 2 2"]
+) -> tuple[Float[Tensor, "p 3"], Float[Tensor, "p 3"]]:
+    """Mᵀ F M for quadratic forms F given as (xx, xy, yy), and Mᵀ M."""
+    whole = torch.stack([form[:, :2], form[:, 1:]], 1)
+    seen = [magnification.mT @ whole @ magnification, magnification.mT @ magnification]
+    through, metric = (torch.stack([m[:, 0, 0], m[:, 0, 1], m[:, 1, 1]], 1) for m in seen)
+    return through, metric
 
 
 def _phase_offset(optics: Optics) -> Float[Tensor, " p"]:
