@@ -27,9 +27,9 @@ from common import globule, random_poses
 from emsplat.types import Gaussians, Grid, Poses
 
 # Bytes per pixel of an image, a transform having half as many complex numbers: rfft and irfft 16 each (two passes),
-# shift 16, CTF 20 operations of 5, residual and power 30, gradient 20.
-STEP_BYTES = 3 * 16 + 16 + 100 + 30 + 20
-OBSERVE_BYTES = 16 + 16 + 100
+# shift 16, CTF 7 operations of 26 in all, residual and power 30, gradient 20.
+STEP_BYTES = 3 * 16 + 16 + 26 + 30 + 20
+OBSERVE_BYTES = 16 + 16 + 26
 SECTORS = 16 * (1.75 + 1.375)  # of atomic additions per Fourier coefficient
 
 
@@ -146,9 +146,7 @@ def main():
     names = ("project", "project_gradient", "voxelize", "voxelize_gradient")
     loops = {name: splat_loops(name) for name in names}
     for name, counted in loops.items():
-        print(
-            f"{name}: {counted.view} instructions per view or slice, {counted.column} per column, {counted.tile} per tile"
-        )
+        print(f"{name}: instructions per view or slice {counted.view}, column {counted.column}, tile {counted.tile}")
     print(f"{H100.name}: {H100.issue:.2e} warp instructions/s, {H100.bandwidth:.2e} bytes/s")
     print("box  Gaussians  σ/px  million instructions per image  images/s at most")
     for size in (128, 192, 256):

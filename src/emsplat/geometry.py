@@ -48,7 +48,7 @@ def quaternion_to_matrix(quaternion: Float[Tensor, "*g 4"]) -> Float[Tensor, "*g
     """Rotation matrices of quaternions (w, x, y, z), which need not be normalised."""
     unit = torch.nn.functional.normalize(quaternion, dim=-1)
     products = (unit[..., :, None] * unit[..., None, :]).flatten(-2)
-    return (products @ _products_to_matrix(unit.dtype, unit.device)).unflatten(-1, (3, 3))
+    return (products @ _products_to_matrix(unit.dtype, unit.device)).reshape(*unit.shape[:-1], 3, 3)
 
 
 @cache
