@@ -141,7 +141,8 @@ def _run(op, args, kwargs):
 
     def wrapped(tensor):
         # What an operation changes in place is given back as the same tensor.
-        return owners.get(id(tensor)) if id(tensor) in owners else VirtualTensor(tensor)
+        # Conjugates are worked out at once, since a wrapper cannot say that it is one.
+        return owners[id(tensor)] if id(tensor) in owners else VirtualTensor(tensor.resolve_conj().resolve_neg())
 
     return tree_map_only(torch.Tensor, wrapped, result) if stays else result
 

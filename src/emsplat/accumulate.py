@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emsplat.ctf import observe
+from emsplat.device import CPU
 from emsplat.errors import InputError
-from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index
+from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index, sum_by_shell
 from emsplat.io.files import replacing
 from emsplat.kernels import backend
 from emsplat.particles import ParticleStack, estimate_noise
@@ -44,7 +45,8 @@ PADDING = 1.5
 TAPS, DEGREE = 4, 7  # as in native/kernels.hpp
 REACH = 0.75  # of the box: where the kernel ends
 FADE = 0.6  # of the box: from here on it is faded out, since the window hardly carries it there
-_BATCH = 64
+_BATCH = 64  # images; on a GPU as many as fill it
+_BATCH_GPU, _PIXELS_GPU = 256, 2**25
 
 
 @cache
@@ -64,6 +66,11 @@ def _window_polynomials() -> NDArray[np.float64]:
     return np.stack(columns, 1)
 
 
+@cache
+def _polynomials_on(device: torch.device) -> Float[Tensor, "d t"]:
+    return torch.from_numpy(_window_polynomials()).float().to(device)
+
+
 def _window_transform(position: NDArray[np.float64]) -> Tensor:
     """The window's Fourier transform at positions in units of the padded box, -½ to ½."""
     node, weight = np.polynomial.legendre.leggauss(24)
@@ -80,18 +87,23 @@ class FourierStatistics:
     ``numerator`` and ``weight`` are (2R + 3, 2R + 3, R + 3), where ``side`` = 2R is ``PADDING`` times the box: plane z,
     row y and column x stand for the frequencies z - R - 1, y - R - 1 and x - 1 in units of 1 / (padded box length).
     ``particles`` counts the images in the sums; ``about`` says what they are sums of, in terms that `load` compares.
+    The sums are kept on ``device``.
     """
 
-    def __init__(self, grid: Grid, about: dict[str, str] | None = None) -> None:
+    def __init__(self, grid: Grid, about: dict[str, str] | None = None, device: torch.device = CPU) -> None:
         reach = math.ceil(PADDING * grid.size / 2)
         shape = (2 * reach + 3, 2 * reach + 3, reach + 3)
         self.grid = grid
         self.side = 2 * reach
         self.particles = 0
         self.about = {"box": str(grid.size), "pixel size": f"{grid.pixel_size:.4f}", **(about or {})}
-        # NumPy asks the system for large pages, PyTorch does not: scattered writes are a third faster.
-        self.numerator = torch.from_numpy(np.zeros(shape, np.complex64))
-        self.weight = torch.from_numpy(np.zeros(shape, np.float32))
+        if device.type == "cpu":
+            # NumPy asks the system for large pages, PyTorch does not: scattered writes are a third faster.
+            self.numerator = torch.from_numpy(np.zeros(shape, np.complex64))
+            self.weight = torch.from_numpy(np.zeros(shape, np.float32))
+        else:
+            self.numerator = torch.zeros(shape, dtype=torch.complex64, device=device)
+            self.weight = torch.zeros(shape, device=device)
 
     def insert(
         self,
@@ -99,8 +111,10 @@ class FourierStatistics:
         weight: Float[Tensor, "p y k"],
         rotation: Float[Tensor, "p 3 3"],
         grid: Grid,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
     ) -> None:
-        """Adds C Y/σ² and C²/σ² of centred transforms (origin at the centre pixel) of images on ``grid``.
+        """Adds C Y/σ² and C²/σ² of centred transforms (origin at the centre pixel) of images on ``grid``, with
+        ``symmetry`` once under each of its elements.
 
         Images may have another box and pixel size than the volume; what lies beyond either's Nyquist frequency is left
         out.
@@ -108,17 +122,19 @@ class FourierStatistics:
         Raises:
             InputError: a value is not finite; nothing is added.
         """
-        # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each.
-        for name, total in (("image", numerator.sum().abs()), ("weight", weight.sum()), ("pose", rotation.sum())):
-            if not bool(torch.isfinite(total)):
+        # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each. All that has
+        # to be known is asked for at once: a GPU is waited for once per call.
+        sums = [numerator.sum().abs(), weight.sum(), rotation.sum(), _stretch(rotation)]
+        *totals, stretch = torch.stack([value.double() for value in sums]).tolist()
+        for name, total in zip(("image", "weight", "pose"), totals, strict=True):
+            if not math.isfinite(total):
                 raise InputError(f"a {name} holds values that are not finite; look at its CTF, pose and noise spectrum")
         # A hair less, so that no rounding carries a tap beyond the grid. Anisotropic magnification stretches slices.
-        radius = (0.5 - 1e-6) / _stretch(rotation) * min(grid.size, self.grid.size * grid.length / self.grid.length)
+        radius = (0.5 - 1e-6) / stretch * min(grid.size, self.grid.size * grid.length / self.grid.length)
         step = self.side / self.grid.size * self.grid.length / grid.length
-        polynomials = torch.from_numpy(_window_polynomials()).float()
-        backend(weight.device).insert(
-            self.numerator, self.weight, numerator, weight, rotation, polynomials, radius, step
-        )
+        kernels, polynomials = backend(weight.device), _polynomials_on(weight.device)
+        for turned in (rotation,) if symmetry is None else (rotation @ element for element in symmetry):
+            kernels.insert(self.numerator, self.weight, numerator, weight, turned, polynomials, radius, step)
 
     def merge(self, other: FourierStatistics) -> None:
         """Adds the sums of other particles of the same kind.
@@ -155,7 +171,7 @@ class FourierStatistics:
     def save(self, path: Path) -> None:
         """Writes the sums as safetensors, under a temporary name until they are complete."""
         about = json.dumps({"particles": self.particles, "about": self.about})
-        tensors = {"numerator": torch.view_as_real(self.numerator), "weight": self.weight}
+        tensors = {"numerator": torch.view_as_real(self.numerator).cpu(), "weight": self.weight.cpu()}
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"emsplat.statistics": about})
 
@@ -194,17 +210,19 @@ class FourierStatistics:
             if volume is kernel:
                 lag = torch.from_numpy(np.abs(axis) / size).float()
                 factor *= 0.5 + 0.5 * torch.cos(torch.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
+            factor = factor.to(volume.device)
             for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
                 volume *= factor.reshape(shape)
         return NormalEquations(self.grid, linear, kernel, self.particles)
 
 
-def _stretch(rotation: Float[Tensor, "p 3 3"]) -> float:
-    """The largest factor by which the first two rows stretch a frequency of an image; 1 for rotations."""
+def _stretch(rotation: Float[Tensor, "p 3 3"]) -> Float[Tensor, ""]:
+    """The largest factor by which the first two rows stretch a frequency of an image; 1 for rotations, which no further
+    rotation of the object changes."""
     x, y = rotation[:, 0], rotation[:, 1]
     xx, xy, yy = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
     largest = 0.5 * (xx + yy) + torch.hypot(0.5 * (xx - yy), xy)  # eigenvalue of the rows' inner products
-    return max(1.0, float(largest.max().sqrt()))
+    return largest.max().sqrt().clamp(min=1.0)
 
 
 def _kernel_size(size: int) -> int:
@@ -214,14 +232,14 @@ def _kernel_size(size: int) -> int:
 def _synthesis(half_space: Tensor) -> Float[Tensor, "z y x"]:
     """Σ_k F(k) exp(2πi k x) over the whole periodic grid, origin at index 0, F being Hermitian."""
     reach = (len(half_space) - 3) // 2
-    side = 2 * reach
-    spectrum = torch.zeros(side, side, reach + 1, dtype=torch.complex64)
-    row = (torch.arange(side + 3) - reach - 1) % side
-    mirror = (-torch.arange(side)) % side
+    side, device = 2 * reach, half_space.device
+    spectrum = torch.zeros(side, side, reach + 1, dtype=torch.complex64, device=device)
+    row = (torch.arange(side + 3, device=device) - reach - 1) % side
+    mirror = (-torch.arange(side, device=device)) % side
     # Plane by plane: a copy of the half space in another order would cost as much memory again.
     for index, plane in enumerate(half_space):
         z = (index - reach - 1) % side
-        wrapped = torch.zeros(side, reach + 3, dtype=plane.dtype).index_add_(0, row, plane)
+        wrapped = torch.zeros(side, reach + 3, dtype=plane.dtype, device=device).index_add_(0, row, plane)
         spectrum[z] += wrapped[:, 1 : reach + 2]
         # Every entry stands for its Hermitian mirror too; only here does the mirror lie in x >= 0 (or wrap into it).
         mirrored = wrapped[mirror].conj()
@@ -233,7 +251,7 @@ def _synthesis(half_space: Tensor) -> Float[Tensor, "z y x"]:
 
 def _centre(volume: Float[Tensor, "Z Y X"], size: int) -> Float[Tensor, "z y x"]:
     """The middle of a periodic volume with its origin at index 0, as a centred box."""
-    index = (torch.arange(size) - size // 2) % len(volume)
+    index = (torch.arange(size, device=volume.device) - size // 2) % len(volume)
     return volume[index][:, index][:, :, index]
 
 
@@ -262,7 +280,7 @@ class NormalEquations:
     def gain(self, volume: Float[Tensor, "z y x"]) -> float:
         """The factor that brings a map closest to these data."""
         spectrum = rfft(volume, 3)
-        twice = hermitian_weight(self.grid.size)
+        twice = hermitian_weight(self.grid.size, device=volume.device)
         power = (spectrum.abs().square() * self.weight() * twice).sum() / volume.numel()
         return float(torch.dot(volume.flatten(), self.linear.flatten()) / power.clamp(min=1e-30))
 
@@ -273,13 +291,13 @@ class NormalEquations:
         stands for K.
         """
         size, length = self.grid.size, len(self.kernel)
-        axis = torch.arange(length) - length // 2
+        axis = torch.arange(length, device=self.kernel.device) - length // 2
         taper = (1 - axis.abs() / (length // 2)).clamp(min=0)
         tapered = self.kernel * taper[:, None, None] * taper[:, None] * taper
         for dim in range(3):
             shape = list(tapered.shape)
             shape[dim] = size
-            tapered = torch.zeros(shape).index_add_(dim, axis % size, tapered)
+            tapered = tapered.new_zeros(shape).index_add_(dim, axis % size, tapered)
         spectrum: Tensor = torch.fft.rfftn(tapered).real
         return spectrum.clamp_(min=0)
 
@@ -291,17 +309,17 @@ class NormalEquations:
         """
         size = self.grid.size
         weight = self.weight()
-        shells = shell_index(size, 3)
+        shells = shell_index(size, 3, weight.device)
         inside, shells = shells <= size // 2, shells.clamp(max=size // 2)
         mean = mean_per_shell(weight)
-        share = torch.full((size // 2 + 1,), 0.1) if prior is None else prior.clamp(min=0.01)
-        added = (share * mean)[shells] + 1e-6 * float(mean.max()) + 1e-30
+        share = torch.full_like(mean, 0.1) if prior is None else prior.clamp(min=0.01)
+        added = (share * mean)[shells] + 1e-6 * mean.max() + 1e-30
         return irfft(rfft(self.linear, 3) * inside / (weight + added), 3)
 
     def coverage(self, threshold: float = 0.1) -> float:
         """Fraction of the Fourier voxels within Nyquist whose weight is above a fraction of their shell's mean."""
         size = self.grid.size
-        weight, shells = self.weight(), shell_index(size, 3)
+        weight, shells = self.weight(), shell_index(size, 3, self.kernel.device)
         inside = shells <= size // 2
         covered = weight > threshold * mean_per_shell(weight)[shells.clamp(max=size // 2)]
         return float((covered & inside).sum() / inside.sum())
@@ -310,9 +328,9 @@ class NormalEquations:
 def mean_per_shell(values: Float[Tensor, "z y k"]) -> Float[Tensor, " s"]:
     """Mean over each shell 0 ... N/2 of a half-space array; shells are so symmetric that the half is enough."""
     size = len(values)
-    shells = shell_index(size, 3).clamp(max=size // 2 + 1).flatten()
-    total = torch.bincount(shells, values.double().flatten())
-    return (total / torch.bincount(shells))[: size // 2 + 1].float()
+    shells = shell_index(size, 3, values.device).clamp(max=size // 2 + 1)
+    total, count = (sum_by_shell(v, shells, size // 2 + 2) for v in (values.double(), torch.ones_like(shells)))
+    return (total / count)[: size // 2 + 1].float()
 
 
 def fingerprint(stack: ParticleStack) -> str:
@@ -331,10 +349,10 @@ def fingerprint(stack: ParticleStack) -> str:
 
 
 def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
-    """Empty sums for a stack, on its own grid or another."""
+    """Empty sums for a stack, on its own grid or another, where its images come."""
     elements = hashlib.sha256(stack.symmetry.numpy().round(6).tobytes()).hexdigest()[:8]
     about = {"symmetry": f"{len(stack.symmetry)} elements, {elements}", "particles": fingerprint(stack)}
-    return FourierStatistics(grid or stack.grid, about)
+    return FourierStatistics(grid or stack.grid, about, stack.device)
 
 
 def accumulate(
@@ -350,17 +368,18 @@ def accumulate(
     if statistics.particles >= len(stack):
         return
     grid = stack.grid
-    shells = shell_index(grid.size)
+    device = statistics.weight.device
+    shells = shell_index(grid.size, device=device)
     precision = (shells <= grid.size // 2) / noise[:, shells.clamp(max=grid.size // 2)] / grid.size**2
     rest = torch.arange(statistics.particles, len(stack))
-    symmetry = stack.symmetry.float()
-    for batch in stack.take(rest).sequential(_BATCH):
+    symmetry = stack.symmetry.float().to(device)
+    size = _BATCH if device.type == "cpu" else min(_BATCH_GPU, max(1, _PIXELS_GPU // grid.size**2))
+    for batch in stack.take(rest).sequential(size):
         seen = observe(batch, grid)
         weighted = seen.transfer * precision[batch.optics_group]
         numerator = seen.spectrum.mul_(weighted)
         weight = weighted.mul_(seen.transfer)
-        for element in symmetry:
-            statistics.insert(numerator, weight, batch.poses.rotation @ element, grid)
+        statistics.insert(numerator, weight, batch.poses.rotation, grid, symmetry)
         statistics.particles += len(batch)
         yield statistics
 
@@ -396,7 +415,7 @@ def relative_gain(one: NormalEquations, other: NormalEquations) -> float:
 
 def _lowpass(volume: Float[Tensor, "z y x"], width: float) -> Float[Tensor, "z y x"]:
     """A Gaussian filter of ``width`` shells."""
-    kz, ky, kx = frequencies(Grid(len(volume), 1.0 / len(volume)), 3)
+    kz, ky, kx = frequencies(Grid(len(volume), 1.0 / len(volume)), 3, device=volume.device)
     return irfft(rfft(volume, 3) * torch.exp(-(kx**2 + ky**2 + kz**2) / (2 * width**2)), 3)
 
 
@@ -408,7 +427,7 @@ def contrast(volume: Float[Tensor, "z y x"]) -> float:
     """
     size = len(volume)
     low = _lowpass(volume, 8.0)
-    axis = (torch.arange(size) - size // 2) / size
+    axis = (torch.arange(size, device=volume.device) - size // 2) / size
     radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
     centre, around = low[radius < 0.15], low[(radius > 0.35) & (radius < 0.5)]
     return float((centre.mean() - around.mean()) / low[radius < 0.5].std())

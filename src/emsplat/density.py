@@ -24,7 +24,7 @@ def grow(model: GaussianField, objective: VolumeObjective) -> GaussianField:
         amplitude = model.amplitudes()
     carries = amplitude > EMPTY * amplitude.mean()
     order = torch.argsort(torch.where(carries, lacking, -torch.inf), descending=True, stable=True)
-    chosen = torch.zeros(len(model), dtype=torch.bool)
+    chosen = torch.zeros_like(carries)
     chosen[order[: int(SPLIT * int(carries.sum()))]] = True
     return model.split(chosen).take(torch.cat([carries, carries[chosen]]))
 

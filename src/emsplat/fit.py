@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emsplat.device import CPU
 from emsplat.errors import EmsplatError, InputError
 from emsplat.io.files import replacing
 from emsplat.model import PARAMETERS, Bounds, GaussianField
 from emsplat.objective import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_LOOK = 50  # steps after which a GPU is asked whether the loss is still finite; each time the host waits for it
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,38 @@ class Plan:
 
 @dataclass
 class State:
-    """The fit after ``step`` steps; ``terms`` are the objective's at the last one."""
+    """The fit after ``step`` steps; ``terms`` are the objective's at the last one.
+
+    ``watched`` is a sum of losses, those that nobody has looked at among them: it is finite only if they all are.
+    """
 
     model: GaussianField
     optimiser: torch.optim.Adam
     step: int
     terms: dict[str, Tensor]
+    watched: Tensor | None = None
 
     @classmethod
     def begin(cls, model: GaussianField, step: int = 0) -> State:
         """Before the first step, or at a later one with nothing remembered of those before."""
         return cls(model, _adam(model), step, {})
 
+    def require_finite(self) -> None:
+        """
+        Raises:
+            EmsplatError: a loss since the beginning was not finite.
+        """
+        if self.watched is not None and not bool(torch.isfinite(self.watched)):
+            raise EmsplatError(
+                f"the fit diverged: by step {self.step + 1} the loss is not finite; try a smaller --learning-rate"
+            )
+
 
 def fit(state: State, objective: Objective, plan: Plan) -> Iterator[State]:
     """Fits a model step by step, from `State.begin` or from wherever a checkpoint left off (`load_checkpoint`).
 
     Raises:
-        EmsplatError: the loss is no longer finite.
+        EmsplatError: the loss is no longer finite; on a GPU this is found at the end of an epoch at the latest.
     """
     steps = objective.steps_per_epoch
     while state.step < (plan.first + plan.epochs) * steps:
@@ -69,18 +85,15 @@ def fit(state: State, objective: Objective, plan: Plan) -> Iterator[State]:
         state.optimiser.zero_grad(set_to_none=True)
         terms = objective(state.model, state.step)
         total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
-            raise EmsplatError(
-                f"the fit diverged in epoch {epoch + 1}: the loss is {total.item()}; try a smaller --learning-rate"
-            )
+        watched = total.detach() if state.watched is None else state.watched + total.detach()
+        state = replace(state, terms={name: term.detach() for name, term in terms.items()}, watched=watched)
+        if total.device.type == "cpu":
+            state.require_finite()  # before the model is changed
         total.backward()  # type: ignore[no-untyped-call]
         state.optimiser.step()
-        state = State(
-            state.model,
-            state.optimiser,
-            state.step + 1,
-            {name: term.detach() for name, term in terms.items()},
-        )
+        state = replace(state, step=state.step + 1)
+        if total.device.type != "cpu" and (state.step % steps == 0 or state.step % _LOOK == 0):
+            state.require_finite()
         yield state
 
 
@@ -114,20 +127,26 @@ def _split(state: State) -> State:
         for name, moment in _moments(state).items()
     }
     model = state.model.split()
-    return State(model, _restore(model, moments), state.step, state.terms)
+    return replace(state, model=model, optimiser=_restore(model, moments))
 
 
 def save_checkpoint(path: Path, state: State) -> None:
-    """The whole state of a fit as safetensors, under a temporary name until it is complete."""
+    """The whole state of a fit as safetensors, under a temporary name until it is complete.
+
+    Raises:
+        EmsplatError: the fit has diverged.
+    """
+    state.require_finite()
     tensors = {f"model.{name}": getattr(state.model, name).detach() for name in PARAMETERS}
     tensors |= {f"adam.{name}": moment for name, moment in _moments(state).items()}
     about = {"step": state.step, "rotation": state.model.rotation, "bounds": asdict(state.model.bounds)}
     with replacing(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, {"emsplat": json.dumps(about)})
+        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(held, temporary, {"emsplat": json.dumps(about)})
 
 
-def load_checkpoint(path: Path) -> State:
-    """What `save_checkpoint` wrote.
+def load_checkpoint(path: Path, device: torch.device = CPU) -> State:
+    """What `save_checkpoint` wrote, on ``device``.
 
     Raises:
         InputError: missing, damaged, or not a checkpoint of emsplat.
@@ -135,7 +154,7 @@ def load_checkpoint(path: Path) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["emsplat"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
         model = GaussianField(
             **{name: tensors[f"model.{name}"] for name in PARAMETERS},
             bounds=Bounds(**about["bounds"]),

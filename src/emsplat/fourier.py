@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Complex, Float, Int, Shaped
 from torch import Tensor
 
+from emsplat.device import CPU
 from emsplat.types import Grid
 
 
@@ -32,13 +33,13 @@ def irfft(spectrum: Complex[Tensor, "*p y k"], dims: int = 2) -> Float[Tensor, "
 
 
 def frequencies(
-    grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> tuple[Tensor, ...]:
     """Broadcastable spatial frequencies in 1/Å of the rfft half space, slowest axis first: (ky, kx) or (kz, ky, kx).
 
     They are kept for the next call: not to be changed in place.
     """
-    full, half = _axes(grid, dtype, device or torch.device("cpu"))
+    full, half = _axes(grid, dtype, device)
     axes = [full] * (dims - 1) + [half]
     return tuple(axis.reshape([-1 if i == j else 1 for j in range(dims)]) for i, axis in enumerate(axes))
 
@@ -52,15 +53,20 @@ def _axes(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
     return full.to(device), half.to(device)
 
 
-def shell_radius(size: int, dims: int = 2, device: torch.device | None = None) -> Float[Tensor, "*zy k"]:
+def shell_radius(size: int, dims: int = 2, device: torch.device = CPU) -> Float[Tensor, "*zy k"]:
     """|k| N a of each rfft coefficient, float64."""
     axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64, device)
     return cast(Tensor, sum(axis**2 for axis in axes)).sqrt()
 
 
-def shell_index(size: int, dims: int = 2, device: torch.device | None = None) -> Int[Tensor, "*zy k"]:
+def shell_index(size: int, dims: int = 2, device: torch.device = CPU) -> Int[Tensor, "*zy k"]:
     """Shell round(|k| N a) of each rfft coefficient (RELION's rule); corners lie beyond ``size // 2``."""
     return torch.floor(shell_radius(size, dims, device) + 0.5).long()
+
+
+def sum_by_shell(values: Shaped[Tensor, "..."], shells: Int[Tensor, "..."], count: int) -> Shaped[Tensor, " s"]:
+    """Sums of the values of shells 0 ... ``count`` - 1; where the values are decides the device."""
+    return values.new_zeros(count).scatter_add_(0, shells.flatten(), values.flatten())
 
 
 def randomise_phases(
@@ -86,14 +92,12 @@ def is_smooth(size: int) -> bool:
     return size == 1
 
 
-def hermitian_weight(
-    size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-) -> Float[Tensor, " k"]:
+def hermitian_weight(size: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Float[Tensor, " k"]:
     """How often each rfft column stands in the full transform: 1 for kx = 0 and Nyquist, else 2 (even sizes).
 
     Kept for the next call: not to be changed in place.
     """
-    return _hermitian_weight(size, dtype, device or torch.device("cpu"))
+    return _hermitian_weight(size, dtype, device)
 
 
 @cache

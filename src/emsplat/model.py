@@ -21,8 +21,12 @@ from torch.nn import functional
 from emsplat.geometry import principal_axes, quaternion_to_matrix
 from emsplat.types import Gaussians, Grid
 
-_IDENTITY = torch.tensor([1.0, 0.0, 0.0, 0.0])
 PARAMETERS = ("mean", "scale", "quaternion", "amplitude")
+
+
+def _identity(like: Tensor) -> Float[Tensor, "g 4"]:
+    """Quaternions that turn nothing, one for each row."""
+    return torch.eye(1, 4, dtype=like.dtype, device=like.device).repeat(len(like), 1)
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ class GaussianField(torch.nn.Module):
         self.mean = torch.nn.Parameter(mean)
         self.scale = torch.nn.Parameter(scale)
         if not self.rotation:
-            quaternion = _IDENTITY.repeat(len(mean), 1)
+            quaternion = _identity(mean)
         self.quaternion = torch.nn.Parameter(quaternion, requires_grad=self.rotation)
         self.amplitude = torch.nn.Parameter(amplitude)
 
@@ -96,7 +100,7 @@ class GaussianField(torch.nn.Module):
 
     def copy(self) -> GaussianField:
         """The same numbers, no longer changed by an optimiser that holds this model."""
-        return self.take(torch.arange(len(self)))
+        return self.take(torch.arange(len(self), device=self.mean.device))
 
     def take(self, rows: Tensor) -> GaussianField:
         """Some of the Gaussians: by index or by a Boolean per Gaussian."""
@@ -112,12 +116,13 @@ class GaussianField(torch.nn.Module):
         pair shrinks in all directions by the same volume). The first halves stand where the Gaussians stood, the second
         ones follow in the same order.
         """
-        chosen = torch.ones(len(self), dtype=torch.bool) if chosen is None else chosen
+        device = self.mean.device
+        chosen = torch.ones(len(self), dtype=torch.bool, device=device) if chosen is None else chosen
         scale = self.scales()
         longest = scale.argmax(1)
         axes = quaternion_to_matrix(self.quaternion)
         direction = axes.gather(2, longest[:, None, None].expand(-1, 3, 1)).squeeze(2)
-        rows = torch.arange(len(self))
+        rows = torch.arange(len(self), device=device)
         offset = 0.6 * scale[rows, longest, None] * direction / self.bounds.length
         if self.scale.shape[1] == 1:
             smaller = 0.8 ** (1 / 3) * scale[:, :1]
@@ -223,7 +228,7 @@ def from_gaussians(
     positive = gaussians.amplitude[gaussians.amplitude > 0]
     weight = (gaussians.amplitude / positive.mean()).clamp(min=0.01)
     variance = gaussians.covariance.diagonal(dim1=1, dim2=2)
-    quaternion = _IDENTITY.repeat(len(gaussians), 1)
+    quaternion = _identity(gaussians.mean)
     if isotropic:
         scale = variance.mean(1, keepdim=True).sqrt()
     elif rotation:
@@ -266,6 +271,4 @@ def _lattice(
 def _field(mean: Tensor, scale: Tensor, bounds: Bounds, rotation: bool) -> GaussianField:
     count = len(mean)
     amplitude = inverse_softplus(torch.full((count,), 0.5 / count))
-    return GaussianField(
-        mean, _raw_scale(scale, bounds), _IDENTITY.repeat(count, 1), amplitude, bounds, rotation=rotation
-    )
+    return GaussianField(mean, _raw_scale(scale, bounds), _identity(mean), amplitude, bounds, rotation=rotation)

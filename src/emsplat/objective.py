@@ -63,7 +63,7 @@ def error_and_gradient(
     size = projection.shape[-1]
     residual = torch.fft.rfft2(projection) * transfer - observed
     power = (residual.real**2 + residual.imag**2) * weight
-    error = (power.sum((0, 1)) * hermitian_weight(size).to(power)).sum() / size**4
+    error = (power.sum((0, 1)) * hermitian_weight(size, power.dtype, power.device)).sum() / size**4
     gradient = torch.fft.irfft2(residual * (transfer * weight), s=(size, size))
     return error, gradient * (2 / size**2)
 
@@ -115,12 +115,13 @@ class ImageObjective:
         return {"loss": self.loss(model(), self._load(step))}
 
     def loss(self, gaussians: Gaussians, batch: Batch) -> Float[Tensor, ""]:
-        """`squared_error` of a batch, the transforms a few images at a time so that they stay in the cache."""
+        """`squared_error` of a batch; on the CPU the transforms of a few images at a time: they stay in the cache."""
         grid = self.stack.grid
         centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
         projection = project(gaussians, centred, grid, cutoff=self.cutoff)
-        few = max(1, _CACHED_PIXELS // grid.size**2)
-        error, gradient = torch.zeros(()), torch.empty_like(projection)
+        on_cpu = projection.device.type == "cpu"
+        few = max(1, _CACHED_PIXELS // grid.size**2) if on_cpu else max(1, len(projection))
+        error, gradient = torch.zeros((), device=projection.device), torch.empty_like(projection)
         for start in range(0, len(projection), few):
             part = slice(start, start + few)
             seen, weight = self.observe(batch[part])
@@ -131,8 +132,8 @@ class ImageObjective:
 
     def observe(self, batch: Batch) -> tuple[Observed, Float[Tensor, "*p y k"]]:
         """Transforms and CTFs of a batch, and the weight of each coefficient."""
-        weight = torch.ones(1, 1) if self._weight is None else self._weight[batch.optics_group]
-        return observe(batch, self.stack.grid, corner=True), weight
+        seen = observe(batch, self.stack.grid, corner=True)
+        return seen, seen.transfer.new_ones(1, 1) if self._weight is None else self._weight[batch.optics_group]
 
     def _load(self, step: int) -> Batch:
         if step != self._next_step or step % self.steps_per_epoch == 0:
@@ -205,7 +206,9 @@ class _Level:
         self.cutoff = cutoff
         self.blur = 0.0 if coarsening == 1 else 0.5 * self.grid.pixel_size
         width = 3 * support // 2
-        lag = (torch.arange(width) + width // 2) % width - width // 2 + len(equations.kernel) // 2
+        self._device = equations.linear.device
+        centred = (torch.arange(width, device=self._device) + width // 2) % width - width // 2
+        lag = centred + len(equations.kernel) // 2
         response = torch.fft.rfftn(equations.kernel[lag][:, lag][:, :, lag]).real.clamp(min=0)
         edge = equations.grid.size // 2 - support // 2
         inside = slice(edge, edge + support)
@@ -218,12 +221,12 @@ class _Level:
         self._response, self._linear = response / equations.particles, linear / equations.particles
 
     def _sharpening(self, side: int) -> Float[Tensor, "z y k"]:
-        kz, ky, kx = frequencies(Grid(side, self.grid.pixel_size), 3)
+        kz, ky, kx = frequencies(Grid(side, self.grid.pixel_size), 3, device=self._device)
         return torch.exp(2 * math.pi**2 * self.blur**2 * (kz**2 + ky**2 + kx**2))
 
     def render(self, gaussians: Gaussians) -> Float[Tensor, "z y x"]:
         if self.blur:
-            covariance = gaussians.covariance + self.blur**2 * torch.eye(3)
+            covariance = gaussians.covariance + self.blur**2 * torch.eye(3, device=self._device)
             gaussians = Gaussians(gaussians.mean, covariance, gaussians.amplitude)
         return voxelize(gaussians, self.grid, cutoff=self.cutoff)
 
@@ -235,7 +238,7 @@ class _Level:
     def residual(self, volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
         _, gradient = self.error_and_gradient(volume)
         side = len(self._response)
-        shells = shell_index(side, 3).clamp(max=side // 2)
+        shells = shell_index(side, 3, self._device).clamp(max=side // 2)
         floor = 0.1 * mean_per_shell(self._response)[shells] + 1e-6 * self._response.max()
         return self._filtered(-gradient, 1 / (self._response + floor))
 
@@ -259,6 +262,6 @@ def support_size(extent: int, box: int) -> int:
 
 def noise_weight(noise: Float[Tensor, "o s"], grid: Grid) -> Float[Tensor, "o y k"]:
     """1/σ² of each rfft coefficient, 0 beyond the last shell: the corners hold no shell of the map."""
-    shells = shell_index(grid.size)
+    shells = shell_index(grid.size, device=noise.device)
     inside = shells <= grid.size // 2
     return inside / noise[:, shells.clamp(max=grid.size // 2)]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Complex, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.ctf import flipped_from_multiplied
+from emsplat.device import CPU, Lane
 from emsplat.errors import InputError
-from emsplat.fourier import crop, hermitian_weight, shell_index
+from emsplat.fourier import crop, hermitian_weight, shell_index, sum_by_shell
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.particles import read_particles
@@ -26,32 +30,70 @@ from emsplat.types import PHASE_FLIPPED, Aberrations, Batch, Grid, Optics, Poses
 
 _OPEN_STACKS = 64
 _READ_AHEAD = 2  # batches
+_READERS = 8  # threads that fill a batch for a GPU, which takes images faster than one thread copies them
 _MASKED = 1e-8  # variance of a background that is constant, relative to that of about 1,000 pixels of the image
 
 
 class ImageFiles:
-    """The stacks of a table; only a few are open at a time."""
+    """The stacks of a table; only a few are open at a time. Several threads may read."""
 
     def __init__(self, table: ParticleTable) -> None:
         self._table = table
         self._open: OrderedDict[int, StackFile] = OrderedDict()
+        self._lock = threading.Lock()
 
     def stack(self, index: int) -> StackFile:
-        file = self._open.pop(index, None) or StackFile(self._table.stacks[index])
-        self._open[index] = file
-        if len(self._open) > _OPEN_STACKS:
-            self._open.popitem(last=False)[1].close()
+        with self._lock:
+            file = self._open.pop(index, None) or StackFile(self._table.stacks[index])
+            self._open[index] = file
+            if len(self._open) > _OPEN_STACKS:
+                self._open.popitem(last=False)[1].close()
         return file
 
-    def read(self, rows: Int[Tensor, " p"]) -> Float[Tensor, "p y x"]:
-        """Images of these rows of the table, as they are on disk."""
+    def read(self, rows: Int[Tensor, " p"], lane: Lane | None = None) -> Float[Tensor, "p y x"]:
+        """Images of these rows of the table, as they are on disk; for a ``lane`` in memory that it can send from."""
         stack, image = self._table.stack[rows].numpy(), self._table.image[rows].numpy()
         box = self.stack(int(stack[0])).box
-        out = np.empty((len(rows), box, box), np.float32)
-        for index in np.unique(stack):
-            here = np.flatnonzero(stack == index)
+        if lane is None:
+            out = np.empty((len(rows), box, box), np.float32)
+            self._read_into(out, stack, image, np.arange(len(rows)))
+            return torch.from_numpy(out)
+        buffer = lane.buffer(len(rows), box, box)
+        shares = np.array_split(np.arange(len(rows)), _READERS)
+        jobs = [_readers().submit(self._read_into, buffer.numpy(), stack, image, share) for share in shares]
+        for job in jobs:
+            job.result()
+        return buffer
+
+    def _read_into(
+        self, out: NDArray[np.float32], stack: NDArray[np.int64], image: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        for index in np.unique(stack[places]):
+            here = places[stack[places] == index]
             self.stack(int(index)).read_into(out, image[here].tolist(), here.tolist())
-        return torch.from_numpy(out)
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_READERS, "emsplat-reader")
+
+
+@cache
+def _background_pixels(grid: Grid, diameter: float, device: torch.device) -> Int[Tensor, " b"]:
+    return background(grid, diameter).flatten().nonzero()[:, 0].to(device)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch as it was read, on the CPU: the images of each grid on disk with their places in the batch, and the
+    metadata."""
+
+    images: list[tuple[Grid, Int[Tensor, " i"], Float[Tensor, "i v u"]]]
+    poses: Poses
+    moves: Int[Tensor, "q 2"] | None
+    optics: Optics
+    group: Int[Tensor, " q"]
+    rows: Int[Tensor, " q"]
 
 
 class ParticleStack:
@@ -64,6 +106,8 @@ class ParticleStack:
     `parts` are stacks of one grid each; only those can be read. Images of another grid on ``disk`` (one per group) are
     resampled when they are read, and with ``recentre`` moved by whole pixels, so that what is left of each shift is
     below one pixel: images that are cut would lose a particle's rim otherwise.
+
+    Batches come on ``device``; the metadata of the stack itself (``rows``, ``half``, ``table``) stay on the CPU.
     """
 
     def __init__(
@@ -80,24 +124,32 @@ class ParticleStack:
         grids: tuple[Grid, ...] = (),
         disk: tuple[Grid, ...] = (),
         recentre: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         self.table = table
         self.grid = grid
         self.grids = grids or (grid,) * len(table.groups)
         self.disk = disk or self.grids
         self.recentre = recentre
+        self.device = device
         self.rows = torch.arange(len(table)) if rows is None else rows
         self.half = table.half if half is None else half  # one entry per row of the table
         self.symmetry = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry
         self.sign = sign
         self.diameter = 0.9 * grid.length if diameter is None else diameter
         self._files = files
-        self._background = background(grid, self.diameter).flatten().nonzero()[:, 0]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _like(self, rows: Tensor, half: Tensor | None, sign: float, grid: Grid | None = None) -> Self:
+    def _like(
+        self,
+        rows: Tensor,
+        half: Tensor | None,
+        sign: float,
+        grid: Grid | None = None,
+        device: torch.device | None = None,
+    ) -> Self:
         grid = grid or self.grid
         return type(self)(
             self.table,
@@ -111,7 +163,12 @@ class ParticleStack:
             grids=self.grids,
             disk=self.disk,
             recentre=self.recentre,
+            device=device or self.device,
         )
+
+    def on(self, device: torch.device) -> Self:
+        """The same particles with their batches on a device."""
+        return self._like(self.rows, self.half, self.sign, device=device)
 
     def parts(self) -> list[Self]:
         """The particles of each grid, those of ``grid`` first; together they are this stack."""
@@ -199,15 +256,15 @@ class ParticleStack:
         rng = torch.Generator().manual_seed((seed << 24) + epoch)
         order = torch.randperm(len(self), generator=rng)
         element = torch.randint(len(self.symmetry), (len(self),), generator=rng)
-        parts = range(skip * size, len(self), size)
-        return _ahead(self._batch(order[start : start + size], element[start : start + size]) for start in parts)
+        parts = (slice(start, start + size) for start in range(skip * size, len(self), size))
+        return self._stream(((order[part], element[part]) for part in parts), normalised=True)
 
     def sequential(self, size: int, *, normalised: bool = True) -> Iterator[Batch]:
         """The particles in order, with the poses of the file; bright, but with the grey values of the file where they
         are not to be ``normalised``."""
         self.require_one_grid()
         positions = torch.split(torch.arange(len(self)), size)
-        return _ahead(self._batch(part, torch.zeros_like(part), normalised) for part in positions)
+        return self._stream(((part, torch.zeros_like(part)) for part in positions), normalised=normalised)
 
     def require_one_grid(self) -> None:
         """
@@ -223,41 +280,69 @@ class ParticleStack:
                 "--pixel-size"
             )
 
-    def _batch(self, positions: Int[Tensor, " q"], element: Int[Tensor, " q"], normalised: bool = True) -> Batch:
+    def _stream(self, parts: Iterable[tuple[Tensor, Tensor]], *, normalised: bool) -> Iterator[Batch]:
+        """Batches of these positions and elements of the symmetry, read and prepared ahead."""
+        if self.device.type == "cpu":
+            yield from _ahead(self._prepare(self._fetch(*part, None), normalised, self._keep) for part in parts)
+            return
+        # A thread reads, another sends and prepares on the device; neither waits for what the consumer does there.
+        lane = Lane(self.device)
+        fetched = _ahead(self._fetch(*part, lane) for part in parts)
+        for batch, moment in _ahead(self._send(read, normalised, lane) for read in fetched):
+            lane.arrive(moment, batch.tensors())
+            yield batch
+
+    def _send(self, read: _Read, normalised: bool, lane: Lane) -> tuple[Batch, torch.cuda.Event | None]:
+        with lane.open():
+            batch = self._prepare(read, normalised, lane.send)
+            return batch, lane.depart()
+
+    @staticmethod
+    def _keep(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _fetch(self, positions: Int[Tensor, " q"], element: Int[Tensor, " q"], lane: Lane | None) -> _Read:
+        """What the disk and the table say."""
         rows = self.rows[positions]
-        poses, optics = self.table.poses[rows], self.table.optics[rows]
+        poses, optics, group = self.table.poses[rows], self.table.optics[rows], self.table.optics_group[rows]
         moves = self._moves(poses.shift, self.grid)
         shift = poses.shift - self.grid.pixel_size * moves
         turned = Poses(in_image(poses.rotation @ self.symmetry[element], optics.aberrations), shift)
-        optics = optics.to(torch.float32)
-        images = self._read(rows, optics, moves if self.recentre else None)
-        return Batch(
-            self.normalise(images) if normalised else self.sign * images,
+        images = []
+        for disk in dict.fromkeys(self.disk[number] for number in torch.unique(group).tolist()):
+            here = _with_grid(disk, self.disk, group).nonzero()[:, 0]
+            images.append((disk, here, self._files.read(rows[here], lane)))
+        return _Read(
+            images,
             turned.to(torch.float32),
-            optics,
-            self.table.optics_group[rows],
+            moves if self.recentre else None,
+            optics.to(torch.float32),
+            group,
             rows,
         )
 
-    def _read(
-        self, rows: Int[Tensor, " q"], optics: Optics, moves: Int[Tensor, "q 2"] | None
-    ) -> Float[Tensor, "q y x"]:
-        """Images on the grid of this stack, not yet normalised."""
-        group = self.table.optics_group[rows]
-        kinds = dict.fromkeys(self.disk[number] for number in torch.unique(group).tolist())
+    def _prepare(self, read: _Read, normalised: bool, send: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch on the device of the stack, its images on the grid of the stack."""
         parts = []
-        for disk in kinds:
-            here = _with_grid(disk, self.disk, group)
-            images = self._files.read(rows[here])
-            self._refuse_bad(images, rows[here])
-            images = flipped_from_multiplied(images, optics[here], disk)
-            parts.append((here, resample(images, disk, self.grid, None if moves is None else moves[here])))
-        if len(parts) == 1:
-            return parts[0][1]
-        together = torch.empty(len(rows), self.grid.size, self.grid.size)
-        for here, images in parts:
-            together[here] = images
-        return together
+        for disk, here, on_disk in read.images:
+            images = send(on_disk)
+            self._refuse_bad(images, read.rows[here])
+            if read.optics.treatment is not None:
+                images = flipped_from_multiplied(images, read.optics[here].each(send), disk)
+            moves = None if read.moves is None else read.moves[here]
+            parts.append(resample(images, disk, self.grid, moves))
+        together = parts[0]
+        if len(parts) > 1:
+            together = together.new_empty(len(read.rows), self.grid.size, self.grid.size)
+            for (_, here, _), images in zip(read.images, parts, strict=True):
+                together[send(here)] = images
+        return Batch(
+            self.normalise(together) if normalised else self.sign * together,
+            read.poses.each(send),
+            read.optics.each(send),
+            send(read.group),
+            send(read.rows),
+        )
 
     def normalise(self, images: Float[Tensor, "p y x"]) -> Float[Tensor, "p y x"]:
         """Background mean 0 and standard deviation 1, bright protein; the images are changed in place.
@@ -266,7 +351,8 @@ class ParticleStack:
             InputError: an image has no variance in the background, so that there is nothing to scale it by.
         """
         flat = images.reshape(len(images), -1)
-        variance, mean = torch.var_mean(flat[:, self._background], 1, correction=0)
+        outside = _background_pixels(self.grid, self.diameter, images.device)
+        variance, mean = torch.var_mean(flat[:, outside], 1, correction=0)
         masked = int((variance <= _MASKED * flat[:, :: max(1, flat.shape[1] // 1024)].var(1, correction=0)).sum())
         if masked:
             raise InputError(
@@ -278,7 +364,7 @@ class ParticleStack:
         return flat.sub_(mean[:, None]).mul_(gain[:, None]).reshape(images.shape)
 
     def _refuse_bad(self, images: Tensor, rows: Tensor) -> None:
-        bad = is_bad(images)
+        bad = is_bad(images).cpu()
         if bad.any():
             raise InputError(
                 f"{self.table.place(int(rows[bad][0]))}: {int(bad.sum())} of {len(rows)} images of a batch are "
@@ -326,12 +412,15 @@ def background(grid: Grid, diameter: float) -> Bool[Tensor, "y x"]:
     return (axis[:, None] ** 2 + axis**2).sqrt() > diameter / 2
 
 
-def _ahead(source: Iterable[Batch]) -> Iterator[Batch]:
+_T = TypeVar("_T")
+
+
+def _ahead(source: Iterable[_T]) -> Iterator[_T]:
     """Runs the source in a thread, a few batches ahead; ends the thread when the consumer stops early."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_READ_AHEAD)
+    ready: queue.Queue[_T | BaseException | None] = queue.Queue(_READ_AHEAD)
     stop = threading.Event()
 
-    def put(item: Batch | BaseException | None) -> bool:
+    def put(item: _T | BaseException | None) -> bool:
         # The main thread is over when the interpreter shuts down, whether or not the consumer was closed.
         while not stop.is_set() and threading.main_thread().is_alive():
             try:
@@ -350,7 +439,7 @@ def _ahead(source: Iterable[Batch]) -> Iterator[Batch]:
         except BaseException as error:  # noqa: BLE001 (raised again by the consumer)
             put(error)
 
-    thread = threading.Thread(target=read)
+    thread = threading.Thread(target=read, name="emsplat-reader")
     thread.start()
     try:
         while (item := ready.get()) is not None:
@@ -488,10 +577,20 @@ def resample(
         spectrum = torch.fft.rfft2(images)
         spectrum = crop(spectrum, whole) if whole < disk.size else _padded(spectrum, whole)
         images = torch.fft.irfft2(spectrum, s=(whole, whole)).mul_((whole / disk.size) ** 2)
-    if moves is not None and moves.any():
-        images = torch.stack([image.roll((y, x), (0, 1)) for image, (x, y) in zip(images, moves.tolist(), strict=True)])
     edge = whole // 2 - grid.size // 2
+    if moves is not None and moves.any():
+        if images.device.type != "cpu":
+            return _moved(images, moves, edge, grid.size)
+        images = torch.stack([image.roll((y, x), (0, 1)) for image, (x, y) in zip(images, moves.tolist(), strict=True)])
     return images[:, edge : edge + grid.size, edge : edge + grid.size].contiguous()
+
+
+def _moved(images: Float[Tensor, "p y x"], moves: Int[Tensor, "p 2"], edge: int, size: int) -> Float[Tensor, "p v u"]:
+    """The middle of images that are moved by whole pixels, all of them at once: a GPU would wait for one by one."""
+    device, whole = images.device, images.shape[-1]
+    pixels, number = torch.arange(edge, edge + size, device=device), torch.arange(len(images), device=device)
+    x, y = ((pixels - move[:, None]) % whole for move in moves.to(device).unbind(1))
+    return images[number[:, None, None], y[:, :, None], x[:, None, :]]
 
 
 def _padded(spectrum: Complex[Tensor, "p y k"], size: int) -> Complex[Tensor, "p v j"]:
@@ -544,24 +643,25 @@ def estimate_noise(stack: ParticleStack, particles: int = 600) -> Float[Tensor, 
     From the pixels outside the particle, with a soft edge that keeps the signal from leaking in. Groups with fewer
     than 50 of the images looked at share one spectrum.
     """
-    grid = stack.grid
-    axis = (torch.arange(grid.size) - grid.size // 2) * grid.pixel_size
+    grid, device = stack.grid, stack.device
+    axis = (torch.arange(grid.size, device=device) - grid.size // 2) * grid.pixel_size
     radius = (axis[:, None] ** 2 + axis**2).sqrt()
     edge = 0.05 * grid.length
     ramp = ((radius - stack.diameter / 2 + edge) / edge).clamp(0, 1)
     window = 0.5 - 0.5 * torch.cos(torch.pi * ramp)
-    shells = shell_index(grid.size).clamp(max=grid.size // 2).flatten()
-    weight = hermitian_weight(grid.size).expand(grid.size, -1).flatten()
+    shells = shell_index(grid.size, device=device).clamp(max=grid.size // 2).flatten()
+    weight = hermitian_weight(grid.size, device=device).expand(grid.size, -1).flatten()
     groups, count = len(stack.table.groups), grid.size // 2 + 1
-    power, seen = torch.zeros(groups, count, dtype=torch.float64), torch.zeros(groups)
+    power = torch.zeros(groups, count, dtype=torch.float64, device=device)
+    seen = torch.zeros(groups, device=device)
     positions = torch.linspace(0, len(stack) - 1, min(particles, len(stack))).long()
     for batch in stack.take(positions).sequential(64):
         images = batch.images * window
         spectrum = torch.fft.rfft2(images).abs().square().flatten(1) * weight
-        by_shell = torch.zeros(len(images), count).index_add_(1, shells, spectrum)
+        by_shell = spectrum.new_zeros(len(images), count).index_add_(1, shells, spectrum)
         power.index_add_(0, batch.optics_group, by_shell.double())
-        seen.index_add_(0, batch.optics_group, torch.ones(len(images)))
-    per_shell = torch.zeros(count).index_add_(0, shells, weight)
+        seen.index_add_(0, batch.optics_group, seen.new_ones(len(images)))
+    per_shell = sum_by_shell(weight, shells, count)
     scale = per_shell * window.square().sum()
     shared = power.sum(0) / (seen.sum() * scale)
     own = power / (seen.clamp(min=1)[:, None] * scale)

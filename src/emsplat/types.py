@@ -6,7 +6,7 @@ Lengths in Å, angles in radians, voltages in kV, spherical aberration in mm. Ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -24,11 +24,19 @@ class _Rows:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
         """The same bundle with floating tensors in another dtype and all tensors on another device."""
 
-        def moved(part: Any) -> Any:
-            keep = isinstance(part, Tensor) and not part.is_floating_point()
-            return part.to(device=device, dtype=None if keep else dtype)
+        return self.each(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
-        return self._each(moved)
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same bundle with every tensor changed, also in bundles within."""
+        return self._each(lambda part: part.each(change) if isinstance(part, _Rows) else change(part))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, also in bundles within."""
+        for part in (getattr(self, f.name) for f in fields(self)):  # type: ignore[arg-type]
+            if isinstance(part, _Rows):
+                yield from part.tensors()
+            elif part is not None:
+                yield part
 
     def _each(self, change: Callable[[Any], Any]) -> Self:
         parts = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from emsplat.fourier import shell_index
+from emsplat.fourier import shell_index, sum_by_shell
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of the FSC of pure noise
@@ -36,18 +36,20 @@ def independent_coefficients(mask: Float[Tensor, "z y x"]) -> Float[Tensor, " s"
     """
     size = len(mask)
     transform = torch.fft.rfftn(mask.double() ** 2)
-    axis = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    axis = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64, device=mask.device)
     distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis[: size // 2 + 1] ** 2).sqrt()
     chance = torch.where(distance < 1, 1 - distance / 2, 0.5 / distance.clamp(min=1))
-    shells, twice = _shells(size)
+    shells, twice = _shells(size, mask.device)
     likeness = (transform.abs() / transform[0, 0, 0].real.clamp(min=1e-30)).square()
-    neighbours = float((likeness * chance).flatten() @ twice)
-    voxels = torch.bincount(shells, twice, minlength=size // 2 + 2)[: size // 2 + 1]
+    neighbours = (likeness * chance).flatten() @ twice
+    voxels = sum_by_shell(twice, shells, size // 2 + 2)[: size // 2 + 1]
     return (0.5 * voxels / neighbours).clamp(min=1.0)
 
 
 class CrossValidation:
     """The two back-projections and a mask: all that stays the same while models come and go.
+
+    Maps may be on a GPU, all on the same device; what is made of their shells is on the CPU.
 
     Raises:
         InputError: through `fsc`, when maps and mask do not belong together.
@@ -58,11 +60,11 @@ class CrossValidation:
     ) -> None:
         self.grid = grid
         self._mask = mask
-        self._shell, self._twice = _shells(grid.size)
+        self._shell, self._twice = _shells(grid.size, mask.device)
         self._raw = [self._transform(volume) for volume in raw]
         self._power = [self._sum(spectrum, spectrum) for spectrum in self._raw]
         self.raw = self._sum(*self._raw) / (self._power[0] * self._power[1]).sqrt().clamp(min=1e-30)
-        self.count = independent_coefficients(mask)
+        self.count = independent_coefficients(mask).cpu()
         # The first shells hold hardly more than one independent number: no level is beyond chance there.
         noise = torch.tanh(_SIGNIFICANT / (2 * self.count).sqrt()).clamp(max=0.5)
         self._smooth = _local_lines(self.raw, self.count)
@@ -114,7 +116,7 @@ class CrossValidation:
     def _sum(self, a: Tensor, b: Tensor) -> Float[Tensor, " s"]:
         shells = self.grid.size // 2 + 1
         product = (a * b).sum(1).double().mul_(self._twice)
-        return torch.bincount(self._shell, product, minlength=shells + 1)[:shells]
+        return sum_by_shell(product, self._shell, shells + 1)[:shells].cpu()
 
 
 def _local_lines(raw: Float[Tensor, " s"], count: Float[Tensor, " s"]) -> Float[Tensor, "s s"]:
@@ -139,8 +141,8 @@ def _local_lines(raw: Float[Tensor, " s"], count: Float[Tensor, " s"]) -> Float[
     return line / line.sum(1, keepdim=True)
 
 
-def _shells(size: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+def _shells(size: int, device: torch.device) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Shell of each coefficient of a transform that has not been centred, and how often it counts."""
-    half = torch.arange(size // 2 + 1)
+    half = torch.arange(size // 2 + 1, device=device)
     twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
-    return shell_index(size, 3).clamp(max=size // 2 + 1).flatten(), twice.expand(size, size, -1).flatten()
+    return shell_index(size, 3, device).clamp(max=size // 2 + 1).flatten(), twice.expand(size, size, -1).flatten()

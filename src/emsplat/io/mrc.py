@@ -151,17 +151,18 @@ class StackFile:
 
     def read_into(self, out: NDArray[np.float32], images: Iterable[int], places: Iterable[int]) -> None:
         """Copies the images with these 0-based indices to these places of ``out`` (n, y, x)."""
-        if self._map is None:
+        mapped = self._map  # another thread may close the file: it stays open while this one reads
+        if mapped is None:
             with _speaking(self.path, "an MRC image stack"), self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        flat = np.frombuffer(self._map, self._dtype, self.count * self.box**2, self._offset)
+                mapped = self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(mapped, self._dtype, self.count * self.box**2, self._offset)
         data = flat.reshape(self.count, self.box, self.box)
         for place, image in zip(places, images, strict=True):
             out[place] = data[image]
             self._since_drop += data[image].nbytes
         if self._since_drop > _DROP_AFTER and hasattr(mmap, "MADV_DONTNEED"):
             # Pages that were read stay in the system's cache, but no longer count as this process's memory.
-            self._map.madvise(mmap.MADV_DONTNEED)
+            mapped.madvise(mmap.MADV_DONTNEED)
             self._since_drop = 0
 
     def close(self) -> None:
