@@ -11,7 +11,6 @@ import mrcfile
 import pytest
 import torch
 
-import virtual_device
 from emsplat.accumulate import accumulate, begin, contrast, equations_of, relative_gain
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.config import SimulateConfig
@@ -34,8 +33,8 @@ GRID = Grid(16, 2.0)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    return virtual_device.install(monkeypatch)
+def gpu(virtual_gpu):
+    return virtual_gpu
 
 
 def moved(bundle):
