@@ -48,7 +48,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.skipped and item.config.getoption("--error-for-skips"):
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--error-for-skips"):
         report.outcome, report.longrepr = "failed", f"skipped: {call.excinfo.value if call.excinfo else 'marked'}"
     return report
 

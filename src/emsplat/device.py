@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -68,30 +69,31 @@ def peak_device_memory(device: torch.device) -> float | None:
     return torch.cuda.max_memory_reserved(device) / 1e6 if device.type == "cuda" else None
 
 
-def runs_out_of_memory(work: Callable[[], object], device: torch.device) -> bool:
-    """Whether a trial does not fit into a device's memory."""
+def fits_memory(work: Callable[[], object]) -> bool:
+    """Whether a trial ends well, or runs out of the memory of a GPU; nothing of it stays there."""
     try:
         work()
+        fits = True
     except torch.OutOfMemoryError:
-        return True
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return False
+        fits = False
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
 
 
 @contextmanager
-def within_memory(device: torch.device) -> Iterator[None]:
+def within_memory() -> Iterator[None]:
     """
     Raises:
-        InputError: the memory of the device has run out.
+        InputError: the memory of a GPU has run out.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the memory of the device {device} is not enough: {str(error).splitlines()[0]}; end other programs on it, "
-            "make the box smaller with --box, or run with --device cpu"
+            f"the memory of the GPU is not enough ({str(error).split('. ')[0]}); end other programs on it, take "
+            "coarser pixels with --box, or run with --device cpu"
         ) from error
 
 
