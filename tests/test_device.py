@@ -6,9 +6,12 @@ What is tried here on `virtual_device` runs on CUDA as it stands; tests marked g
 import dataclasses
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import tomllib
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import mrcfile
@@ -476,6 +479,23 @@ def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, no_report, par
     on(monkeypatch, torch.device("cpu"))
     summary = reconstruct(dataclasses.replace(QUICK["images"], batch="auto"), particles, tmp_path)
     assert summary["settings"]["batch"] == 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_a_job_for_a_gpu_is_red_without_one():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).parent / "test_ctf.py"),
+    ]
+    command += [str(Path(__file__)), "-m", "gpu", "-k", "batches"]
+    for option, code in (([], 0), (["--error-for-skips"], 1)):
+        done = subprocess.run([*command, *option], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
 
 
 @pytest.mark.gpu

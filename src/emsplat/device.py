@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -58,6 +59,11 @@ def _obstacle() -> tuple[str, str] | None:
     return None
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Lets `peak_device_memory` begin anew."""
     if device.type == "cuda":
@@ -97,6 +103,12 @@ def within_memory() -> Iterator[None]:
         ) from error
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all lanes: memory that PyTorch keeps for one stream is of no use to another."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class Lane:
     """The way of data to a device, beside what runs there: on CUDA a stream of its own.
 
@@ -106,7 +118,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = _side_stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def open(self) -> Iterator[None]:

@@ -41,7 +41,14 @@ from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
-from emsplat.device import choose_device, fits_memory, forget_peak_memory, peak_device_memory, within_memory
+from emsplat.device import (
+    choose_device,
+    device_name,
+    fits_memory,
+    forget_peak_memory,
+    peak_device_memory,
+    within_memory,
+)
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
@@ -639,7 +646,7 @@ def _finish(
         "options": plain(config),
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_mb": round(peak_memory()),
-        "device": torch.cuda.get_device_name(stack.device) if stack.device.type == "cuda" else stack.device.type,
+        "device": device_name(stack.device),
         **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
