@@ -8,9 +8,13 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Triton decides when a kernel is defined whether it will be compiled or interpreted.
 if not torch.cuda.is_available():
+    # Triton decides when a kernel is defined whether it will be compiled or interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
+    # Before the first gradient: PyTorch counts the devices then. Beside CUDA it would take this one for that.
+    import virtual_device
+
+    virtual_device.make()
 
 # The problems of the tests are small: threads would mostly wait for each other.
 torch.set_num_threads(1)
@@ -21,6 +25,34 @@ install_import_hook([f"emsplat.{name}" for name in _CHECKED], "beartype.beartype
 
 settings.register_profile("emsplat", deadline=None, derandomize=True)
 settings.load_profile("emsplat")
+
+
+@pytest.fixture
+def virtual_gpu(monkeypatch):
+    """A device without hardware, with kernels (`virtual_device`)."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here: the tests marked gpu do the same on it")
+    return virtual_device.install(monkeypatch)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device that there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--error-for-skips", action="store_true", help="fail where a test is skipped, or none has run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--error-for-skips"):
+        report.outcome, report.longrepr = "failed", f"skipped: {call.excinfo.value if call.excinfo else 'marked'}"
+    return report
 
 
 @pytest.fixture

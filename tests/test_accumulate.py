@@ -70,14 +70,14 @@ def exact_sums(spectra, weights, rotation, images, grid):
         (Grid(18, 2.0), Grid(18, 2.0)),  # 3/4 of the box is no whole number
     ],
 )
-def test_sums_agree_with_exact_exponentials(images, grid):
+def test_sums_agree_with_exact_exponentials(images, grid, device):
     rng = torch.Generator().manual_seed(1)
     rotation = random_rotations(12, rng).float()
     spectra = rfft(torch.randn(12, images.size, images.size, generator=rng))
     weights = torch.rand(spectra.shape, generator=rng)
-    statistics = FourierStatistics(grid)
-    statistics.insert(spectra, weights, rotation, images)
-    equations = statistics.equations()
+    statistics = FourierStatistics(grid, device=device)
+    statistics.insert(spectra.to(device), weights.to(device), rotation.to(device), images)
+    equations = statistics.equations().to(torch.device("cpu"))
     linear, kernel = exact_sums(spectra, weights, rotation, images, grid)
     assert (equations.linear - linear).norm() < 4e-3 * linear.norm()
     peak = float(kernel.max())
@@ -108,9 +108,9 @@ def test_sums_do_not_depend_on_threads_nor_on_batches():
     assert torch.equal(one.weight, three.weight)
 
 
-def test_back_projection_is_the_truth_in_frame_hand_and_sign(star):
+def test_back_projection_is_the_truth_in_frame_hand_and_sign(star, device):
     truth, grid = read_map(star.parent / "truth.mrc")
-    volume = equations_of(open_particles(star)).solve()
+    volume = equations_of(open_particles(star).on(device)).solve().cpu()
     right = fsc_curve(volume, truth, grid).value[1:12]
     assert float(right.mean()) > 0.9
     for axes in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):

@@ -4,28 +4,40 @@ What is tried here on `virtual_device` runs on CUDA as it stands; tests marked g
 """
 
 import dataclasses
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import mrcfile
+import numpy as np
 import pytest
 import torch
 
-import virtual_device
+from emsplat import device, report
+from emsplat import reconstruct as programme
 from emsplat.accumulate import accumulate, begin, contrast, equations_of, relative_gain
 from emsplat.assess.crossvalidate import CrossValidation
-from emsplat.config import SimulateConfig
+from emsplat.config import InputConfig, ReconstructConfig, SimulateConfig
 from emsplat.ctf import observe
 from emsplat.density import grow
+from emsplat.device import choose_device, fits_memory, within_memory
 from emsplat.errors import EmsplatError, InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.geometry import random_rotations
-from emsplat.io.mrc import writing_stack
+from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.model import PARAMETERS, Bounds, ball
 from emsplat.objective import ImageObjective, VolumeObjective
 from emsplat.one_pass import VolumeFit, fit_course
 from emsplat.particles import estimate_noise, open_table
+from emsplat.reconstruct import backproject, reconstruct
+from emsplat.run_folder import Interrupted
 from emsplat.simulate import simulate
 from emsplat.types import Aberrations, Batch, Grid, Optics, Poses
 from virtual_device import on_device, synchronisations
@@ -34,8 +46,8 @@ GRID = Grid(16, 2.0)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    return virtual_device.install(monkeypatch)
+def gpu(virtual_gpu):
+    return virtual_gpu
 
 
 def moved(bundle):
@@ -221,10 +233,10 @@ def test_a_fit_to_images_does_not_wait(gpu, particles, tmp_path):
     assert next(steps, None) is None
     same(state.terms["loss"], expected.terms["loss"], rtol=1e-4, atol=0)
     equal_models(state.model, expected.model)
-    for device in (gpu, torch.device("cpu")):
-        data = stack.on(device)
-        weight = noise if device.type == "cpu" else on_device(noise)
-        begun = load_checkpoint(tmp_path / "half.safetensors", device)
+    for place in (gpu, torch.device("cpu")):
+        data = stack.on(place)
+        weight = noise if place.type == "cpu" else on_device(noise)
+        begun = load_checkpoint(tmp_path / "half.safetensors", place)
         resumed = run(begun, ImageObjective(data, batch=20, seed=0, noise=weight), plan)
         equal_models(resumed.model, expected.model)
 
@@ -268,20 +280,242 @@ def test_a_diverged_fit_ends_on_a_device(gpu, particles, tmp_path):
 def test_judging_and_the_course_are_the_same_on_a_device(gpu, particles):
     stack = open_table(read_particles(particles)).with_halves(0)
     scores = {}
-    for device in (torch.device("cpu"), gpu):
-        halves = [equations_of(stack.only(half).on(device)) for half in (1, 2)]
+    for place in (torch.device("cpu"), gpu):
+        halves = [equations_of(stack.only(half).on(place)) for half in (1, 2)]
         raw = tuple(half.solve() for half in halves)
-        mask = torch.ones(32, 32, 32) if device.type == "cpu" else on_device(torch.ones(32, 32, 32))
+        mask = torch.ones(32, 32, 32) if place.type == "cpu" else on_device(torch.ones(32, 32, 32))
         judge = CrossValidation(raw, mask, stack.grid)
         fits = [
-            VolumeFit(str(n), half, VolumeObjective(half, 32), ball(60, stack.grid, BOUNDS, n).to(device))
+            VolumeFit(str(n), half, VolumeObjective(half, 32), ball(60, stack.grid, BOUNDS, n).to(place))
             for n, half in enumerate(halves)
         ]
         stages = []
         for _ in fit_course(fits, Plan(3, 2e-2, 0.8), 1, judge, stages):
             pass
-        scores[device.type] = [score for stage in stages for _, score in stage.scores]
+        scores[place.type] = [score for stage in stages for _, score in stage.scores]
         curve = judge.curve((fits[0].volume(), fits[1].volume()))
         assert all(len(part) == 17 for part in judge.interval(curve))
     assert len(scores["cpu"]) >= 3
     assert scores["gpu"][:3] == pytest.approx(scores["cpu"][:3], abs=2e-3)
+
+
+class Card:
+    """What PyTorch says of a GPU."""
+
+    def __init__(self, monkeypatch, *, cuda="12.8", available=True, capability=(9, 0), triton=True):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GTX 980")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        properties = SimpleNamespace(total_memory=80 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(device, "find_spec", lambda name: object() if triton else None)
+
+
+def test_a_gpu_is_chosen_where_it_can_be_used(monkeypatch):
+    Card(monkeypatch)
+    for wanted in ("auto", "cuda"):
+        chosen, line = choose_device(wanted)
+        assert chosen == torch.device("cuda:0")
+        assert line == "device: NVIDIA GTX 980, 80 GiB, compute capability 9.0"
+    assert choose_device("cpu") == (torch.device("cpu"), "device: CPU, as asked for")
+
+
+@pytest.mark.parametrize(
+    ("card", "reason"),
+    [
+        ({"cuda": None, "available": False}, "PyTorch was built without CUDA"),
+        ({"available": False}, "no CUDA device found"),
+        (
+            {"capability": (5, 2)},
+            r"NVIDIA GTX 980 \(compute capability 5.2\) is too old, 7.5 is needed",
+        ),
+        ({"triton": False}, r"Triton is missing: pip install emsplat\[gpu\]"),
+    ],
+)
+def test_why_there_is_no_gpu_is_said(monkeypatch, card, reason):
+    Card(monkeypatch, **card)
+    chosen, line = choose_device("auto")
+    assert chosen.type == "cpu"
+    assert re.fullmatch(rf"device: CPU \({reason}\)", line)
+    with pytest.raises(InputError, match=rf"^--device cuda: {reason}; .*or run on the CPU without --device"):
+        choose_device("cuda")
+
+
+def test_memory_that_runs_out_is_said_in_a_line():
+    def too_much():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has ...")
+
+    assert not fits_memory(too_much)
+    assert fits_memory(lambda: None)
+    with pytest.raises(InputError, match=r"memory of the GPU .*CUDA out of memory\).*--device cpu"):
+        within_memory()(too_much)()
+
+
+QUICK = {
+    "one-pass": ReconstructConfig(epochs=4, gaussians=200, threads=1),
+    "images": ReconstructConfig(engine="images", epochs=2, gaussians=200, batch=16, threads=1, split_after=(1,)),
+}
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    monkeypatch.setattr(report, "write_report", lambda run: (run / "report.html").write_text("drawn elsewhere"))
+
+
+def on(monkeypatch, chosen):
+    """Lets runs choose this device."""
+    monkeypatch.setattr(programme, "choose_device", lambda wanted: (chosen, f"device: {chosen}"))
+
+
+def likeness(one, other, name):
+    maps = [read_map(folder / name)[0].flatten() for folder in (one, other)]
+    return float(torch.corrcoef(torch.stack(maps))[0, 1])
+
+
+def check_same_runs(here, there):
+    names = {path.name for path in here.iterdir()}
+    assert {path.name for path in there.iterdir()} == names
+    for name in [name for name in names if name.endswith(".mrc") and not name.startswith("local")]:
+        assert likeness(here, there, name) > 0.99999, name
+    residual = [np.loadtxt(run / "residual.csv", delimiter=",", skiprows=1) for run in (here, there)]
+    np.testing.assert_allclose(residual[1], residual[0], rtol=2e-3)
+
+
+@pytest.mark.parametrize("engine", QUICK)
+def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, no_report, particles, tmp_path, engine):
+    reconstruct(QUICK[engine], particles, tmp_path / "cpu")
+    on(monkeypatch, gpu)
+    summary = reconstruct(QUICK[engine], particles, tmp_path / "gpu")
+    check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
+    assert summary["device"] == "gpu"
+    assert "device: gpu:0" in (tmp_path / "gpu" / "run.log").read_text()
+
+
+def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, no_report, tmp_path):
+    config = InputConfig(symmetry="C2", threads=1, keep_statistics=True, box=28)
+    backproject(config, particles, tmp_path / "cpu")
+    on(monkeypatch, gpu)
+    added = dataclasses.replace(config, add_statistics=())
+    backproject(added, particles, tmp_path / "gpu")
+    for name in ("run_class001.mrc", "run_half1_class001_unfil.mrc", "sampling.mrc", "mask.mrc"):
+        assert likeness(tmp_path / "cpu", tmp_path / "gpu", name) > 0.99999
+
+
+def stopped_after(monkeypatch, seconds):
+    """Every batch or step looks like a late one, so that there is a checkpoint; the run is stopped after some."""
+    left = iter(range(seconds))
+
+    class Stop:
+        def is_set(self):
+            return next(left, None) is None
+
+    @contextmanager
+    def interruptible():
+        yield Stop()
+
+    monkeypatch.setattr(programme, "interruptible", interruptible)
+
+
+def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, no_report, particles, tmp_path):
+    config = QUICK["images"]
+    reconstruct(config, particles, tmp_path / "cpu")
+    with monkeypatch.context() as patch:
+        on(patch, gpu)
+        stopped_after(patch, 12)
+        with pytest.raises(Interrupted, match="step"):
+            reconstruct(config, particles, tmp_path / "gpu")
+    assert list((tmp_path / "gpu").glob("*.checkpoint.safetensors"))
+    resumed = dataclasses.replace(config, resume=True)
+    with monkeypatch.context() as patch:
+        on(patch, gpu)
+        stopped_after(patch, 6)
+        with pytest.raises(Interrupted, match="step"):
+            reconstruct(resumed, particles, tmp_path / "gpu")
+    reconstruct(resumed, particles, tmp_path / "gpu")  # on the CPU
+    check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
+
+
+def small_memory(monkeypatch, images):
+    """Losses of more images than that run out of memory."""
+    loss = ImageObjective.loss
+
+    def limited(self, gaussians, batch):
+        if len(batch) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+        return loss(self, gaussians, batch)
+
+    monkeypatch.setattr(ImageObjective, "loss", limited)
+
+
+def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, no_report, particles, tmp_path):
+    config = dataclasses.replace(QUICK["images"], batch="auto")
+    on(monkeypatch, gpu)
+    with monkeypatch.context() as patch:
+        small_memory(patch, 20)
+        stopped_after(patch, 8)
+        with pytest.raises(Interrupted):
+            reconstruct(config, particles, tmp_path)
+    assert "batches of 16 images, since 32 do not fit the memory" in (tmp_path / "run.log").read_text()
+    assert tomllib.loads((tmp_path / "config.toml").read_text())["settings"]["batch"] == 16
+    summary = reconstruct(dataclasses.replace(config, resume=True), particles, tmp_path)  # 128 would fit now
+    assert summary["settings"]["batch"] == 16
+    assert summary["options"]["batch"] == "auto"
+    assert summary["fits"]["half1"]["steps"] == 2 * 2
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatch, no_report, particles, tmp_path):
+    on(monkeypatch, gpu)
+    small_memory(monkeypatch, 5)
+    with pytest.raises(InputError, match=r"--batch 16: does not fit .* give --batch 4 or --batch auto"):
+        reconstruct(QUICK["images"], particles, tmp_path / "a")
+    small_memory(monkeypatch, 0)
+    with pytest.raises(InputError, match="not even one image of 32 px"):
+        reconstruct(QUICK["images"], particles, tmp_path / "b")
+
+
+def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, no_report, particles, tmp_path):
+    on(monkeypatch, torch.device("cpu"))
+    summary = reconstruct(dataclasses.replace(QUICK["images"], batch="auto"), particles, tmp_path)
+    assert summary["settings"]["batch"] == 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_a_job_for_a_gpu_is_red_without_one():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).parent / "test_ctf.py"),
+    ]
+    command += [str(Path(__file__)), "-m", "gpu", "-k", "batches"]
+    for option, code in (([], 0), (["--error-for-skips"], 1)):
+        done = subprocess.run([*command, *option], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("engine", QUICK)
+def test_a_run_is_the_same_with_cuda(no_report, particles, tmp_path, engine):
+    reconstruct(dataclasses.replace(QUICK[engine], device="cpu"), particles, tmp_path / "cpu")
+    summary = reconstruct(dataclasses.replace(QUICK[engine], device="cuda"), particles, tmp_path / "gpu")
+    check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
+    assert summary["device"] == torch.cuda.get_device_name()
+    assert summary["peak_gpu_memory_mb"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_the_same_with_cuda(particles, kind):
+    stack = opened(particles, **KINDS[kind])
+    there = stack.on(torch.device("cuda:0"))
+    for _ in range(5):  # what a stream overtakes is wrong only sometimes
+        for one, other in zip(there.batches(7, seed=1), stack.batches(7, seed=1), strict=True):
+            same(one.images, other.images, rtol=0, atol=1e-3)
+            same(one.poses, other.poses)

@@ -114,10 +114,11 @@ def test_noise_weights_are_per_shell_and_group():
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60])
-def test_fitting_lowers_the_loss(batch):
+def test_fitting_lowers_the_loss(batch, device):
     stack = Memory()
+    stack.all = stack.all.to(device=device)
     objective = ImageObjective(stack, batch=batch, seed=0)
-    state = start()
+    state = State.begin(start().model.to(device))
     before = objective.loss(state.model(), stack.all)
     state = run(state, objective, Plan({1: 4, 7: 30, 60: 150}[batch], 2e-2, 0.98))
     assert objective.loss(state.model(), stack.all) < 0.2 * before

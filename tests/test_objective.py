@@ -91,31 +91,34 @@ def test_rendered_projections_have_the_analytic_transform():
     torch.testing.assert_close(rendered, corner(analytic_spectrum(mixture(), poses, GRID)), atol=1e-6, rtol=0)
 
 
-def test_loss_of_the_truth_is_nothing_beside_the_images_and_grows_in_every_parameter():
+def test_loss_of_the_truth_is_nothing_beside_the_images_and_grows_in_every_parameter(device):
     stack = simulated()
+    stack.all = stack.all.to(device=device)
     goal = ImageObjective(stack, batch=5, seed=0, cutoff=6.0)
-    truth = Gaussians(*(t.float() for t in vars(mixture()).values()))
+    truth = Gaussians(*(t.float().to(device) for t in vars(mixture()).values()))
     best = goal.loss(truth, stack.all)
     assert best < 1e-6 * stack.all.images.square().mean()
-    for name, change in (("mean", 0.1), ("covariance", 0.3 * torch.eye(3)), ("amplitude", 0.02)):
+    for name, change in (("mean", 0.1), ("covariance", 0.3 * torch.eye(3, device=device)), ("amplitude", 0.02)):
         other = Gaussians(**(vars(truth) | {name: getattr(truth, name) + change}))
         assert goal.loss(other, stack.all) > 5 * best, name
 
 
 @pytest.mark.parametrize("size", [8, 10])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradient_is_exact_for_any_spectra(size, weighted):
+def test_gradient_is_exact_for_any_spectra(size, weighted, device):
     """Even where the observed transform or the CTF is not that of a real image (fractional shifts, Nyquist)."""
     half = size // 2 + 1
-    projection = normal(3, size, size).requires_grad_()
-    transfer = normal(3, size, half, seed=1)
-    observed = torch.complex(normal(3, size, half, seed=2), normal(3, size, half, seed=3))
+    projection = normal(3, size, size).to(device).requires_grad_()
+    transfer = normal(3, size, half, seed=1).to(device)
+    observed = torch.complex(normal(3, size, half, seed=2), normal(3, size, half, seed=3)).to(device)
     weight = 1 / (1 + shell_index(size).double()) if weighted else torch.ones(1, 1, dtype=torch.float64)
-    weight = weight.expand(3, -1, -1)
+    weight = weight.expand(3, -1, -1).to(device)
     assert torch.autograd.gradcheck(lambda p: squared_error(p, transfer, observed, weight), [projection])
 
     def direct(p):
-        residual = (torch.fft.rfft2(p) * transfer - observed).abs() ** 2 * weight * hermitian_weight(size)
+        residual = (
+            (torch.fft.rfft2(p) * transfer - observed).abs() ** 2 * weight * hermitian_weight(size, device=device)
+        )
         return residual.sum() / (3 * size**4)
 
     value = squared_error(projection, transfer, observed, weight)

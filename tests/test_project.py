@@ -46,6 +46,10 @@ def gradients(function, leaves, cotangent):
     return torch.autograd.grad((function(*leaves) * cotangent).sum(), leaves)
 
 
+def moved(gaussians, device):
+    return Gaussians(*(t.to(device) for t in (gaussians.mean, gaussians.covariance, gaussians.amplitude)))
+
+
 def assert_gradients_agree(got, expected, error):
     for a, b in zip(got, expected, strict=True):
         a, b = a.double().flatten(), b.double().flatten()
@@ -129,23 +133,23 @@ def test_footprint_cut_stays_within_its_bound(instruction_set):
         assert missing.sum() <= bound * full.sum() * 1.02
 
 
-def test_sum_over_z_of_voxelize_is_project_at_identity():
+def test_sum_over_z_of_voxelize_is_project_at_identity(device):
     grid = Grid(40, 1.3)
-    g = mixture(200, grid, smallest=1.0, largest=2.5)
-    identity = Poses(torch.eye(3)[None], torch.zeros(1, 2))
+    g = moved(mixture(200, grid, smallest=1.0, largest=2.5), device)
+    identity = Poses(torch.eye(3)[None], torch.zeros(1, 2)).to(device=device)
     inside = Gaussians(*(t[g.mean.abs().amax(1) < 13] for t in (g.mean, g.covariance, g.amplitude)))
     flat = voxelize(inside, grid, cutoff=WIDE).sum(0)
     image = project(inside, identity, grid, cutoff=WIDE)[0]
     assert (flat - image).norm() <= 1e-5 * image.norm()
 
 
-def test_mass_is_conserved():
+def test_mass_is_conserved(device):
     grid = Grid(64, 1.3)
-    g = mixture(50, grid, smallest=1.0, largest=2.0)
+    g = moved(mixture(50, grid, smallest=1.0, largest=2.0), device)
     inside = Gaussians(0.5 * g.mean, g.covariance, g.amplitude)
     total = inside.amplitude.sum()
     torch.testing.assert_close(voxelize(inside, grid, cutoff=WIDE).sum(), total, rtol=1e-5, atol=0)
-    images = project(inside, poses(3), grid, cutoff=WIDE)
+    images = project(inside, poses(3).to(device=device), grid, cutoff=WIDE)
     torch.testing.assert_close(images.sum((1, 2)), total.expand(3), rtol=1e-5, atol=0)
 
 
@@ -165,14 +169,15 @@ def test_rotating_object_and_pose_together_changes_nothing():
     torch.testing.assert_close(got, project(g, p, grid))
 
 
-def test_point_lands_where_the_convention_says():
+def test_point_lands_where_the_convention_says(device):
     # docs/conventions.md: Euler (30, 50, 70)°, point (20, -10, 5) Å, origin (3, -4) Å -> (-19.136, -6.225) Å.
     from emsplat.geometry import euler_to_matrix
 
     grid = Grid(64, 1.0)
     point = Gaussians(torch.tensor([[20.0, -10.0, 5.0]]), 4 * torch.eye(3)[None], torch.ones(1))
     rotation = euler_to_matrix(torch.deg2rad(torch.tensor([[30.0, 50.0, 70.0]])))
-    image = project(point, Poses(rotation, torch.tensor([[3.0, -4.0]])), grid, cutoff=WIDE)[0]
+    pose = Poses(rotation, torch.tensor([[3.0, -4.0]])).to(device=device)
+    image = project(moved(point, device), pose, grid, cutoff=WIDE)[0].cpu()
     axis = torch.arange(64.0) - 32
     assert float((image.sum(0) * axis).sum()) == pytest.approx(-19.136, abs=1e-3)
     assert float((image.sum(1) * axis).sum()) == pytest.approx(-6.225, abs=1e-3)

@@ -5,13 +5,12 @@ import threading
 import pytest
 import torch
 
-import virtual_device
 from virtual_device import on_device, synchronisations
 
 
 @pytest.fixture
-def gpu():
-    return virtual_device.make()
+def gpu(virtual_gpu):
+    return virtual_gpu
 
 
 def test_operations_compute_on_the_device(gpu):

@@ -273,6 +273,10 @@ class NormalEquations:
             self.grid, self.linear + other.linear, self.kernel + other.kernel, self.particles + other.particles
         )
 
+    def to(self, device: torch.device) -> NormalEquations:
+        """The same on a device."""
+        return NormalEquations(self.grid, self.linear.to(device), self.kernel.to(device), self.particles)
+
     def scaled(self, gain: float) -> NormalEquations:
         """The same data with grey values divided by ``gain``."""
         return NormalEquations(self.grid, gain * self.linear, gain**2 * self.kernel, self.particles)

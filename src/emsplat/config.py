@@ -220,6 +220,9 @@ class InputConfig(SourceConfig):
     threads: int | None = None
     """Threads of the computation; default: all cores."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute: on a GPU (cuda) or on the CPU; auto takes the GPU if there is one that can be used."""
+
     checkpoint_every: float = 60.0
     """Seconds between checkpoints."""
 
@@ -307,8 +310,9 @@ class ReconstructConfig(InputConfig):
     """Images: how often every image is presented. One-pass: at most so many times ten steps before the number of
     Gaussians grows."""
 
-    batch: int | None = None
-    """Images: images per optimisation step."""
+    batch: int | Literal["auto"] | None = None
+    """Images: images per optimisation step; auto: those of the recipe, or on a GPU as many of them as fit its
+    memory."""
 
     learning_rate: float | None = None
     """Learning rate of Adam, one for all parameters."""

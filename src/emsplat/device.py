@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, TypeVar
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 
 CPU = torch.device("cpu")
-_CAPABILITY = (7, 0)  # what the kernels need: Volta, 2017
+_CAPABILITY = (7, 5)  # what the kernels are compiled for in the tests: Turing, 2018
 _GIB = 2**30
 _T = TypeVar("_T")
 
@@ -57,6 +59,11 @@ def _obstacle() -> tuple[str, str] | None:
     return None
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Lets `peak_device_memory` begin anew."""
     if device.type == "cuda":
@@ -68,31 +75,38 @@ def peak_device_memory(device: torch.device) -> float | None:
     return torch.cuda.max_memory_reserved(device) / 1e6 if device.type == "cuda" else None
 
 
-def runs_out_of_memory(work: Callable[[], object], device: torch.device) -> bool:
-    """Whether a trial does not fit into a device's memory."""
+def fits_memory(work: Callable[[], object]) -> bool:
+    """Whether a trial ends well, or runs out of the memory of a GPU; nothing of it stays there."""
     try:
         work()
+        fits = True
     except torch.OutOfMemoryError:
-        return True
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return False
+        fits = False
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fits
 
 
 @contextmanager
-def within_memory(device: torch.device) -> Iterator[None]:
+def within_memory() -> Iterator[None]:
     """
     Raises:
-        InputError: the memory of the device has run out.
+        InputError: the memory of a GPU has run out.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the memory of the device {device} is not enough: {str(error).splitlines()[0]}; end other programs on it, "
-            "make the box smaller with --box, or run with --device cpu"
+            f"the memory of the GPU is not enough ({str(error).split('. ')[0]}); end other programs on it, take "
+            "coarser pixels with --box, or run with --device cpu"
         ) from error
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all lanes: memory that PyTorch keeps for one stream is of no use to another."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Lane:
@@ -104,7 +118,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = _side_stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def open(self) -> Iterator[None]:

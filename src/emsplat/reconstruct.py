@@ -13,11 +13,13 @@ import math
 import os
 import platform
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 import torch
@@ -39,6 +41,14 @@ from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
+from emsplat.device import (
+    choose_device,
+    device_name,
+    fits_memory,
+    forget_peak_memory,
+    peak_device_memory,
+    within_memory,
+)
 from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
@@ -72,7 +82,7 @@ class Settings:
     gaussians: int | None
     init: str
     epochs: int
-    batch: int
+    batch: int | Literal["auto"]  # auto: to be found by a trial
     learning_rate: float
     decay: float
     weighting: str
@@ -118,7 +128,7 @@ def settings_of(config: ReconstructConfig) -> Settings:
     )
     for option, least in (("gaussians", 1), ("epochs", 1), ("batch", 1), ("growth", 0)):
         value = getattr(config, option)
-        if value is not None and value < least:
+        if value not in (None, "auto") and value < least:
             raise InputError(f"--{option} {value}: expected at least {least}")
     _check_start(config, merged)
     if config.independent_halves and merged.growth:
@@ -141,7 +151,10 @@ def _check_start(config: ReconstructConfig, settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Classical:
-    """What one pass over the particles gives: equations and unregularised maps of the halves and of all, a mask."""
+    """What one pass over the particles gives: equations and unregularised maps of the halves and of all, a mask.
+
+    The equations are on the device of the run, the maps on the CPU.
+    """
 
     equations: dict[str, NormalEquations]
     raw: dict[str, Tensor]
@@ -151,6 +164,7 @@ class Classical:
     evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
 
 
+@within_memory()
 def backproject(config: InputConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
     """Classical half maps and a full map regularised by their SSNR, into ``output``; returns summary.json.
 
@@ -165,13 +179,14 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
     classical = _accumulate_all(stack, config, output, log)
     grid = stack.grid
     maps = {name: classical.raw[name] for name in _HALVES}
-    maps["class001"] = classical.equations["class001"].solve(_prior(classical.validation.raw))
+    maps["class001"] = classical.equations["class001"].solve(_prior(classical.validation.raw).to(stack.device))
     for name, volume in maps.items():
         write_map(output / _map_name(name), volume, grid.pixel_size)
     summary = _finish(log, output, stack, particles, skipped, config, {}, classical, {}, start, [], [])
     return summary
 
 
+@within_memory()
 def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
     """Runs a whole reconstruction into ``output`` and returns what was written to summary.json.
 
@@ -183,6 +198,8 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
     start = time.monotonic()
     log = log or Log()
     settings = settings_of(config)
+    if config.resume and settings.batch == "auto":
+        settings = replace(settings, batch=_batch_before(output))
     one_pass = settings.engine == "one-pass"
     stack, skipped = _open(config, particles, output, log, plain(settings), several_grids=one_pass)
     _introduce_fit(log, settings)
@@ -192,6 +209,7 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
     if one_pass:
         models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
     else:
+        settings = _with_batch(stack, classical, settings, config, particles, output, log)
         models, fits = {}, {}
         for name in (*_HALVES, "class001"):
             subset = stack.only(_HALVES[name]) if name in _HALVES else stack
@@ -215,7 +233,9 @@ def _open(
 ) -> tuple[ParticleStack, list[int]]:
     """The particles with half-sets, and the run folder with what is known before the work begins."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    stack = open_stack(config, particles)
+    device, said = choose_device(config.device)
+    forget_peak_memory(device)
+    stack = open_stack(config, particles).on(device)
     for half in _HALVES.values():
         stack.only(half)
     if not several_grids:
@@ -234,9 +254,9 @@ def _open(
         if skipped:
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
+    log.line(f"  {said}")
     write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
-    about = {"program": f"emsplat {__version__}", "particles": str(particles)}
-    write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+    _write_config(config, particles, output, settings)
     if len(stack.symmetry) > 1:
         finding = examine_symmetry(stack, config.symmetry)
         if finding is not None:
@@ -244,11 +264,17 @@ def _open(
     return stack, skipped
 
 
+def _write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
+    about = {"program": f"emsplat {__version__}", "particles": str(particles)}
+    write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+
+
 def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> Classical:
     """One pass over the particles; the full set is the sum of the halves."""
     equations = {name: _accumulate_half(name, stack, config, output, log) for name in _HALVES}
     equations["class001"] = equations["half1"] + equations["half2"]
-    raw = {name: part.solve() for name, part in equations.items()}
+    solved = {name: part.solve() for name, part in equations.items()}
+    raw = {name: volume.cpu() for name, volume in solved.items()}
     brightness = contrast(raw["class001"])
     if brightness < -0.5:
         log.warn(
@@ -261,7 +287,7 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
-    validation = CrossValidation((raw["half1"], raw["half2"]), mask, stack.grid)
+    validation = CrossValidation((solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid)
     curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
     covered = equations["class001"].coverage()
     if covered < 0.97:
@@ -365,7 +391,7 @@ def _fit_volumes(
 
     def begin_fit(name: str) -> VolumeFit:
         objective = VolumeObjective(classical.equations[name], support, coarse_steps=coarse)
-        model = start_model(classical.raw[name], grid, settings, detail, name)
+        model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
         return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
 
     halves = [begin_fit(name) for name in _HALVES]
@@ -460,6 +486,61 @@ def gaussian_count(raw: Float[Tensor, "z y x"], grid: Grid, detail: float, fract
     return int(min(max(volume / detail**3 / fraction, 1_000), 100_000))
 
 
+def _batch_before(output: Path) -> int | Literal["auto"]:
+    """The batch that an interrupted run with ``--batch auto`` found."""
+    try:
+        batch = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))["settings"]["batch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "auto"  # whether there is a run to resume is asked later
+    return batch if isinstance(batch, int) and batch > 0 else "auto"
+
+
+def _with_batch(
+    stack: ParticleStack,
+    classical: Classical,
+    settings: Settings,
+    config: ReconstructConfig,
+    particles: Path,
+    output: Path,
+    log: Log,
+) -> Settings:
+    """The settings with a batch that fits the memory of the device, written down for a run that is resumed.
+
+    Raises:
+        InputError: the batch that was asked for does not fit, or no batch at all.
+    """
+    wanted = settings.batch
+    basis = "images" if config.recipe == "default" else config.recipe
+    size = most = RECIPES[basis].batch or 1 if wanted == "auto" else wanted
+    if stack.device.type != "cpu":
+        model = start_model(classical.raw["class001"], stack.grid, settings, stack.grid.pixel_size).to(stack.device)
+        for _ in settings.split_after:
+            model = model.split()
+        noise = None if settings.weighting == "none" else estimate_noise(stack)
+
+        def trial() -> None:
+            objective = ImageObjective(stack, batch=size, seed=settings.seed, noise=noise)
+            for _ in islice(fit(State.begin(model.copy()), objective, Plan(2, 0.0, 1.0)), 2):
+                pass
+
+        while not fits_memory(trial):
+            if size == 1:
+                raise InputError(
+                    f"not even one image of {stack.grid.size} px fits the memory of the GPU beside {len(model):,} "
+                    "Gaussians; take coarser pixels with --box, fewer --gaussians, or --device cpu"
+                )
+            size //= 2
+    if wanted != "auto" and size < most:
+        raise InputError(
+            f"--batch {most}: does not fit the memory of the GPU; {size} would, give --batch {size} or --batch auto"
+        )
+    if wanted == "auto":
+        log.line(f"batches of {size} images" + (f", since {2 * size} do not fit the memory" if size < most else ""))
+        settings = replace(settings, batch=size)
+        _write_config(config, particles, output, plain(settings))
+    return settings
+
+
 def _fit_images(
     name: str,
     stack: ParticleStack,
@@ -477,17 +558,18 @@ def _fit_images(
     finished, checkpoint = output / f"run_{name}.safetensors", output / f"run_{name}.checkpoint.safetensors"
     noise = None if settings.weighting == "none" else estimate_noise(stack)
     if noise is not None and settings.weighting == "ramp":
-        noise = noise / ramp(grid.size)
+        noise = noise / ramp(grid.size).to(noise.device)
+    assert settings.batch != "auto"  # noqa: S101 (`_with_batch`)
     objective = ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay, settings.split_after)
     total = plan.epochs * len(stack)
     saved = next((path for path in (finished, checkpoint) if config.resume and path.is_file()), None)
     if saved is not None:
-        state = load_checkpoint(saved)
+        state = load_checkpoint(saved, stack.device)
         history.rewind(name, state.step)
     else:
         history.rewind(name, 0)
-        model = start_model(raw, grid, settings, grid.pixel_size, name)
+        model = start_model(raw, grid, settings, grid.pixel_size, name).to(stack.device)
         whole = VolumeObjective(equations, support_size(grid.size, grid.size))
         state = State.begin(model.with_unit(whole.best_gain(model)))
     start_state, first = state, state.step
@@ -564,6 +646,8 @@ def _finish(
         "options": plain(config),
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_mb": round(peak_memory()),
+        "device": device_name(stack.device),
+        **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
@@ -606,10 +690,10 @@ def sampling(equations: NormalEquations) -> Float[Tensor, "z y x"]:
     """The data's weight in Fourier space relative to the mean of its shell, origin at the centre voxel; 0 beyond
     Nyquist."""
     size = equations.grid.size
-    weight, shells = equations.weight(), shell_index(size, 3)
+    weight, shells = equations.weight(), shell_index(size, 3, equations.kernel.device)
     relative = weight / mean_per_shell(weight).clamp(min=1e-30)[shells.clamp(max=size // 2)]
     relative[shells > size // 2] = 0
-    mirror = (-torch.arange(size)) % size
+    mirror = (-torch.arange(size, device=weight.device)) % size
     rest = relative[mirror][:, mirror][..., mirror[size // 2 + 1 :]]
     centred: Tensor = torch.fft.fftshift(torch.cat([relative, rest], -1))
     return centred
@@ -625,10 +709,10 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
         write_map(output / _map_name(name), voxelize(gaussians, grid), grid.pixel_size)
         write_ply(
             output / f"run_{name}.ply",
-            gaussians.mean,
-            model.scales(),
-            model.quaternion,
-            gaussians.amplitude,
+            gaussians.mean.cpu(),
+            model.scales().cpu(),
+            model.quaternion.cpu(),
+            gaussians.amplitude.cpu(),
             grid,
             f"emsplat {__version__}",
         )
@@ -665,7 +749,8 @@ def _introduce_fit(log: Log, settings: Settings) -> None:
     if is_shared(settings.init):
         _warn_of_shared_start(log, settings.init)
     if settings.engine == "images":
-        log.line(f"  {settings.epochs} epochs in batches of {settings.batch}")
+        size = "as many images as fit the memory" if settings.batch == "auto" else settings.batch
+        log.line(f"  {settings.epochs} epochs in batches of {size}")
     elif settings.independent_halves:
         log.line("  nothing passes between the half-sets")
     else:

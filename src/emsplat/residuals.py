@@ -13,7 +13,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from emsplat.ctf import observe
-from emsplat.fourier import frequencies, hermitian_weight, shell_index
+from emsplat.fourier import frequencies, hermitian_weight, shell_index, sum_by_shell
 from emsplat.io.files import replacing
 from emsplat.io.mrc import writing_stack
 from emsplat.particles import ParticleStack, estimate_noise
@@ -37,7 +37,7 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
     noise = estimate_noise(stack)
     grid = stack.grid
     shells = grid.size // 2 + 1
-    power = torch.zeros(3, shells, dtype=torch.float64)
+    power = torch.zeros(3, shells, dtype=torch.float64, device=stack.device)
     images = 0
     examples: list[Tensor] = []
     about: list[dict[str, Any]] = []
@@ -58,7 +58,7 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
                 if other and len(about) < _EXAMPLES // 2 * half:
                     examples += [_lowpass(s[:1], grid)[0] for s in (observed, seen, observed - seen)]
                     defocus = 0.5 * float(batch.optics.defocus_u[0] + batch.optics.defocus_v[0])
-                    own = int(stack.table.row[batch.index[0]])
+                    own = int(stack.table.row[int(batch.index[0])])
                     about.append({"row": own + 1, "half": half, "defocus": round(defocus)})
             images += len(batch)
     power /= max(images, 1)
@@ -71,7 +71,7 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
         for shell in range(1, shells):
             writer.writerow([f"{shell / grid.length:.6f}", *(f"{value:.6g}" for value in power[:, shell].tolist())])
     with writing_stack(run / "examples.mrcs", len(examples), grid) as write:
-        write(torch.stack(examples))
+        write(torch.stack(examples).cpu())
     return about
 
 
@@ -84,15 +84,16 @@ def _projection(gaussians: Gaussians, batch: Batch, transfer: Tensor, grid: Grid
 def _shell_power(spectrum: Complex[Tensor, "p y k"]) -> Float[Tensor, " s"]:
     """Mean power per shell of unnormalised transforms, summed over the images; 1 for unit white noise."""
     size = spectrum.shape[-2]
-    shells, limit = shell_index(size).flatten(), size // 2 + 1
-    weight = hermitian_weight(size).double().expand(size, -1).flatten()
-    total = spectrum.abs().square().double().sum(0).flatten() * weight
-    mean: Tensor = torch.bincount(shells, total)[:limit] / torch.bincount(shells, weight)[:limit]
-    return mean / size**2
+    shells, limit = shell_index(size, device=spectrum.device), size // 2 + 1
+    weight = hermitian_weight(size, torch.float64, spectrum.device).expand(size, -1)
+    shells = shells.clamp(max=limit)  # corners hold no shell
+    total = spectrum.abs().square().double().sum(0) * weight
+    power, count = (sum_by_shell(values, shells, limit + 1)[:limit] for values in (total, weight))
+    return power / count / size**2
 
 
 def _lowpass(spectrum: Complex[Tensor, "p y k"], grid: Grid) -> Float[Tensor, "p y x"]:
-    ky, kx = frequencies(grid)
+    ky, kx = frequencies(grid, device=spectrum.device)
     width = _LOWPASS * grid.pixel_size
     soft = torch.exp(-math.log(2) * width**2 * (kx**2 + ky**2))
     image: Tensor = torch.fft.irfft2(spectrum * soft, s=(grid.size, grid.size))

@@ -77,7 +77,7 @@ def _contents(output: Path) -> list[Path]:
     return [path for path in output.iterdir() if not any(path.match(pattern) for pattern in _RELION_FILES)]
 
 
-_MAY_CHANGE = {"resume", "overwrite", "threads", "checkpoint_every", "datadir"}
+_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir"}
 
 
 def check_same_run(config: InputConfig, particles: Path, output: Path) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from emsplat.accumulate import equations_of, mean_per_shell
 from emsplat.assess.mask import spherical_mask
+from emsplat.device import CPU
 from emsplat.fourier import hermitian_weight, irfft, rfft, shell_index
 from emsplat.geometry import axis_rotation, generators, symmetry_group
 from emsplat.particles import ParticleStack
@@ -66,7 +67,7 @@ class AxisTest:
             own = stack.only(half)
             sample = own.take(torch.linspace(0, len(own) - 1, min(count, len(own))).long())
             sample.symmetry = sample.symmetry[:1]  # the identity
-            equations = equations_of(sample, None if size == stack.grid.size else size)
+            equations = equations_of(sample, None if size == stack.grid.size else size).to(CPU)
             self.particles += len(sample)
             maps.append(equations.solve() * mask)
             weight = equations.weight()

@@ -43,7 +43,8 @@ def independent_coefficients(mask: Float[Tensor, "z y x"]) -> Float[Tensor, " s"
     likeness = (transform.abs() / transform[0, 0, 0].real.clamp(min=1e-30)).square()
     neighbours = (likeness * chance).flatten() @ twice
     voxels = sum_by_shell(twice, shells, size // 2 + 2)[: size // 2 + 1]
-    return (0.5 * voxels / neighbours).clamp(min=1.0)
+    count: Tensor = (0.5 * voxels / neighbours).clamp(min=1.0)
+    return count
 
 
 class CrossValidation:

@@ -189,11 +189,11 @@ def _band_products(
             f"{grid.length / 2:g} Å (half the box)"
         )
     spectra = _whitened(volumes)
-    coarse = _even(min(size, math.ceil(grid.length / (0.5 * _sigma(window)))))
+    coarse = min(size, _even(math.ceil(grid.length / (0.5 * _sigma(window)))))
     for frequency in _bands(grid, window):
         # Products reach twice the band; what they fold onto must stay clear of the frequencies that w lets through.
         need = grid.length * (2 * (frequency + _step(window)) + 3 / (2 * math.pi * _sigma(window)))
-        fine = _even(min(size, max(coarse, math.ceil(need))))
+        fine = min(size, _even(max(coarse, math.ceil(need))))
         radius = shell_radius(fine, 3).float() / grid.length
         band = _band(radius, frequency, window)
         filtered = [torch.fft.irfftn((crop(s, fine, 3) if fine < size else s) * band, s=(fine,) * 3) for s in spectra]
