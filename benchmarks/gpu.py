@@ -366,7 +366,7 @@ def whole(bench):
         seconds=round(seconds, 1),
         seconds_per_fit=fits,
         cross_validated=summary["resolution"]["cross_validated"],
-        peak_gpu_mb=summary.get("peak_device_memory_mb"),
+        peak_gpu_mb=summary.get("peak_gpu_memory_mb"),
     )
     print(log)
 
@@ -428,6 +428,8 @@ def main():
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     machine, about = this_machine(device)
     bench = Bench(device, machine, [], arguments.smoke)
+    if arguments.smoke:
+        Scene.noise = 1.0
     for name in arguments.only:
         PARTS[name](bench)
         if not arguments.smoke:
