@@ -173,6 +173,28 @@ def test_readers_end_when_the_consumer_stops_early(gpu, particles):
     assert threading.active_count() <= before + pool
 
 
+ABANDONED = """
+import sys
+import time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import virtual_device
+from emsplat.io.particles import read_particles
+from emsplat.particles import ImageFiles, open_table
+read = ImageFiles.read
+ImageFiles.read = lambda *inputs: time.sleep(0.5) or read(*inputs)  # one thread waits for the other
+batches = open_table(read_particles(Path(sys.argv[1]))).on(virtual_device.make()).sequential(2)
+next(batches)
+sys.modules["kept"] = batches  # neither used up nor closed when the interpreter ends
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_readers_do_not_keep_the_interpreter_alive(particles):
+    command = [sys.executable, "-c", ABANDONED, str(particles), str(Path(__file__).parent)]
+    subprocess.run(command, check=True, timeout=60)
+
+
 def test_sums_are_the_same_on_a_device(gpu, particles, tmp_path):
     stack = opened(particles, symmetry="C2")
     there = stack.on(gpu)

@@ -441,8 +441,21 @@ def _ahead(source: Iterable[_T]) -> Iterator[_T]:
 
     thread = threading.Thread(target=read, name="emsplat-reader")
     thread.start()
+
+    def items() -> Iterator[_T | BaseException]:
+        while True:
+            try:
+                item = ready.get(timeout=1.0)
+            except queue.Empty:
+                if thread.is_alive():
+                    continue
+                return  # it gave up, since the interpreter shuts down
+            if item is None:
+                return
+            yield item
+
     try:
-        while (item := ready.get()) is not None:
+        for item in items():
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -510,6 +510,8 @@ def _with_batch(
         InputError: the batch that was asked for does not fit, or no batch at all.
     """
     wanted = settings.batch
+    if wanted != "auto" and config.batch == "auto":
+        return settings  # found before the run was interrupted
     basis = "images" if config.recipe == "default" else config.recipe
     size = most = RECIPES[basis].batch or 1 if wanted == "auto" else wanted
     if stack.device.type != "cpu":
