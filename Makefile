@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	@echo "The map is demo/run/run_class001.mrc, its FSC demo/run/fsc.png, the report demo/run/report.html"
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -411,6 +411,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
         "--first": ["299"],
         "--naming": ["cryodrgn"],
         "--threads": ["1"],
+        "--device": ["cpu"],
         "--checkpoint-every": ["0"],
     }
     flags = ["--isotropic", "--no-rotation", "--skip-bad", "--trust-star-pixel-size", "--invert", "--keep-statistics"]
@@ -430,6 +431,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
     assert summary["input"]["particles"] == 299
     assert (output / "cryodrgn" / "poses.pkl").is_file()
     assert summary["threads"] == 1
+    assert summary["device"] == "cpu"
     named = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(ReconstructConfig)}
     elsewhere = {"--growth", "--independent-halves", "--mask-diameter"}  # not beside these
     elsewhere |= {"--poses", "--ctf", "--passthrough"}  # of other formats
