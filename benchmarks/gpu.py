@@ -282,10 +282,8 @@ class Scene(ParticleStack):
             centred = replace(poses, shift=torch.zeros_like(poses.shift))
             spectrum = rfft(project(self.mixture, centred, self.grid)) * transfer
             signal = irfft(spectrum * shift_phase(poses.shift, self.grid).conj())
-            generator = torch.Generator(self.device).manual_seed(int(rows[0]))
-            images = signal / signal.std() + self.noise * torch.randn(
-                signal.shape, generator=generator, device=self.device
-            )
+            torch.manual_seed(int(rows[0]))  # the same image each time that it is asked for
+            images = signal / signal.std() + self.noise * torch.randn_like(signal)
             yield Batch(self.normalise(images), poses, lenses, group, rows)
 
 
@@ -304,7 +302,7 @@ def scene(folder, count, grid, device):
 
 def volume_fit(bench):
     """A fit of 30,000 Gaussians to the sums of 20,000 images, until an epoch gains less than 3e-4 of the loss."""
-    size, images, count = (32, 60, 200) if bench.smoke else (256, 20_000, 30_000)
+    size, images, count = (32, 300, 200) if bench.smoke else (256, 20_000, 30_000)
     grid = Grid(size, 1.0)
     with tempfile.TemporaryDirectory() as folder:
         _, stack = scene(Path(folder), images, grid, bench.device)
