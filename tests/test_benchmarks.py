@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(FOLDER))
 import emsplat.project
 import gpu as benchmark
 import roofline
 import virtual_device
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
