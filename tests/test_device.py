@@ -425,6 +425,15 @@ def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, 
         assert likeness(tmp_path / "cpu", tmp_path / "gpu", name) > 0.99999
 
 
+def test_experimental_particles_on_a_device(gpu, monkeypatch, no_report, shared_data, tmp_path):
+    star = shared_data / "bgal" / "particles.star"
+    config = InputConfig(symmetry="D2", first=600)
+    backproject(config, star, tmp_path / "cpu")
+    on(monkeypatch, gpu)
+    backproject(config, star, tmp_path / "gpu")
+    assert likeness(tmp_path / "cpu", tmp_path / "gpu", "run_class001.mrc") > 0.99999
+
+
 def stopped_after(monkeypatch, seconds):
     """Every batch or step looks like a late one, so that there is a checkpoint; the run is stopped after some."""
     left = iter(range(seconds))
