@@ -427,7 +427,7 @@ def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, 
 
 def test_experimental_particles_on_a_device(gpu, monkeypatch, no_report, shared_data, tmp_path):
     star = shared_data / "bgal" / "particles.star"
-    config = InputConfig(symmetry="D2", first=600)
+    config = InputConfig(symmetry="D2", first=400, threads=1)
     backproject(config, star, tmp_path / "cpu")
     on(monkeypatch, gpu)
     backproject(config, star, tmp_path / "gpu")
