@@ -180,6 +180,7 @@ def test_interrupted_pass_over_the_particles_goes_on(particles, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     reconstruct(QUICK, particles, whole)
     config = dataclasses.replace(QUICK, checkpoint_every=0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 
     class Stopping(Log):
         def line(self, text):
@@ -189,6 +190,7 @@ def test_interrupted_pass_over_the_particles_goes_on(particles, tmp_path):
 
     with pytest.raises((Interrupted, KeyboardInterrupt)):
         reconstruct(config, particles, cut, Stopping())
+    signal.signal(signal.SIGINT, before)
     assert (cut / "run_half1_statistics.safetensors").is_file()
     reconstruct(dataclasses.replace(config, resume=True), particles, cut)
     name = "run_class001.mrc"
