@@ -90,10 +90,6 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device) / 2**20
 
 
-def moved(bundle, device):
-    return type(bundle)(*(None if part is None else part.to(device) for part in vars(bundle).values()))
-
-
 def optics(count):
     return random_optics(SimulateConfig(particles=count)).to(torch.float32)
 
@@ -103,7 +99,7 @@ def a_batch(grid, count, device):
     poses = random_poses(count)
     index = torch.zeros(count, dtype=torch.int64)
     images = torch.randn(count, grid.size, grid.size, generator=torch.Generator().manual_seed(3))
-    parts = (images.to(device), moved(poses, device), moved(optics(count), device), index.to(device), index)
+    parts = (images.to(device), poses.to(device=device), optics(count).to(device=device), index.to(device), index)
     return Batch(*parts)
 
 
@@ -165,7 +161,7 @@ def kernels(bench):
             pairs = zip(_listed(results["cpu"]), _listed(results[bench.device.type]), strict=True)
             error = max(float((one - other).norm() / one.norm()) for one, other in pairs)
         if "project" in name:
-            work = roofline.project_instructions(loops[name], mixture, roofline.random_poses(4), grid)
+            work = roofline.project_instructions(loops[name], mixture, random_poses(4), grid)
         else:
             work = roofline.voxelize_instructions(loops[name], mixture, grid)
         own = seconds[bench.device.type]
@@ -274,8 +270,8 @@ class Scene(ParticleStack):
     def sequential(self, size, *, normalised=True):
         for part in torch.split(torch.arange(len(self)), size):
             rows = self.rows[part]
-            poses = moved(self.table.poses[rows].to(torch.float32), self.device)
-            lenses = moved(self.table.optics[rows].to(torch.float32), self.device)
+            poses = self.table.poses[rows].to(torch.float32, self.device)
+            lenses = self.table.optics[rows].to(torch.float32, self.device)
             blank = torch.zeros(len(rows), self.grid.size, self.grid.size, device=self.device)
             group = self.table.optics_group[rows].to(self.device)
             transfer = observe(Batch(blank, poses, lenses, group, rows), self.grid).transfer
@@ -296,7 +292,8 @@ def scene(folder, count, grid, device):
     halves = random_halves(count, torch.Generator().manual_seed(0))
     write_particles_star(star, images, micrographs, simulated_poses(config), random_optics(config), grid, halves)
     table = read_particles(star, need_stacks=False)
-    Scene.mixture = moved(globule(20_000, grid, 0.01 * grid.size), device)
+    mixture = globule(20_000, grid, 0.01 * grid.size)
+    Scene.mixture = Gaussians(*(t.to(device) for t in (mixture.mean, mixture.covariance, mixture.amplitude)))
     return star, Scene(table, ImageFiles(table), grid, device=device)
 
 

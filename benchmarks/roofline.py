@@ -19,6 +19,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ class Loops:
     tile: int
 
 
+@cache
 def splat_loops(name: str, capability: int = 90) -> Loops:
     """The loops of project, project_gradient, voxelize or voxelize_gradient (for the last two a view is a slice)."""
     lengths = []
@@ -82,22 +84,30 @@ def splat_loops(name: str, capability: int = 90) -> Loops:
     return Loops(view - column, column - tile, tile)
 
 
-def _disassemble(name: str, capability: int) -> str:
+def compiled(kernel, capability: int, **constants: int):
+    """Machine code of a Triton kernel for GPUs of a compute capability (90 for 9.0), as `emsplat.kernels.gpu` launches
+    it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    numbers = dict.fromkeys(("scale", "cutoff", "radius", "step"), "fp32")
+    counts = dict.fromkeys(("images", "gaussians", "parts", "per_program", "size", "box", "side"), "i32")
+    kinds = {name: (numbers | counts).get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _disassemble(name: str, capability: int) -> str:
+    import triton
+
     from emsplat.kernels import gpu, splat_triton
 
-    kernel = getattr(splat_triton, f"{name}_kernel")
-    counts = {"images", "gaussians", "parts", "per_program", "size"}
-    kinds = {n: "fp32" if n in ("scale", "cutoff") else "i32" if n in counts else "*fp32" for n in kernel.arg_names}
-    source = ASTSource(kernel, kinds | dict.fromkeys(gpu.TILE, "constexpr"), gpu.TILE)
-    options = {"num_warps": 1, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    code = compiled(getattr(splat_triton, f"{name}_kernel"), capability, **gpu.TILE).asm["cubin"]
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(code)
         file.flush()
         return subprocess.run([disassembler, "-c", file.name], check=True, capture_output=True, text=True).stdout
 

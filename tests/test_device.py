@@ -52,9 +52,7 @@ def gpu(virtual_gpu):
 
 def moved(bundle):
     """The same bundle on the virtual device."""
-    values = {f.name: getattr(bundle, f.name) for f in dataclasses.fields(bundle)}
-    kept = {name: moved(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
-    return type(bundle)(**{k: on_device(v) if isinstance(v, torch.Tensor) else v for k, v in kept.items()})
+    return bundle.each(on_device)
 
 
 def aberrations(count, rng):

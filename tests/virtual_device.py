@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -181,7 +182,7 @@ def make():
     if _library is None:
         backend_registration._setup_privateuseone_for_python_backend(NAME)
         DEVICE = torch.device(f"{NAME}:0")
-        _library = torch.library.Library("_", "IMPL")
+        _library = library.Library("_", "IMPL")
         _library.fallback(_fallback, "PrivateUse1")
     return DEVICE
 

@@ -33,8 +33,8 @@ def ctf(optics: Optics, grid: Grid) -> Float[Tensor, "p y k"]:
 
 def ctf_at(optics: Optics, kx: Float[Tensor, "..."], ky: Float[Tensor, "..."]) -> Float[Tensor, "p *k"]:
     """The same at any frequencies (1/Å), which broadcast against each other."""
-    x2, y2, xy = kx**2, ky**2, 2 * kx * ky
-    squares = torch.stack([x2 + 0 * xy, xy, y2 + 0 * xy])
+    x, y = _stacked(kx, ky)
+    squares = torch.stack([x * x, 2 * x * y, y * y])
     wavelength = electron_wavelength(optics.voltage)
     half_pi = math.pi * wavelength / 2
     mean, spread = half_pi * (optics.defocus_u + optics.defocus_v), half_pi * (optics.defocus_u - optics.defocus_v)

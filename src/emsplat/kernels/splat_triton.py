@@ -103,15 +103,17 @@ def _load_gaussian(mean, covariance, amplitude, index):
 
 
 @triton.jit
-def _load_view(rotation, index):
-    """The first two rows of a rotation."""
+def _load_view(rotation, shift, index):
+    """The first two rows of a rotation, and the shift."""
     at = rotation + 9 * index
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+    u0, u1, u2 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    v0, v1, v2 = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+    return u0, u1, u2, v0, v1, v2, tl.load(shift + 2 * index), tl.load(shift + 2 * index + 1)
 
 
 @triton.jit
-def _see(px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size):
-    """Centre in pixels, conic, covariance in pixels² and 1/(2π√det) of a Gaussian seen in a view."""
+def _see(px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size, cutoff):
+    """Centre in pixels, conic, half extents of the footprint and 1/(2π√det) of a Gaussian seen in a view."""
     ux = sxx * u0 + sxy * u1 + sxz * u2
     uy = sxy * u0 + syy * u1 + syz * u2
     uz = sxz * u0 + syz * u1 + szz * u2
@@ -124,7 +126,8 @@ def _see(px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift
     inverse = 1.0 / (cxx * cyy - cxy * cxy)
     x = (u0 * px + u1 * py + u2 * pz - shift_x) * scale + size // 2
     y = (v0 * px + v1 * py + v2 * pz - shift_y) * scale + size // 2
-    return x, y, cyy * inverse, -cxy * inverse, cxx * inverse, cxx, cyy, tl.sqrt(inverse) * INVERSE_2PI
+    hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
+    return x, y, cyy * inverse, -cxy * inverse, cxx * inverse, hx, hy, tl.sqrt(inverse) * INVERSE_2PI
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -149,13 +152,11 @@ def project_kernel(
     area = _area(size)
     first = tl.program_id(1) * per_program
     for index in range(first, tl.minimum(first + per_program, images)):
-        u0, u1, u2, v0, v1, v2 = _load_view(rotation, index)
-        shift_x, shift_y = tl.load(shift + 2 * index), tl.load(shift + 2 * index + 1)
-        x, y, a, b, c, cxx, cyy, norm = _see(
-            px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size
+        u0, u1, u2, v0, v1, v2, shift_x, shift_y = _load_view(rotation, shift, index)
+        x, y, a, b, c, hx, hy, norm = _see(
+            px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size, cutoff
         )
         at = image + index * area
-        hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
         a, b, c = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
         _add_splat(at, x, y, a, b, c, hx, hy, w * norm, size, limit, ROWS, COLUMNS)
 
@@ -223,13 +224,11 @@ def project_gradient_kernel(
     area = _area(size)
     first = tl.program_id(1) * per_program
     for index in range(first, tl.minimum(first + per_program, images)):
-        u0, u1, u2, v0, v1, v2 = _load_view(rotation, index)
-        shift_x, shift_y = tl.load(shift + 2 * index), tl.load(shift + 2 * index + 1)
-        x, y, a, b, c, cxx, cyy, norm = _see(
-            px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size
+        u0, u1, u2, v0, v1, v2, shift_x, shift_y = _load_view(rotation, shift, index)
+        x, y, a, b, c, hx, hy, norm = _see(
+            px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size, cutoff
         )
         at = upstream + index * area
-        hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
         a2, b2, c2 = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
         m0, mx, my, mxx, mxy, myy = _moments(at, x, y, a2, b2, c2, hx, hy, size, limit, ROWS, COLUMNS)
         gx, gy, fxx, fxy, fyy = _plane_gradient(m0, mx, my, mxx, mxy, myy, a, b, c, w * norm, scale)
@@ -271,8 +270,7 @@ def pose_gradient_kernel(
     """The gradient of one image's pose (program axis 0) from ``per_program`` Gaussians (axis 1): the first two rows of
     the rotation and the shift, 8 numbers."""
     image = tl.program_id(0)
-    u0, u1, u2, v0, v1, v2 = _load_view(rotation, image)
-    shift_x, shift_y = tl.load(shift + 2 * image), tl.load(shift + 2 * image + 1)
+    u0, u1, u2, v0, v1, v2, shift_x, shift_y = _load_view(rotation, shift, image)
     at = upstream + image * _area(size)
     limit = cutoff * cutoff * HALF_LOG2E
     r0 = tl.zeros((COLUMNS,), dtype=u0.dtype)
@@ -280,10 +278,9 @@ def pose_gradient_kernel(
     first = tl.program_id(1) * per_program
     for index in range(first, tl.minimum(first + per_program, gaussians)):
         w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, index)
-        x, y, a, b, c, cxx, cyy, norm = _see(
-            px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size
+        x, y, a, b, c, hx, hy, norm = _see(
+            px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size, cutoff
         )
-        hx, hy = cutoff * tl.sqrt(cxx), cutoff * tl.sqrt(cyy)
         a2, b2, c2 = a * HALF_LOG2E, b * HALF_LOG2E, c * HALF_LOG2E
         m0, mx, my, mxx, mxy, myy = _moments(at, x, y, a2, b2, c2, hx, hy, size, limit, ROWS, COLUMNS)
         gx, gy, fxx, fxy, fyy = _plane_gradient(m0, mx, my, mxx, mxy, myy, a, b, c, w * norm, scale)
