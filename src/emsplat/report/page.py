@@ -211,8 +211,10 @@ def convergence(run: Path) -> str:
 def stages(run: Path) -> str:
     """The stages of the fit, and the scores of their epochs where the run wrote them."""
     course = read.entries(_summary_or_nothing(run), "course")
-    rows = [tuple(_text(stage.get(key)) for key in ("gaussians", "epochs", "score", "kept")) for stage in course]
-    return _grid(("Gaussians", "epochs", "mean cross-validated FSC", "kept"), rows) * bool(rows)
+    keys = ("gaussians", "epochs", "score", "gain", "gain_error", "kept")
+    rows = [tuple(_text(stage.get(key)) for key in keys) for stage in course]
+    names = ("Gaussians", "epochs", "mean cross-validated FSC", "gain", "its standard error", "kept")
+    return _grid(names, rows) * bool(rows)
 
 
 def scores(run: Path) -> str:
