@@ -7,8 +7,8 @@ reach the last shells. The half-map FSC stands beside it, as the FSC of one half
 sqrt(F).
 
 "dips" instead of a structure: particles whose transforms have zeros (hollow shells, one made like ferritin, a sphere,
-rods), where the FSC has dips. Maps with noise that grows with k, and models that are smoothed and nowhere below a level,
-stand for whole runs, so that there can be many: 16 pairs of each at two levels of noise.
+rods), where the FSC has dips. Maps with noise that grows with k, and models that are smoothed and nowhere below a
+level, stand for whole runs, so that there can be many: 16 pairs of each at two levels of noise.
 Usage: bench_crossvalidation.py [folder of the test data] [name of one structure, or dips]
 """
 
@@ -113,11 +113,8 @@ def ferritin(rng):
 
 
 def rod(radius, length, rng):
-    angle, across = (
-        rng.uniform(0, 2 * math.pi, count := int(math.pi * radius**2 * length / 17)),
-        rng.uniform(size=count),
-    )
-    across = radius * np.sqrt(across)
+    count = int(math.pi * radius**2 * length / 17)
+    angle, across = rng.uniform(0, 2 * math.pi, count), radius * np.sqrt(rng.uniform(size=count))
     return np.stack([across * np.cos(angle), across * np.sin(angle), length * rng.uniform(-0.5, 0.5, count)], 1)
 
 

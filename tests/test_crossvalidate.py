@@ -200,7 +200,7 @@ def test_imposed_symmetry_leaves_fewer_numbers():
 
 def test_gain_comes_with_its_error():
     """Of two models compared with fresh noise again and again: the spread of the gain is the error that is given."""
-    truth, _, models = measured(sphere(0), 2.0, 0)
+    _, _, models = measured(sphere(0), 2.0, 0)
     _, _, others = measured(sphere(0), 2.2, 0)
     gains, errors = [], []
     for seed in range(1, 25):

@@ -5,7 +5,7 @@ than could be chance, and enough to matter. The gain and its error are all that 
 does in RELION's prior. Without a judge the course is fixed beforehand and nothing passes.
 
 Rounding is not the same on every machine and with every number of threads, and a fit carries it into the fourth digit
-of the score. So nothing is decided that close: a stage has its epochs, whichever of the last ones happens to score best.
+of the score. So nothing is decided that close: a stage has its epochs, whichever of the last happens to score best.
 """
 
 from __future__ import annotations

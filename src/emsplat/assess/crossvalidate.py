@@ -10,11 +10,11 @@ is within that noise the ratio says nothing. Resolution is read at 0.5, the leve
 between half maps stands for (Rosenthal & Henderson 2003).
 
 **Its error.** In a shell of n independent coefficients let the truth T have power 1 and the noise N of each half power
-q = (1 - F)/F, F = FSC(R_A, R_B). With the model scaled to power 1, M_A = v T + sqrt(1 - v²) E_A, where E_A is all that is
-not truth. The overlap <T, N> stands in numerator and denominator alike and cancels when both directions are averaged.
-There remain <E_A, N_B> and <E_B, N_A>, and <N_A, N_B> in the denominator. Fitting noise makes E_A like N_A: the model is
-closer to its own half by d = (FSC(M_A, R_A) - FSC(M_A, R_B)) / sqrt(F), and that part of the numerator's noise is
-<N_A, N_B> again. Taken together, with variance power/2n of each overlap,
+q = (1 - F)/F, F = FSC(R_A, R_B). With the model scaled to power 1, M_A = v T + sqrt(1 - v²) E_A, where E_A is all that
+is not truth. The overlap <T, N> stands in numerator and denominator alike and cancels when both directions are
+averaged. There remain <E_A, N_B> and <E_B, N_A>, and <N_A, N_B> in the denominator. Fitting noise makes E_A like N_A:
+the model is closer to its own half by d = (FSC(M_A, R_A) - FSC(M_A, R_B)) / sqrt(F), and that part of the numerator's
+noise is <N_A, N_B> again. Taken together, an overlap having the product of both powers over 2n as its variance,
 
     var v = [(d - v q / 2)² + ½ ((1 - v²) q - d²)] / 2n.
 
