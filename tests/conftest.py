@@ -82,10 +82,12 @@ def simulated(tmp_path_factory):
     return give
 
 
-@pytest.fixture
-def short_report(monkeypatch):
-    """Runs without their report: to draw it takes longer than these runs."""
-    monkeypatch.setattr("emsplat.report.write_report", lambda run: (run / "report.html").write_text("drawn elsewhere"))
+@pytest.fixture(autouse=True)
+def short_report(request, monkeypatch):
+    """Runs within a test have no report, which takes longer to draw than they do; the mark `report` draws it."""
+    if request.node.get_closest_marker("report") is None:
+        text = "left out; the test needs the mark report"
+        monkeypatch.setattr("emsplat.report.write_report", lambda run: (run / "report.html").write_text(text))
 
 
 @pytest.fixture

@@ -413,7 +413,7 @@ def check_same_runs(here, there):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", QUICK)
-def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, short_report, particles, tmp_path, engine):
+def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path, engine):
     reconstruct(QUICK[engine], particles, tmp_path / "cpu")
     on(monkeypatch, gpu)
     summary = reconstruct(QUICK[engine], particles, tmp_path / "gpu")
@@ -423,7 +423,7 @@ def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, short_report, particles
 
 
 @pytest.mark.slow
-def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, short_report, tmp_path):
+def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path):
     config = InputConfig(symmetry="C2", threads=1, keep_statistics=True, box=28)
     backproject(config, particles, tmp_path / "cpu")
     on(monkeypatch, gpu)
@@ -434,7 +434,7 @@ def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, 
 
 
 @pytest.mark.slow
-def test_experimental_particles_on_a_device(gpu, monkeypatch, short_report, shared_data, tmp_path):
+def test_experimental_particles_on_a_device(gpu, monkeypatch, shared_data, tmp_path):
     star = shared_data / "bgal" / "particles.star"
     config = InputConfig(symmetry="D2", first=400, threads=1)
     backproject(config, star, tmp_path / "cpu")
@@ -459,7 +459,7 @@ def stopped_after(monkeypatch, seconds):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, short_report, particles, tmp_path):
+def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, particles, tmp_path):
     config = QUICK["images"]
     reconstruct(config, particles, tmp_path / "cpu")
     with monkeypatch.context() as patch:
@@ -491,7 +491,7 @@ def small_memory(monkeypatch, images):
 
 
 @pytest.mark.slow
-def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, short_report, particles, tmp_path):
+def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, particles, tmp_path):
     config = dataclasses.replace(QUICK["images"], batch="auto")
     on(monkeypatch, gpu)
     with monkeypatch.context() as patch:
@@ -508,7 +508,7 @@ def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, short_report, p
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatch, short_report, particles, tmp_path):
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatch, particles, tmp_path):
     on(monkeypatch, gpu)
     small_memory(monkeypatch, 5)
     with pytest.raises(InputError, match=r"--batch 16: does not fit .* give --batch 4 or --batch auto"):
@@ -518,7 +518,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatc
         reconstruct(QUICK["images"], particles, tmp_path / "b")
 
 
-def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, short_report, particles, tmp_path):
+def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, particles, tmp_path):
     on(monkeypatch, torch.device("cpu"))
     summary = reconstruct(dataclasses.replace(QUICK["images"], batch="auto"), particles, tmp_path)
     assert summary["settings"]["batch"] == 128
@@ -545,7 +545,7 @@ def test_a_job_for_a_gpu_is_red_without_one():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("engine", QUICK)
-def test_a_run_is_the_same_with_cuda(short_report, particles, tmp_path, engine):
+def test_a_run_is_the_same_with_cuda(particles, tmp_path, engine):
     reconstruct(dataclasses.replace(QUICK[engine], device="cpu"), particles, tmp_path / "cpu")
     summary = reconstruct(dataclasses.replace(QUICK[engine], device="cuda"), particles, tmp_path / "gpu")
     check_same_runs(tmp_path / "cpu", tmp_path / "gpu")

@@ -8,8 +8,6 @@ from emsplat.io.cryosparc import read_cs
 from emsplat.io.pickles import load_arrays
 from emsplat.io.relion import read_star
 
-pytestmark = pytest.mark.usefixtures("short_report")
-
 
 @pytest.fixture(scope="module")
 def particles(simulated):

@@ -75,7 +75,7 @@ def test_rotational_average_is_taken_out():
 
 
 @pytest.mark.slow
-def test_default_pipeline_passes(short_report, particles, tmp_path, capsys):
+def test_default_pipeline_passes(particles, tmp_path, capsys):
     output = tmp_path / "null"
     assert main(["nulltest", str(particles), "-o", str(output), "--epochs", "3", "--gaussians", "500"]) == 0
     assert "passed" in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_default_pipeline_passes(short_report, particles, tmp_path, capsys):
     assert main(["nulltest", str(particles), "-o", str(output)]) == 2  # not empty
 
 
-def test_impossible_requests(short_report, particles, tmp_path, capsys):
+def test_impossible_requests(particles, tmp_path, capsys):
     assert main(["nulltest", str(particles), "-o", str(tmp_path / "a"), "--particles", "2"]) == 2
     assert "--particles" in capsys.readouterr().err
     words = ["--randomise-from", "1", "--epochs", "1", "--gaussians", "100", "--particles", "100"]

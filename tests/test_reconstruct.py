@@ -35,9 +35,6 @@ IMAGES = ReconstructConfig(engine="images", epochs=2, gaussians=400, batch=32)
 ENGINES = {"one-pass": QUICK, "images": IMAGES}
 
 
-pytestmark = pytest.mark.usefixtures("short_report")  # but for the shared runs, which are made before
-
-
 @pytest.fixture(scope="module")
 def particles(simulated):
     """300 images of a small protein, half-sets in the file."""

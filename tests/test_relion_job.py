@@ -77,7 +77,7 @@ def relion_files(project):
     return {name: (project / JOB / name).read_text() for name in RELION_FILES[2:]}
 
 
-def test_success_and_continue(short_report, project):
+def test_success_and_continue(project):
     before = relion_files(project)
     # A switch has no value, and RELION writes underscores or hyphens as the user does.
     words = ("--growth", "0", "--epochs", "2", "--isotropic", "--learning_rate", "0.02")

@@ -22,9 +22,6 @@ GRID = Grid(32, 4.0)
 QUICK = ReconstructConfig(epochs=4, gaussians=400, threads=1)
 
 
-pytestmark = pytest.mark.usefixtures("short_report")
-
-
 @pytest.fixture(scope="module")
 def particles(simulated):
     return simulated(particles=300)

@@ -203,7 +203,7 @@ def test_names_of_axes():
     assert name_axis(symmetry_group("O")[2]) == "3-fold along (0.58, 0.58, 0.58)"
 
 
-def test_check_and_log(short_report, particles, tmp_path, capsys):
+def test_check_and_log(particles, tmp_path, capsys):
     from emsplat.cli import main
 
     assert main(["check", str(particles["D3"]), "--symmetry", "D3"]) < 2
