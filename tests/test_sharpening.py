@@ -41,7 +41,7 @@ def test_a_protein_is_not_made_level():
     volume = irfft(rfft(falling(120.0), 3) * protein_amplitude(k.double()).exp(), 3)
     for high in (3.0, 5.0, 7.0):
         assert guinier(volume, GRID, ONES, high=high).b_factor == pytest.approx(-120, abs=0.5)
-    assert guinier(volume, GRID, ONES, high=7.0).line_b_factor < -250  # a level line amplifies what is noise there
+    assert guinier(volume, GRID, ONES, high=7.0).line_b_factor < -240  # a level line amplifies what is noise there
     assert abs(guinier(volume, GRID, ONES, high=3.0).line_b_factor + 140) < 10
 
 
