@@ -128,6 +128,19 @@ def test_noise_has_no_resolution_and_no_old_maps_of_it(tmp_path):
     assert not (run / "directions.csv").exists()
 
 
+def test_resolutions_that_are_the_limit_of_the_pixels_are_named(tmp_path):
+    result, _ = measure(write_run(tmp_path / "run"))
+    assert result["limit"]["nyquist"] == pytest.approx(GRID.nyquist)
+    assert "half_map_masked" in result["limit"]["reached_by"]  # what the models share has no end
+    assert not {"cross_validated", "backprojection_masked"} & {*result["limit"]["reached_by"]}
+    sharp = tuple(5 * noise(0) + noise(seed) for seed in (1, 2))  # FSC 0.96 in every shell
+    result, _ = measure(write_run(tmp_path / "sharp", halves=sharp, raw=None))
+    reached = result["limit"]["reached_by"]
+    assert {"half_map_unmasked", "half_map_masked", "half_map_corrected", "backprojection_masked"} <= {*reached}
+    assert all(result["resolution"][name] == pytest.approx(GRID.nyquist) for name in reached)
+    assert "cross_validated" not in reached  # back-projections alone have none
+
+
 def test_reference(tmp_path):
     run = write_run(tmp_path / "run", full=MODELS[0])
     write_map(tmp_path / "truth.mrc", TRUTH, GRID.pixel_size)

@@ -166,7 +166,9 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
 
     ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
-    "resolution" (Å, None where undefined), "masking", "local_resolution" and "directional" for summary.json.
+    "resolution" (Å, None where undefined), "limit" (the finest spacing in Å that the pixels carry, and the names of the
+    resolutions that reach it: their curves never fall, and the truth may be finer), "masking", "local_resolution" and
+    "directional" for summary.json.
 
     Raises:
         InputError: through `read_run`; the reference has another grid; the window does not fit the box.
@@ -188,7 +190,13 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         )
     general = {name: str(value) for name, value in found.items() if not isinstance(value, list)}
     write_fsc_star(run / "fsc.star", {**general, "emsplatResolutionRule": "RELION"}, columns)
-    result = {"resolution": found, "masking": masking, "local_resolution": None, "directional": None}
+    result = {
+        "resolution": found,
+        "limit": _limit(found, grid),
+        "masking": masking,
+        "local_resolution": None,
+        "directional": None,
+    }
     for stale in (_LOCAL, _LOCAL_HALF_MAPS, "directions.csv"):
         (run / stale).unlink(missing_ok=True)
     if evident:
@@ -198,6 +206,13 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         rotation = read_rotations(star) if star.is_file() else None
         result["directional"] = directions(run, maps, fine, rotation, symmetry_group(symmetry))
     return result
+
+
+def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Which resolutions are no more than the end of the curve."""
+    finest = grid.length / (grid.size // 2)
+    reached = [name for name, value in found.items() if isinstance(value, float) and value < finest * (1 + 1e-9)]
+    return {"nyquist": finest, "reached_by": reached}
 
 
 def shell_curves(maps: RunMaps) -> tuple[dict[str, list[Any]], dict[str, Any]]:

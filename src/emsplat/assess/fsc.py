@@ -150,6 +150,12 @@ def resolution(curve: Curve, threshold: float) -> float | None:
     return 1 / float(curve.frequency[shell]) if shell > 0 else None
 
 
+def never_falls(curve: Curve, threshold: float) -> bool:
+    """Whether every shell after 0 reaches the threshold: then `resolution` and `crossing` are Nyquist, which is the limit
+    of the pixel size and says nothing about where the curve would have fallen."""
+    return _first_below(curve, threshold) == len(curve.value)
+
+
 def crossing(curve: Curve, threshold: float) -> float | None:
     """Spacing in Å where the linearly interpolated curve first crosses the threshold.
 
