@@ -151,8 +151,11 @@ def resolution(curve: Curve, threshold: float) -> float | None:
 
 
 def never_falls(curve: Curve, threshold: float) -> bool:
-    """Whether every shell after 0 reaches the threshold: then `resolution` and `crossing` are Nyquist, which is the limit
-    of the pixel size and says nothing about where the curve would have fallen."""
+    """Whether every shell after 0 reaches the threshold.
+
+    Then `resolution` and `crossing` are Nyquist, the limit of the pixel size: where the curve would have fallen is not
+    known.
+    """
     return _first_below(curve, threshold) == len(curve.value)
 
 
