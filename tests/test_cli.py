@@ -62,7 +62,9 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     words = ["--mask", str(truth), "-o", str(tmp_path / "fsc.star")]
     assert main(["fsc", str(truth), str(truth)]) == 0
     printed = capsys.readouterr().out
-    assert "FSC 0.143 unmasked: 8" in printed  # Nyquist
+    assert "FSC 0.143 unmasked: better than 8.00 Å, the limit of the pixel size: it never falls" in printed
+    assert "last shell before the drop" not in printed
+    assert "are the same map" in printed
     assert "cryoDRGN" in printed
     assert "shell" in printed
     assert main(["fsc", str(truth), str(truth), *words]) == 2  # a density is no mask: values outside 0 to 1

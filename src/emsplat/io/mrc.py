@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat import __version__
-from emsplat.errors import InputError
-from emsplat.io.files import replacing
+from emsplat.errors import InputError, OutputError
+from emsplat.io.files import replacing, require_finite
 from emsplat.types import Grid
+
+Origin = tuple[float, float, float]  # (x, y, z) in Å, where a header places voxel 0
 
 _HEADER_BYTES = 1024
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -44,6 +46,7 @@ _SAMPLED_IMAGES = 16
 _IMOD_STAMP, _IMOD_SIGNED, _IMOD_4_BIT = 1146047817, 1, 16
 _PIECE = 2**20  # bytes unpacked at once
 _SAME_PLACE = 0.01  # voxels
+_ROUNDING = 0.01  # of the standard deviation of an image
 
 
 class _Packing(NamedTuple):
@@ -91,7 +94,7 @@ class _Header:
     dtype: np.dtype[Any]
     offset: int  # bytes before the data
     voxel: NDArray[np.float64]  # (x, y, z) in Å, 0 where not said
-    origin: tuple[float, float, float]  # (x, y, z) of voxel 0 in Å
+    origin: Origin
     volumes: int  # in a stack of volumes, else 1
     images: bool  # sections are images
     signed: bool | None  # whether bytes are; None where IMOD's stamp does not say
@@ -191,7 +194,7 @@ def _in_byte_order(raw: bytes) -> NDArray[Any]:
     return next((header for header in headers if int(header["mode"]) in {*_MODES, *_NO_DENSITY}), headers[0])
 
 
-def _origin(header: NDArray[Any], axes: tuple[int, int, int], voxel: NDArray[np.float64]) -> tuple[float, float, float]:
+def _origin(header: NDArray[Any], axes: tuple[int, int, int], voxel: NDArray[np.float64]) -> Origin:
     """Where voxel 0 lies: ORIGIN, in Å, where it is set, else N.START, in voxels along the axes of the file.
 
     Programs differ in which they write and read; the one that is not 0 was meant.
@@ -236,7 +239,7 @@ class StoredMap:
 
     volume: Float[Tensor, "z y x"]
     grid: Grid
-    origin: tuple[float, float, float]  # (x, y, z) in Å, where the file places voxel 0
+    origin: Origin
     warnings: tuple[str, ...]  # what was assumed, each with the name of the file
 
 
@@ -344,10 +347,13 @@ def write_map(path: Path, volume: Float[Tensor, "z y x"], pixel_size: float) -> 
     """Writes a map as MRC2014 mode 2, under a temporary name until it is complete.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or holds values that are not finite.
     """
+    with np.errstate(over="ignore"):  # refused below
+        data = volume.detach().cpu().numpy().astype(np.float32)
+    require_finite(path, "voxels", data)
     with replacing(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
-        file.set_data(volume.detach().cpu().numpy().astype(np.float32))
+        file.set_data(data)
         file.set_volume()
         file.voxel_size = pixel_size
         _label(file)
@@ -440,10 +446,12 @@ def writing_stack(
 ) -> Iterator[Callable[[Float[Tensor, "p y x"]], None]]:
     """Streams ``count`` images into a stack: ``with writing_stack(...) as write: write(images)``.
 
-    The file appears under its name when the block ends well.
+    The file appears under its name when the block ends well. float16 holds numbers from 6e-8 to 65504 with three
+    digits: images that would lose more than a hundredth of their standard deviation are refused, since a factor for the
+    whole stack is not known before its last image.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written; values are not finite or do not fit the type.
     """
     number = np.dtype(dtype).newbyteorder("<")
     sums, extremes = np.zeros(2), [np.inf, -np.inf]
@@ -451,7 +459,11 @@ def writing_stack(
         file.write(bytes(_HEADER_BYTES))
 
         def write(images: Tensor) -> None:
-            data = np.ascontiguousarray(images.numpy().astype(number, copy=False))
+            with np.errstate(over="ignore"):  # refused below
+                data = np.ascontiguousarray(images.numpy().astype(number, copy=False))
+            require_finite(path, "pixels", images)
+            if number.itemsize == 2:
+                _require_narrow(path, images.flatten(1), torch.from_numpy(data).float().flatten(1))
             file.write(data.data)
             kept = torch.from_numpy(data).float().flatten(1)
             squares = torch.linalg.vector_norm(kept, dim=1).double().square()
@@ -461,6 +473,21 @@ def writing_stack(
         yield write
         file.seek(0)
         file.write(_stack_header(count, grid, number, sums, extremes).tobytes())
+
+
+def _require_narrow(path: Path, images: Float[Tensor, "p x"], narrow: Float[Tensor, "p x"]) -> None:
+    """
+    Raises:
+        OutputError: rounding to float16 changes images by more than `_ROUNDING` of their standard deviation.
+    """
+    lost = (narrow - images).square().mean(1)
+    bad = int((~(lost <= _ROUNDING**2 * images.var(1, correction=0))).sum())
+    if bad:
+        low, high = (float(value) for value in images.aminmax())
+        raise OutputError(
+            f"{path}: {bad:,} of {len(images):,} images with grey values from {low:.4g} to {high:.4g} do not fit "
+            "float16 (up to 65504, three digits); normalise them (leave out --no-normalise) or write --dtype float32"
+        )
 
 
 def _stack_header(
