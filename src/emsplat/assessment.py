@@ -233,7 +233,7 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
         data = raw or (first, second)
         soft = particle_mask(data[0] + data[1], grid, 0.9 * grid.length, True)
     else:
-        soft = read_mask(path, grid, log, origin)
+        soft = read_mask(path, grid, None if mask is None else log, origin)
     return RunMaps(grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, origin)
 
 
