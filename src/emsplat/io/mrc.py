@@ -128,6 +128,14 @@ def _label(file: Any) -> None:
     file.header.label[0] = f"emsplat {__version__}"
 
 
+def count_sections(path: Path) -> int:
+    """
+    Raises:
+        InputError: missing, not MRC, truncated.
+    """
+    return _header(path, "an MRC image stack")[0][0]
+
+
 class StackFile:
     """An image stack on disk, memory-mapped: ``count`` square images of ``box`` pixels.
 
