@@ -14,6 +14,7 @@ from emsplat.inputs import open_images, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
 
@@ -40,6 +41,7 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
     table = read_table(config, particles)
     for warning in table.warnings:
         log.warn(warning)
+    log.line(f"{len(table):,} particles of {table.name}; {say_folders(table.folders)}")
     stack = open_images(config, table, finer=True, recentre=config.recentre)
     try:
         output.mkdir(parents=True, exist_ok=True)

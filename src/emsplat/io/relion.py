@@ -56,6 +56,17 @@ class _Block:
     def _find(self, column: str) -> cif.Column:
         return self.block.find_values(f"_rln{column}")
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, without their ``_rln``."""
+        tags: list[Any] = [item.pair[0] for item in self.block if item.pair is not None]  # type: ignore[index]
+        tags += [tag for item in self.block if item.loop is not None for tag in item.loop.tags]
+        return [tag.removeprefix("_rln") for tag in tags if tag.startswith("_rln")]
+
+    def words(self, column: str) -> list[str]:
+        """The values of a column, however many there are."""
+        return [cif.as_string(value) for value in self._find(column)]
+
     def text(self, column: str) -> list[str]:
         if not self.has(column):
             raise InputError(f"{self.path}: the table data_{self.name} has no column rln{column}; {_remedy(column)}")
@@ -164,11 +175,8 @@ def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
 
 def _refuse_tomography(path: Path, blocks: Sequence[_Block]) -> None:
     for block in blocks:
-        tags: list[Any] = [item.pair[0] for item in block.block if item.pair is not None]  # type: ignore[index]
-        tags += [tag for item in block.block if item.loop is not None for tag in item.loop.tags]
-        columns = [tag.removeprefix("_rln") for tag in tags if tag.startswith("_rln")]
-        found = next((column for column in columns if column in _TOMOGRAPHY or column.startswith("Tomo")), None)
-        if any(_number(cif.as_string(value)) == 3 for value in block.block.find_values("_rlnImageDimensionality")):
+        found = next((name for name in block.columns if name in _TOMOGRAPHY or name.startswith("Tomo")), None)
+        if block.has("ImageDimensionality") and any(_number(text) == 3 for text in block.words("ImageDimensionality")):
             found = "ImageDimensionality 3"
         if found is not None:
             raise InputError(
@@ -531,8 +539,10 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
     else:
         groups = _missing_optics(table, optics)
     if not new_images:
-        written = particles.text("ImageName")
-        columns["ImageName"] = _kept_names(target, table, [written[row] for row in table.row.tolist()])
+        texts = particles.text("ImageName")
+        written = [texts[row] for row in table.row.tolist()]
+        kept = _kept_names(target, table, written)
+        columns |= {"ImageName": kept} if kept != written else {}
     else:
         columns["ImageName"] = _new_names(target, table, target.parent)
         columns |= _flags_of_flipped(particles, table.row)
