@@ -23,7 +23,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 
 _OTHER_ENDING = {".mrc": ".mrcs", ".mrcs": ".mrc"}
-_BLOCK, _BLOCKS = 2**14, 16  # bytes and number of the pieces by which files are compared; smaller files wholly
+_BLOCK, _BLOCKS = 2**12, 8  # bytes and number of the pieces by which files are compared; smaller files wholly
 
 
 def group_equal(texts: Sequence[str]) -> Int[Tensor, " n"]:
