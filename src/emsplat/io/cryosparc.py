@@ -20,7 +20,7 @@ from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.io.files import replacing
 from emsplat.io.paths import find_stacks, group_equal
-from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
+from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
 
 Array = NDArray[Any]
@@ -58,6 +58,7 @@ def read_cs(
     optics = _optics(fields, notes)
     rotation, shift, alignment, particle_class = _poses(fields, pixel_size)
     optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
+    notes += doubts(path, optics)
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
     micrograph = next(
@@ -327,15 +328,29 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
             f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
             "take the .cs file of a refinement"
         )
-    if fields.has(f"{prefix}/psize_A"):
-        spacing = fields.first(f"{prefix}/psize_A")
-    else:
-        spacing = pixel_size
-        fields.notes.append(f"{fields.path}: no {prefix}/psize_A; shifts are taken in pixels of the images")
+    spacing = _spacing(fields, prefix, pixel_size)
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
     rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)
     classes_found = None if number is None else torch.from_numpy(number.astype(np.int64))
     return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix, classes_found
+
+
+def _spacing(fields: _Fields, prefix: str, pixel_size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The pixels in Å that shifts are counted in; those of the images where the file does not say."""
+    name = f"{prefix}/psize_A"
+    spacing = fields.first(name) if fields.has(name) else np.zeros(len(fields))
+    unset = spacing == 0
+    if (spacing < 0).any() or (unset.any() and not unset.all()):
+        row = int(np.flatnonzero(spacing <= 0)[0])
+        raise InputError(
+            f"{fields.path}, row {row + 1}: {name} is {spacing[row]:g}, but shifts are in pixels of this size; "
+            "expected Å above 0, repair the file or leave such particles out"
+        )
+    if not unset.all():
+        return spacing
+    why = "is 0 for all particles" if fields.has(name) else "is missing"
+    fields.notes.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
+    return pixel_size
 
 
 def _optics_groups(

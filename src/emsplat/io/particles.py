@@ -23,8 +23,8 @@ def read_particles(
     passthrough: Sequence[Path] = (),
     need_stacks: bool = True,
 ) -> ParticleTable:
-    """Particles of RELION (.star), cryoSPARC (.cs, with ``passthrough``), or cryoDRGN (.mrcs, .mrc or .txt with
-    ``poses`` and ``ctf``). Without ``need_stacks`` image stacks may be missing, except those of cryoDRGN, which alone
+    """Particles of RELION (.star, .star.gz), cryoSPARC (.cs, with ``passthrough``), or cryoDRGN (.mrcs, .mrc or
+    .txt with ``poses`` and ``ctf``). Without ``need_stacks`` image stacks may be missing, except those of cryoDRGN, which alone
     know how many images there are.
 
     Raises:
@@ -36,6 +36,8 @@ def read_particles(
         raise InputError(f"{path}: --poses and --ctf go with an image stack (.mrcs, .txt); leave them out")
     if passthrough and kind != ".cs":
         raise InputError(f"{path}: --passthrough goes with a cryoSPARC .cs file; leave it out")
+    if kind == ".gz" and path.with_suffix("").suffix.lower() != ".star":
+        raise InputError(f"{path}: is compressed; unpack it first: gunzip {path.name}")
     if kind == ".cs":
         return read_cs(path, datadir, passthrough, need_stacks=need_stacks)
     if kind in (".mrcs", ".mrc", ".txt"):

@@ -167,7 +167,12 @@ def _perfect(count: int) -> Aberrations:
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
 
 
-_POSSIBLE = {"voltage": (1.0, 1e4), "cs": (-1e3, 1e3), "amplitude_contrast": (-1.0, 1.0)}  # kV, mm, fraction
+# kV, mm and a fraction; other units lie far outside
+_POSSIBLE = {
+    "voltage": (1.0, 1e4, "in kV"),
+    "cs": (-100.0, 100.0, "in mm"),
+    "amplitude_contrast": (-1.0, 1.0, "as a fraction"),
+}
 
 
 def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
@@ -176,11 +181,23 @@ def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
     Raises:
         InputError: names the first row.
     """
-    for name, (field, (low, high)) in zip(names, _POSSIBLE.items(), strict=True):
+    for name, (field, (low, high, unit)) in zip(names, _POSSIBLE.items(), strict=True):
         values = getattr(optics, field)
         bad = (~((values >= low) & (values <= high))).nonzero()
         if len(bad):
             row = int(bad[0])
             raise InputError(
-                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value, from {low:g} to {high:g}"
+                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value {unit}, from {low:g} to "
+                f"{high:g}"
             )
+
+
+def doubts(path: Path, optics: Optics) -> list[str]:
+    """What a CTF says that may be meant, but seldom is."""
+    count = int(((optics.defocus_u == 0) & (optics.defocus_v == 0)).sum())
+    if not count:
+        return []
+    return [
+        f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
+        "focus; where it was never estimated, take the file of a job after CTF estimation"
+    ]
