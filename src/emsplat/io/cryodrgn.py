@@ -53,8 +53,8 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
         raise InputError(f"{ctf}: box {table[:, 0].min():g} at {table[:, 1].min():g} Å; expected both above 0")
     if (table[:, 0] != box).any():
         notes.append(
-            f"{ctf}: is for a box of {table[0, 0]:g} pixels of {table[0, 1]:.5g} Å, the images have {box}: they are "
-            f"taken to show the same area, in pixels of {pixel_size[0]:.5g} Å; where they were cropped, parse the CTF again"
+            f"{ctf}: is for a box of {table[0, 0]:g} pixels of {table[0, 1]:.5g} Å, the images have {box}; these are "
+            f"taken as the same area, in pixels of {pixel_size[0]:.5g} Å; where they were cropped, parse the CTF again"
         )
     unique, group = np.unique(np.stack([pixel_size.round(5), *table[:, 5:8].T], 1), axis=0, return_inverse=True)
     columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in table.T]

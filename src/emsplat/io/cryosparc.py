@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,17 @@ Array = NDArray[Any]
 
 _NPY = b"\x93NUMPY"
 _LONGEST_HEADER = 100_000  # bytes: wide tables exceed numpy's own limit
+_STAR = "rln/"  # fields of our own, for columns of STAR files
+_GROUP_NAME = f"{_STAR}OpticsGroupName"
+# What a `ParticleTable` carries from one format to another.
+_CARRIED = {
+    *("uid", "blob/path", "blob/idx", "blob/shape", "blob/psize_A", "blob/sign", "ctf/type", "ctf/exp_group_id"),
+    *("ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast", "ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad", "ctf/bfactor"),
+    *("ctf/phase_shift_rad", "ctf/scale", "ctf/tilt_A", "ctf/anisomag", "alignments3D/split", "alignments3D/shift"),
+    *("alignments3D/pose", "alignments3D/psize_A", "alignments3D/class", "alignments3D/alpha"),
+    *("location/micrograph_path", "location/micrograph_uid", "location/micrograph_shape"),
+    *("location/micrograph_psize_A", "location/center_x_frac", "location/center_y_frac"),
+}
 _TOO_MANY = 10**9  # images of a stack, pixels of a box
 _SIGNS = (-1.0, 1.0)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -83,7 +94,28 @@ def read_cs(
         uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
         warnings=(*fields.notes, *notes),
         sign=_sign(fields),
+        coordinates=_coordinates(fields),
     )
+
+
+def cs_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
+    """What .cs files hold besides that which a table carries: columns of a STAR file that `write_cs` has kept, with the
+    text of each particle, and the names of other fields.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    own = [_read(path) for path in table.sources]
+    names = [list(data.dtype.names or ()) for data in own]
+    ours = [name for name in names[0] if name.startswith(_STAR) and all(name in other for other in names)]
+    kept = [name for name in ours if name != _GROUP_NAME]
+    places = list(zip(table.source.tolist(), table.row.tolist(), strict=True))
+    columns = {}
+    for name in kept:
+        texts = [[value.decode(errors="replace") for value in data[name].astype("S").tolist()] for data in own]
+        columns[name.removeprefix(_STAR)] = [texts[source][row] for source, row in places]
+    other = dict.fromkeys(name for one in names for name in one if name not in {*_CARRIED, *ours})
+    return columns, list(other)
 
 
 def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
@@ -361,16 +393,31 @@ def _optics_groups(
     microscope = [values.numpy() for values in (optics.voltage, optics.cs, optics.amplitude_contrast)]
     bent = optics.aberrations
     bends = [] if bent is None else [*bent.magnification.reshape(-1, 4).numpy().T, *bent.odd.numpy().T]
-    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, *bends], axis=1)
-    unique, group = np.unique(keys, axis=0, return_inverse=True)
-    groups = tuple(OpticsGroup(f"exp_group_{int(row[0])}", float(row[1]), int(row[2])) for row in unique)
+    original = fields.numbers("location/micrograph_psize_A", default=0.0)
+    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, original, *bends], axis=1)
+    unique, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    names = fields.text(_GROUP_NAME) if fields.has(_GROUP_NAME) else [f"exp_group_{int(number)}" for number in exposure]
+    groups = tuple(
+        OpticsGroup(names[row], float(values[1]), int(values[2]), float(original[row]) if original[row] > 0 else None)
+        for row, values in zip(first.tolist(), unique, strict=True)
+    )
     return group.reshape(-1).astype(np.int64), groups
 
 
+def _coordinates(fields: _Fields) -> Tensor | None:
+    """Where particles lie in their micrographs, in pixels from its first row and column; cryoSPARC has fractions."""
+    if not all(fields.has(f"location/{name}") for name in ("center_x_frac", "center_y_frac", "micrograph_shape")):
+        return None
+    shape = fields.numbers("location/micrograph_shape", 2)  # (y, x)
+    place = [fields.numbers(f"location/center_{axis}_frac") * shape[:, i] for axis, i in (("x", 1), ("y", 0))]
+    return torch.from_numpy(np.stack(place, 1))
+
+
 def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
-    """A name for each different key, in order of appearance, where the file has names."""
+    """A name for each different key, in order of appearance, where the file tells micrographs apart."""
     if not fields.has("location/micrograph_path"):
-        return ()
+        known = fields.has("location/micrograph_uid")
+        return tuple(f"micrograph_{key}" for key in dict.fromkeys(keys)) if known else ()
     name_of: dict[str, str] = {}
     for key, name in zip(keys, fields.text("location/micrograph_path"), strict=True):
         name_of.setdefault(key, name.lstrip(">"))
@@ -381,12 +428,20 @@ def _is_whole(fields: _Fields, name: str) -> bool:
     return fields.has(name) and _identify(fields.raw(name))
 
 
-def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_images: bool = False) -> None:
+def write_cs(
+    path: Path,
+    table: ParticleTable,
+    half: Tensor | None,
+    *,
+    new_images: bool = False,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Particles as a .cs file; of one .cs file with all its fields, else with those that cryoSPARC's refinements use,
     as also with ``new_images``, where the images are others than those of the source.
 
-    Images are named by their full paths. Shifts are in pixels of ``alignments3D/psize_A``, which is the pixel size of
-    the images.
+    ``more`` are columns of a STAR file (without "rln") for which cryoSPARC has no field; they are kept as text in
+    fields named rln/... of our own. Images are named by their full paths. Shifts are in pixels of
+    ``alignments3D/psize_A``, which is the pixel size of the images.
 
     Raises:
         InputError: the source is no longer readable.
@@ -398,12 +453,12 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
         if half is not None and "alignments3D/split" in (data.dtype.names or ()):
             data["alignments3D/split"] = half.numpy() - 1
     else:
-        data = _built(table, half)
+        data = _built(table, half, more or {})
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, data, allow_pickle=False)
 
 
-def _built(table: ParticleTable, half: Tensor | None) -> Array:
+def _built(table: ParticleTable, half: Tensor | None, more: Mapping[str, Sequence[str]]) -> Array:
     optics, bent = table.optics, table.optics.aberrations
     group = table.optics_group
     if optics.treatment is not None and optics.treatment.any():
@@ -450,6 +505,13 @@ def _built(table: ParticleTable, half: Tensor | None) -> Array:
     if table.micrograph_names:
         names = np.array([name.encode() for name in table.micrograph_names])[table.micrograph.numpy()]
         columns["location/micrograph_path"] = (names.dtype.str, names)
+    original = [own.original_pixel_size for own in table.groups]
+    if all(size is not None for size in original):
+        columns["location/micrograph_psize_A"] = ("<f4", np.array(original, np.float64)[group.numpy()])
+    kept = {"OpticsGroupName": [table.groups[number].name for number in group.tolist()], **more}
+    for name, texts in kept.items():
+        values = np.array([text.encode() for text in texts])
+        columns[_STAR + name] = (values.dtype.str, values)
     arrays = {name: (kind, np.asarray(values)) for name, (kind, values) in columns.items()}
     data = np.zeros(len(table), np.dtype([(n, kind, values.shape[1:]) for n, (kind, values) in arrays.items()]))
     for name, (_, values) in arrays.items():

@@ -37,6 +37,15 @@ _ASSUMED = {
 _CORRECTED = "CtfDataAreCtfCorrected"
 _TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
 _MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
+# What a `ParticleTable` carries from one format to another.
+_CARRIED = {
+    *("ImageName", "MicrographName", "OpticsGroup", "OpticsGroupName", "ClassNumber", "RandomSubset"),
+    *("Voltage", "SphericalAberration", "AmplitudeContrast", "PhaseShift", "CtfBfactor", "CtfScalefactor"),
+    *("DefocusU", "DefocusV", "DefocusAngle", "AngleRot", "AngleTilt", "AnglePsi"),
+    *("OriginX", "OriginY", "OriginXAngst", "OriginYAngst", "Magnification", "DetectorPixelSize", "ImageSize"),
+    *("BeamTiltX", "BeamTiltY", "OddZernike", "EvenZernike", *_MAGNIFICATION, *_TREATMENTS, _CORRECTED),
+    *("ImagePixelSize", "MicrographOriginalPixelSize", "ImageDimensionality"),
+}
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
 _INDEX_DIGITS = 9
 _LARGEST_TILT = 100.0  # mrad
@@ -160,6 +169,11 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
     count = len(group)
     present = {name for name in _ASSUMED if particles.has(name) or (optics is not None and optics.has(name))}
     notes = [*particles.table.notes, *(optics.table.notes if optics is not None else ()), *_pixel_size_note(optics)]
+    if not particles.has("MicrographName") and not particles.has("RandomSubset"):
+        notes.append(
+            f"{path}: no columns rlnRandomSubset and rlnMicrographName; half-sets are drawn per stack, or particle by "
+            "particle where there is one stack"
+        )
     notes += [f"{path}: no column rln{name}; {what}" for name, what in _ASSUMED.items() if name not in present]
 
     def of_group(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -286,7 +300,9 @@ def _optics_groups(
     boxes = optics.integers("ImageSize").tolist() if optics.has("ImageSize") else [None] * len(numbers)
     if not pixel_sizes.min() > 0:
         raise InputError(f"{particles.path}: rln{source} in data_optics is {pixel_sizes.min():g}; expected Å above 0")
-    groups = tuple(OpticsGroup(*values) for values in zip(names, pixel_sizes.tolist(), boxes, strict=True))
+    column = "MicrographOriginalPixelSize"
+    original = optics.numbers(column).tolist() if optics.has(column) else [None] * len(numbers)
+    groups = tuple(OpticsGroup(*values) for values in zip(names, pixel_sizes.tolist(), boxes, original, strict=True))
     order = np.argsort(numbers)
     return np.arange(len(numbers)), groups, order[np.searchsorted(numbers, asked, sorter=order)]
 
@@ -556,7 +572,7 @@ def write_particles_star(
     half: Tensor | None,
 ) -> None:
     """A RELION 3.1 STAR file of particles of one pixel size and box."""
-    groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size),)
+    groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size, grid.pixel_size),)
     group = torch.zeros(len(image_names), dtype=torch.int64)
     _write_particles(path, image_names, micrographs, poses, optics, groups, group, half, None, {})
 
@@ -575,6 +591,19 @@ def common_columns(table: ParticleTable) -> dict[str, list[str]]:
         texts = [one.text(tag) for one in tables]
         columns[tag.removeprefix("_rln")] = [texts[source][row] for source, row in places]
     return columns
+
+
+def further_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
+    """What STAR files hold besides that which a table carries: columns that they share, as in `common_columns`, and the
+    names of those of the optics groups.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    columns = {name: texts for name, texts in common_columns(table).items() if name not in _CARRIED}
+    optics = [_tables(read_star_file(path))[1] for path in table.sources]
+    tags = dict.fromkeys(tag.removeprefix("_rln") for block in optics if block is not None for tag in block.table.tags)
+    return columns, [name for name in tags if name not in _CARRIED]
 
 
 def write_table(
@@ -597,7 +626,9 @@ def write_table(
     pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
     names = [f"{image + 1:06d}@{places[stack]}" for image, stack in pairs]
     named = table.micrograph_names
-    micrographs = [named[n] if named else f"micrograph{n + 1}" for n in table.micrograph.tolist()]
+    micrographs = [named[n] for n in table.micrograph.tolist()] if named else None
+    places_of = {} if table.coordinates is None else dict(zip("XY", table.coordinates.T.tolist(), strict=True))
+    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | dict(more or {})
     _write_particles(
         path,
         names,
@@ -608,14 +639,14 @@ def write_table(
         table.optics_group,
         half,
         table.particle_class,
-        more or {},
+        more,
     )
 
 
 def _write_particles(
     path: Path,
     image_names: Sequence[str],
-    micrographs: Sequence[str],
+    micrographs: Sequence[str] | None,
     poses: Poses,
     optics: Optics,
     groups: Sequence[OpticsGroup],
@@ -642,7 +673,7 @@ def _write_particles(
     }
     columns: dict[str, list[str]] = {
         "ImageName": list(image_names),
-        "MicrographName": list(micrographs),
+        **({} if micrographs is None else {"MicrographName": list(micrographs)}),
         "OpticsGroup": [str(number + 1) for number in recorded.tolist()],
         "ClassNumber": ["1"] * len(image_names) if particle_class is None else list(map(str, particle_class.tolist())),
         **{name: [f"{value:.7f}" for value in values.tolist()] for name, values in numeric.items()},
@@ -677,7 +708,11 @@ def _recorded_alike(
         table = {
             "OpticsGroup": str(len(tables) + 1),
             "OpticsGroupName": own.name if alike[number] == 1 else f"{own.name}_{seen[number]}",
-            "MicrographOriginalPixelSize": f"{own.pixel_size:.7f}",
+            **(
+                {}
+                if own.original_pixel_size is None
+                else {"MicrographOriginalPixelSize": f"{own.original_pixel_size:.7f}"}
+            ),
             "Voltage": f"{optics.voltage[particle]:.7f}",
             "SphericalAberration": f"{optics.cs[particle]:.7f}",
             "AmplitudeContrast": f"{optics.amplitude_contrast[particle]:.7f}",
