@@ -232,6 +232,12 @@ def test_alignment_pixel_size_of_zero(folder):
     assert "the defocus of 6 of 6 particles is 0" in warning
 
 
+def test_missing_sign_is_said(folder):
+    found = read(folder, table(**{"blob/sign": None}))
+    assert found.sign == 1
+    assert "no blob/sign; protein is taken to be bright, else use --invert" in found.warnings[0]
+
+
 def test_never_split_means_no_half_sets(folder):
     assert read(folder, table(**{"alignments3D/split": np.zeros(6, np.uint32)})).half is None
 
