@@ -46,12 +46,6 @@ def poses():
     return random_rotations(IMAGES, torch.Generator().manual_seed(2))
 
 
-@pytest.fixture
-def without_report(monkeypatch):
-    """Runs are looked at for what they say of their particles; drawing them takes most of their time."""
-    monkeypatch.setattr("emsplat.report.write_report", lambda run: None)
-
-
 def star(path, stack, rows, poses, *, shift=None, pixel=4.0, **columns):
     """A STAR file of images (from 0) with their poses, one per row, and further columns."""
     names = [str(stack)] * len(rows) if isinstance(stack, (str, Path)) else list(map(str, stack))
@@ -364,7 +358,7 @@ def test_copies_get_uids_of_their_own(stack, poses, tmp_path):
     assert len(np.unique(uid)) == 12
 
 
-def test_check_and_run_say_what_is_repeated(tmp_path, capsys, without_report):
+def test_check_and_run_say_what_is_repeated(tmp_path, capsys):
     config = SimulateConfig(
         box=24, pixel_size=6.0, particles=60, atoms=300, snr=0.5, micrograph_particles=6, half_sets=False
     )
@@ -406,7 +400,7 @@ def test_classes_of_several_files_are_not_compared(stack, poses, tmp_path):
     assert mixed_classes(read_table(SourceConfig(particle_class=2), mixed)) == ""
 
 
-def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path, without_report):
+def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path):
     half = [1 + i % 2 for i in range(12)]
     one = star(tmp_path / "a.star", stack, range(12), poses[:12], RandomSubset=half)
     same = star(tmp_path / "b.star", stack, range(6, 18), poses[6:18], RandomSubset=half)

@@ -81,6 +81,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
+        items += [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
         items += [_headers(stack), _cost(stack)]
         try:
             items += _quick_look(stack, group, output)
