@@ -16,6 +16,7 @@ FLOORS = [
     {"kernels", "geometry", "fourier"},
     {"project", "ctf", "assess"},
     {"io"},
+    {"copies"},
     {"model", "particles"},
     {"accumulate", "config", "start"},
     {"objective", "report", "inputs", "naming", "symmetry"},

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from emsplat.copies import settle_halves
 from emsplat.errors import InputError
 from emsplat.io.cryosparc import read_cs
 
@@ -197,7 +198,10 @@ def test_symmetry_copies_stay_in_one_half(folder):
     assert any("symmetry-expanded" in text for text in found.warnings)
     unsplit = read(folder, table(**{"sym_expand/src_uid": source, "alignments3D/split": None}))
     assert unsplit.half is None
-    assert unsplit.micrograph.tolist() == [0, 0, 1, 1, 2, 2]  # half-sets are drawn for these together
+    assert unsplit.expanded_from.tolist() == source.tolist()
+    drawn = settle_halves(unsplit, 0)
+    assert drawn[::2].tolist() == drawn[1::2].tolist()
+    assert set(drawn.tolist()) == {1, 2}
 
 
 def test_optics_groups(folder):

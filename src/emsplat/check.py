@@ -16,6 +16,7 @@ from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
+from emsplat.copies import copies, mixed_classes
 from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
@@ -32,6 +33,7 @@ from emsplat.types import Grid
 _SAMPLE = 2000  # particles of the quick look
 _VOXELS = 64  # at most, across its map
 _SECONDS = 20.0
+_CLOSE = 0.01  # of all particles, that share their place with one of the other half-set: from here on they mislead
 _VERDICTS = ("ok", "look", "wrong")
 
 
@@ -60,14 +62,15 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
     items = [
         _counts(table),
-        _half_sets(table),
+        _half_sets(table, config),
+        *_classes(table),
         *_optics(table),
         *_formation(table),
         _shifts(table),
         _views(table, group),
     ]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
-    items += _repeated(table)
+    items += _repeated(table, config.symmetry)
     stack: ParticleStack | None = None
     if config.metadata_only:
         items.append(Item("images", "ok", "not looked at (--metadata-only)"))
@@ -148,12 +151,19 @@ def _defocus(table: ParticleTable) -> Tensor:
 
 
 def _counts(table: ParticleTable) -> Item:
-    micrographs = int(table.micrograph.max()) + 1
+    micrographs = len(torch.unique(table.micrograph))
     text = f"{len(table):,} in {len(table.stacks):,} stacks from {micrographs:,} micrographs or groups"
     return Item("particles", "wrong" if len(table) < 4 else "ok", text)
 
 
-def _half_sets(table: ParticleTable) -> Item:
+def _classes(table: ParticleTable) -> list[Item]:
+    text = mixed_classes(table)
+    return [Item("classes", "look", text)] if text else []
+
+
+def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
+    if config.redraw_halves:
+        return Item("half-sets", "ok", "new ones are drawn (--redraw-halves)")
     if table.half is None:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
     one, two = (int((table.half == number).sum()) for number in (1, 2))
@@ -239,19 +249,23 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
     return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
 
 
-def _repeated(table: ParticleTable) -> list[Item]:
-    keys = table.stack.long() * (int(table.image.max()) + 1) + table.image
-    repeated = len(keys) - len(torch.unique(keys))
-    if not repeated:
-        return []
-    both = ""
-    if table.half is not None:
-        order = keys.argsort()
-        same = keys[order][1:] == keys[order][:-1]
-        crossing = int((same & (table.half[order][1:] != table.half[order][:-1])).sum())
-        both = f", {crossing:,} of them in both half-sets" if crossing else ""
-    text = f"{repeated:,} rows name an image that another row names too{both}"
-    return [Item("repeated images", "wrong" if both else "look", text)]
+def _repeated(table: ParticleTable, symmetry: str) -> list[Item]:
+    found, items = copies(table, symmetry), []
+    if table.left_out:
+        items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
+    if found.crossing:
+        text = f"{found.text}; {found.crossing:,} rows are of images in both half-sets: --redraw-halves or --unique"
+        items.append(Item("repeated images", "wrong", text))
+    elif found.expansion:
+        twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
+        items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))
+    elif found.rows:
+        text = f"{found.text}; they stay in one half-set and count once, --unique leaves them out"
+        items.append(Item("repeated images", "look", text))
+    if found.close:
+        share = found.close / len(table)
+        items.append(Item("repeated particles", "wrong" if share > _CLOSE else "look", found.near))
+    return items
 
 
 def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:

@@ -122,8 +122,12 @@ class ChoiceConfig:
     particle_class: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Only particles of this class (rlnClassNumber, alignments3D/class)."""
 
+    unique: bool = False
+    """Only the first row of each image (among those that --subset and --class leave): copies, and the further poses of
+    a symmetry-expanded set, are left out."""
+
     first: int | None = None
-    """Only the first so many particles."""
+    """Only the first so many particles (of those that the options above leave)."""
 
     flip_hand: bool = False
     """Reconstruct the mirror image. The images do not tell which hand is right."""
@@ -156,8 +160,11 @@ class ImagesConfig(ChoiceConfig):
 class SourceConfig(ImagesConfig):
     """Particles in two half-sets."""
 
+    redraw_halves: bool = False
+    """Draw new half-sets, whatever the files say; micrographs and copies of an image stay together."""
+
     seed: int = 0
-    """Seed of half-sets (where the STAR file has none), start and order of the images."""
+    """Seed of half-sets (where the file has none, or with --redraw-halves), start and order of the images."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from emsplat.config import ConvertConfig
+from emsplat.copies import copies
 from emsplat.errors import InputError, OutputError
 from emsplat.inputs import read_table, with_boxes
 from emsplat.io.cryodrgn import write_pickles
@@ -58,6 +59,9 @@ def convert(
             "from with --datadir"
         )
     table = with_boxes(table)
+    found = copies(table, config.symmetry)
+    if found.rows:
+        say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half
     if half is not None and not bool((half > 0).all()):
         say("look: some of the files have no half-sets; the column is left out, a refinement will draw new ones")

@@ -160,8 +160,9 @@ def _write(name: str, stack: ParticleStack, folder: Path, from_shell: int, seed:
     """The altered particles as a stack and a STAR file beside it; images bright, normalised."""
     rng = torch.Generator().manual_seed(seed + 1)
     images, star = folder / "particles.mrcs", folder / "particles.star"
-    with writing_stack(images, len(stack), stack.grid) as write:
-        for batch in stack.sequential(64):
+    once = stack.once()
+    with writing_stack(images, len(once), stack.grid) as write:
+        for batch in once.sequential(64):
             altered = batch.images
             if name == "noise":
                 altered = _noise_like(altered, rng)

@@ -26,7 +26,8 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
 
     Images are brought to the box and pixel size asked for (`particles.resampled_grid`), moved by whole pixels so that
     origins are below one, normalised to mean 0 and standard deviation 1 outside the particle, and bright. Those that
-    were multiplied by their CTF become phase-flipped ones. A STAR file keeps its columns; particles of a .cs file get a
+    were multiplied by their CTF become phase-flipped ones. An image that several rows name is written once, and they
+    go on naming it. A STAR file keeps its columns; particles of a .cs file get a
     particles.cs as well. Further grids get stacks of their own (particles2.mrcs, ...).
 
     Raises:
@@ -50,7 +51,7 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
     parts = stack.parts()
     paths = [output / f"particles{number or ''}.mrcs" for number in (0, *range(2, len(parts) + 1))]
     for part, path in zip(parts, paths, strict=True):
-        _write_images(part, path, config, log)
+        _write_images(part.once(), path, config, log)
     written = stack.written_to(paths)
     star = output / "particles.star"
     write_used(written, star, written.half, new_images=True)

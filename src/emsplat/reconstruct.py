@@ -17,13 +17,14 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tomli_w
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat import __version__, report
@@ -34,6 +35,7 @@ from emsplat.accumulate import (
     begin,
     combined,
     contrast,
+    held_images,
     mean_per_shell,
     relative_gain,
 )
@@ -41,6 +43,7 @@ from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
+from emsplat.copies import Copies, copies, image_marks, mixed_classes
 from emsplat.device import (
     choose_device,
     device_name,
@@ -58,6 +61,7 @@ from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
+from emsplat.io.table import ParticleTable
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
@@ -273,6 +277,7 @@ def _write_config(config: InputConfig, particles: Path, output: Path, settings: 
 
 def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> Classical:
     """One pass over the particles; the full set is the sum of the halves."""
+    _check_added(stack, config, log)
     equations = {name: _accumulate_half(name, stack, config, output, log) for name in _HALVES}
     equations["class001"] = equations["half1"] + equations["half2"]
     solved = {name: part.solve() for name, part in equations.items()}
@@ -303,6 +308,38 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
     return Classical(equations, raw, mask, validation, found, evident)
 
 
+def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
+    """
+    Raises:
+        InputError: sums to be added hold images of the other half, or are not there.
+    """
+    if not config.add_statistics:
+        return
+    held = {name: [(stack.table.name, _images_of(stack.only(half)))] for name, half in _HALVES.items()}
+    for folder in config.add_statistics:
+        for name in _HALVES:
+            found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+            if not found:
+                raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+            own = [held_images(path) for path in found]
+            if not all(map(len, own)):
+                log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
+            for one, other in product(held[name], own):
+                if again := len(np.intersect1d(one[1], other, assume_unique=True)):
+                    log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
+            held[name] += [(str(folder), images) for images in own]
+    for first, second in product(*held.values()):
+        if len(np.intersect1d(first[1], second[1], assume_unique=True)):
+            raise InputError(
+                f"{first[0]}, half1, and {second[0]}, half2, hold the same images; their noise would be compared with "
+                "itself. Make the sums again with half-sets that agree, or from other particles"
+            )
+
+
+def _images_of(stack: ParticleStack) -> Int[Tensor, " i"]:
+    return image_marks(stack.table.take(stack.rows))
+
+
 def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> NormalEquations:
     """The sums of one half, from where an interrupted run left them, with those of other runs."""
     subset = stack.only(_HALVES[name])
@@ -316,10 +353,7 @@ def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, outpu
     rate = len(subset) / max(seconds, 1e-9)
     log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s, {rate:,.0f} images/s")
     for folder in config.add_statistics:
-        found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
-        if not found:
-            raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
-        for path in found:
+        for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
             other = begin(subset)
             other.load(path, but={"particles"})
             for part in subset.parts():
@@ -643,7 +677,7 @@ def _finish(
             path.unlink()
     summary = {
         **verdict,
-        "input": _describe(stack, particles, skipped),
+        "input": _describe(stack, particles, skipped, config),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": fits,
         "course": [{key: value for key, value in asdict(stage).items() if key != "scores"} for stage in stages],
@@ -736,8 +770,11 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
     )
-    source = "of the input" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
-    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
+    seed = "" if _half_sets_from(table, config) == "input" else f", seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
+    _say_copies(log, copies(table, config.symmetry), table, config)
+    if text := mixed_classes(table):
+        log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
     log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))
     sums = 12 * (PADDING * grid.size) ** 3 / 2 / 2**20
@@ -746,6 +783,30 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
         f"  one pass over {read:,.1f} GiB of images; {3 * sums:,.0f} MB of memory for the sums, "
         f"{torch.get_num_threads()} threads"
     )
+
+
+def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
+    if table.half is None:
+        return "redrawn per micrograph" if config.redraw_halves else "drawn per micrograph"
+    return "input" if bool((table.half > 0).all()) else "input, the rest drawn per micrograph"
+
+
+def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
+    if table.left_out:
+        log.line(f"  {table.left_out:,} rows that name an image again are left out (--unique)")
+    if found.expansion:
+        log.line(f"  {found.text}; copies share a half-set")
+        if config.symmetry.upper() != "C1":
+            log.warn(
+                f"the set is {found.text}; --symmetry {config.symmetry} does that again and adds nothing: leave it "
+                "out, or leave the copies out with --unique"
+            )
+    elif found.rows:
+        log.warn(
+            f"{found.text}; they share a half-set and count once where their poses agree, --unique leaves them out"
+        )
+    if found.close:
+        log.warn(found.near)
 
 
 def _introduce_fit(log: Log, settings: Settings) -> None:
@@ -778,19 +839,25 @@ def _warn_of_shared_start(log: Log, init: str) -> None:
         )
 
 
-def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict[str, Any]:
+def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config: InputConfig) -> dict[str, Any]:
     table = stack.table
+    found = copies(table.take(stack.rows), config.symmetry)
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
         "file": str(particles),
         "particles": len(stack),
         "half_sets": [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)],  # type: ignore[index]
-        "half_sets_from": "input" if table.half is not None else "drawn per micrograph",
+        "half_sets_from": _half_sets_from(table, config),
+        "images": found.images,
+        "repeated_rows": found.rows,
+        "left_out_rows": table.left_out,
+        "symmetry_expanded": found.expansion,
+        "close_to_other_half": found.close,
         "optics_groups": len(table.groups),
         "stacks": len(table.stacks),
         "image_folders": [str(folder) for folder in table.folders],
-        "micrographs": int(table.micrograph.max()) + 1,
+        "micrographs": len(torch.unique(table.micrograph[stack.rows])),
         "box": stack.grid.size,
         "pixel_size": stack.grid.pixel_size,
         "diameter": round(stack.diameter, 2),

@@ -88,13 +88,15 @@ def read_cs(
         groups=groups,
         optics_group=torch.from_numpy(group),
         half=_half_sets(fields, alignment, source),
-        micrograph=group_equal(micrograph) if source is None else torch.from_numpy(source),
+        micrograph=group_equal(micrograph),
         stacks=found.paths,
         stack=found.stack,
         image=torch.from_numpy(index),
         particle_class=particle_class,
-        micrograph_names=_micrograph_names(fields, micrograph) if source is None else (),
+        micrograph_names=_micrograph_names(fields, micrograph),
         uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
+        expanded_from=None if source is None else torch.from_numpy(source.view(np.int64)),
+        position=_positions(fields),
         warnings=(*fields.notes, *notes, *found.notes),
         sign=_sign(fields),
         folders=found.folders,
@@ -562,10 +564,20 @@ def _built(table: ParticleTable, half: Tensor | None, more: Mapping[str, Sequenc
 
 
 def _uids(stacks: Array, index: Array) -> NDArray[np.uint64]:
-    """Numbers that follow from stack and index, different for different images."""
+    """Numbers that follow from stack and index, different for different rows: copies of an image count on from 2³²."""
     names, which = np.unique(stacks, return_inverse=True)
     start = [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") for name in names.tolist()]
-    return np.array(start, np.uint64)[which.reshape(-1)] + index.astype(np.uint64)
+    uid = np.array(start, np.uint64)[which.reshape(-1)] + index.astype(np.uint64)
+    return uid + (_earlier(uid) << 32).astype(np.uint64)
+
+
+def _earlier(values: Array) -> NDArray[np.int64]:
+    """How many of the earlier values equal each."""
+    order = np.argsort(values, kind="stable")
+    _, first, count = np.unique(values[order], return_index=True, return_counts=True)
+    earlier = np.empty(len(values), np.int64)
+    earlier[order] = np.arange(len(values)) - np.repeat(first, count)
+    return earlier
 
 
 def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bool]:
@@ -579,17 +591,33 @@ def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bo
     return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + odd.abs().max())).any()) or bool(bent.even.any())
 
 
-def _sources(fields: _Fields) -> NDArray[np.int64] | None:
-    """Equal numbers for the copies of one particle in a symmetry-expanded set."""
+def _positions(fields: _Fields) -> Tensor | None:
+    """Where the boxes lie in their micrographs, in Å; None where that is not said, or the same of all.
+
+    y is that of RELION, which counts from the other end, as do the shifts.
+    """
+    names = ("center_x_frac", "center_y_frac", "micrograph_shape", "micrograph_psize_A")
+    named = fields.has("location/micrograph_uid") or fields.has("location/micrograph_path")
+    if not named or not all(fields.has(f"location/{name}") for name in names):
+        return None
+    fraction = np.stack([fields.numbers(f"location/{name}") for name in names[:2]], 1)
+    extent = fields.numbers("location/micrograph_shape", 2)[:, ::-1] * fields.numbers(f"location/{names[3]}")[:, None]
+    fraction[:, 1] = 1 - fraction[:, 1]
+    place = fraction * extent
+    return None if (place == place[0]).all() else torch.from_numpy(np.ascontiguousarray(place))
+
+
+def _sources(fields: _Fields) -> NDArray[np.uint64] | None:
+    """The uid that each particle of a symmetry-expanded set had before, equal for its copies."""
     if not fields.has("sym_expand/src_uid"):
         return None
     uid = fields.raw("sym_expand/src_uid")
     if not _identify(uid):
         raise InputError(f"{fields.path}: sym_expand/src_uid has type {uid.dtype}; expected one integer per particle")
-    return np.unique(uid, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return uid.astype(np.uint64)
 
 
-def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.int64] | None) -> Tensor | None:
+def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.uint64] | None) -> Tensor | None:
     name = f"{prefix}/split"
     if not fields.has(name):
         return None
@@ -600,14 +628,14 @@ def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.int64] | None) -
     if len(np.unique(half)) < 2:
         return None  # never split: a job without half-sets writes 0 everywhere
     if source is not None:
-        first = np.zeros(source.max() + 1, np.int64)
-        first[source[::-1]] = half[::-1]
-        if (first[source] != half).any():
+        _, first, own = np.unique(source, return_index=True, return_inverse=True)
+        of_first = half[first[own.reshape(-1)]]
+        if (of_first != half).any():
             fields.notes.append(
                 f"{fields.path}: copies of one symmetry-expanded particle were in both half-sets; each now goes where "
                 "its first copy was"
             )
-        half = first[source]
+        half = of_first
     return torch.from_numpy(half)
 
 

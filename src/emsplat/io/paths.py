@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,38 @@ def group_equal(texts: Sequence[str]) -> Int[Tensor, " n"]:
     """Equal numbers for equal texts, in order of appearance."""
     seen: dict[str, int] = {}
     return torch.tensor([seen.setdefault(text, len(seen)) for text in texts], dtype=torch.int64)
+
+
+def real_paths(paths: Iterable[Path]) -> list[str]:
+    """Paths with links followed, equal for one file; those of files that are not there as far as they exist."""
+    folders: dict[str, str] = {}
+    real = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        whole = os.path.join(folders[folder], name)
+        real.append(os.path.realpath(whole) if os.path.islink(whole) else whole)
+    return real
+
+
+def existing_files(names: Sequence[str], source: Path) -> list[str | None]:
+    """Where files named in a metadata file lie, links followed, and None for those that are not there.
+
+    Looked for in the folder of ``source``, its parents, and as written; a folder that many share is looked for once.
+    """
+    folder = source.absolute().parent
+    roots = [*map(str, (folder, *folder.parents)), ""]
+    places: dict[str, list[str]] = {}
+    found = list[str | None]()
+    for name in names:
+        inner, last = os.path.split(name)
+        if inner not in places:
+            candidates = [os.path.join(root, inner.lstrip("/") if root else inner) for root in roots]
+            places[inner] = [os.path.realpath(place) for place in candidates if os.path.isdir(place or ".")]
+        paths = (os.path.join(place, last) for place in places[inner])
+        found.append(next((os.path.realpath(path) for path in paths if os.path.isfile(path)), None))
+    return found
 
 
 @dataclass(frozen=True)

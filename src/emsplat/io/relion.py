@@ -253,6 +253,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         image=image,
         particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
         micrograph_names=tuple(dict.fromkeys(micrographs)),
+        position=_positions(particles, optics, pixel_size, row_of_group[group]),
         warnings=(*notes, *shift_notes, *doubts(path, ctf_values), *found.notes),
         folders=found.folders,
     )
@@ -354,6 +355,23 @@ def _old_pixel_size(particles: _Block) -> float:
             "select the particles of one microscope setting"
         )
     return float(sizes[0])
+
+
+def _positions(
+    particles: _Block, optics: _Block | None, pixel_size: NDArray[np.float64], row: NDArray[np.int64]
+) -> Tensor | None:
+    """Where the boxes lie in their micrographs, in Å; None where that is not said, or is the same of all.
+
+    rlnCoordinateX and Y are in pixels of the micrograph, whose size the optics table tells.
+    """
+    if not all(particles.has(name) for name in ("MicrographName", "CoordinateX", "CoordinateY")):
+        return None
+    for name in ("MicrographPixelSize", "MicrographOriginalPixelSize"):
+        if optics is not None and optics.has(name):
+            pixel_size = optics.numbers(name)[row]
+            break
+    pixels = np.stack([particles.numbers(f"Coordinate{axis}") for axis in "XY"], 1)
+    return None if (pixels == pixels[0]).all() else torch.from_numpy(pixels * pixel_size[:, None])
 
 
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
