@@ -17,6 +17,7 @@ def _run(program: str, module: str) -> int:
     try:
         from emsplat.process import run
     except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
 
     def command() -> int:

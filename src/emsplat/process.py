@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from emsplat.errors import EmsplatError, InputError
+from emsplat.errors import EmsplatError, InputError, OutputError
 
 _IMPORTED = time.monotonic()
 # Cores of a job as queueing systems say them, in the order of how exactly they mean this process and this machine.
@@ -37,7 +37,7 @@ _PLAIN = {
     **{"×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "≤": "<=", "≥": ">=", "≈": "~", "±": "+-", "→": "->"},
     **{"°": "deg", "µ": "u", "μ": "u", "σ": "sigma", "λ": "lambda", "γ": "gamma", "π": "pi", "τ": "tau", "√": "sqrt"},
     **{digit: f"^{number}" for number, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-    **dict.fromkeys("─━═╌┄╸╺", "-"),
+    **dict.fromkeys("─━═╌┄╸╺•", "-"),
     **dict.fromkeys("│┃║╎┆", "|"),
     **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╔╗╚╝", "+"),
     **dict.fromkeys("‘’", "'"),
@@ -177,6 +177,30 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class Output(io.TextIOWrapper):
+    """Standard output that says so where it cannot be written, as no other error of the system does."""
+
+    def write(self, text: str) -> int:
+        with _as_output_error():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _as_output_error():
+            super().flush()
+
+
+@contextmanager
+def _as_output_error() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"standard output: cannot be written ({error.strerror or error}); send it to a file with room"
+        ) from error
+
+
 def run(program: str, command: Callable[[], int]) -> int:
     """Runs a command line as the whole of this process, and returns its exit code.
 
@@ -199,17 +223,16 @@ def run(program: str, command: Callable[[], int]) -> int:
     except BrokenPipeError:
         code = 141
     except OSError as error:
-        where = "standard output" if _is_broken(sys.stdout) else error.filename or "a file"
+        where = error.filename or "a file"
         code, text = 2, f"{where}: cannot be used ({error.strerror or error}); is there space, and permission?"
     except SystemExit as leaving:  # the help, or a complaint about an option
         code = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
     if text:
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             print(f"{program}: {text}", file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         if _is_broken(stream):  # what Python still wants to write at its end goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            code = code or (2 if stream is sys.stdout else 0)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the rest nobody could catch it
     return code
@@ -230,6 +253,9 @@ def settle() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 (until the end)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="emsplat.plain")
+    if isinstance(sys.__stdout__, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        same = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+        sys.stdout = Output(sys.stdout.buffer, **same)
 
     def stop(number: int, _: object) -> None:
         raise Stopped(number)
@@ -295,6 +321,6 @@ def _is_broken(stream: TextIO | None) -> bool:
     try:
         if stream is not None:
             stream.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError, OutputError):
         return True
     return False
