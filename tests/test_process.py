@@ -15,21 +15,19 @@ import pytest
 import torch
 
 from emsplat import process
-from emsplat.config import InputConfig, SimulateConfig
+from emsplat.config import AssessConfig, InputConfig
 from emsplat.errors import InputError, Interrupted
 from emsplat.process import Granted, granted_cores, run, started
 from emsplat.progress import Log, data_size, duration
 from emsplat.reconstruct import backproject, exit_code, reassess
 from emsplat.run_folder import interruptible
-from emsplat.simulate import simulate
 
 NOWHERE = (Path("/nowhere/cgroup"), Path("/nowhere"))
 
 
 @pytest.fixture(scope="module")
-def particles(tmp_path_factory):
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=300, snr=1.0, atoms=1500, seed=3)
-    return simulate(config, None, tmp_path_factory.mktemp("stack") / "particles")
+def particles(simulated):
+    return simulated(particles=300, snr=1.0)
 
 
 # Cores
@@ -285,13 +283,8 @@ def test_a_command_in_hard_surroundings(particles, tmp_path):
     assert summary["symmetry"]["verdict"] == "wrong"
     assert any(text.startswith("symmetry D3") for text in summary["warnings"])
     # Nor does another assessment forget it.
-    assert any(text.startswith("symmetry D3") for text in _assessed(tmp_path / "run")["warnings"])
-
-
-def _assessed(run_folder):
-    from emsplat.config import AssessConfig
-
-    return reassess(run_folder, AssessConfig(), Log(io.StringIO()))
+    again = reassess(tmp_path / "run", AssessConfig(), Log(io.StringIO()))
+    assert any(text.startswith("symmetry D3") for text in again["warnings"])
 
 
 def test_symmetry_that_is_meant(particles, tmp_path):
