@@ -289,8 +289,8 @@ def _cost_of(count: int, box: int) -> Item:
     # Two cores of 2026 insert 6,000 images of 96² a second; the work grows with the pixels.
     seconds = count / (6000 * (96 / box) ** 2.7)
     text = (
-        f"{data_size(read)} to read once, {data_size(sums)} of memory for the sums; the pass takes two cores about "
-        f"{duration(seconds)}"
+        f"{data_size(read)} to read once, {data_size(sums)} of memory for the sums; two cores take "
+        f"{duration(seconds)} for the pass"
     )
     return Item("cost", "ok", text)
 
