@@ -672,6 +672,7 @@ def _finish(
         "settings": settings,
         "symmetry": None if symmetry is None else asdict(symmetry),
         "options": plain(config),
+        "seconds_of_parts": log.parts,
         "peak_memory_mb": round(peak_memory()),
         "device": device_name(stack.device),
         **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
@@ -684,8 +685,8 @@ def _finish(
     write_text(output / "summary.json", json.dumps(summary, indent=2))
     with log.part("report", "drawing the figures and the report"):
         report.write_report(output)
-    # The time of the whole, which nobody knows before the page is drawn, and of its parts.
-    summary |= {"seconds": round(log.seconds, 1), "seconds_of_parts": log.parts}
+    # That of the whole nobody knows before the page is drawn.
+    summary["seconds"] = round(log.seconds, 1)
     write_text(output / "summary.json", json.dumps(summary, indent=2))
     _conclude(log, summary, output)
     if config.naming != "relion":
