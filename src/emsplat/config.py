@@ -99,7 +99,8 @@ class ChoiceConfig:
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
 
     datadir: Path | None = None
-    """Folder that the image paths of the STAR file start from, where they are not found beside it."""
+    """Folder that the image paths start from, where they do not from that of the particle file or a parent of it; the
+    last parts of a path suffice below it."""
 
     poses: Path | None = None
     """cryoDRGN's poses.pkl, for an image stack (.mrcs or a .txt that lists stacks)."""
@@ -257,7 +258,8 @@ class AssessConfig:
     """Diameter in Å of a spherical mask for the FSC, in place of the mask of the run."""
 
     reference: Path | None = None
-    """MRC map on the same grid that the full map is compared with as well."""
+    """What the full map is compared with as well: an MRC map on the same grid, or an atomic model (.cif, .pdb, also
+    packed with gzip) or Gaussians that lie in it."""
 
     window: float | None = None
     """Width of the moving window of the local resolution in Å; default: 25, or five times the resolution of the

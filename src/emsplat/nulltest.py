@@ -8,7 +8,6 @@ altered so that nothing true is left (noise), nothing beyond a spacing (phases),
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +26,9 @@ from emsplat.config import ImagesConfig, NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
 from emsplat.inputs import open_stack
+from emsplat.io.files import json_text, replacing
 from emsplat.io.mrc import writing_stack
+from emsplat.io.paths import say_folders
 from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
@@ -87,6 +88,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
+    log.line(f"{len(stack):,} particles of {stack.table.name}; {say_folders(stack.table.folders)}")
     settings = _settings(config)
     outcomes = []
     from_shell = 0
@@ -272,8 +274,8 @@ def _report(outcomes: list[Outcome], output: Path, log: Log) -> bool:
         log.line("FAILED: see the columns that are judged")
     log.line(f"{log.seconds:.0f} s in all")
     rows = [{field.name: getattr(one, field.name) for field in fields(one)} for one in outcomes]
-    write_text(output / "nulltest.json", json.dumps({"passed": passed, "tests": rows}, indent=2))
-    with (output / "nulltest.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(output / "nulltest.json", json_text({"passed": passed, "tests": rows}))
+    with replacing(output / "nulltest.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

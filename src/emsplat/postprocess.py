@@ -42,7 +42,7 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
 
 
 def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any]:
-    maps = read_run(run, config.mask)
+    maps = read_run(run, config.mask, log)
     grid = maps.grid
     columns, masking = shell_curves(maps)
     corrected = Curve(torch.arange(grid.size // 2 + 1).double() / grid.length, torch.tensor(columns[_CORRECTED]))

@@ -11,6 +11,7 @@ from emsplat.inputs import open_images, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.particles import ParticleStack
 from emsplat.process import threads
 from emsplat.progress import Log
@@ -38,9 +39,10 @@ def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Lo
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
     table = read_table(config, particles)
-    for warning in table.warnings:
-        log.warn(warning)
+    log.line(f"{len(table):,} particles of {table.name}; {say_folders(table.folders)}")
     stack = open_images(config, table, finer=True, recentre=config.recentre)
+    for warning in stack.table.warnings:
+        log.warn(warning)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,7 +8,6 @@ the same images that it is fitted to. What the halves share is written in `emspl
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -52,8 +51,10 @@ from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
 from emsplat.inputs import open_stack, with_boxes
+from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
@@ -65,7 +66,7 @@ from emsplat.progress import Log, data_size, peak_memory
 from emsplat.project import voxelize
 from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
-from emsplat.start import LOWPASS, check_start, is_shared, read_start, starts_from_gaussians
+from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
 from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
@@ -258,7 +259,7 @@ def _open(
         read_start(settings.get("init", "map"), stack.grid, name)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
-    for warning in stack.table.warnings:
+    for warning in (*stack.table.warnings, *start_remarks(settings.get("init", "map"), stack.grid)):
         log.warn(warning)
     skipped: list[int] = []
     if config.skip_bad:
@@ -296,7 +297,7 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             + ("without --invert" if stack.sign < 0 else "--invert")
         )
     evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    mask = given_mask(config, stack.grid)
+    mask = given_mask(config, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
@@ -466,7 +467,9 @@ def _fit_volumes(
 
 def _write_scores(path: Path, stages: list[Stage]) -> None:
     """The mean cross-validated FSC after each epoch that was judged: what the data of the other half say of the fit."""
-    rows = [f"{epoch},{stage.gaussians},{score:.6f}\n" for stage in stages for epoch, score in stage.scores]
+    rows = [
+        f"{epoch},{stage.gaussians},{number_text(score, '.6f')}\n" for stage in stages for epoch, score in stage.scores
+    ]
     if rows:
         write_text(path, "".join(["epoch,gaussians,score\n", *rows]))
 
@@ -682,12 +685,12 @@ def _finish(
         "warnings": log.warnings,
         "assessment": {"warnings": log.warnings[told:]},
     }
-    write_text(output / "summary.json", json.dumps(summary, indent=2))
+    write_text(output / "summary.json", json_text(summary))
     with log.part("report", "drawing the figures and the report"):
         report.write_report(output)
     # That of the whole nobody knows before the page is drawn.
     summary["seconds"] = round(log.seconds, 1)
-    write_text(output / "summary.json", json.dumps(summary, indent=2))
+    write_text(output / "summary.json", json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
         table = replace(stack.table, half=stack.half).take(stack.rows)
@@ -719,7 +722,7 @@ def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
     kept = [text for text in summary.get("warnings", []) if text not in outdated]
     assessment = {**plain(config), "warnings": log.warnings}
     summary = summary | verdict | {"assessment": assessment, "warnings": kept + log.warnings}
-    write_text(run / "summary.json", json.dumps(summary, indent=2))
+    write_text(run / "summary.json", json_text(summary))
     log.line("drawing the figures and the report")
     report.write_report(run)
     link_results(run)
@@ -764,6 +767,7 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
     log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {len(table.stacks)} stacks")
+    log.line(f"  {say_folders(table.folders)}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
@@ -824,6 +828,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict
         "half_sets_from": "input" if table.half is not None else "drawn per micrograph",
         "optics_groups": len(table.groups),
         "stacks": len(table.stacks),
+        "image_folders": [str(folder) for folder in table.folders],
         "micrographs": int(table.micrograph.max()) + 1,
         "box": stack.grid.size,
         "pixel_size": stack.grid.pixel_size,
