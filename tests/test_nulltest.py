@@ -78,7 +78,11 @@ def test_rotational_average_is_taken_out():
 def test_default_pipeline_passes(particles, tmp_path, capsys):
     output = tmp_path / "null"
     assert main(["nulltest", str(particles), "-o", str(output), "--epochs", "3", "--gaussians", "500"]) == 0
-    assert "passed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    # What is not judged is neither silent nor loud, and the end says so.
+    assert "NOT SILENT" not in said
+    assert "too fine" in said
+    assert "stays silent where it must (half map masked" in said
     result = json.loads((output / "nulltest.json").read_text())
     assert result["passed"]
     tests = {row["name"]: row for row in result["tests"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from emsplat.io.particles import is_star
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
+from emsplat.progress import data_size, duration
 from emsplat.report.figures import draw_directions, draw_slices
 from emsplat.symmetry import examine_symmetry
 from emsplat.types import Grid
@@ -302,18 +302,19 @@ def _cost(stack: ParticleStack) -> Item:
 
 
 def _cost_of(count: int, box: int) -> Item:
-    sums = 3 * 12 * (PADDING * box) ** 3 / 2 / 2**30
-    read = count * box**2 * 4 / 2**30
+    sums = 3 * 12 * (PADDING * box) ** 3 / 2
+    read = count * box**2 * 4
     # Two cores of 2026 insert 6,000 images of 96² a second; the work grows with the pixels.
-    minutes = count / (6000 * (96 / box) ** 2.7) / 60
-    return Item(
-        "cost", "ok", f"{read:,.1f} GiB to read once, {sums:.1f} GiB of memory for the sums, about {minutes:.1f} min"
+    seconds = count / (6000 * (96 / box) ** 2.7)
+    text = (
+        f"{data_size(read)} to read once, {data_size(sums)} of memory for the sums; two cores take "
+        f"{duration(seconds)} for the pass"
     )
+    return Item("cost", "ok", text)
 
 
 def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> list[Item]:
     """Back-projections of a sample of each half at coarse voxels: contrast, signal, figures."""
-    start = time.monotonic()
     size = min(_VOXELS, stack.grid.size)
     halves = []
     for number in (1, 2):
@@ -331,7 +332,7 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
     found = resolution(fsc_curve(raw[0], raw[1], grid, mask), 0.143)
     brightness = contrast(whole)
     count = sum(part.particles for part in halves)
-    used = f"{count:,} particles on {size}³ voxels, {time.monotonic() - start:.0f} s"
+    used = f"{count:,} particles on {size}³ voxels"
     signal = Item("signal", "ok", f"half maps of a sample agree to {found or math.nan:.1f} Å ({used})")
     if not evident:
         text = f"half maps of a sample do not agree ({used}): too few particles, wrong poses or wrong CTF?"

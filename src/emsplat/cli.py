@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,8 @@ from emsplat.config import (
     SimulateConfig,
 )
 from emsplat.errors import EmsplatError, InputError
+from emsplat.process import started
+from emsplat.progress import Log
 
 _FSC_COLUMNS = {
     "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
@@ -37,32 +38,38 @@ def reconstruct(
     particles: tyro.conf.Positional[Path],
     output: _Output,
     config: tyro.conf.OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),  # noqa: B008 (frozen)
-) -> None:
+) -> int:
     """Reconstruct a density map and two half maps from particles with known poses.
+
+    Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
         particles: RELION STAR file (3.0 or newer).
         output: Run folder.
     """
+    from emsplat.reconstruct import exit_code
     from emsplat.reconstruct import reconstruct as run
 
-    run(config, particles, output)
+    return exit_code(run(config, particles, output, _log()))
 
 
 def backproject(
     particles: tyro.conf.Positional[Path],
     output: _Output,
     config: tyro.conf.OmitArgPrefixes[InputConfig] = InputConfig(),  # noqa: B008 (frozen)
-) -> None:
+) -> int:
     """Classical half maps and a full map, regularised by their signal-to-noise ratio, in one pass.
+
+    Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
         particles: RELION STAR file (3.0 or newer).
         output: Run folder.
     """
     from emsplat.reconstruct import backproject as run
+    from emsplat.reconstruct import exit_code
 
-    run(config, particles, output)
+    return exit_code(run(config, particles, output, _log()))
 
 
 def simulate(
@@ -137,7 +144,7 @@ def preprocess(
     """
     from emsplat.preprocess import preprocess as run
 
-    run(config, particles, output)
+    run(config, particles, output, _log())
 
 
 def assess(
@@ -151,7 +158,7 @@ def assess(
     """
     from emsplat.reconstruct import reassess as work
 
-    work(run, config)
+    work(run, config, _log())
 
 
 def nulltest(
@@ -169,7 +176,7 @@ def nulltest(
     """
     from emsplat.nulltest import null_test
 
-    return 0 if null_test(config, particles, output) else 1
+    return 0 if null_test(config, particles, output, _log()) else 1
 
 
 def postprocess(
@@ -182,9 +189,8 @@ def postprocess(
         run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
     """
     from emsplat.postprocess import postprocess as work
-    from emsplat.progress import Log
 
-    work(run, config, Log())
+    work(run, config, _log())
 
 
 def fsc(
@@ -294,6 +300,11 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     print(f"report: {write_report(run)}")
 
 
+def _log() -> Log:
+    """Times that a command prints count from its own start: Python and the imports take seconds too."""
+    return Log(began=started())
+
+
 _COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
     "backproject": backproject,
@@ -311,8 +322,11 @@ _COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, 1 for a failed null test or a check that asks for a look, 2 for input or
-    output that cannot be used, 130 on Ctrl-C."""
+    """Runs a command; the exit code is 0, 1 for a failed null test, a wrong symmetry or a check that asks for a look, 2
+    for input or output that cannot be used, 128 and the number of the signal for a run that was interrupted.
+
+    Streams, signals and environment of the process are left as they are: the program is `emsplat.__main__`.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if words == ["--version"]:
         print(f"emsplat {__version__}")
@@ -327,11 +341,4 @@ def main(arguments: list[str] | None = None) -> int:
     except EmsplatError as error:
         print(f"emsplat: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); what Python still wants to write at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("emsplat: interrupted", file=sys.stderr)
-        return 130
     return code if isinstance(code, int) else 0

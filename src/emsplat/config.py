@@ -195,7 +195,8 @@ class PreprocessConfig(ImagesConfig):
     """Number format of the images."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
     overwrite: bool = False
     """Write into an output folder that is not empty."""
@@ -226,7 +227,8 @@ class InputConfig(SourceConfig):
     folder of the run."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute: on a GPU (cuda) or on the CPU; auto takes the GPU if there is one that can be used."""
@@ -239,6 +241,9 @@ class InputConfig(SourceConfig):
 
     resume: bool = False
     """Go on with the interrupted run in the output folder."""
+
+    force: bool = False
+    """Exit with 0 also where the particles do not have the symmetry that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,8 @@ class AssessConfig:
     back-projections where that is more."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +291,8 @@ class PostprocessConfig:
     """Spacing in Å where the line of Guinier's plot begins; it ends at the resolution."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
 
 @dataclass(frozen=True)

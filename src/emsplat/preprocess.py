@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-
-import torch
 
 from emsplat.config import PreprocessConfig
 from emsplat.errors import OutputError
@@ -16,6 +13,7 @@ from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
 from emsplat.io.paths import say_folders
 from emsplat.particles import ParticleStack
+from emsplat.process import threads
 from emsplat.progress import Log
 
 _PIXELS = 2**23  # of a batch
@@ -34,9 +32,11 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
         InputError: the particles or an option cannot be used.
         OutputError: the folder is not empty or cannot be written.
     """
-    log = log or Log()
-    start = time.monotonic()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    with threads(config.threads):
+        return _preprocess(config, particles, output, log or Log())
+
+
+def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
     table = read_table(config, particles)
@@ -50,15 +50,16 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
         raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
     parts = stack.parts()
     paths = [output / f"particles{number or ''}.mrcs" for number in (0, *range(2, len(parts) + 1))]
+    start = time.monotonic()
     for part, path in zip(parts, paths, strict=True):
         _write_images(part.once(), path, config, log)
+    rate = len(stack) / max(time.monotonic() - start, 1e-9)
     written = stack.written_to(paths)
     star = output / "particles.star"
     write_used(written, star, written.half, new_images=True)
     if all(source.suffix.lower() == ".cs" for source in table.sources):
         write_cs(output / "particles.cs", written, written.half, new_images=True)
-    seconds = time.monotonic() - start
-    log.line(f"particles: {star} ({len(stack):,}, {seconds:.0f} s, {len(stack) / seconds:,.0f} images/s)")
+    log.line(f"particles: {star} ({len(stack):,}, {rate:,.0f} images/s, {log.seconds:.0f} s in all)")
     return star
 
 

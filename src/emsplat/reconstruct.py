@@ -8,9 +8,7 @@ the same images that it is fitted to. What the halves share is written in `emspl
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import time
 import tomllib
@@ -67,16 +65,18 @@ from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
 from emsplat.particles import ParticleStack, estimate_noise
-from emsplat.progress import Log, peak_memory
+from emsplat.process import describe_threads, threads
+from emsplat.progress import Log, data_size, peak_memory
 from emsplat.project import voxelize
 from emsplat.residuals import write_residuals
-from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
+from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
 from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
-from emsplat.symmetry import examine_symmetry
+from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
+_DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
 _FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
 
 
@@ -179,17 +179,20 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the sums so far.
     """
-    start = time.monotonic()
-    log = log or Log()
-    stack, skipped = _open(config, particles, output, log, {}, several_grids=True)
-    classical = _accumulate_all(stack, config, output, log)
+    with threads(config.threads):
+        return _backproject(config, particles, output, log or Log())
+
+
+def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
+    stack, skipped, symmetry = _open(config, particles, output, log, {}, several_grids=True)
+    with log.part("accumulation"):
+        classical = _accumulate_all(stack, config, output, log)
     grid = stack.grid
     maps = {name: classical.raw[name] for name in _HALVES}
     maps["class001"] = classical.equations["class001"].solve(_prior(classical.validation.raw).to(stack.device))
     for name, volume in maps.items():
         write_map(output / _map_name(name), volume, grid.pixel_size)
-    summary = _finish(log, output, stack, particles, skipped, config, {}, classical, {}, start, [], [])
-    return summary
+    return _finish(log, output, stack, particles, skipped, symmetry, config, {}, classical, {}, [], [])
 
 
 @within_memory()
@@ -201,44 +204,53 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
-    start = time.monotonic()
-    log = log or Log()
+    with threads(config.threads):
+        return _reconstruct(config, particles, output, log or Log())
+
+
+def _reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
     settings = settings_of(config)
     if config.resume and settings.batch == "auto":
         settings = replace(settings, batch=_batch_before(output))
     one_pass = settings.engine == "one-pass"
-    stack, skipped = _open(config, particles, output, log, plain(settings), several_grids=one_pass)
+    stack, skipped, symmetry = _open(config, particles, output, log, plain(settings), several_grids=one_pass)
     _introduce_fit(log, settings)
-    classical = _accumulate_all(stack, config, output, log)
+    with log.part("accumulation"):
+        classical = _accumulate_all(stack, config, output, log)
     history = History(output / "convergence.csv")
     stages: list[Stage] = []
-    if one_pass:
-        models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
-    else:
-        settings = _with_batch(stack, classical, settings, config, particles, output, log)
-        models, fits = {}, {}
-        for name in (*_HALVES, "class001"):
-            subset = stack.only(_HALVES[name]) if name in _HALVES else stack
-            models[name], fits[name] = _fit_images(
-                name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
-            )
+    with log.part("fits"):
+        if one_pass:
+            models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
+        else:
+            settings = _with_batch(stack, classical, settings, config, particles, output, log)
+            models, fits = {}, {}
+            for name in (*_HALVES, "class001"):
+                subset = stack.only(_HALVES[name]) if name in _HALVES else stack
+                models[name], fits[name] = _fit_images(
+                    name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
+                )
     for name, model in models.items():
         _write_model(output, name, model, stack.grid)
     for name, volume in classical.raw.items():
         write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
-    with torch.no_grad():
-        halves = {number: models[name]() for name, number in _HALVES.items()}
-    examples = write_residuals(stack, halves, output)
-    return _finish(
-        log, output, stack, particles, skipped, config, plain(settings), classical, fits, start, stages, examples
-    )
+    with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
+        examples = write_residuals(stack, {number: models[name]() for name, number in _HALVES.items()}, output)
+    settled = plain(settings)
+    return _finish(log, output, stack, particles, skipped, symmetry, config, settled, classical, fits, stages, examples)
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 where the particles do not have the symmetry of the run and ``force`` does not say that this is meant."""
+    symmetry = summary["symmetry"]
+    return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
 def _open(
     config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
-) -> tuple[ParticleStack, list[int]]:
-    """The particles with half-sets, and the run folder with what is known before the work begins."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+) -> tuple[ParticleStack, list[int], Finding | None]:
+    """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
+    the work begins."""
     device, said = choose_device(config.device)
     forget_peak_memory(device)
     stack = open_stack(config, particles).on(device)
@@ -263,11 +275,11 @@ def _open(
     log.line(f"  {said}")
     write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
     _write_config(config, particles, output, settings)
-    if len(stack.symmetry) > 1:
-        finding = examine_symmetry(stack, config.symmetry)
-        if finding is not None:
-            (log.warn if finding.verdict == "wrong" else log.line)(f"symmetry {finding.text}")
-    return stack, skipped
+    symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
+    if symmetry is not None:
+        (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
+    log.parts["start"] = round(log.seconds, 2)
+    return stack, skipped, symmetry
 
 
 def _write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
@@ -348,10 +360,10 @@ def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, outpu
     with log.progress(name, len(subset)) as update:
         for number, part in enumerate(subset.parts()):
             saved = output / f"run_{name}_statistics{number or ''}.safetensors"
-            parts.append(_accumulate_part(part, stack.grid, saved, len(subset), config, update))
+            parts.append(_accumulate_part(name, part, stack.grid, saved, len(subset), config, update, log))
     seconds = time.monotonic() - start
-    rate = len(subset) / max(seconds, 1e-9)
-    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s, {rate:,.0f} images/s")
+    rate = "" if config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
+    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
     for folder in config.add_statistics:
         for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
             other = begin(subset)
@@ -367,29 +379,37 @@ def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, outpu
 
 
 def _accumulate_part(
+    name: str,
     part: ParticleStack,
     grid: Grid,
     saved: Path,
     total: int,
     config: InputConfig,
     update: Callable[[int, str], None],
+    log: Log,
 ) -> NormalEquations:
     """The sums over particles of one box and pixel size."""
     statistics = begin(part, grid)
     if config.resume and saved.is_file():
         statistics.load(saved)
+        done = f"{statistics.particles:,} of {len(part):,} particles were accumulated before"
+        if statistics.particles >= len(part):
+            log.line(f"resuming {name}: all {done}")
+            return statistics.equations()
+        log.line(f"resuming {name}: {done}")
     start = last_save = time.monotonic()
     with interruptible() as stop:
         for _ in accumulate(statistics, part, estimate_noise(part)):
             update(min(statistics.particles, total), "one pass over the particles")
-            if stop.is_set() or time.monotonic() - last_save > config.checkpoint_every:
+            if stop or time.monotonic() - last_save > config.checkpoint_every:
                 statistics.save(saved)
                 last_save = time.monotonic()
-            if stop.is_set():
-                raise Interrupted(
+            if stop:
+                raise stop.interruption(
                     f"stopped after {statistics.particles:,} particles of {saved.stem}; go on with --resume"
                 )
-    if config.keep_statistics or time.monotonic() - start > config.checkpoint_every:
+    # A run that is interrupted later finds them here; they go in the end.
+    if config.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
         statistics.save(saved)
     return statistics.equations()
 
@@ -451,9 +471,9 @@ def _fit_volumes(
                     history.rewind(one.name, one.state.step - 1)
                 last[one.name] = one.state.step
                 history.add(one.name, one.state, VolumeObjective.steps_per_epoch, one.equations.particles)
-                update(min(done, total), f"{len(one.state.model):,} Gaussians, loss {history.recent:.5f}")
-                if stop.is_set():
-                    raise Interrupted(f"stopped in {label}; go on with --resume (the fits begin anew)")
+                update(min(done, total), f"{len(one.state.model):,} Gaussians{history.loss}")
+                if stop:
+                    raise stop.interruption(f"stopped in {label}; go on with --resume (the fits begin anew)")
         seconds = time.monotonic() - start
         for one in fits:
             history.rewind(one.name, one.state.step)
@@ -606,6 +626,8 @@ def _fit_images(
     saved = next((path for path in (finished, checkpoint) if config.resume and path.is_file()), None)
     if saved is not None:
         state = load_checkpoint(saved, stack.device)
+        where = "finished before" if saved == finished else f"goes on after step {state.step:,}"
+        log.line(f"resuming {name}: {where}")
         history.rewind(name, state.step)
     else:
         history.rewind(name, 0)
@@ -618,13 +640,13 @@ def _fit_images(
         for state in fit(start_state, objective, plan):
             seen = _images_seen(state.step, objective)
             history.add(name, state, objective.steps_per_epoch, seen)
-            update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}, loss {history.recent:.5f}")
-            if stop.is_set() or time.monotonic() - last_save > config.checkpoint_every:
+            update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}{history.loss}")
+            if stop or time.monotonic() - last_save > config.checkpoint_every:
                 save_checkpoint(checkpoint, state)
                 history.write()
                 last_save = time.monotonic()
-            if stop.is_set():
-                raise Interrupted(f"stopped in {name} at step {state.step}; go on with --resume")
+            if stop:
+                raise stop.interruption(f"stopped in {name} at step {state.step}; go on with --resume")
     save_checkpoint(finished, state)
     history.write()
     checkpoint.unlink(missing_ok=True)
@@ -660,18 +682,20 @@ def _finish(
     stack: ParticleStack,
     particles: Path,
     skipped: list[int],
+    symmetry: Finding | None,
     config: InputConfig,
     settings: dict[str, Any],
     classical: Classical,
     fits: dict[str, Any],
-    start: float,
     stages: list[Stage],
     examples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written."""
     grid = stack.grid
     write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
-    verdict = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
+    told = len(log.warnings)
+    with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
+        verdict = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
     if not config.keep_statistics:
         for path in output.glob("run_half?_statistics*.safetensors"):
             path.unlink()
@@ -683,8 +707,9 @@ def _finish(
         "course": [{key: value for key, value in asdict(stage).items() if key != "scores"} for stage in stages],
         "examples": examples,
         "settings": settings,
+        "symmetry": None if symmetry is None else asdict(symmetry),
         "options": plain(config),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds_of_parts": log.parts,
         "peak_memory_mb": round(peak_memory()),
         "device": device_name(stack.device),
         **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
@@ -692,13 +717,23 @@ def _finish(
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
+        "assessment": {"warnings": log.warnings[told:]},
     }
     write_text(output / "summary.json", json_text(summary))
-    report.write_report(output)  # and every figure in it
+    with log.part("report", "drawing the figures and the report"):
+        report.write_report(output)
+    # That of the whole nobody knows before the page is drawn.
+    summary["seconds"] = round(log.seconds, 1)
+    write_text(output / "summary.json", json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
         table = replace(stack.table, half=stack.half).take(stack.rows)
         name_results(output, config.naming, with_boxes(table), log)
+    if symmetry is not None and symmetry.verdict == "wrong":
+        log.line(
+            f"Warning: symmetry {symmetry.text}"
+            + ("" if config.force else "; exit code 1, as --force does not say that this is meant")
+        )
     return summary
 
 
@@ -708,17 +743,21 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
     Raises:
         InputError: no finished run in the folder, or an option that does not fit it.
     """
-    log = log or Log()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    path = run / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected JSON; remove it to go on without") from error
+    with threads(config.threads):
+        return _reassess(run, config, log or Log())
+
+
+def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
+    summary = read_summary(run)
     about, options = summary.get("input", {}), summary.get("options", {})
     verdict = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
-    summary = summary | verdict | {"assessment": plain(config), "warnings": log.warnings}
-    write_text(path, json_text(summary))
+    # Those of the run stay, those of the assessment before this one do not.
+    outdated = summary.get("assessment", {}).get("warnings", [])
+    kept = [text for text in summary.get("warnings", []) if text not in outdated]
+    assessment = {**plain(config), "warnings": log.warnings}
+    summary = summary | verdict | {"assessment": assessment, "warnings": kept + log.warnings}
+    write_text(run / "summary.json", json_text(summary))
+    log.line("drawing the figures and the report")
     report.write_report(run)
     link_results(run)
     _conclude_resolution(log, summary)
@@ -777,11 +816,11 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
         log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
     log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))
-    sums = 12 * (PADDING * grid.size) ** 3 / 2 / 2**20
-    read = len(stack) * grid.size**2 * 4 / 2**30
+    sums = 12 * (PADDING * grid.size) ** 3 / 2
+    read = data_size(len(stack) * grid.size**2 * 4)
     log.line(
-        f"  one pass over {read:,.1f} GiB of images; {3 * sums:,.0f} MB of memory for the sums, "
-        f"{torch.get_num_threads()} threads"
+        f"  one pass over {read} of images; {data_size(3 * sums)} of memory for the sums, "
+        f"{describe_threads(config.threads)}"
     )
 
 
@@ -871,7 +910,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
     _conclude_resolution(log, summary)
-    log.line(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB at most")
+    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
     for what, name in (
         ("map", "run_class001.mrc"),
         ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,10 +356,13 @@ def direction_maps(found: read.Directions) -> list[tuple[str, NDArray[np.float64
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure of width × height inches, saved to ``path`` and as SVG beside it at the end."""
-    import matplotlib as mpl
+    load_matplotlib()
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    # Whatever a matplotlibrc or the notebook around has set; it is theirs again afterwards. No pyplot: a figure of its
+    # own asks for no back end.
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with replacing(path) as temporary:
@@ -365,6 +370,21 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
         figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
         with replacing(path.with_suffix(".svg")) as temporary:
             figure.savefig(temporary, format="svg", dpi=160, metadata={"Date": None})
+
+
+def load_matplotlib() -> None:
+    """Imports matplotlib also where MPLBACKEND names a back end that is not installed here (a notebook's)."""
+    if "matplotlib" in sys.modules:
+        return
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib as mpl
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with suppress(ValueError):  # pyplot, should anybody import it, chooses one by itself then
+            mpl.rcParams["backend"] = wanted  # as matplotlib does
 
 
 def _central(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:

@@ -343,6 +343,7 @@ def _saved(stem: str) -> str:
 
 def _grey(image: NDArray[np.float32], limits: tuple[float, float], name: str) -> str:
     """A grey image of a few kilobytes."""
+    figures.load_matplotlib()
     from matplotlib.image import imsave
     from scipy.signal import resample
 
