@@ -82,6 +82,10 @@ def test_default_pipeline_passes(particles, tmp_path, capsys):
     output = tmp_path / "null"
     assert main(["nulltest", str(particles), "-o", str(output), "--epochs", "3", "--gaussians", "500"]) == 0
     assert "passed" in capsys.readouterr().out
+    page = (output / "report.html").read_text()
+    assert "Not shown" not in page
+    assert "NOT SILENT" in page  # the half maps of noise
+    assert "every image is replaced by noise" in (output / "noise" / "run" / "report.html").read_text()
     result = json.loads((output / "nulltest.json").read_text())
     assert result["passed"]
     tests = {row["name"]: row for row in result["tests"]}

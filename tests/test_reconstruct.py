@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -221,8 +222,11 @@ def test_sums_of_other_particles_are_added(particles, tmp_path):
         reconstruct(add, particles.parent / "first.star", tmp_path / "twice")
 
 
-def test_back_projection_is_a_run_of_its_own(particles, tmp_path):
+def test_back_projection_is_a_run_of_its_own(particles, tmp_path, capsys):
     summary = backproject(InputConfig(symmetry="C1"), particles, tmp_path / "run")
+    said = capsys.readouterr().out + (tmp_path / "run" / "report.html").read_text().split("<script>")[0]
+    assert said.count("lassical half maps, masked and corrected for the mask; FSC 0.143") == 2
+    assert not re.search("Gaussian|ross-validated|not reached|Not shown", said)
     truth, grid = read_map(particles.parent / "truth.mrc")
     volume, _ = read_map(tmp_path / "run" / "run_class001.mrc")
     mask, _ = read_map(tmp_path / "run" / "mask.mrc")
@@ -337,6 +341,7 @@ def test_noise_alone_has_no_resolution(tmp_path):
     summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
     assert set(summary["resolution"].values()) == {None}
     assert any("no particle" in warning for warning in summary["warnings"])
+    assert summary["evident"] is False
 
 
 def test_inverted_images_are_noticed(particles, tmp_path, capsys):

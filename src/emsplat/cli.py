@@ -93,7 +93,7 @@ def check(
 
     Args:
         particles: Particles, as for `emsplat reconstruct`.
-        output: Folder for slices.png and directions.png of a quick back-projection.
+        output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json.
         json: Print the result as one JSON object.
     """
     from json import dumps
@@ -103,6 +103,8 @@ def check(
 
     result = work(config, particles, output)
     print(dumps(result, indent=2) if json else describe(result))
+    if output is not None and not json:
+        print(f"report: {output / 'report.html'}")
     return exit_code(result)
 
 

@@ -32,6 +32,7 @@ from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
 from emsplat.reconstruct import reconstruct
+from emsplat.report import write_report
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
 
@@ -67,7 +68,8 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     """Runs the unaltered particles and the three tests, each in a folder of its own below ``output``.
 
     Up to ``config.particles`` are taken, evenly over the stack and from both half-sets. The altered images are written
-    to disk, read by the same pipeline, and removed. ``nulltest.csv`` and ``nulltest.json`` hold the table.
+    to disk, read by the same pipeline, and removed. ``nulltest.csv``, ``nulltest.json`` and ``report.html`` hold the
+    table.
 
     "noise": Gaussian noise with each image's own radial spectrum. "phases": the phases of each image are random from
     ``config.randomise_from`` Å on. "poses": orientations and shifts change hands; what stays is the average over all
@@ -98,7 +100,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
         log.line(f"--- {name}: {len(chosen):,} particles")
         star = _write(name, chosen, folder, from_shell, config.seed)
-        summary = reconstruct(settings, star, folder / "run", log)
+        summary = reconstruct(settings, star, folder / "run", log, name)
         (folder / "particles.mrcs").unlink()
         reported = summary["resolution"]["cross_validated"]
         if name == "unaltered":
@@ -111,7 +113,9 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
             "poses": (FIRST_SHELLS, "none beyond the first shells"),
         }[name]
         outcomes.append(_judge(name, expected, limit and chosen.grid.length / limit, folder / "run", reported))
-    return _report(outcomes, output, log)
+    passed = _report(outcomes, output, log)
+    log.line(f"  report: {write_report(output)}")
+    return passed
 
 
 def _settings(config: NullTestConfig) -> ReconstructConfig:
@@ -256,7 +260,9 @@ def _report(outcomes: list[Outcome], output: Path, log: Log) -> bool:
     )
     log.line("passed: the cross-validated resolution stays silent where it must" if passed else "FAILED: see the table")
     rows = [{field.name: getattr(one, field.name) for field in fields(one)} for one in outcomes]
-    write_text(output / "nulltest.json", json.dumps({"passed": passed, "tests": rows}, indent=2))
+    silent = [{name: one.silent(name) for name in _MEASURES if one.judged(name)} for one in outcomes]
+    tests = [row | {"silent": found} for row, found in zip(rows, silent, strict=True)]
+    write_text(output / "nulltest.json", json.dumps({"passed": passed, "tests": tests}, indent=2))
     with (output / "nulltest.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

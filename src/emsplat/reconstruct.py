@@ -63,6 +63,7 @@ from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
 from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.progress import Log, peak_memory
 from emsplat.project import voxelize
+from emsplat.report import verdict
 from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
 from emsplat.start import LOWPASS, check_start, is_shared, read_start, starts_from_gaussians
@@ -187,8 +188,12 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
 
 
 @within_memory()
-def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def reconstruct(
+    config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None, altered: str | None = None
+) -> dict[str, Any]:
     """Runs a whole reconstruction into ``output`` and returns what was written to summary.json.
+
+    ``altered`` is what a null test did to the particles, for the words of the report.
 
     Raises:
         InputError: the input or an option cannot be used.
@@ -224,7 +229,19 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         halves = {number: models[name]() for name, number in _HALVES.items()}
     examples = write_residuals(stack, halves, output)
     return _finish(
-        log, output, stack, particles, skipped, config, plain(settings), classical, fits, start, stages, examples
+        log,
+        output,
+        stack,
+        particles,
+        skipped,
+        config,
+        plain(settings),
+        classical,
+        fits,
+        start,
+        stages,
+        examples,
+        altered,
     )
 
 
@@ -629,16 +646,18 @@ def _finish(
     start: float,
     stages: list[Stage],
     examples: list[dict[str, Any]],
+    altered: str | None = None,
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written."""
     grid = stack.grid
     write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
-    verdict = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
+    told = len(log.warnings)
+    measured = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
     if not config.keep_statistics:
         for path in output.glob("run_half?_statistics*.safetensors"):
             path.unlink()
     summary = {
-        **verdict,
+        **measured,
         "input": _describe(stack, particles, skipped),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": fits,
@@ -654,6 +673,8 @@ def _finish(
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
+        "assessment": {"warnings": log.warnings[told:]},
+        **({} if altered is None else {"altered": altered}),
     }
     write_text(output / "summary.json", json.dumps(summary, indent=2))
     report.write_report(output)  # and every figure in it
@@ -678,12 +699,17 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
     except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error}); expected JSON; remove it to go on without") from error
     about, options = summary.get("input", {}), summary.get("options", {})
-    verdict = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
-    summary = summary | verdict | {"assessment": plain(config), "warnings": log.warnings}
+    measured = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
+    # Those of the run stay, those of the assessment before this one do not.
+    outdated = summary.get("assessment", {}).get("warnings", [])
+    kept = [text for text in summary.get("warnings", []) if text not in outdated]
+    assessment = {**plain(config), "warnings": log.warnings}
+    summary = summary | measured | {"assessment": assessment, "warnings": kept + log.warnings}
     write_text(path, json.dumps(summary, indent=2))
     report.write_report(run)
     link_results(run)
-    _conclude_resolution(log, summary)
+    for text in verdict.lines(summary):
+        log.line(text)
     log.line(f"  FSC: {run / 'fsc.star'}; report: {run / 'report.html'}")
     return summary
 
@@ -797,7 +823,8 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    _conclude_resolution(log, summary)
+    for text in [*verdict.lines(summary), *_said_again(summary)]:
+        log.line(text)
     log.line(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB at most")
     for what, name in (
         ("map", "run_class001.mrc"),
@@ -808,34 +835,7 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         log.line(f"  {what}: {output / name}")
 
 
-def _conclude_resolution(log: Log, summary: dict[str, Any]) -> None:
-    values = summary["resolution"]
-    validated = bool(summary.get("fits"))
-
-    def text(name: str) -> str:
-        return "none" if values.get(name) is None else f"{values[name]:.2f} Å"
-
-    if validated:
-        ends = values["cross_validated_interval"]
-        band = "" if ends is None else f" (95 %: {max(ends):.2f} to {min(ends):.2f} Å)"
-        log.line(f"resolution, cross-validated FSC 0.5: {text('cross_validated')}{band}")
-        log.line(f"classical half maps in the mask, FSC 0.143: {text('backprojection_masked')}")
-    log.line(
-        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in the "
-        f"mask, {text('half_map_corrected')} corrected for the mask"
-    )
-    if validated:
-        log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
-    if "reference_masked_0.5" in values:
-        log.line(f"full map against the reference, FSC 0.5: {text('reference_masked_0.5')}")
-    local, direction = summary["local_resolution"], summary["directional"]
-    if local is not None and (found := local["cross_validated"] or local["half_maps"]):
-        log.line(
-            f"local resolution in the mask: median {found['median']:.2f} Å, 90 % between {found['p5']:.2f} and "
-            f"{found['p95']:.2f} Å"
-        )
-    if direction is not None:
-        log.line(
-            f"Fourier slice correlation {direction['fslc_mean']:.3f} ± {direction['fslc_std']:.3f}"
-            + (f", sampling compensation {factor:.2f}" if (factor := direction.get("sampling_compensation")) else "")
-        )
+def _said_again(summary: dict[str, Any]) -> list[str]:
+    """The warnings of a run again at its end, beside the numbers that they concern; not those that just went by."""
+    found = [text for text in dict.fromkeys(summary["warnings"]) if text not in summary["assessment"]["warnings"]]
+    return ["warnings of this run:", *(f"  {text}" for text in found)] if found else []

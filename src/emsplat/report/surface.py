@@ -25,7 +25,10 @@ _MARGIN = 2  # voxels kept around the mask
 
 @dataclass(frozen=True)
 class Mesh:
-    """One isosurface: vertices (n, 3) as x, y, z in `UNIT` from the box centre, triangles (m, 3) of vertices."""
+    """One isosurface: vertices (n, 3) as x, y, z in `UNIT` from the box centre, triangles (m, 3) of vertices.
+
+    Seen from outside the corners of a triangle go round anticlockwise.
+    """
 
     level: float  # in standard deviations of the map
     vertices: NDArray[np.int16]
@@ -46,6 +49,7 @@ class Surface:
     meshes: list[Mesh]
     default: int
     voxel: float
+    is_reduced: bool  # whether that is larger than the voxel of the map
 
 
 def make_surface(
@@ -84,7 +88,7 @@ def make_surface(
             "is it empty?"
         )
     nearest = min(range(len(meshes)), key=lambda i: abs(meshes[i].level - default))
-    return Surface(meshes, nearest, max(step) * volume.pixel_size)
+    return Surface(meshes, nearest, max(step) * volume.pixel_size, max(step) > 1)
 
 
 def _default_level(part: NDArray[np.float32], inside: NDArray[np.bool_] | None, spread: float) -> float:
