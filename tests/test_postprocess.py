@@ -32,9 +32,8 @@ def test_what_is_written(run):
     mask = read_map(run / "mask.mrc")[0]
     torch.testing.assert_close(masked[0], sharp[0] * mask, atol=1e-5 * float(sharp[0].abs().max()), rtol=0)
     assert sharp[1] == GRID
-    assert number(run, "rlnBfactorUsedForSharpening") == pytest.approx(
-        4 * number(run, "rlnFittedSlopeGuinierPlot"), abs=1e-3
-    )
+    slope, protein = number(run, "rlnFittedSlopeGuinierPlot"), number(run, "emsplatSlopeOfProtein")
+    assert number(run, "rlnBfactorUsedForSharpening") == pytest.approx(4 * (slope - protein), abs=1e-3)
     assert number(run, "rlnFinalResolution") > GRID.nyquist
     assert number(run, "rlnParticleBoxFractionSolventMask") == pytest.approx(0.476 / float(mask.mean()), rel=1e-3)
     assert len(list(block(run, "fsc").find_loop("_rlnFourierShellCorrelationCorrected"))) == 33
@@ -52,6 +51,16 @@ def test_sharpened_by_the_b_factor(run):
     without = read_map(run / "postprocess.mrc")[0]
     slopes = [guinier(v, GRID, torch.ones(33), low=40.0, high=12.0).slope for v in (with_b, without)]
     assert slopes[0] - slopes[1] == pytest.approx(50, rel=0.02)
+
+
+def test_models_are_sharpened_by_what_the_images_show(run, tmp_path):
+    """The B factor belongs to the images: that of the models' run is that of their back-projections alone."""
+    other = write_run(tmp_path / "classical", halves=RAW, raw=None)
+    assert main(["postprocess", str(run)]) == main(["postprocess", str(other)]) == 0
+    found = [number(r, "rlnBfactorUsedForSharpening") for r in (run, other)]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    habits = [number(r, "emsplatBfactorByRelionsRule") for r in (run, other)]
+    assert abs(habits[0] - habits[1]) > 10  # of the maps themselves
 
 
 def test_weights_of_models_are_the_cross_validated_ones(run):

@@ -740,6 +740,18 @@ def test_surface_lies_where_the_density_is(size: int) -> None:
     assert enclosed == pytest.approx(0.4, abs=0.08)
 
 
+def test_surface_stands_above_the_noise_around_the_particle() -> None:
+    """One body and few crumbs, and no detail lost to them."""
+    ball = make_ball(48, (0, 0, 0), 12)
+    noisy = ball + np.random.default_rng(0).normal(0, 0.3, ball.shape).astype(np.float32)
+    mask = make_ball(48, (0, 0, 0), 16) > 0.5
+    found = surface.make_surface(read.Volume(noisy, 2.0), mask, None, Path())
+    assert len(found.meshes) >= 3
+    assert not found.is_reduced
+    for mesh in found.meshes:
+        assert mesh.level * noisy.std() > 2.9 * 0.3
+
+
 def test_surfaces_of_noise_stay_small() -> None:
     noise = np.random.default_rng(0).normal(size=(96, 96, 96)).astype(np.float32)
     found = surface.make_surface(read.Volume(noise, 1.0), None, None, Path())

@@ -6,9 +6,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from emsplat.assess.sharpening import fsc_weight, fsc_xml, guinier, sharpen
+from emsplat.assess.fsc import fsc_curve
+from emsplat.assess.mask import spherical_mask
+from emsplat.assess.sharpening import fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
 from emsplat.errors import InputError
 from emsplat.fourier import irfft, rfft, shell_index
+from emsplat.simulate import place_atoms, procedural_protein, truth_map
 from emsplat.types import Curve, Grid
 
 GRID = Grid(48, 1.5)
@@ -25,11 +28,42 @@ def falling(b_factor):
 def test_b_factor_is_found_and_undone():
     volume = falling(120.0)
     plot = guinier(volume, GRID, ONES)
-    assert plot.b_factor == pytest.approx(-120, rel=1e-4)
+    assert plot.line_b_factor == pytest.approx(-120, rel=1e-4)
     assert plot.correlation == pytest.approx(-1, abs=1e-6)
-    level = guinier(sharpen(volume, GRID, plot.b_factor, ONES), GRID, ONES)
+    level = guinier(sharpen(volume, GRID, plot.line_b_factor, ONES), GRID, ONES)
     assert level.slope == pytest.approx(0, abs=1e-3)
     assert float(level.original[5] - level.original[20]) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_protein_is_not_made_level():
+    """A map with a protein's own amplitudes and B = 120 Å² gets those 120 back, in a long range and in a short one."""
+    k = shell_index(48, 3) / GRID.length
+    volume = irfft(rfft(falling(120.0), 3) * protein_amplitude(k.double()).exp(), 3)
+    for high in (3.0, 5.0, 7.0):
+        assert guinier(volume, GRID, ONES, high=high).b_factor == pytest.approx(-120, abs=0.5)
+    assert guinier(volume, GRID, ONES, high=7.0).line_b_factor < -240  # a level line amplifies what is noise there
+    assert abs(guinier(volume, GRID, ONES, high=3.0).line_b_factor + 140) < 10
+
+
+def test_b_factor_of_a_signal_in_noise():
+    """In the mask and weighted, amplitudes are the signal's; without the mask the solvent's noise levels them."""
+    grid = Grid(64, 1.5)
+    truth = truth_map(place_atoms(procedural_protein(700, 0), grid), grid, 150.0)
+    mask = spherical_mask(grid, 60.0, 8.0)
+    noise = [torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    first, second = (truth + 0.5 * truth.std() * each for each in noise)
+    weight = fsc_weight(fsc_curve(first, second, grid, mask).value)
+    found = [
+        guinier(volume, grid, weights, high=4.0).b_factor
+        for volume, weights in (
+            (truth, torch.ones(33)),
+            (0.5 * (first + second) * mask, weight),
+            (0.5 * (first + second), weight),
+        )
+    ]
+    assert found[0] == pytest.approx(-150, abs=20)  # one protein is not the mean of six
+    assert found[1] == pytest.approx(found[0], abs=3)
+    assert found[2] > found[0] + 20
 
 
 def test_weights_enter_the_plot_and_the_map():

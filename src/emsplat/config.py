@@ -270,7 +270,7 @@ class PostprocessConfig:
     """MRC map with values from 0 to 1; default: the mask of the run."""
 
     b_factor: float | None = None
-    """B factor in Å²; negative sharpens. Default: from Guinier's plot."""
+    """B factor in Å²; negative sharpens. Default: that of the signal in the back-projections (docs/resolution.md)."""
 
     b_factor_from: float = 10.0
     """Spacing in Å where the line of Guinier's plot begins; it ends at the resolution."""

@@ -9,7 +9,7 @@ import torch
 
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import PROTEIN_VOLUME, crossing, resolution
-from emsplat.assess.sharpening import Guinier, fsc_weight, fsc_xml, guinier, sharpen
+from emsplat.assess.sharpening import Guinier, fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
 from emsplat.assessment import HALF_MAPS, RunMaps, read_run, shell_curves
 from emsplat.config import PostprocessConfig
 from emsplat.errors import InputError
@@ -18,7 +18,7 @@ from emsplat.io.relion import write_fsc_star
 from emsplat.naming import link_results
 from emsplat.progress import Log
 from emsplat.run_folder import write_text
-from emsplat.types import Curve
+from emsplat.types import Curve, Grid
 
 _CORRECTED = "rlnFourierShellCorrelationCorrected"
 
@@ -28,8 +28,10 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
 
     ``postprocess.mrc`` and ``postprocess_masked.mrc``; ``postprocess.star`` with RELION's columns; and FSC curves in
     EMDB's XML. Weights are the cross-validated FSC where there is one, since the half-map FSC of two models is too
-    high, else sqrt(2F/(1+F)) of the corrected half-map FSC (Rosenthal & Henderson 2003). The B factor is that of
-    Guinier's plot between 10 Å and the resolution unless given. Returns the numbers of ``postprocess.star``.
+    high, else sqrt(2F/(1+F)) of the corrected half-map FSC (Rosenthal & Henderson 2003). The B factor, unless given, is
+    that of the signal in the images: measured on the back-projections in the mask, between 10 Å and their resolution,
+    against a protein with B = 0 (`Guinier.b_factor`). What `relion_postprocess --auto_bfac` would take is told beside
+    it. Returns the numbers of ``postprocess.star``.
 
     Raises:
         InputError: no finished run, a mask that does not fit, no resolution to weight up to.
@@ -48,7 +50,7 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
     average = 0.5 * (maps.halves[0] + maps.halves[1])
     line: Guinier | None = None
     try:
-        line = guinier(average * maps.mask, grid, weight, low=config.b_factor_from, high=found)
+        line = _signal(maps, config.b_factor_from)
     except InputError as error:
         if config.b_factor is None:
             log.warn(f"not sharpened: {error}")
@@ -70,10 +72,16 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
     if masking["randomised_from"] is not None:
         about["rlnRandomiseFrom"] = masking["randomised_from"]
     plot = None
+    habit = _relion_b_factor(average, grid, corrected, config.b_factor_from)
     if line is not None:
         about["rlnFittedSlopeGuinierPlot"] = round(line.slope, 5)
         about["rlnFittedInterceptGuinierPlot"] = round(line.intercept, 5)
         about["rlnCorrelationFitGuinierPlot"] = round(line.correlation, 6)
+        about["emsplatSlopeOfProtein"] = round(line.protein_slope, 5)
+        about["emsplatBfactorAgainstProtein"] = round(line.b_factor, 4)
+    if habit is not None:
+        about["emsplatBfactorByRelionsRule"] = round(habit, 4)
+    if line is not None:
         square = line.frequency**2
         plot = {
             "rlnResolutionSquared": square.tolist(),
@@ -81,15 +89,47 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
             "rlnLogAmplitudesWeighted": line.weighted.tolist(),
             "rlnLogAmplitudesSharpened": (line.weighted - b_factor * square / 4).tolist(),
             "rlnLogAmplitudesIntercept": [line.intercept] * len(square),
+            "emsplatLogAmplitudesProtein": protein_amplitude(line.frequency).tolist(),
         }
     write_fsc_star(run / "postprocess.star", {name: str(value) for name, value in about.items()}, columns, plot)
     title = "emsplat half maps, masked and corrected"
     write_text(run / "postprocess_fsc.xml", fsc_xml(corrected, title))
-    log.line(f"resolution {found:.2f} Å ({source}), B factor {b_factor:.1f} Å²")
+    log.line(f"resolution {found:.2f} Å ({source}), sharpened with a B factor of {b_factor:.1f} Å²")
+    if line is not None:
+        log.line(
+            f"  the signal in the images falls by {line.line_b_factor:.1f} Å² in these shells, a protein with B = 0 by "
+            f"{4 * line.protein_slope:.1f} Å²: {line.b_factor:.1f} Å² brings the one to the other"
+        )
+    if habit is not None:
+        log.line(f"  relion_postprocess would take {habit:.1f} Å² for these half maps (--b-factor {habit:.0f})")
     link_results(run)
     log.line(f"  map: {run / 'postprocess.mrc'}, masked: {run / 'postprocess_masked.mrc'}")
     log.line(f"  tables: {run / 'postprocess.star'}, FSC for EMDB: {run / 'postprocess_fsc.xml'}")
     return about
+
+
+def _signal(maps: RunMaps, low: float) -> Guinier:
+    """Guinier's plot of the signal in the images: of the classical maps, whose amplitudes no model has changed.
+
+    In the mask, since the weights are those of the mask's FSC and leave the noise of the solvent in.
+
+    Raises:
+        InputError: too few shells.
+    """
+    columns, _ = shell_curves(RunMaps(maps.grid, maps.data, None, None, maps.mask))
+    curve = Curve(torch.tensor(columns["rlnResolution"]), torch.tensor(columns[_CORRECTED]))
+    high = resolution(curve, 0.143)
+    return guinier(
+        0.5 * (maps.data[0] + maps.data[1]) * maps.mask, maps.grid, fsc_weight(curve.value), low=low, high=high
+    )
+
+
+def _relion_b_factor(average: torch.Tensor, grid: Grid, corrected: Curve, low: float) -> float | None:
+    """B by RELION's rule: a level line through the weighted amplitudes of the whole box; None with too few shells."""
+    try:
+        return guinier(average, grid, fsc_weight(corrected.value), low=low).line_b_factor
+    except InputError:
+        return None
 
 
 def _weight(maps: RunMaps, corrected: Curve) -> tuple[torch.Tensor, float | None, str]:

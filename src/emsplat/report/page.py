@@ -262,7 +262,10 @@ def local_resolution_table(run: Path) -> str:
     if _was_not_measured(summary, "local_resolution"):
         return ""
     found = read.group(summary, "local_resolution")
-    kinds = {name: read.group(found, key) for key, name in words.LOCAL_RESOLUTION_KINDS.items()}
+    names = words.LOCAL_RESOLUTION_KINDS
+    if not verdict.kind_of(summary).has_gaussians:
+        names = {"half_maps": "Half maps"}
+    kinds = {name: read.group(found, key) for key, name in names.items()}
     kinds = {name: values for name, values in kinds.items() if values}
     if not kinds:
         return _absent("local_resolution")

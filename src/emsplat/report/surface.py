@@ -20,6 +20,7 @@ _LARGEST = 72  # voxels along the longest axis of the map that is drawn
 _BUDGET = 2_200_000  # bytes of all meshes; a page holds 4/3 of it, as base64
 _STEPS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5)  # levels relative to the default
 _FILLED = 0.4  # part of the mask that the surface encloses at the default level
+_ABOVE_NOISE = 3  # standard deviations of the surroundings that the lowest level keeps
 _MARGIN = 2  # voxels kept around the mask
 
 
@@ -55,7 +56,8 @@ class Surface:
 def make_surface(
     volume: read.Volume, mask: NDArray[np.bool_] | None, local: NDArray[np.float32] | None, run: Path
 ) -> Surface:
-    """Isosurfaces of a map around the level that encloses 0.4 of its mask (3 standard deviations without one).
+    """Isosurfaces of a map around the level that encloses 0.4 of its mask (3 standard deviations without one), all above
+    the noise outside the mask.
 
     The map is cut to the bounding box of the mask and reduced by Fourier cropping until the meshes fit the page.
 
@@ -66,8 +68,10 @@ def make_surface(
     corner, shape = _bounding_box(mask, volume.values.shape)
     box = tuple(slice(start, start + size) for start, size in zip(corner, shape, strict=True))
     part = volume.values[box]
-    default = _default_level(part, None if mask is None else mask[box], spread)
-    levels = sorted({round(step * default, 1) for step in _STEPS})
+    inside = None if mask is None else mask[box]
+    least = _least_level(part, inside, spread)
+    default = max(_default_level(part, inside, spread), least)
+    levels = sorted({round(step * default, 1) for step in _STEPS if step * default >= least})
     centre = [size // 2 - start for size, start in zip(volume.values.shape, corner, strict=True)]
     known = None if local is None else _filled(local[box])
     size = _LARGEST
@@ -99,6 +103,13 @@ def _default_level(part: NDArray[np.float32], inside: NDArray[np.bool_] | None, 
         return 3.0
     level = float(np.quantile(part[inside], 1 - _FILLED)) / spread
     return level if level >= 0.2 else 3.0
+
+
+def _least_level(part: NDArray[np.float32], inside: NDArray[np.bool_] | None, spread: float) -> float:
+    """3 standard deviations of what surrounds the mask: below, noise would hide the particle and fill the page."""
+    if inside is None or inside.all() or not inside.any() or not spread > 0:
+        return 0.0
+    return _ABOVE_NOISE * float(part[~inside].std()) / spread
 
 
 def _bounding_box(mask: NDArray[np.bool_] | None, shape: Sequence[int]) -> tuple[list[int], list[int]]:
