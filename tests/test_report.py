@@ -732,7 +732,8 @@ def test_surface_lies_where_the_density_is(size: int) -> None:
         assert volume == pytest.approx(4 / 3 * math.pi * expected**3, rel=0.05)
         assert mesh.resolution is not None
         np.testing.assert_allclose(mesh.resolution, 10 + 0.1 * points[:, 0], atol=0.02)
-    assert found.is_reduced == (size > 72)
+    assert not found.is_reduced
+    assert found.voxel == 2.0
     levels = [mesh.level for mesh in found.meshes]
     assert levels == sorted(levels)
     assert len(levels) >= 5
@@ -757,6 +758,8 @@ def test_surfaces_of_noise_stay_small() -> None:
     found = surface.make_surface(read.Volume(noise, 1.0), None, None, Path())
     assert 0 < sum(mesh.nbytes for mesh in found.meshes) <= 2_200_000
     assert found.meshes[0].resolution is None
+    assert found.is_reduced
+    assert found.voxel > 1.0
 
 
 def test_flat_map_has_no_surface() -> None:

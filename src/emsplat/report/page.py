@@ -68,7 +68,7 @@ def headline(run: Path) -> str:
         return _absent("resolution")
     remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in first.remarks)
     shown = (
-        f'<div class="headline"><div class="number">{html.escape(first.number)}</div>'
+        f'<div class="headline"><div class="number">{html.escape(first.number[:1].upper() + first.number[1:])}</div>'
         f"<p>{html.escape(first.measure[:1].upper() + first.measure[1:])}.</p>"
         + f"<ul>{remarks}</ul>" * bool(remarks)
         + "</div>\n"
@@ -134,8 +134,8 @@ def null_curves(run: Path) -> str:
     """The curves of each test."""
     names = [_text(test.get("name")) for test in read.entries(read.read_summary(run), "tests")]
     return _pairs(plots.plot_null_curves(run, names), "FSC of the null tests") + _note(
-        "Left, the curve to quote: beyond the spacing that a test leaves true it should end, where the data cannot "
-        "say, or lie below 0.5. Right, the half maps: what rises above 0.143 there with altered particles is the "
+        "Cross-validated, the curve to quote: beyond the spacing that a test leaves true it should end, where the "
+        "data cannot say, or lie below 0.5. Half maps: what rises above 0.143 there with altered particles is the "
         "models' own."
     )
 
@@ -216,15 +216,15 @@ def fsc(run: Path) -> str:
     notes = []
     if len(shown) == 2:
         notes.append(
-            "Left, correlations with the truth, read at 0.5. The cross-validated curve with its 95 % band is the one "
-            "to quote: the Gaussians of a half against the plain back-projection of the other; the map of all "
+            "Against the truth: correlations with it, read at 0.5. The cross-validated curve with its 95 % band is "
+            "the one to quote: the Gaussians of a half against the plain back-projection of the other; the map of all "
             "particles is at least as good. An FSC F between half maps is no such correlation; it is drawn as √(2F / "
             "(1 + F)), the correlation with the truth that it implies for the map of all particles if all agreement "
             "is signal, and 0.143 becomes 0.5. Of half maps of Gaussians it is an upper limit: how far it lies above "
             "the other curves is what the models have in common without the data. Where a curve is undefined it ends."
         )
     notes.append(
-        f"{'Right, the' if len(shown) == 2 else 'The'} FSC between half maps as RELION draws it, read at 0.143. A "
+        "Between half maps: their FSC as RELION draws it, read at 0.143. A "
         "good curve is near 1 at the left and falls to 0 once. With random phases the maps share nothing beyond the "
         "shell where the randomising begins: there this curve should drop to about 0, and where it stays above 0.1 "
         "the mask is too tight. A curve that does not fall by the right edge says that the pixels are too coarse; "
@@ -378,7 +378,7 @@ def stages(run: Path) -> str:
     """The stages of the fit."""
     course = read.entries(read.read_summary_or_nothing(run), "course")
     keys = [key for key in words.STAGES if any(key in stage for stage in course)]
-    rows = [tuple(_text(stage.get(key)) for key in keys) for stage in course]
+    rows = [tuple("not judged" if stage.get(key) is None else _text(stage[key]) for key in keys) for stage in course]
     head = [words.STAGES[key] for key in keys]
     note = "Gaussians are added in stages, each kept if the cross-validated FSC gains by it: the data decide."
     return (_grid(head, rows) + _note(note)) * bool(rows)
@@ -404,10 +404,11 @@ def gaussians(run: Path) -> str:
         _pairs(plots.plot_gaussians(run), "Distribution over the Gaussians")
         + _note(
             f"Widths σ of the {len(sigma):,} Gaussians of the full model along their three axes, in Å, and how "
-            f"elongated they are. {share:.0%} have their smallest axis at the smallest width, {smallest:.2f} Å. Such "
-            "a pile is normal, also of more than half: the finest detail of the map is drawn with the narrowest "
-            "Gaussians, and the bound keeps them from following noise. Anisotropies of 1 to 2 are usual; a long tail "
-            "are needles, which follow noise more often than structure."
+            f"elongated they are. {share:.0%} have their smallest axis at the smallest width, {smallest:.2f} Å. In "
+            "one pass 60 to 85 % are normal: the finest detail is drawn with the narrowest Gaussians, and the bound "
+            "keeps them from following noise; all of them is what noise alone gives. Trained on images few reach the "
+            "bound. Anisotropies of 1 to 1.5 are usual; a long tail are needles, which follow noise more often than "
+            "structure."
         )
         + _saved("gaussians")
     )

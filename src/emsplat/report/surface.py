@@ -56,8 +56,9 @@ class Surface:
 def make_surface(
     volume: read.Volume, mask: NDArray[np.bool_] | None, local: NDArray[np.float32] | None, run: Path
 ) -> Surface:
-    """Isosurfaces of a map around the level that encloses 0.4 of its mask (3 standard deviations without one), all above
-    the noise outside the mask.
+    """Isosurfaces of a map around the level that encloses 0.4 of its mask (3 standard deviations without one).
+
+    All are above the noise outside the mask.
 
     The map is cut to the bounding box of the mask and reduced by Fourier cropping until the meshes fit the page.
 
