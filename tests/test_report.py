@@ -357,7 +357,7 @@ GAUSSIANS_ONLY = ("Convergence", "Particles and residuals", "cross-validated", "
         ),
         (
             "no particle",
-            ("no resolution No particle was found", "Not drawn: the surface of a map without a particle"),
+            ("No resolution No particle was found", "Not drawn: the surface of a map without a particle"),
             ("not reached", "Not shown", "Upper limit", "Local resolution", "9.31 Å"),
         ),
         ("null test", ("Null test: poses and shifts have changed hands",), ()),
