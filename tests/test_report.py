@@ -416,10 +416,17 @@ def write_null_tests(folder: Path, template: Path) -> Path:
 
 def test_page_of_null_tests(template: Path, tmp_path: Path, no_rendering: None) -> None:
     checker, text = read_page(write_report(write_null_tests(tmp_path / "null", template)))
-    for expected in ("Null tests", "Passed", "8.00 Å, NOT SILENT", "8.00 Å, silent", "none, silent", "changed hands"):
+    for expected in ("Null tests", "Passed", "8.00 Å, not silent", "8.00 Å, silent", "none, silent", "changed hands"):
         assert expected in text, expected
     assert "Not shown" not in text
+    assert "NOT SILENT" not in text
     assert [len(plot["data"]) for plot in checker.plots] == [4, 4]
+    result = json.loads((tmp_path / "null" / "nulltest.json").read_text())
+    result["tests"][1]["silent"]["cross_validated"] = result["passed"] = False
+    (tmp_path / "null" / "nulltest.json").write_text(json.dumps(result))
+    _, text = read_page(write_report(tmp_path / "null"))
+    assert "Failed" in text
+    assert "none, NOT SILENT" in text
 
 
 def test_page_of_a_check(run: Path, no_rendering: None) -> None:

@@ -101,9 +101,11 @@ def null_tests(run: Path) -> str:
         for measure in words.NULL_MEASURES:
             text = "none" if test.get(measure) is None else _angstrom(test.get(measure))
             if measure in silent:
-                text += ", silent" if silent[measure] else ", NOT SILENT"
+                decides = measure in words.DECISIVE
+                text += ", silent" if silent[measure] else ", NOT SILENT" if decides else ", not silent"
             cells.append(text)
-        rows.append((name, words.ALTERED.get(name, ""), _text(test.get("expected")), *cells))
+        done = words.ALTERED.get(name, "").removeprefix("Null test: ")
+        rows.append((name, done[:1].upper() + done[1:], _text(test.get("expected")), *cells))
     passed = summary.get("passed") is True
     number = "Passed" if passed else "Failed"
     said = (
