@@ -1,13 +1,14 @@
-# make demo   simulate particles, reconstruct them, say where the results are
-# make test   the test suite
-# Both make .venv first if there is none, and install what has changed.
+# make demo        simulate particles, reconstruct them, say where the results are
+# make test        the tests, but for the slow ones
+# make test-slow   the slow ones: whole runs on the virtual device, compilation for GPUs, long fuzzing, a browser
+# All make .venv first if there is none, and install what has changed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md $(shell find src native -type f -not -name '*.pyc')
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.installed
 	@rm -rf demo
@@ -17,7 +18,10 @@ demo: $(VENV)/.installed
 	@echo "The map is demo/run/run_class001.mrc, its FSC demo/run/fsc.png, the report demo/run/report.html"
 
 test: $(VENV)/.tested
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.tested
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m slow
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,40 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--error-for-skips"):
         report.outcome, report.longrepr = "failed", f"skipped: {call.excinfo.value if call.excinfo else 'marked'}"
     return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: the cores that this process was granted; a worker takes up to 2 GB."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory):
+    """A function that gives the STAR file of simulated particles, in a folder of the caller's own.
+
+    Keywords are those of `SimulateConfig`. Each set of particles is simulated once for all tests.
+    """
+    from emsplat.config import SimulateConfig
+    from emsplat.simulate import simulate
+
+    made = {}
+
+    def give(**settings):
+        config = SimulateConfig(**({"box": 32, "pixel_size": 4.0, "snr": 0.5, "atoms": 1500, "seed": 3} | settings))
+        if config not in made:
+            made[config] = simulate(config, None, tmp_path_factory.mktemp("simulated") / "particles").parent
+        return shutil.copytree(made[config], tmp_path_factory.mktemp("particles") / "particles") / "particles.star"
+
+    return give
+
+
+@pytest.fixture(autouse=True)
+def short_report(request, monkeypatch):
+    """Runs within a test have no report, which takes longer to draw than they do; the mark `report` draws it."""
+    if request.node.get_closest_marker("report") is None:
+        text = "left out; the test needs the mark report"
+        monkeypatch.setattr("emsplat.report.write_report", lambda run: (run / "report.html").write_text(text))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from emsplat.accumulate import (
     equations_of,
 )
 from emsplat.assess.fsc import fsc_curve
-from emsplat.config import SimulateConfig
 from emsplat.ctf import ctf, observe
 from emsplat.errors import InputError
 from emsplat.fourier import frequencies, irfft, rfft, shell_index
@@ -25,14 +24,12 @@ from emsplat.io.mrc import read_map
 from emsplat.objective import VolumeObjective
 from emsplat.particles import estimate_noise, open_particles
 from emsplat.project import project, voxelize
-from emsplat.simulate import simulate
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
 
 @pytest.fixture(scope="module")
-def star(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stack") / "p"
-    return simulate(SimulateConfig(box=32, pixel_size=4.0, particles=400, snr=2.0, atoms=1500), None, folder)
+def star(simulated):
+    return simulated(particles=400, snr=2.0)
 
 
 def exact_sums(spectra, weights, rotation, images, grid):

@@ -213,6 +213,7 @@ def test_maps_that_do_not_belong_together(tmp_path, change, message, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.report
 def test_assess_command_renews_summary_and_report(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     before = {"fits": {"half1": {}}, "seconds": 3.0, "resolution": {}}

@@ -78,6 +78,7 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     assert "corrected" in capsys.readouterr().out
 
 
+@pytest.mark.report
 @pytest.mark.parametrize(
     "words",
     [
@@ -100,6 +101,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, wo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.report
 def test_report_draws_what_is_there(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").is_file()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from emsplat.cli import main
-from emsplat.config import InputConfig, SimulateConfig
+from emsplat.config import InputConfig
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import read_map
@@ -23,14 +23,12 @@ from emsplat.io.pickles import load_arrays
 from emsplat.io.relion import read_star
 from emsplat.progress import Log
 from emsplat.reconstruct import backproject
-from emsplat.simulate import simulate
 from test_cryosparc import write as write_cs
 
 
 @pytest.fixture(scope="module")
-def star(tmp_path_factory):
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=200, snr=0.5, atoms=1500, seed=3)
-    return simulate(config, None, tmp_path_factory.mktemp("stack") / "particles")
+def star(simulated):
+    return simulated(particles=200)
 
 
 def pickles(table, folder, protocol=4, box=32, pixel_size=4.0):

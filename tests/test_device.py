@@ -4,6 +4,7 @@ What is tried here on `virtual_device` runs on CUDA as it stands; tests marked g
 """
 
 import dataclasses
+import math
 import re
 import shutil
 import subprocess
@@ -19,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from emsplat import device, report
+from emsplat import device
 from emsplat import reconstruct as programme
 from emsplat.accumulate import accumulate, begin, contrast, equations_of, relative_gain
 from emsplat.assess.crossvalidate import CrossValidation
-from emsplat.config import InputConfig, ReconstructConfig, SimulateConfig
+from emsplat.config import InputConfig, ReconstructConfig
 from emsplat.ctf import observe
 from emsplat.density import grow
 from emsplat.device import choose_device, fits_memory, within_memory
@@ -38,8 +39,7 @@ from emsplat.one_pass import VolumeFit, fit_course
 from emsplat.particles import estimate_noise, open_table
 from emsplat.reconstruct import backproject, reconstruct
 from emsplat.run_folder import Interrupted
-from emsplat.simulate import simulate
-from emsplat.types import Aberrations, Batch, Grid, Optics, Poses
+from emsplat.types import PREMULTIPLIED, Aberrations, Batch, Grid, Optics, Poses
 from virtual_device import on_device, synchronisations
 
 GRID = Grid(16, 2.0)
@@ -108,11 +108,9 @@ def same(found, expected, **tolerances):
 
 
 @pytest.fixture(scope="module")
-def particles(tmp_path_factory):
+def particles(simulated):
     """60 images of a small protein, in two optics groups with aberrations of their own."""
-    folder = tmp_path_factory.mktemp("device") / "particles"
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=60, snr=2.0, atoms=1500, seed=3, micrograph_particles=10)
-    return simulate(config, None, folder)
+    return simulated(particles=60, snr=2.0, micrograph_particles=10)
 
 
 def opened(path, **change):
@@ -133,6 +131,21 @@ KINDS = {
 }
 
 
+def same_images(one, other):
+    """Images that went through transforms and, where they had been multiplied by the CTF, were divided by it.
+
+    Every error is relative to the largest value of an image. A transform there and back rounds log2(size²) times. A
+    phase of up to 60 rad is known to 60 eps in each way to work it out, the CTF too, and where the CTF is as small as
+    sqrt(1e-3) (below, 0 is put) a quotient has 32 times that error.
+    """
+    eps = torch.finfo(torch.float32).eps
+    rounding = 2 * eps * math.log2(other.images[0].numel())
+    multiplied = other.optics.treatment == PREMULTIPLIED
+    allowed = torch.where(multiplied, rounding + 2 * 60 * eps / 1e-3**0.5, rounding)
+    largest = other.images.abs().amax((1, 2))
+    assert ((one.images.cpu() - other.images).abs().amax((1, 2)) <= allowed * largest).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_the_same_on_a_device(gpu, particles, kind):
     stack = opened(particles, **KINDS[kind])
@@ -142,7 +155,7 @@ def test_batches_are_the_same_on_a_device(gpu, particles, kind):
     here = [*stack.batches(25, seed=1, epoch=2, skip=1), *stack.sequential(40, normalised=False)]
     for one, other in zip(there, here, strict=True):
         assert {tensor.device for tensor in one.tensors()} == {gpu}
-        same(one.images, other.images, rtol=0, atol=2e-4)  # where a phase of an aberration is divided by almost 0
+        same_images(one, other)
         for name in ("poses", "optics", "optics_group", "index"):
             same(getattr(one, name), getattr(other, name))
 
@@ -190,7 +203,7 @@ sys.modules["kept"] = batches  # neither used up nor closed when the interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_readers_do_not_keep_the_interpreter_alive(particles):
     command = [sys.executable, "-c", ABANDONED, str(particles), str(Path(__file__).parent)]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True)  # or hangs
 
 
 def test_sums_are_the_same_on_a_device(gpu, particles, tmp_path):
@@ -379,11 +392,6 @@ QUICK = {
 }
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda run: (run / "report.html").write_text("drawn elsewhere"))
-
-
 def on(monkeypatch, chosen):
     """Lets runs choose this device."""
     monkeypatch.setattr(programme, "choose_device", lambda wanted: (chosen, f"device: {chosen}"))
@@ -403,8 +411,9 @@ def check_same_runs(here, there):
     np.testing.assert_allclose(residual[1], residual[0], rtol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", QUICK)
-def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, no_report, particles, tmp_path, engine):
+def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path, engine):
     reconstruct(QUICK[engine], particles, tmp_path / "cpu")
     on(monkeypatch, gpu)
     summary = reconstruct(QUICK[engine], particles, tmp_path / "gpu")
@@ -413,7 +422,8 @@ def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, no_report, particles, t
     assert "device: gpu:0" in (tmp_path / "gpu" / "run.log").read_text()
 
 
-def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, no_report, tmp_path):
+@pytest.mark.slow
+def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path):
     config = InputConfig(symmetry="C2", threads=1, keep_statistics=True, box=28)
     backproject(config, particles, tmp_path / "cpu")
     on(monkeypatch, gpu)
@@ -423,7 +433,8 @@ def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, 
         assert likeness(tmp_path / "cpu", tmp_path / "gpu", name) > 0.99999
 
 
-def test_experimental_particles_on_a_device(gpu, monkeypatch, no_report, shared_data, tmp_path):
+@pytest.mark.slow
+def test_experimental_particles_on_a_device(gpu, monkeypatch, shared_data, tmp_path):
     star = shared_data / "bgal" / "particles.star"
     config = InputConfig(symmetry="D2", first=400, threads=1)
     backproject(config, star, tmp_path / "cpu")
@@ -447,7 +458,8 @@ def stopped_after(monkeypatch, seconds):
     monkeypatch.setattr(programme, "interruptible", interruptible)
 
 
-def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, no_report, particles, tmp_path):
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, particles, tmp_path):
     config = QUICK["images"]
     reconstruct(config, particles, tmp_path / "cpu")
     with monkeypatch.context() as patch:
@@ -478,7 +490,8 @@ def small_memory(monkeypatch, images):
     monkeypatch.setattr(ImageObjective, "loss", limited)
 
 
-def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, no_report, particles, tmp_path):
+@pytest.mark.slow
+def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, particles, tmp_path):
     config = dataclasses.replace(QUICK["images"], batch="auto")
     on(monkeypatch, gpu)
     with monkeypatch.context() as patch:
@@ -494,7 +507,8 @@ def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, no_report, part
     assert summary["fits"]["half1"]["steps"] == 2 * 2
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatch, no_report, particles, tmp_path):
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatch, particles, tmp_path):
     on(monkeypatch, gpu)
     small_memory(monkeypatch, 5)
     with pytest.raises(InputError, match=r"--batch 16: does not fit .* give --batch 4 or --batch auto"):
@@ -504,12 +518,13 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatc
         reconstruct(QUICK["images"], particles, tmp_path / "b")
 
 
-def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, no_report, particles, tmp_path):
+def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, particles, tmp_path):
     on(monkeypatch, torch.device("cpu"))
     summary = reconstruct(dataclasses.replace(QUICK["images"], batch="auto"), particles, tmp_path)
     assert summary["settings"]["batch"] == 128
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_a_job_for_a_gpu_is_red_without_one():
     command = [
@@ -530,7 +545,7 @@ def test_a_job_for_a_gpu_is_red_without_one():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("engine", QUICK)
-def test_a_run_is_the_same_with_cuda(no_report, particles, tmp_path, engine):
+def test_a_run_is_the_same_with_cuda(particles, tmp_path, engine):
     reconstruct(dataclasses.replace(QUICK[engine], device="cpu"), particles, tmp_path / "cpu")
     summary = reconstruct(dataclasses.replace(QUICK[engine], device="cuda"), particles, tmp_path / "gpu")
     check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
@@ -546,5 +561,5 @@ def test_batches_are_the_same_with_cuda(particles, kind):
     there = stack.on(torch.device("cuda:0"))
     for _ in range(5):  # what a stream overtakes is wrong only sometimes
         for one, other in zip(there.batches(7, seed=1), stack.batches(7, seed=1), strict=True):
-            same(one.images, other.images, rtol=0, atol=1e-3)
+            same_images(one, other)
             same(one.poses, other.poses)

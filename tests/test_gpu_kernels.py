@@ -250,12 +250,13 @@ for capability in (75, 80, 90):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_a_gpu(tmp_path):
     """For three generations of GPUs; the interpreter would not notice what the compiler refuses."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", _COMPILE]
     folder = Path(__file__).parents[1] / "benchmarks"
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 18

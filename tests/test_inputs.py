@@ -10,7 +10,7 @@ from gemmi import cif
 
 from emsplat.accumulate import _lowpass, equations_of
 from emsplat.cli import main
-from emsplat.config import SimulateConfig, SourceConfig
+from emsplat.config import SourceConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.inputs import flip_hand, open_stack, read_table
@@ -20,14 +20,12 @@ from emsplat.io.pickles import write_arrays
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.table import OpticsGroup
 from emsplat.project import project
-from emsplat.simulate import simulate
 from emsplat.types import Gaussians, Grid, Poses
 
 
 @pytest.fixture(scope="module")
-def particles(tmp_path_factory):
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=400, atoms=500, snr=0.3, astigmatism=800.0)
-    return simulate(config, None, tmp_path_factory.mktemp("inputs") / "sim")
+def particles(simulated):
+    return simulated(particles=400, atoms=500, snr=0.3, astigmatism=800.0, seed=0)
 
 
 def table_of(particles, **options):

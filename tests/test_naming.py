@@ -4,17 +4,14 @@ import numpy as np
 import pytest
 
 from emsplat.cli import main
-from emsplat.config import SimulateConfig
 from emsplat.io.cryosparc import read_cs
 from emsplat.io.pickles import load_arrays
 from emsplat.io.relion import read_star
-from emsplat.simulate import simulate
 
 
 @pytest.fixture(scope="module")
-def particles(tmp_path_factory):
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=200, atoms=500, snr=0.5)
-    return simulate(config, None, tmp_path_factory.mktemp("naming") / "sim")
+def particles(simulated):
+    return simulated(particles=200)
 
 
 def backproject(particles, run, program):

@@ -8,7 +8,6 @@ import torch
 from emsplat.accumulate import NormalEquations, equations_of, mean_per_shell
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.mask import solvent_mask
-from emsplat.config import SimulateConfig
 from emsplat.density import grow, missing_power
 from emsplat.fit import Plan, State, fit
 from emsplat.fourier import rfft, shell_index
@@ -18,7 +17,6 @@ from emsplat.objective import VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, fit_course
 from emsplat.particles import open_particles
 from emsplat.project import voxelize
-from emsplat.simulate import simulate
 from emsplat.types import Grid
 
 GRID = Grid(16, 2.0)
@@ -125,9 +123,8 @@ def test_support_sizes_have_fast_transforms():
 
 
 @pytest.fixture(scope="module")
-def star(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stack") / "p"
-    return simulate(SimulateConfig(box=32, pixel_size=4.0, particles=400, snr=0.1, atoms=1500, seed=2), None, folder)
+def star(simulated):
+    return simulated(particles=400, snr=0.1, seed=2)
 
 
 @pytest.fixture(scope="module")

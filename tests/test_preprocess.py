@@ -8,19 +8,16 @@ from gemmi import cif
 
 from emsplat.accumulate import _lowpass, equations_of
 from emsplat.cli import main
-from emsplat.config import SimulateConfig
 from emsplat.fourier import crop, irfft, rfft
 from emsplat.io.mrc import StackFile, read_map
 from emsplat.io.relion import read_star
 from emsplat.particles import background, open_particles, resample, resampled_grid
-from emsplat.simulate import simulate
 from emsplat.types import Grid
 
 
 @pytest.fixture(scope="module")
-def particles(tmp_path_factory):
-    config = SimulateConfig(box=48, pixel_size=3.0, particles=300, atoms=500, snr=0.5, shift=8.0)
-    return simulate(config, None, tmp_path_factory.mktemp("preprocess") / "sim")
+def particles(simulated):
+    return simulated(box=48, pixel_size=3.0, particles=300, atoms=500, shift=8.0, seed=0)
 
 
 def preprocess(*words):

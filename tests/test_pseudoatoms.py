@@ -16,7 +16,7 @@ from scipy.ndimage import map_coordinates
 from emsplat import report
 from emsplat.assess.fsc import fsc_curve
 from emsplat.cli import main
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import quaternion_to_matrix
 from emsplat.io.atoms import read_atoms
@@ -26,7 +26,7 @@ from emsplat.io.ply import read_ply
 from emsplat.io.pseudoatoms import gaussians_of, read_pseudoatoms, write_pseudoatoms
 from emsplat.project import voxelize
 from emsplat.reconstruct import reconstruct
-from emsplat.simulate import place_atoms, simulate, truth_map
+from emsplat.simulate import place_atoms, truth_map
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 3.54)
@@ -217,15 +217,12 @@ def test_same_gaussians_same_bytes(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=300, snr=0.5, atoms=1500, seed=3)
+def run(simulated, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda run: None)  # drawing takes longer than the run
-        reconstruct(
-            ReconstructConfig(epochs=4, gaussians=400, threads=1), simulate(config, None, folder / "p"), folder / "run"
-        )
-    return folder / "run"
+        reconstruct(ReconstructConfig(epochs=4, gaussians=400, threads=1), simulated(particles=300), folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["model.cif", "model.pdb"])

@@ -6,19 +6,17 @@ import mrcfile
 import pytest
 import torch
 
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig
 from emsplat.particles import open_particles
 from emsplat.progress import Log
 from emsplat.reconstruct import reconstruct
 from emsplat.residuals import write_residuals
-from emsplat.simulate import simulate
 from emsplat.types import Gaussians
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=400, snr=0.5, atoms=1500, seed=3)
-    return open_particles(simulate(config, None, tmp_path_factory.mktemp("p") / "particles"))
+def stack(simulated):
+    return open_particles(simulated(particles=400))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,8 @@ def model(stack, tmp_path_factory):
     from emsplat.io.ply import read_ply
 
     run = tmp_path_factory.mktemp("r") / "run"
-    with (run.parent / "log").open("w") as file:
+    with (run.parent / "log").open("w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emsplat.report.write_report", lambda run: None)
         reconstruct(ReconstructConfig(epochs=8, gaussians=800), stack.table.sources[0], run, Log(file))
     return read_ply(run / "run_class001.ply")[0]
 

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from emsplat import report
 from emsplat.assess.fsc import crossing, fsc_curve
 from emsplat.config import ReconstructConfig, SimulateConfig
 from emsplat.errors import InputError
@@ -23,17 +22,9 @@ GRID = Grid(32, 4.0)
 QUICK = ReconstructConfig(epochs=4, gaussians=400, threads=1)
 
 
-@pytest.fixture(autouse=True)
-def short_report(monkeypatch):
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr(report, "write_report", lambda run: (run / "report.html").write_text("drawn elsewhere"))
-
-
 @pytest.fixture(scope="module")
-def particles(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stack") / "particles"
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=300, snr=0.5, atoms=1500, seed=3)
-    return simulate(config, None, folder)
+def particles(simulated):
+    return simulated(particles=300)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +51,7 @@ def error_to_truth(run, particles):
 def usual(particles, tmp_path_factory):
     """Resolution against the truth with the usual start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda run: None)
+        patch.setattr("emsplat.report.write_report", lambda run: None)
         reconstruct(QUICK, particles, run := tmp_path_factory.mktemp("usual") / "run")
     return error_to_truth(run, particles)
 
@@ -201,6 +192,7 @@ def test_files_that_hold_no_start_are_refused_before_the_run_folder_is_made(part
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_experimental_particles_from_an_atomic_model(shared_data, tmp_path):
     """Beta-galactosidase from the model that lies in its map: at least what the usual start gives."""
     folder = shared_data / "bgal"

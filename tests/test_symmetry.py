@@ -125,15 +125,13 @@ def test_tetrahedral_particles_with_two_folds_along_the_axes(particles):
     assert "--symmetry D2, which agrees" in finding.text
 
 
-def test_no_symmetry_given(particles, tmp_path):
+def test_no_symmetry_given(particles, simulated):
     assert "--symmetry D3" in examine_symmetry(open_particles(particles["D3"]), "C1").text
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=400, snr=0.5, atoms=1500, seed=3)
-    assert examine_symmetry(open_particles(simulate(config, None, tmp_path / "none")), "C1") is None
+    assert examine_symmetry(open_particles(simulated(particles=400)), "C1") is None
 
 
-def test_too_few_particles_cannot_be_told(tmp_path):
-    config = SimulateConfig(box=32, pixel_size=4.0, particles=60, noise_only=True, atoms=500)
-    stack = open_particles(simulate(config, None, tmp_path / "noise"))
+def test_too_few_particles_cannot_be_told(simulated):
+    stack = open_particles(simulated(particles=60, noise_only=True, seed=0))
     finding = examine_symmetry(stack, "D2")
     assert finding.verdict == "look"
     assert "too few particles" in finding.text

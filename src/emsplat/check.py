@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emsplat import report
 from emsplat.accumulate import PADDING, contrast, equations_of
 from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
@@ -25,7 +26,6 @@ from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
-from emsplat.report import write_report
 from emsplat.report.verdict import spacing
 from emsplat.run_folder import write_text
 from emsplat.symmetry import examine_symmetry
@@ -106,7 +106,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "check.json", json.dumps(result, indent=2))
-        write_report(output)
+        report.write_report(output)
     return result
 
 

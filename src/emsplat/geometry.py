@@ -98,17 +98,19 @@ def axis_rotation(axis: ArrayLike, angle: float) -> NDArray[np.float64]:
 
 def _close(generators: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """All products of the generators."""
-    group = [np.eye(3)]
-    frontier = group
-    while frontier:
-        fresh: list[NDArray[np.float64]] = []
+    group = frontier = np.eye(3)[None]
+    while len(frontier):
+        known = len(group)
         for element, generator in product(frontier, generators):
             candidate = generator @ element
-            if not any(np.allclose(candidate, known, atol=1e-4) for known in group + fresh):
-                fresh.append(candidate)
-        group = group + fresh
-        frontier = fresh
-    return np.stack(group)
+            if not _contains(group, candidate):
+                group = np.concatenate([group, candidate[None]])
+        frontier = group[known:]
+    return group
+
+
+def _contains(group: NDArray[np.float64], element: NDArray[np.float64]) -> bool:
+    return bool((np.abs(group - element).max((1, 2)) < 1e-4).any())
 
 
 # Axes (two-fold, five-fold, three-fold) that generate the icosahedral group in RELION's settings (I = I2).
@@ -156,9 +158,9 @@ def symmetry_group(symbol: str) -> Float[Tensor, "s 3 3"]:
 def generators(group: Float[Tensor, "s 3 3"]) -> Float[Tensor, "g 3 3"]:
     """A few elements of a group that generate it, the first that do; none for the trivial group."""
     chosen: list[NDArray[np.float64]] = []
-    known = [np.eye(3)]
+    known = np.eye(3)[None]
     for element in group.numpy():
-        if not any(np.allclose(element, other, atol=1e-4) for other in known):
+        if not _contains(known, element):
             chosen.append(element)
-            known = list(_close(chosen))
+            known = _close(chosen)
     return torch.from_numpy(np.stack(chosen)) if chosen else torch.zeros(0, 3, 3, dtype=group.dtype)

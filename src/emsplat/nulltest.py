@@ -20,6 +20,7 @@ from jaxtyping import Float
 from scipy.interpolate import BSpline
 from torch import Tensor
 
+from emsplat import report
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import crossing, fsc_curve, resolution
 from emsplat.assessment import FIRST_SHELLS, RunMaps, read_run, shell_curves
@@ -32,7 +33,6 @@ from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
 from emsplat.reconstruct import reconstruct
-from emsplat.report import write_report
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
 
@@ -114,7 +114,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         }[name]
         outcomes.append(_judge(name, expected, limit and chosen.grid.length / limit, folder / "run", reported))
     passed = _report(outcomes, output, log)
-    log.line(f"  report: {write_report(output)}")
+    log.line(f"  report: {report.write_report(output)}")
     return passed
 
 
