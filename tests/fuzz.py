@@ -14,6 +14,8 @@ on where it was stopped. ``--only NUMBER`` makes one input again. The exit code 
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import io
 import json
 import math
@@ -32,6 +34,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -44,7 +47,7 @@ import torch
 from emsplat.errors import InputError
 from emsplat.fit import State, load_checkpoint, save_checkpoint
 from emsplat.geometry import random_rotations
-from emsplat.io.mrc import StackFile, read_map, write_map, writing_stack
+from emsplat.io.mrc import StackFile, read_stored_map, write_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.relion import write_particles_star
@@ -80,8 +83,14 @@ def seeds(data: Path | None) -> dict[str, list[bytes]]:
     star, old = files["p.star"], _OLD_STAR.encode()
     found = {
         "star": [star, old, _PAIRS_STAR.encode(), star.replace(b"\n", b"\r\n")],
-        "map": [files["map.mrc"], _swapped(files["map.mrc"])],
-        "stack": [files["float32.mrcs"], files["float16.mrcs"], _swapped(files["float32.mrcs"])],
+        "map": [
+            *(files["map.mrc"], _swapped(files["map.mrc"]), _of_bytes(files["map.mrc"], 6**3, "<")),
+            *(_of_bytes(files["map.mrc"], 6**3, ">"), gzip.compress(files["map.mrc"]), bz2.compress(files["map.mrc"])),
+        ],
+        "stack": [
+            *(files["float32.mrcs"], files["float16.mrcs"], _swapped(files["float32.mrcs"])),
+            _of_bytes(files["float32.mrcs"], COUNT * 4**2, "<"),
+        ],
         "cs": [whole, _cs(_multi_class())],
         "needs passthrough": [own],  # not mutated itself
         "passthrough": [through, whole],
@@ -236,6 +245,15 @@ def _swapped(content: bytes) -> bytes:
     head[words] = head[words].byteswap()
     data = np.frombuffer(content[1024:], "<u4").byteswap()
     return head.tobytes()[:212] + b"\x11\x11\0\0" + head.tobytes()[216:] + data.tobytes()
+
+
+def _of_bytes(content: bytes, count: int, order: str) -> bytes:
+    """The same MRC file in mode 0, with IMOD's stamp."""
+    content = content if order == "<" else _swapped(content)
+    head = bytearray(content[:1024])
+    for at, word in ((12, 0), (152, 1146047817), (156, 1)):
+        head[at : at + 4] = struct.pack(order + "i", word)
+    return bytes(head) + bytes(range(256))[:count]
 
 
 # Mutations.
@@ -502,11 +520,30 @@ def _pickle(rng: random.Random, content: bytes) -> bytes:
     return b"".join(pieces)
 
 
-# nx ny nz mode, mx my mz, cella, mapc mapr maps, ispg nsymbt, exttyp, nversion, map, machst
-_MRC_FIELDS = [*range(0, 16, 4), 28, 32, 36, 40, 44, 48, 64, 68, 72, 88, 92, 92, 104, 108, 208, 212]
+# nx ny nz mode, starts, mx my mz, cella, mapc mapr maps, dmin dmax dmean, ispg nsymbt, exttyp, nversion, IMOD's stamp
+# and flags, origin, map, machst
+_MRC_FIELDS = [
+    *range(0, 76, 4),
+    *(64, 68, 72, 76, 80, 84, 88, 92, 92, 104, 108, 152, 156, 196, 200, 204, 208, 212),
+]
+_PACKED = {b"\x1f\x8b": (gzip.decompress, gzip.compress), b"BZh": (bz2.decompress, bz2.compress)}
+
+
+def _map(rng: random.Random, content: bytes) -> bytes:
+    """As `_mrc`, also in what a packed file holds."""
+    unpack, pack = next((both for start, both in _PACKED.items() if content.startswith(start)), (bytes, bytes))
+    try:
+        inside = unpack(content) if rng.random() < 0.7 else content
+    except (OSError, EOFError, ValueError, zlib.error):  # damaged before
+        return _mrc(rng, content)
+    return pack(_mrc(rng, inside)) if inside is not content else _mrc(rng, content)
 
 
 def _mrc(rng: random.Random, content: bytes) -> bytes:
+    if rng.random() < 0.2:  # axes, right or wrong
+        axes = [rng.choice((1, 2, 3, 3, 0)) for _ in range(3)] if rng.random() < 0.5 else rng.sample((1, 2, 3), 3)
+        order = ">" if content[212:214] == b"\x11\x11" else "<"
+        return content[:64] + struct.pack(order + "3i", *axes) + content[76:]
     at = rng.choice(_MRC_FIELDS)
     small = struct.pack("<i", rng.choice((-1, 0, 1, 2, 3, 4, 5, 6, 7, 12, 16, 64, 1024, 101, 401)))
     stamp = rng.choice((b"\x44\x44\0\0", b"\x44\x41\0\0", b"\x11\x11\0\0", b"\0\0\0\0", b"MAP "))
@@ -526,7 +563,7 @@ def _safetensors(rng: random.Random, content: bytes) -> bytes:
 
 _SPECIAL: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "star": _words(_TOKENS),
-    "map": _mrc,
+    "map": _map,
     "stack": _mrc,
     "cs": _npy,
     "passthrough": _npy,
@@ -578,7 +615,7 @@ class Reading:
             stack.read_into(out, range(stack.count), range(stack.count))
             stack.close()
             return stack.pixel_size
-        return {"map": read_map, "ply": read_ply, "checkpoint": load_checkpoint}[kind](path)
+        return {"map": read_stored_map, "ply": read_ply, "checkpoint": load_checkpoint}[kind](path)
 
     def judge(self, kind: str, content: bytes) -> tuple[bool, str]:
         """Whether the input was read, and what is wrong with how it was treated ("" when nothing is)."""

@@ -5,6 +5,7 @@ import json
 import math
 from io import StringIO
 
+import mrcfile
 import pytest
 import torch
 from gemmi import cif
@@ -14,10 +15,12 @@ from emsplat.assessment import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, assess, rea
 from emsplat.cli import main
 from emsplat.config import AssessConfig
 from emsplat.errors import InputError
+from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
 from emsplat.progress import Log
+from emsplat.project import voxelize
 from emsplat.report import verdict
-from emsplat.types import Grid
+from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 2.0)
 SIZE = GRID.size
@@ -127,6 +130,19 @@ def test_noise_has_no_resolution_and_no_old_maps_of_it(tmp_path):
     assert any("no particle was found" in text for text in warnings)
     assert not (run / "local_resolution.mrc").exists()
     assert not (run / "directions.csv").exists()
+
+
+def test_resolutions_that_are_the_limit_of_the_pixels_are_named(tmp_path):
+    result, _ = measure(write_run(tmp_path / "run"))
+    assert result["limit"]["nyquist"] == pytest.approx(GRID.nyquist)
+    assert "half_map_masked" in result["limit"]["reached_by"]  # what the models share has no end
+    assert not {"cross_validated", "backprojection_masked"} & {*result["limit"]["reached_by"]}
+    sharp = tuple(5 * noise(0) + noise(seed) for seed in (1, 2))  # FSC 0.96 in every shell
+    result, _ = measure(write_run(tmp_path / "sharp", halves=sharp, raw=None))
+    reached = result["limit"]["reached_by"]
+    assert {"half_map_unmasked", "half_map_masked", "half_map_corrected", "backprojection_masked"} <= {*reached}
+    assert all(result["resolution"][name] == pytest.approx(GRID.nyquist) for name in reached)
+    assert "cross_validated" not in reached  # back-projections alone have none
 
 
 def test_reference(tmp_path):
@@ -251,3 +267,48 @@ def test_correction_begins_where_the_unmasked_curve_falls(tmp_path):
         table["rlnFourierShellCorrelationCorrected"][: start + 2]
         == (table["rlnFourierShellCorrelationMaskedMaps"][: start + 2])
     )
+
+
+def put(path, **fields):
+    """Sets fields of the header of a map."""
+    with mrcfile.open(path, "r+") as file:
+        for name, value in fields.items():
+            file.header[name] = value
+    return path
+
+
+def test_masks_and_references_whose_headers_put_them_elsewhere_are_told(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_map(tmp_path / "mask.mrc", MASK, GRID.pixel_size)
+    write_map(tmp_path / "truth.mrc", TRUTH, GRID.pixel_size)
+    options = {"mask": tmp_path / "mask.mrc", "reference": tmp_path / "truth.mrc"}
+    before, warnings = measure(run, **options)
+    assert not warnings
+    put(tmp_path / "mask.mrc", nxstart=2)
+    put(tmp_path / "truth.mrc", origin=(0.0, 0.0, 1.5 * GRID.pixel_size))
+    result, warnings = measure(run, **options)
+    assert result["resolution"] == before["resolution"]  # voxel by voxel, as before
+    assert len(warnings) == 2
+    assert "mask.mrc: its header (NXSTART or ORIGIN) puts it (2, 0, 0) voxels away from the maps" in warnings[0]
+    assert "truth.mrc: its header (NXSTART or ORIGIN) puts it (0, 0, 1.5) voxels away from the maps of" in warnings[1]
+    for name in (*HALF_MAPS, FULL_MAP, *BACKPROJECTIONS):  # a folder that lies there as a whole
+        put(run / name, nxstart=2)
+    put(tmp_path / "truth.mrc", origin=(2 * GRID.pixel_size, 0.0, 0.0))
+    assert not measure(run, **options)[1]
+
+
+def test_a_model_as_reference(tmp_path):
+    """Voxelised on the grid of the run; the same curve as its map gives."""
+    blobs = Gaussians(
+        10 * torch.randn(20, 3, generator=torch.Generator().manual_seed(0)),
+        9 * torch.eye(3).repeat(20, 1, 1),
+        torch.ones(20),
+    )
+    run = write_run(tmp_path / "run", full=voxelize(blobs, GRID))
+    write_gaussians(tmp_path / "model.pdb.gz", blobs, GRID)
+    measure(run, reference=tmp_path / "model.pdb.gz")
+    assert float(columns(run)["emsplatReferenceMasked"][1:12].min()) > 0.999
+    away = Gaussians(blobs.mean + 500, blobs.covariance, blobs.amplitude)
+    write_gaussians(tmp_path / "away.cif", away, GRID)
+    with pytest.raises(InputError, match=r"away\.cif: 100% of it lies outside the box"):
+        measure(run, reference=tmp_path / "away.cif")

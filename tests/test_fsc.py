@@ -18,6 +18,7 @@ from emsplat.assess.fsc import (
     fsc,
     fsc_curve,
     last_crossing,
+    never_falls,
     particle_fsc,
     randomisation_shell,
     randomise_phases,
@@ -171,6 +172,13 @@ def test_a_curve_that_ends_is_told_from_one_that_falls() -> None:
     ):
         curve = Curve(torch.arange(4) / 12.0, torch.tensor(values, dtype=torch.float64))
         assert ends_undefined(curve, 0.5) is expected, values
+
+
+def test_a_curve_that_never_falls_is_known() -> None:
+    """Its resolution is the limit of the pixel size; one that ends undefined has ended for another reason."""
+    assert never_falls(hand_curve(0, 0.9, 0.143, 0.5), 0.143)
+    assert not never_falls(hand_curve(1, 0.9, 0.142, 0.5), 0.143)
+    assert not never_falls(hand_curve(1, 0.9, 0.9, math.nan), 0.143)
 
 
 def test_crossing_interpolates() -> None:

@@ -29,14 +29,13 @@ import torch
 from jaxtyping import Complex, Float
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from emsplat.ctf import observe
 from emsplat.device import CPU
 from emsplat.errors import InputError
 from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index, sum_by_shell
-from emsplat.io.files import replacing
+from emsplat.io.tensors import write_tensors
 from emsplat.kernels import backend
 from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.types import Grid, Optics
@@ -172,8 +171,7 @@ class FourierStatistics:
         """Writes the sums as safetensors, under a temporary name until they are complete."""
         about = json.dumps({"particles": self.particles, "about": self.about})
         tensors = {"numerator": torch.view_as_real(self.numerator).cpu(), "weight": self.weight.cpu()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"emsplat.statistics": about})
+        write_tensors(path, tensors, {"emsplat.statistics": about})
 
     def load(self, path: Path, *, but: set[str] | None = None) -> None:
         """Takes over saved sums.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_images, read_table
+from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star
 from emsplat.io.table import ParticleTable
@@ -83,6 +83,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
+        items += [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
         items += [_headers(stack), _cost(stack)]
         try:
             items += _quick_look(stack, group, output)
@@ -105,7 +106,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     }
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "check.json", json.dumps(result, indent=2))
+        write_text(output / "check.json", json_text(result))
         report.write_report(output)
     return result
 

@@ -29,6 +29,7 @@ _FSC_COLUMNS = {
     "corrected": "rlnFourierShellCorrelationCorrected",
     "random phases": "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
 }
+_SAME = 1e-6  # by which an FSC may fall short of 1 by rounding
 _Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
@@ -96,13 +97,12 @@ def check(
         output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json.
         json: Print the result as one JSON object.
     """
-    from json import dumps
-
     from emsplat.check import check as work
     from emsplat.check import describe, exit_code
+    from emsplat.io.files import json_text
 
     result = work(config, particles, output)
-    print(dumps(result, indent=2) if json else describe(result))
+    print(json_text(result) if json else describe(result))
     if output is not None and not json:
         print(f"report: {output / 'report.html'}")
     return exit_code(result)
@@ -201,23 +201,25 @@ def fsc(
     maps, not for a map and its model.
 
     Args:
-        a: MRC map.
-        b: MRC map of the same box and pixel size.
+        a: MRC map, or an atomic model or Gaussians (.cif, .pdb, .ply) where b is a map.
+        b: MRC map of the same box and pixel size, or an atomic model or Gaussians that lie in map a.
         mask: MRC map of the same box, values from 0 to 1, that both maps are multiplied with.
         output: Write the curves to this STAR file as well.
     """
     import torch
 
-    from emsplat.assess.fsc import common_grid, crossing, fsc_curve, last_crossing, resolution
-    from emsplat.assessment import RunMaps, read_mask, shell_curves
-    from emsplat.io.mrc import read_map
+    from emsplat.assess.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
+    from emsplat.assessment import RunMaps, read_mask, read_pair, shell_curves
     from emsplat.io.relion import write_fsc_star
+    from emsplat.progress import Log
     from emsplat.types import Curve
 
-    (first, grid), (second, other) = read_map(a), read_map(b)
-    common_grid({str(a): grid, str(b): other})
-    soft = None if mask is None else read_mask(mask, grid)
+    log = Log()
+    first, second, grid, origin = read_pair(a, b, log)
+    soft = None if mask is None else read_mask(mask, grid, log, origin)
     curves = {"unmasked": fsc_curve(first, second, grid)}
+    if torch.equal(first, second) or float(curves["unmasked"].value[1:].min()) > 1 - _SAME:
+        log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")
     if soft is not None:
         table, _ = shell_curves(RunMaps(grid, (first, second), None, None, soft))
         for label in ("masked", "corrected", "random phases"):
@@ -231,6 +233,12 @@ def fsc(
     for label in [label for label in curves if label != "random phases"]:
         for threshold in (0.143, 0.5):
             found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
+            if never_falls(curves[label], threshold):
+                print(
+                    f"FSC {threshold} {label}: better than {found:.2f} Å, the limit of the pixel size: it never falls, "
+                    "the boxes are sampled too coarsely to tell"
+                )
+                continue
             print(
                 f"FSC {threshold} {label}: "
                 + ("never reached" if found is None else f"{found:.2f} Å (RELION's rule: last shell before the drop)")

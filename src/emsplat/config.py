@@ -252,7 +252,8 @@ class AssessConfig:
     """Diameter in Å of a spherical mask for the FSC, in place of the mask of the run."""
 
     reference: Path | None = None
-    """MRC map on the same grid that the full map is compared with as well."""
+    """What the full map is compared with as well: an MRC map on the same grid, or an atomic model (.cif, .pdb, also
+    packed with gzip) or Gaussians that lie in it."""
 
     window: float | None = None
     """Width of the moving window of the local resolution in Å; default: 25, or five times the resolution of the

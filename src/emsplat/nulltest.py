@@ -8,7 +8,6 @@ altered so that nothing true is left (noise), nothing beyond a spacing (phases),
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from emsplat.config import ImagesConfig, NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
 from emsplat.inputs import open_stack
+from emsplat.io.files import json_text, replacing
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
@@ -262,8 +262,8 @@ def _report(outcomes: list[Outcome], output: Path, log: Log) -> bool:
     rows = [{field.name: getattr(one, field.name) for field in fields(one)} for one in outcomes]
     silent = [{name: one.silent(name) for name in _MEASURES if one.judged(name)} for one in outcomes]
     tests = [row | {"silent": found} for row, found in zip(rows, silent, strict=True)]
-    write_text(output / "nulltest.json", json.dumps({"passed": passed, "tests": tests}, indent=2))
-    with (output / "nulltest.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(output / "nulltest.json", json_text({"passed": passed, "tests": tests}))
+    with replacing(output / "nulltest.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -40,15 +40,28 @@ class ImageFiles:
     def __init__(self, table: ParticleTable) -> None:
         self._table = table
         self._open: OrderedDict[int, StackFile] = OrderedDict()
+        self._remarks: dict[Path, tuple[str, ...]] = {}
         self._lock = threading.Lock()
 
     def stack(self, index: int) -> StackFile:
         with self._lock:
             file = self._open.pop(index, None) or StackFile(self._table.stacks[index])
             self._open[index] = file
+            self._remarks[file.path] = file.warnings
             if len(self._open) > _OPEN_STACKS:
                 self._open.popitem(last=False)[1].close()
         return file
+
+    def remarks(self) -> list[str]:
+        """What had to be assumed of the stacks that have been opened, each assumption once."""
+        of: dict[str, list[Path]] = {}
+        for path, texts in self._remarks.items():
+            for text in texts:
+                of.setdefault(text, []).append(path)
+        return [
+            f"{paths[0]}{f' and {len(paths) - 1} other stacks' if len(paths) > 1 else ''}: {text}"
+            for text, paths in of.items()
+        ]
 
     def read(self, rows: Int[Tensor, " p"], lane: Lane | None = None) -> Float[Tensor, "p y x"]:
         """Images of these rows of the table, as they are on disk; for a ``lane`` in memory that it can send from."""
@@ -524,6 +537,7 @@ def open_table(
         raise InputError(f"{table.name}: {len(table)} particles; expected at least 2 in each of two halves")
     files = ImageFiles(table)
     disk = _grids(table, files, trust_star_pixel_size)
+    table = replace(table, warnings=(*table.warnings, *files.remarks()))
     grids = tuple(resampled_grid(own, box, pixel_size, finer=finer) for own in disk)
     if recentre is None:
         recentre = any(grid.length < 0.999 * own.length for grid, own in zip(grids, disk, strict=True))

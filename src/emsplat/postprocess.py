@@ -37,7 +37,7 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
         InputError: no finished run, a mask that does not fit, no resolution to weight up to.
     """
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    maps = read_run(run, config.mask)
+    maps = read_run(run, config.mask, log)
     grid = maps.grid
     columns, masking = shell_curves(maps)
     corrected = Curve(torch.arange(grid.size // 2 + 1).double() / grid.length, torch.tensor(columns[_CORRECTED]))

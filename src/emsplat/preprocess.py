@@ -38,9 +38,9 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
     table = read_table(config, particles)
-    for warning in table.warnings:
-        log.warn(warning)
     stack = open_images(config, table, finer=True, recentre=config.recentre)
+    for warning in stack.table.warnings:
+        log.warn(warning)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -53,6 +53,7 @@ from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
 from emsplat.inputs import open_stack, with_boxes
+from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
 from emsplat.io.ply import write_ply
@@ -66,7 +67,7 @@ from emsplat.project import voxelize
 from emsplat.report import verdict
 from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
-from emsplat.start import LOWPASS, check_start, is_shared, read_start, starts_from_gaussians
+from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
 from emsplat.symmetry import examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
@@ -262,7 +263,7 @@ def _open(
         read_start(settings.get("init", "map"), stack.grid, name)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
-    for warning in stack.table.warnings:
+    for warning in (*stack.table.warnings, *start_remarks(settings.get("init", "map"), stack.grid)):
         log.warn(warning)
     skipped: list[int] = []
     if config.skip_bad:
@@ -300,7 +301,7 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             + ("without --invert" if stack.sign < 0 else "--invert")
         )
     evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    mask = given_mask(config, stack.grid)
+    mask = given_mask(config, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
@@ -462,7 +463,9 @@ def _fit_volumes(
 
 def _write_scores(path: Path, stages: list[Stage]) -> None:
     """The mean cross-validated FSC after each epoch that was judged: what the data of the other half say of the fit."""
-    rows = [f"{epoch},{stage.gaussians},{score:.6f}\n" for stage in stages for epoch, score in stage.scores]
+    rows = [
+        f"{epoch},{stage.gaussians},{number_text(score, '.6f')}\n" for stage in stages for epoch, score in stage.scores
+    ]
     if rows:
         write_text(path, "".join(["epoch,gaussians,score\n", *rows]))
 
@@ -676,7 +679,7 @@ def _finish(
         "assessment": {"warnings": log.warnings[told:]},
         **({} if altered is None else {"altered": altered}),
     }
-    write_text(output / "summary.json", json.dumps(summary, indent=2))
+    write_text(output / "summary.json", json_text(summary))
     report.write_report(output)  # and every figure in it
     _conclude(log, summary, output)
     if config.naming != "relion":
@@ -705,7 +708,7 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
     kept = [text for text in summary.get("warnings", []) if text not in outdated]
     assessment = {**plain(config), "warnings": log.warnings}
     summary = summary | measured | {"assessment": assessment, "warnings": kept + log.warnings}
-    write_text(path, json.dumps(summary, indent=2))
+    write_text(path, json_text(summary))
     report.write_report(run)
     link_results(run)
     for text in verdict.lines(summary):

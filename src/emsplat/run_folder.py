@@ -20,7 +20,7 @@ from torch import Tensor
 from emsplat.config import InputConfig
 from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.fit import State
-from emsplat.io.files import replacing
+from emsplat.io.files import number_text, replacing
 
 
 class Interrupted(EmsplatError):
@@ -130,7 +130,7 @@ class History:
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self._rows = [
-                    (row["fit"], int(row["epoch"]), int(row["step"]), int(row["images"]), float(row["loss"]))
+                    (row["fit"], int(row["epoch"]), int(row["step"]), int(row["images"]), float(row["loss"] or "nan"))
                     for row in csv.DictReader(file)
                 ]
 
@@ -152,7 +152,7 @@ class History:
         with replacing(self._path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(self._COLUMNS)
-            writer.writerows(self._rows)
+            writer.writerows((*row[:4], number_text(row[4], "")) for row in self._rows)
 
 
 @contextmanager

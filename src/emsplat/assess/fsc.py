@@ -150,6 +150,15 @@ def resolution(curve: Curve, threshold: float) -> float | None:
     return 1 / float(curve.frequency[shell]) if shell > 0 else None
 
 
+def never_falls(curve: Curve, threshold: float) -> bool:
+    """Whether every shell after 0 reaches the threshold.
+
+    Then `resolution` and `crossing` are Nyquist, the limit of the pixel size: where the curve would have fallen is not
+    known.
+    """
+    return _first_below(curve, threshold) == len(curve.value)
+
+
 def crossing(curve: Curve, threshold: float) -> float | None:
     """Spacing in Å where the linearly interpolated curve first crosses the threshold.
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
-from emsplat.io.files import replacing
+from emsplat.io.files import replacing, require_finite
 from emsplat.io.paths import find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
@@ -384,6 +384,9 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
             data["alignments3D/split"] = half.numpy() - 1
     else:
         data = _built(table, half)
+        for name in data.dtype.names or ():
+            if data.dtype[name].base.kind == "f":
+                require_finite(path, name, data[name])
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, data, allow_pickle=False)
 

@@ -24,7 +24,7 @@ from emsplat import __version__
 from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
-from emsplat.io.files import replacing
+from emsplat.io.files import number_text, replacing, require_finite
 from emsplat.io.paths import find_stacks, group_equal, relative_to
 from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
@@ -513,6 +513,7 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
             groups["ImageSize"] = [str(own.box) for own in table.groups]
             groups |= _flags_of_flipped(optics)
     if new_images or optics is None:
+        require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
             columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
     _rewrite(document, source, target, table.row, half, columns, groups)
@@ -651,6 +652,8 @@ def _write_particles(
         "OriginXAngst": poses.shift[:, 0],
         "OriginYAngst": poses.shift[:, 1],
     }
+    for name, values in numeric.items():
+        require_finite(path, f"values of rln{name}", values)
     columns: dict[str, list[str]] = {
         "ImageName": [cif.quote(name) for name in image_names],
         "MicrographName": [cif.quote(name) for name in micrographs],
@@ -724,6 +727,10 @@ def write_fsc_star(
     for table, curves in (("fsc", columns), ("guinier", guinier or {})):
         if curves:
             block = document.add_new_block(table)
-            texts = [[f"{v:.6f}" if isinstance(v, float) else str(v) for v in values] for values in curves.values()]
+            # What is undefined, as a curve beyond the end of the data, is unknown: "?", no number.
+            texts = [
+                [number_text(v, ".6f", "?") if isinstance(v, float) else str(v) for v in values]
+                for values in curves.values()
+            ]
             block.init_loop("", [f"_{name}" for name in curves]).set_all_values(texts)
     _write(document, path)

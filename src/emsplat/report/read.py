@@ -345,7 +345,7 @@ def _rows(path: Path, numbers: Sequence[str], texts: Sequence[str]) -> Iterator[
             for row in csv.DictReader(file):
                 if any(row[name] is None for name in texts):
                     raise ValueError(f"row {count + 1} is cut short")
-                yield row | {name: float(row[name]) for name in numbers}
+                yield row | {name: math.nan if row[name] == "" else float(row[name]) for name in numbers}
                 count += 1
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise unreadable(path, error, expected) from error
