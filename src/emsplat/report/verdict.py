@@ -32,6 +32,7 @@ class Kind(StrEnum):
 
 
 NOTHING = "no resolution"
+_OR_FINER = " or finer"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def spacing(value: object, nyquist: float | None = None) -> str:
         case bool():
             return str(value)
         case float() | int() if math.isfinite(value):
-            return f"{value:.2f} Å" + (" or finer" if is_nyquist(value, nyquist) else "")
+            return f"{value:.2f} Å" + (_OR_FINER if is_nyquist(value, nyquist) else "")
         case None | float():
             return "not reached"
         case _:
@@ -151,21 +152,32 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     first = headline(summary)
     if first is None:
         return []
-    found = f"resolution: {first.number} ({first.measure})"
+    opening = f"resolution: {first.number} ({first.measure})"
     if first.number == NOTHING:
-        found = f"{first.number}: {first.measure}"
-    said = [found, *(f"  {remark}" for remark in first.remarks)]
+        opening = f"{first.number}: {first.measure}"
+    said = [opening, *(f"  {remark}" for remark in first.remarks)]
     if summary.get("evident") is not False:
         rows = comparisons(summary)
-        shown = [f"  {row.name}: {row.lenient or row.strict}{'' if row.lenient else ' at 0.5'}" for row in rows]
+        ended = [row.name for row in rows if (row.lenient or row.strict).endswith(_OR_FINER)]
+        shown = [
+            f"  {row.name}: {row.lenient or row.strict}{'' if row.lenient else ' at 0.5'}"
+            for row in rows
+            if row.name not in ended
+        ]
+        if ended:
+            shown.append(f"  at the limit of the pixel size: {'; '.join(ended)}")
         if shown:
             upper = "; half maps of Gaussians are upper limits" if kind_of(summary).has_gaussians else ""
             said += [f"to compare (FSC 0.143{upper}):", *shown]
     local, direction, nyquist = summary.get("local_resolution"), summary.get("directional"), nyquist_of(summary)
     if local is not None and (found := local["cross_validated"] or local["half_maps"]):
         fine, coarse = spacing(found["p5"], nyquist), spacing(found["p95"], nyquist)
-        spread = f"90 % between {fine} and {coarse}" if fine != coarse else f"90 % at {fine}"
-        said.append(f"local resolution in the mask: median {spacing(found['median'], nyquist)}, {spread}")
+        said.append(
+            "local resolution in the mask: at the limit of the pixel size in 95 % of it"
+            if is_nyquist(found["p95"], nyquist)
+            else f"local resolution in the mask: median {spacing(found['median'], nyquist)}, 90 % between {fine} and "
+            f"{coarse}"
+        )
     if direction is not None:
         factor = direction.get("sampling_compensation")
         said.append(
