@@ -267,7 +267,8 @@ _TOKENS = [
     *("?", "[1,2]", "[", "$x", ";", "\n;\ntext\nmore\n;\n", "data_", "data_x"),
     *("loop_", "save_", "save_x", "stop_", "global_", "data_optics", "data_particles", "_rlnImageName", "_rlnAngleRot"),
     *("_rlnOpticsGroup", "_rlnVoltage", "_rlnImagePixelSize", "_rlnRandomSubset", "_rlnHelicalTubeID", "_", "__"),
-    *("@", "1@", "@a.mrcs", "0@a.mrcs", "1@a.mrcs@b"),
+    *("_rlnTomoName", "_rlnCoordinateZ", "_rlnImageDimensionality"),
+    *("@", "1@", "@a.mrcs", "0@a.mrcs", "1@a.mrcs@b", "a.mrcs", "a.mrc", "1@a.mrc", "1@./a.mrcs", "1@>a.mrcs"),
     *("999999999@a.mrcs", "9999999999@a", "1@/", "1@..", "1@" + "a/" * 3000),
     *("True", "None", "1.0", "1.5", "\ufeff", "\r", "\n", "\t", "\x1a", "\x85"),
 ]  # fmt: skip
@@ -585,6 +586,7 @@ class Reading:
         for own in self.folders.values():
             own.mkdir(exist_ok=True)
         for kind, name, content in (
+            ("star", "a.mrcs", files["stack"][0]),
             ("passthrough", "p.cs", files["needs passthrough"][0]),
             ("poses", "s.mrcs", files["stack"][0]),
             ("poses", "ctf.pkl", files["ctf"][4]),

@@ -24,6 +24,7 @@ from emsplat.inputs import open_images, read_table
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star
+from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
 from emsplat.report.verdict import spacing
@@ -51,7 +52,8 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
 
     With images: their headers, and a back-projection of up to 2,000 particles onto at most 64³ voxels. Its map, slices
     and views, the verdicts and a page with all of it go into ``output``. Returns "particles", "half_sets",
-    "optics_groups", "shift_rms" (Å), "defocus_range" (Å), "missing_files" and "items".
+    "optics_groups", "shift_rms" (Å), "defocus_range" (Å), "missing_files", "image_folders" (that paths start from) and
+    "items".
 
     Raises:
         InputError: the metadata cannot be read at all.
@@ -102,6 +104,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         "shift_rms": round(float(table.poses.shift.square().sum(1).mean().sqrt()), 3),
         "defocus_range": [round(float(value)) for value in _defocus(table).aminmax()],
         "missing_files": missing,
+        "image_folders": [str(folder) for folder in table.folders],
         "items": [asdict(item) for item in items],
     }
     if output is not None:
@@ -287,7 +290,8 @@ def _helpful_folder(file: str, source: Path) -> Path | None:
 
 def _headers(stack: ParticleStack) -> Item:
     kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
-    return Item("images", "ok", f"{len(stack.table.stacks):,} stacks found; {kinds}")
+    table = stack.table
+    return Item("images", "ok", f"{len(table.stacks):,} stacks found, {say_folders(table.folders)}; {kinds}")
 
 
 def _cost(stack: ParticleStack) -> Item:

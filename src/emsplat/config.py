@@ -99,7 +99,8 @@ class ChoiceConfig:
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
 
     datadir: Path | None = None
-    """Folder that the image paths of the STAR file start from, where they are not found beside it."""
+    """Folder that the image paths start from, where they do not from that of the particle file or a parent of it; the
+    last parts of a path suffice below it."""
 
     poses: Path | None = None
     """cryoDRGN's poses.pkl, for an image stack (.mrcs or a .txt that lists stacks)."""

@@ -50,6 +50,13 @@ def convert(
     table = read_table(config, particles, need_stacks=False)
     for warning in table.warnings:
         say(f"look: {warning}")
+    missing = [stack for stack in table.stacks if not stack.is_file()]
+    if missing and kind != ".pkl":
+        say(
+            f"look: {len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; their "
+            f"paths stay as they are and may not lead to them from {target.parent}; give the folder that they start "
+            "from with --datadir"
+        )
     table = with_boxes(table)
     half = table.half
     if half is not None and not bool((half > 0).all()):

@@ -29,6 +29,7 @@ from emsplat.fourier import irfft, randomise_phases, rfft, shell_index, shell_ra
 from emsplat.inputs import open_stack
 from emsplat.io.files import json_text, replacing
 from emsplat.io.mrc import writing_stack
+from emsplat.io.paths import say_folders
 from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
@@ -88,6 +89,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
+    log.line(f"{len(stack):,} particles of {stack.table.name}; {say_folders(stack.table.folders)}")
     settings = _settings(config)
     outcomes = []
     from_shell = 0

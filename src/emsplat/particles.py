@@ -215,7 +215,7 @@ class ParticleStack:
             optics=optics,
             groups=tuple(OpticsGroup(own.name, grid.pixel_size, grid.size) for own, grid in groups),
             half=None if half is None else half[self.rows],
-            stacks=tuple(paths),
+            stacks=tuple(path.absolute() for path in paths),
             stack=stack,
             image=image,
             sign=1.0,

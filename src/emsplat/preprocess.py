@@ -14,6 +14,7 @@ from emsplat.inputs import open_images, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
 
@@ -38,6 +39,7 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
     table = read_table(config, particles)
+    log.line(f"{len(table):,} particles of {table.name}; {say_folders(table.folders)}")
     stack = open_images(config, table, finer=True, recentre=config.recentre)
     for warning in stack.table.warnings:
         log.warn(warning)

@@ -56,6 +56,7 @@ from emsplat.inputs import open_stack, with_boxes
 from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
@@ -753,6 +754,7 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
     log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {len(table.stacks)} stacks")
+    log.line(f"  {say_folders(table.folders)}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
@@ -813,6 +815,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict
         "half_sets_from": "input" if table.half is not None else "drawn per micrograph",
         "optics_groups": len(table.groups),
         "stacks": len(table.stacks),
+        "image_folders": [str(folder) for folder in table.folders],
         "micrographs": int(table.micrograph.max()) + 1,
         "box": stack.grid.size,
         "pixel_size": stack.grid.pixel_size,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from emsplat.errors import InputError
 from emsplat.io.mrc import StackFile
-from emsplat.io.paths import find_stacks, group_equal
+from emsplat.io.paths import Stacks, find_stacks
 from emsplat.io.pickles import load_arrays, write_arrays
 from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import Optics, Poses
@@ -31,9 +31,9 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     """
     rotation, fraction = _poses(poses)
     table = _ctf(ctf)
-    names = _stack_names(particles)
-    stacks = find_stacks(names, particles, datadir)
-    if len(names) != len(stacks):
+    found = _stacks(particles, datadir)
+    stacks = found.paths
+    if len(found.stack) != len(stacks):
         raise InputError(f"{particles}: names a stack twice; expected each once")
     files = [StackFile(path) for path in stacks]
     counts, boxes = [file.count for file in files], {file.box for file in files}
@@ -55,7 +55,7 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     unique, group = np.unique(np.stack([pixel_size.round(5), *table[:, 5:8].T], 1), axis=0, return_inverse=True)
     columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in table.T]
     image = np.concatenate([np.arange(n) for n in counts])
-    stack = group_equal(names).repeat_interleave(torch.tensor(counts))
+    stack = found.stack.repeat_interleave(torch.tensor(counts))
     optics = Optics(
         voltage=columns[5],
         cs=columns[6],
@@ -84,7 +84,8 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
         stacks=stacks,
         stack=stack,
         image=torch.from_numpy(image),
-        warnings=note if (table[:, 0] != box).any() else (),
+        warnings=(*(note if (table[:, 0] != box).any() else ()), *found.notes),
+        folders=found.folders,
     )
 
 
@@ -150,9 +151,11 @@ def _numbers(path: Path, value: Any, shape: tuple[int, ...]) -> NDArray[np.float
     return numbers
 
 
-def _stack_names(particles: Path) -> list[str]:
-    if particles.suffix != ".txt":
-        return [particles.name]
+def _stacks(particles: Path, datadir: Path | None) -> Stacks:
+    """A stack is itself, a list of stacks is searched for."""
+    if particles.suffix.lower() != ".txt":
+        path = particles.absolute()
+        return Stacks((path,), torch.zeros(1, dtype=torch.int64), (path.parent,))
     try:
         lines = particles.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -160,4 +163,4 @@ def _stack_names(particles: Path) -> list[str]:
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise InputError(f"{particles}: names no stack; expected one per line")
-    return names
+    return find_stacks(names, particles, datadir)

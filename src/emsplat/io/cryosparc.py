@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.io.files import replacing, require_finite
-from emsplat.io.paths import find_stacks, group_equal
+from emsplat.io.paths import Names, find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
 
@@ -29,6 +29,7 @@ _NPY = b"\x93NUMPY"
 _LONGEST_HEADER = 100_000  # bytes: wide tables exceed numpy's own limit
 _TOO_MANY = 10**9  # images of a stack, pixels of a box
 _SIGNS = (-1.0, 1.0)
+_TOMOGRAPHY = re.compile(r"(sub)?tomo|tilt_?series", re.IGNORECASE)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -47,6 +48,7 @@ def read_cs(
         InputError: unreadable file, missing fields or stacks, values that are not finite, images of both signs.
     """
     fields = _Fields(path, passthrough)
+    _refuse_tomography(fields)
     names = [name.lstrip(">") for name in fields.text("blob/path")]
     index, shape = fields.integers("blob/idx"), fields.integers("blob/shape", 2)
     if (index < 0).any() or (shape < 1).any() or (shape[:, 0] != shape[:, 1]).any():
@@ -60,6 +62,7 @@ def read_cs(
     optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
+    found = find_stacks(names, path, datadir, required=need_stacks)
     micrograph = next(
         (fields.text(name) for name in ("location/micrograph_uid", "location/micrograph_path") if fields.has(name)),
         names,
@@ -74,14 +77,15 @@ def read_cs(
         optics_group=torch.from_numpy(group),
         half=_half_sets(fields, alignment, source),
         micrograph=group_equal(micrograph) if source is None else torch.from_numpy(source),
-        stacks=find_stacks(names, path, datadir, required=need_stacks),
-        stack=group_equal(names),
+        stacks=found.paths,
+        stack=found.stack,
         image=torch.from_numpy(index),
         particle_class=particle_class,
         micrograph_names=_micrograph_names(fields, micrograph) if source is None else (),
         uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
-        warnings=(*fields.notes, *notes),
+        warnings=(*fields.notes, *notes, *found.notes),
         sign=_sign(fields),
+        folders=found.folders,
     )
 
 
@@ -90,6 +94,16 @@ def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     fields = _Fields(path, ())
     index = fields.integers("blob/idx").tolist()
     return zip(index, (name.lstrip(">") for name in fields.text("blob/path")), strict=True)
+
+
+def _refuse_tomography(fields: _Fields) -> None:
+    volumes = fields.has("blob/shape") and fields.raw("blob/shape").shape[1:] == (3,)
+    field = next((name for name in fields.names if _TOMOGRAPHY.match(name)), None)
+    if volumes or field is not None:
+        raise InputError(
+            f"{fields.path}: {'images of three dimensions (blob/shape)' if volumes else f'a field {field}'}, as "
+            "tomography has it; tilt series and subtomograms are not read, expected single particles"
+        )
 
 
 class _Fields:
@@ -102,8 +116,10 @@ class _Fields:
             raise InputError(f"{path}: holds no particles; expected at least one")
         self._others: list[tuple[Path, Array, Array]] = []
         self.notes: list[str] = []
-        beside = sorted(path.absolute().parent.glob("*passthrough_particles*.cs")) if not passthrough else []
-        for other in passthrough or [p for p in beside if p != path.absolute()]:
+        # A link to the file of a job has its passthrough files beside its target.
+        near = dict.fromkeys((path.absolute().parent, path.resolve().parent)) if not passthrough else {}
+        beside = [p for folder in near for p in sorted(folder.glob("*passthrough_particles*.cs"))]
+        for other in passthrough or [p for p in beside if p not in (path.absolute(), path.resolve())]:
             rows = self._join(other, required=bool(passthrough))
             if rows is not None:
                 self._others.append((other, *rows))
@@ -370,8 +386,8 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
     """Particles as a .cs file; of one .cs file with all its fields, else with those that cryoSPARC's refinements use,
     as also with ``new_images``, where the images are others than those of the source.
 
-    Images are named by their full paths. Shifts are in pixels of ``alignments3D/psize_A``, which is the pixel size of
-    the images.
+    Paths of images stay where they lead to the same stacks from ``path`` too, else they are absolute. Shifts are in
+    pixels of ``alignments3D/psize_A``, which is the pixel size of the images.
 
     Raises:
         InputError: the source is no longer readable.
@@ -382,6 +398,13 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
         data = _read(table.sources[0])[table.row.numpy()]
         if half is not None and "alignments3D/split" in (data.dtype.names or ()):
             data["alignments3D/split"] = half.numpy() - 1
+        if "blob/path" in (data.dtype.names or ()):
+            data = _with(data, {"blob/path": _kept_paths(path, table, data["blob/path"])})
+        else:
+            # What came from passthrough files lies elsewhere.
+            whole = _built(table, half)
+            own = [name for name in whole.dtype.names or () if name.startswith(("blob/", "ctf/", "location/"))]
+            data = _with(data, {name: whole[name] for name in own if name not in (data.dtype.names or ())})
     else:
         data = _built(table, half)
         for name in data.dtype.names or ():
@@ -389,6 +412,22 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
                 require_finite(path, name, data[name])
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, data, allow_pickle=False)
+
+
+def _with(data: Array, columns: dict[str, Array]) -> Array:
+    """A table with these columns, in the place of its own ones or after them."""
+    kept = {name: data[name] for name in data.dtype.names or ()} | columns
+    new = np.empty(len(data), np.dtype([(name, values.dtype, values.shape[1:]) for name, values in kept.items()]))
+    for name, values in kept.items():
+        new[name] = values
+    return new
+
+
+def _kept_paths(target: Path, table: ParticleTable, written: Array) -> Array:
+    names = Names(target)
+    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in written.tolist()]
+    kept = [names.kept(text, table.stacks[s]) for text, s in zip(texts, table.stack.tolist(), strict=True)]
+    return np.array([name.encode() for name in kept]) if written.dtype.kind == "S" else np.array(kept)
 
 
 def _built(table: ParticleTable, half: Tensor | None) -> Array:
@@ -401,7 +440,7 @@ def _built(table: ParticleTable, half: Tensor | None) -> Array:
         )
     pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[group]
     box = torch.tensor([own.box or 0 for own in table.groups])[group]
-    stacks = np.array([str(stack.absolute()).encode() for stack in table.stacks])[table.stack.numpy()]
+    stacks = np.array([str(stack).encode() for stack in table.stacks])[table.stack.numpy()]
     columns: dict[str, tuple[str, Any]] = {
         "uid": ("<u8", _uids(stacks, table.image.numpy()) if table.uid is None else table.uid.numpy().view(np.uint64)),
         "blob/path": (stacks.dtype.str, stacks),

@@ -366,6 +366,28 @@ def _label(file: Any) -> None:
     file.header.label[0] = f"emsplat {__version__}"
 
 
+def count_sections(path: Path) -> int:
+    """How many sections a stack has, also where they are volumes or not square.
+
+    Raises:
+        InputError: missing, not MRC, packed, truncated.
+    """
+    return _header_of_stack(path).shape[0]
+
+
+def _header_of_stack(path: Path) -> _Header:
+    with _speaking(path, "an MRC image stack"), path.open("rb") as file:
+        start = file.read(_HEADER_BYTES)
+        if packing := _packing(start):
+            raise InputError(
+                f"{path}: packed with {packing.name}, and images are read in place; unpack it first "
+                f"({packing.remedy} {path.name})"
+            )
+        header = _parse(path, start, "an MRC image stack")
+        header.check_length(path.stat().st_size)
+    return header
+
+
 class StackFile:
     """An image stack on disk, memory-mapped: ``count`` square images of ``box`` pixels.
 
@@ -378,15 +400,7 @@ class StackFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _speaking(path, "an MRC image stack"), path.open("rb") as file:
-            start = file.read(_HEADER_BYTES)
-            if packing := _packing(start):
-                raise InputError(
-                    f"{path}: packed with {packing.name}, and images are read in place; unpack it first "
-                    f"({packing.remedy} {path.name})"
-                )
-            header = _parse(path, start, "an MRC image stack")
-            header.check_length(path.stat().st_size)
+        header = _header_of_stack(path)
         (self.count, rows, self.box) = header.shape
         if header.volumes > 1:
             raise InputError(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,22 +26,19 @@ from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
 from emsplat.io.files import number_text, replacing, require_finite
-from emsplat.io.paths import find_stacks, group_equal, relative_to
+from emsplat.io.mrc import count_sections
+from emsplat.io.paths import Names, Stacks, find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
 
-_PIXEL_SIZES = (
-    "ImagePixelSize",
-    "MicrographPixelSize",
-    "MicrographOriginalPixelSize",
-    "TomoTiltSeriesPixelSize",
-)
+_PIXEL_SIZES = ("ImagePixelSize", "MicrographPixelSize", "MicrographOriginalPixelSize")
 _CORRECTED = "CtfDataAreCtfCorrected"
 _TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
 _MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
 _INDEX_DIGITS = 9
 _LARGEST_TILT = 100.0  # mrad
+_TOMOGRAPHY = ("CoordinateZ", "CenteredCoordinateZAngst", "CtfImage")  # and all that begin with Tomo
 _ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 
 
@@ -57,6 +55,17 @@ class _Block:
 
     def _find(self, column: str) -> cif.Column:
         return self.block.find_values(f"_rln{column}")
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, without their ``_rln``."""
+        tags: list[Any] = [item.pair[0] for item in self.block if item.pair is not None]  # type: ignore[index]
+        tags += [tag for item in self.block if item.loop is not None for tag in item.loop.tags]
+        return [tag.removeprefix("_rln") for tag in tags if tag.startswith("_rln")]
+
+    def words(self, column: str) -> list[str]:
+        """The values of a column, however many there are."""
+        return [cif.as_string(value) for value in self._find(column)]
 
     def text(self, column: str) -> list[str]:
         if not self.has(column):
@@ -158,9 +167,22 @@ def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
     blocks = [_Block(path, block.name.strip(), block) for block in document]
     optics = next((block for block in blocks if block.name == "optics"), None)
     particles = next((block for block in blocks if block is not optics and block.has("ImageName")), None)
+    _refuse_tomography(path, blocks if particles is None else [particles, *([] if optics is None else [optics])])
     if particles is None:
         raise InputError(f"{path}: no table has a column rlnImageName; expected a STAR file of particles")
     return particles, optics
+
+
+def _refuse_tomography(path: Path, blocks: Sequence[_Block]) -> None:
+    for block in blocks:
+        found = next((name for name in block.columns if name in _TOMOGRAPHY or name.startswith("Tomo")), None)
+        if block.has("ImageDimensionality") and any(_number(text) == 3 for text in block.words("ImageDimensionality")):
+            found = "ImageDimensionality 3"
+        if found is not None:
+            raise InputError(
+                f"{path}: data_{block.name} has rln{found}, as tomography has it; tilt series and subtomograms are not "
+                "read, expected single particles: one image and one orientation in each row"
+            )
 
 
 def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
@@ -177,12 +199,13 @@ def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
 def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = True) -> ParticleTable:
     """Particles of a STAR file in house units; angles, CTF and origins as in docs/conventions.md.
 
-    A CTF value is taken from the particle table first, from the optics table second. Stacks are looked for as written,
-    in the folder of the STAR file and its parents, and below ``datadir``; without ``need_stacks`` they may be missing.
+    A CTF value is taken from the particle table first, from the optics table second. Stacks are found by the rule of
+    `emsplat.io.paths`; without ``need_stacks`` they may be missing.
 
     Raises:
         InputError: unreadable file, missing column or stack, a value that is no finite number, an optics group that
-            is not in the optics table, images that were corrected for their CTF.
+            is not in the optics table, images that were corrected for their CTF, an image name that does not say which
+            image of a stack, tilt series and subtomograms.
     """
     particles, optics = _tables(path, _document(path))
     row_of_group, groups, group = _optics_groups(particles, optics)
@@ -235,7 +258,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         else column(f"Origin{axis}", 0.0) * torch.from_numpy(pixel_size)
         for axis in "XY"
     ]
-    stacks, stack, image = _images(particles, path, datadir, need_stacks)
+    found, image = _images(particles, path, datadir, need_stacks)
     micrographs = particles.text("MicrographName") if particles.has("MicrographName") else []
     return ParticleTable(
         sources=(path,),
@@ -246,12 +269,14 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         groups=groups,
         optics_group=torch.from_numpy(group),
         half=_half_sets(particles),
-        micrograph=group_equal(micrographs) if micrographs else stack,
-        stacks=stacks,
-        stack=stack,
+        micrograph=group_equal(micrographs) if micrographs else found.stack,
+        stacks=found.paths,
+        stack=found.stack,
         image=image,
         particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
         micrograph_names=tuple(dict.fromkeys(micrographs)),
+        warnings=found.notes,
+        folders=found.folders,
     )
 
 
@@ -366,30 +391,46 @@ def _half_sets(particles: _Block) -> Tensor | None:
     return torch.from_numpy(half)
 
 
-def _images(
-    particles: _Block, path: Path, datadir: Path | None, need_stacks: bool
-) -> tuple[tuple[Path, ...], Tensor, Tensor]:
-    """Stacks, and the stack and 0-based index of each image."""
+def _images(particles: _Block, path: Path, datadir: Path | None, need_stacks: bool) -> tuple[Stacks, Tensor]:
+    """Stacks, and the 0-based index of each image in its own."""
     index, files = _image_names(particles)
-    return find_stacks(files, path, datadir, required=need_stacks), group_equal(files), torch.from_numpy(index)
+    found = find_stacks(files, path, datadir, required=need_stacks)
+    bare = np.flatnonzero(index < 0)
+    sections: dict[int, int] = {}
+    for row, number in zip(bare.tolist(), found.stack[bare].tolist(), strict=True):
+        if number not in sections:
+            sections[number] = _sections(found.paths[number])
+        if sections[number] > 1:
+            raise InputError(
+                f'{path}, row {row + 1} of data_{particles.name}: rlnImageName is "{files[row]}", and '
+                f"{found.paths[number]} has {sections[number]} sections; expected index@stack.mrcs with an index from 1"
+            )
+    return found, torch.from_numpy(index.clip(min=0))
+
+
+def _sections(path: Path) -> int:
+    """Sections of an MRC file; 1 for one that is missing or that its own reader will refuse."""
+    try:
+        return count_sections(path)
+    except InputError:
+        return 1
 
 
 def _image_names(particles: _Block) -> tuple[NDArray[np.int64], list[str]]:
-    """0-based index and stack of each image, from index@stack."""
+    """0-based index and stack of each image, from index@stack; the index is -1 where the name has none."""
     names = particles.text("ImageName")
     index = np.zeros(len(names), np.int64)
     files = []
     for row, name in enumerate(names):
-        number, at, file = name.partition("@")
-        if not at:
-            number, file = "1", name
+        number, at, file = name.partition("@") if "@" in name else ("", "", name)
         digits = number.lstrip("0")
-        if not number.isdecimal() or not file or not 1 <= len(digits) <= _INDEX_DIGITS:
+        whole = number.isascii() and number.isdecimal() and 1 <= len(digits) <= _INDEX_DIGITS
+        if (at and not whole) or not file.strip(" >/."):
             raise InputError(
                 f'{particles.path}, row {row + 1} of data_{particles.name}: rlnImageName is "{name}"; expected '
                 "index@stack.mrcs with an index from 1"
             )
-        index[row] = int(digits) - 1
+        index[row] = int(digits) - 1 if at else -1
         files.append(file)
     return index, files
 
@@ -402,7 +443,7 @@ def star_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     """
     particles, _ = _tables(path, _document(path))
     index, files = _image_names(particles)
-    return zip(index.tolist(), files, strict=True)
+    return zip(index.clip(min=0).tolist(), files, strict=True)
 
 
 def rewrite_star(
@@ -474,8 +515,9 @@ def _replace_columns(block: cif.Block, anchor: str, columns: Mapping[str, Sequen
 def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool) -> None:
     """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
 
-    What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. With
-    ``new_images``, which lie beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
+    What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. Image names stay
+    where they lead to the same stacks from ``target`` too, else they become absolute. With ``new_images``, which lie
+    beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
 
     Raises:
         InputError: the source is no longer readable.
@@ -496,10 +538,13 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
         groups = {name: [row[name] for row in rows] for name in rows[0]}
     else:
         groups = _missing_optics(table, optics)
-    if new_images:
-        files = [str(relative_to(stack, target.parent)) for stack in table.stacks]
-        pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
-        columns["ImageName"] = [f"{image + 1:06d}@{files[stack]}" for image, stack in pairs]
+    if not new_images:
+        texts = particles.text("ImageName")
+        written = [texts[row] for row in table.row.tolist()]
+        kept = _kept_names(target, table, written)
+        columns |= {"ImageName": kept} if kept != written else {}
+    else:
+        columns["ImageName"] = _new_names(target, table, target.parent)
         columns |= _flags_of_flipped(particles, table.row)
         pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[table.optics_group]
         if particles.has("Magnification"):
@@ -517,6 +562,24 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
             columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
     _rewrite(document, source, target, table.row, half, columns, groups)
+
+
+def _kept_names(target: Path, table: ParticleTable, written: Sequence[str]) -> list[str]:
+    """Image names as they were written, with other paths where these do not lead to the stacks from ``target``."""
+    names = Names(target)
+    kept = []
+    for name, image, stack in zip(written, table.image.tolist(), table.stack.tolist(), strict=True):
+        file = name.partition("@")[2] or name
+        place = names.kept(file, table.stacks[stack])
+        kept.append(name if place == file else f"{image + 1:06d}@{place}")
+    return kept
+
+
+def _new_names(target: Path, table: ParticleTable, folder: Path | None) -> list[str]:
+    """Image names by absolute paths, or from ``folder`` where that is given."""
+    names = Names(target)
+    files = [str(stack) if folder is None else names.below(folder, stack) for stack in table.stacks]
+    return [f"{image + 1:06d}@{files[s]}" for image, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
 
 
 def _missing_optics(table: ParticleTable, optics: _Block) -> dict[str, list[str]]:
@@ -591,18 +654,18 @@ def write_table(
     folder: Path | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """A table from any format as a RELION 3.1 STAR file; images under their full paths, or relative to ``folder``.
+    """A table from any format as a RELION 3.1 STAR file; images under their full paths, or under paths from ``folder``.
 
-    ``more`` are further columns (without "rln"); those that the table itself has go before them.
+    ``more`` are further columns (without "rln"); those that the table itself has go before them. Where image names are
+    among them, these stay if they lead to the same stacks from ``path``.
 
     Particles of one optics group that differ in voltage, Cs, amplitude contrast or aberrations become several groups.
 
     Raises:
         OutputError: it cannot be written.
     """
-    places = [str(stack.absolute() if folder is None else relative_to(stack, folder)) for stack in table.stacks]
-    pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
-    names = [f"{image + 1:06d}@{places[stack]}" for image, stack in pairs]
+    written = None if more is None or folder is not None else more.get("ImageName")
+    names = _new_names(path, table, folder) if written is None else _kept_names(path, table, written)
     named = table.micrograph_names
     micrographs = [named[n] if named else f"micrograph{n + 1}" for n in table.micrograph.tolist()]
     _write_particles(

@@ -39,7 +39,7 @@ class ParticleTable:
     optics_group: Int[Tensor, " p"]  # index into groups
     half: Int[Tensor, " p"] | None  # 1 or 2, 0 where a merged file does not say; None when none does
     micrograph: Int[Tensor, " p"]  # equal for particles of one micrograph
-    stacks: tuple[Path, ...]
+    stacks: tuple[Path, ...]  # each file once; absolute, or as written where it is missing
     stack: Int[Tensor, " p"]  # index into stacks
     image: Int[Tensor, " p"]  # 0-based index in the stack
     particle_class: Int[Tensor, " p"] | None = None
@@ -48,6 +48,7 @@ class ParticleTable:
     warnings: tuple[str, ...] = ()
     sign: float = 1.0  # factor that makes protein bright
     mirrored: bool = False  # poses are those of the other hand than in the sources
+    folders: tuple[Path, ...] = ()  # that the names of the stacks start from
 
     def __len__(self) -> int:
         return len(self.poses)
@@ -135,6 +136,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         uid=optional("uid", None),
         warnings=tuple(warning for table in tables for warning in table.warnings),
         sign=first.sign,
+        folders=tuple(dict.fromkeys(folder for table in tables for folder in table.folders)),
     )
 
 
