@@ -82,7 +82,7 @@ def seeds(data: Path | None) -> dict[str, list[bytes]]:
     whole, own, through = _cs_tables()
     star, old = files["p.star"], _OLD_STAR.encode()
     found = {
-        "star": [star, old, _PAIRS_STAR.encode(), star.replace(b"\n", b"\r\n")],
+        "star": [star, old, _PAIRS_STAR.encode(), *_spellings(star), *_spellings(old)],
         "map": [
             *(files["map.mrc"], _swapped(files["map.mrc"]), _of_bytes(files["map.mrc"], 6**3, "<")),
             *(_of_bytes(files["map.mrc"], 6**3, ">"), gzip.compress(files["map.mrc"]), bz2.compress(files["map.mrc"])),
@@ -256,6 +256,25 @@ def _of_bytes(content: bytes, count: int, order: str) -> bytes:
     return bytes(head) + bytes(range(256))[:count]
 
 
+def _spellings(star: bytes) -> list[bytes]:
+    """The same STAR file as it comes out of other systems, a spreadsheet, R or gzip, and with words that CIF would not
+    take."""
+    lines = star.split(b"\n")
+    quoted = [b'"' + line.replace(b" #", b'"\t"#') + b'"' if line.startswith(b"_") else line for line in lines]
+    return [
+        star.replace(b"\n", b"\r\n"),
+        star.replace(b"\n", b"\r"),
+        b"\xef\xbb\xbf" + star,
+        star.decode().encode("utf-16"),
+        b"Table 1,,\n\n" + b"\t\t\t\n".join(lines),
+        b"\n".join(quoted).replace(b" ", b"\t"),
+        star.replace(b"_optics", b"_optics NA NA").replace(b"loop_", b"loop_ NA"),
+        re.sub(rb"m ?(\d)", rb"data_\1", star),
+        re.sub(rb"m ?(\d)", rb"_\1", star).replace(b"a.mrcs", b"$x/save_/loop_/'a.mrcs"),
+        gzip.compress(star, mtime=0),
+    ]
+
+
 # Mutations.
 
 _NUMBERS = (0, 1, 2, 3, 4, 127, 128, 255, 1024, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
@@ -270,6 +289,8 @@ _TOKENS = [
     *("_rlnTomoName", "_rlnCoordinateZ", "_rlnImageDimensionality"),
     *("@", "1@", "@a.mrcs", "0@a.mrcs", "1@a.mrcs@b", "a.mrcs", "a.mrc", "1@a.mrc", "1@./a.mrcs", "1@>a.mrcs"),
     *("999999999@a.mrcs", "9999999999@a", "1@/", "1@..", "1@" + "a/" * 3000),
+    *("data_raw/1.mrc", "loop_x", "_a", "$g/a", "'a", 'a"', "'a'b", "\"a 'b", "NA", "#1", "a;b"),
+    *("\x0b", "1.5e4", "1" * 17),
     *("True", "None", "1.0", "1.5", "\ufeff", "\r", "\n", "\t", "\x1a", "\x85"),
 ]  # fmt: skip
 _NPY_TOKENS = [
@@ -412,6 +433,46 @@ def _words(tokens: list[str], head: bytes | None = None) -> Callable[[random.Ran
     return mutate
 
 
+_ENDS = (b"\t", b"\t\t\t", b" ", b" # remark", b"\r", b" NA", b",,", b";", b'"', b"\x1a", b"\v")
+
+
+def _star(rng: random.Random, content: bytes) -> bytes:
+    """Words, or what spreadsheets, scripts and copying do to whole files; also within what gzip packed."""
+    packed = content.startswith(b"\x1f\x8b")
+    if packed:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error):
+            return content
+    deed = rng.randrange(24)
+    end, lines = rng.choice(_ENDS), content.split(b"\n")
+    at = rng.randrange(len(lines))
+    if deed == 0:
+        content = (
+            rng.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"Sheet 1\t\t\n", b"\n_rlnX 1\nloop_\n", b"x\n\n")) + content
+        )
+    elif deed == 1:
+        content = (end + b"\n").join(lines)
+    elif deed == 2:
+        content = content + rng.choice((b"", b"\n", b"data_x\n", b"x ")) + content
+    elif deed == 3:
+        content = content.replace(b" ", rng.choice((b"\t", b",", b"  ", b"\x0b", b"\xc2\xa0")))
+    elif deed == 4:
+        lines[at] = rng.choice((b'"' + lines[at] + b'"', lines[at] + end, b"#" + lines[at], b"", b"'" + lines[at]))
+        content = b"\n".join(lines)
+    elif deed == 5:
+        lines.insert(
+            at, rng.choice((b"", b"loop_", b"_rlnX #1", b"_rlnX 5", b"data_", b"data_x/1 2", b"# x", b"stop_"))
+        )
+        content = b"\n".join(lines)
+    elif deed == 6 and len(content) < 10_000:
+        content = gzip.compress(content, 1, mtime=0)
+    else:
+        content = _STAR_WORDS(rng, content)
+    return gzip.compress(content, 1, mtime=0) if packed else content
+
+
+_STAR_WORDS = _words(_TOKENS)
 _NPY_PARTS = re.compile(r"('[^']*'|\d+|[(),\[\]{}:]|True|False)")
 
 
@@ -563,7 +624,7 @@ def _safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 _SPECIAL: dict[str, Callable[[random.Random, bytes], bytes]] = {
-    "star": _words(_TOKENS),
+    "star": _star,
     "map": _map,
     "stack": _mrc,
     "cs": _npy,

@@ -219,6 +219,25 @@ def test_missing_alignment_pixel_size_is_said(folder):
     assert "psize_A" in found.warnings[0]
 
 
+def test_alignment_pixel_size_of_zero(folder):
+    """Of all particles it is as good as missing, of some it is damage; images in focus are said too."""
+    zero = np.zeros(6, np.float32)
+    found = read(folder, table(**{"alignments3D/psize_A": zero}))
+    assert found.poses.shift[0].tolist() == [3, -4]  # pixels of blob/psize_A
+    assert "alignments3D/psize_A is 0 for all particles; shifts are taken in pixels of the images" in found.warnings[0]
+    some = np.array([2, 2, 0, 2, 2, 2], np.float32)
+    with pytest.raises(InputError, match=r"row 3: alignments3D/psize_A is 0, but shifts are in pixels of this size"):
+        read(folder, table(**{"alignments3D/psize_A": some}))
+    (warning,) = read(folder, table(**{"ctf/df1_A": zero, "ctf/df2_A": zero})).warnings
+    assert "the defocus of 6 of 6 particles is 0" in warning
+
+
+def test_missing_sign_is_said(folder):
+    found = read(folder, table(**{"blob/sign": None}))
+    assert found.sign == 1
+    assert "no blob/sign; protein is taken to be bright, else use --invert" in found.warnings[0]
+
+
 def test_never_split_means_no_half_sets(folder):
     assert read(folder, table(**{"alignments3D/split": np.zeros(6, np.uint32)})).half is None
 

@@ -13,7 +13,7 @@ from emsplat.errors import InputError
 from emsplat.io.mrc import StackFile
 from emsplat.io.paths import Stacks, find_stacks
 from emsplat.io.pickles import load_arrays, write_arrays
-from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
+from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import Optics, Poses
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -29,7 +29,7 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     Raises:
         InputError: a file is missing, holds anything but such arrays, or they do not belong together.
     """
-    rotation, fraction = _poses(poses)
+    rotation, fraction, notes = _poses(poses)
     table = _ctf(ctf)
     found = _stacks(particles, datadir)
     stacks = found.paths
@@ -51,7 +51,11 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     pixel_size = table[:, 0] * table[:, 1] / box
     if not pixel_size.min() > 0:
         raise InputError(f"{ctf}: box {table[:, 0].min():g} at {table[:, 1].min():g} Å; expected both above 0")
-    note = (f"{ctf}: is for a box of {table[0, 0]:g}, the images have {box}: pixel size {pixel_size[0]:.4g} Å",)
+    if (table[:, 0] != box).any():
+        notes.append(
+            f"{ctf}: is for a box of {table[0, 0]:g} pixels of {table[0, 1]:.5g} Å, the images have {box}; these are "
+            f"taken as the same area, in pixels of {pixel_size[0]:.5g} Å; where they were cropped, parse the CTF again"
+        )
     unique, group = np.unique(np.stack([pixel_size.round(5), *table[:, 5:8].T], 1), axis=0, return_inverse=True)
     columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in table.T]
     image = np.concatenate([np.arange(n) for n in counts])
@@ -84,7 +88,7 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
         stacks=stacks,
         stack=stack,
         image=torch.from_numpy(image),
-        warnings=(*(note if (table[:, 0] != box).any() else ()), *found.notes),
+        warnings=(*notes, *doubts(ctf, optics), *found.notes),
         folders=found.folders,
     )
 
@@ -118,7 +122,8 @@ def write_pickles(poses: Path, ctf: Path, table: ParticleTable) -> None:
     write_arrays(ctf, torch.stack(columns, 1).numpy().astype(np.float32))
 
 
-def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Rotations, shifts in boxes, and what is assumed."""
     loaded = load_arrays(path)
     parts = loaded if isinstance(loaded, tuple) else (loaded,)
     rotation = _numbers(path, parts[0] if parts else None, (3, 3))
@@ -126,13 +131,14 @@ def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if orthogonal > 1e-3 or not (np.linalg.det(rotation) > 0).all():
         raise InputError(f"{path}: matrices that are no rotations (off by {orthogonal:.3g}); expected cryoDRGN's poses")
     if len(parts) == 1:
-        return rotation, np.zeros((len(rotation), 2))
+        note = f"{path}: holds rotations and no shifts; the particles are taken to be centred"
+        return rotation, np.zeros((len(rotation), 2)), [note]
     shift = _numbers(path, parts[1], (2,))
     if len(shift) != len(rotation):
         raise InputError(f"{path}: {len(rotation)} rotations and {len(shift)} shifts; expected the same number")
     if np.abs(shift).max(initial=0) > 1:
         raise InputError(f"{path}: shifts up to {np.abs(shift).max():.3g} boxes; expected fractions of the box")
-    return rotation, shift
+    return rotation, shift, []
 
 
 def _ctf(path: Path) -> NDArray[np.float64]:

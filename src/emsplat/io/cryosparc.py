@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,24 @@ from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.io.files import replacing, require_finite
 from emsplat.io.paths import Names, find_stacks, group_equal
-from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
+from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
 
 Array = NDArray[Any]
 
 _NPY = b"\x93NUMPY"
 _LONGEST_HEADER = 100_000  # bytes: wide tables exceed numpy's own limit
+_STAR = "rln/"  # fields of our own, for columns of STAR files
+_GROUP_NAME = f"{_STAR}OpticsGroupName"
+# What a `ParticleTable` carries from one format to another.
+_CARRIED = {
+    *("uid", "blob/path", "blob/idx", "blob/shape", "blob/psize_A", "blob/sign", "ctf/type", "ctf/exp_group_id"),
+    *("ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast", "ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad", "ctf/bfactor"),
+    *("ctf/phase_shift_rad", "ctf/scale", "ctf/tilt_A", "ctf/anisomag", "alignments3D/split", "alignments3D/shift"),
+    *("alignments3D/pose", "alignments3D/psize_A", "alignments3D/class", "alignments3D/alpha"),
+    *("location/micrograph_path", "location/micrograph_uid", "location/micrograph_shape"),
+    *("location/micrograph_psize_A", "location/center_x_frac", "location/center_y_frac"),
+}
 _TOO_MANY = 10**9  # images of a stack, pixels of a box
 _SIGNS = (-1.0, 1.0)
 _TOMOGRAPHY = re.compile(r"(sub)?tomo|tilt_?series", re.IGNORECASE)
@@ -60,6 +71,7 @@ def read_cs(
     optics = _optics(fields, notes)
     rotation, shift, alignment, particle_class = _poses(fields, pixel_size)
     optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
+    notes += doubts(path, optics)
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
     found = find_stacks(names, path, datadir, required=need_stacks)
@@ -86,7 +98,28 @@ def read_cs(
         warnings=(*fields.notes, *notes, *found.notes),
         sign=_sign(fields),
         folders=found.folders,
+        coordinates=_coordinates(fields),
     )
+
+
+def cs_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
+    """What .cs files hold besides that which a table carries: columns of a STAR file that `write_cs` has kept, with the
+    text of each particle, and the names of other fields.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    own = [_read(path) for path in table.sources]
+    names = [list(data.dtype.names or ()) for data in own]
+    ours = [name for name in names[0] if name.startswith(_STAR) and all(name in other for other in names)]
+    kept = [name for name in ours if name != _GROUP_NAME]
+    places = list(zip(table.source.tolist(), table.row.tolist(), strict=True))
+    columns = {}
+    for name in kept:
+        texts = [[value.decode(errors="replace") for value in data[name].astype("S").tolist()] for data in own]
+        columns[name.removeprefix(_STAR)] = [texts[source][row] for source, row in places]
+    other = dict.fromkeys(name for one in names for name in one if name not in {*_CARRIED, *ours})
+    return columns, list(other)
 
 
 def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
@@ -343,15 +376,29 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
             f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
             "take the .cs file of a refinement"
         )
-    if fields.has(f"{prefix}/psize_A"):
-        spacing = fields.first(f"{prefix}/psize_A")
-    else:
-        spacing = pixel_size
-        fields.notes.append(f"{fields.path}: no {prefix}/psize_A; shifts are taken in pixels of the images")
+    spacing = _spacing(fields, prefix, pixel_size)
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
     rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)
     classes_found = None if number is None else torch.from_numpy(number.astype(np.int64))
     return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix, classes_found
+
+
+def _spacing(fields: _Fields, prefix: str, pixel_size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The pixels in Å that shifts are counted in; those of the images where the file does not say."""
+    name = f"{prefix}/psize_A"
+    spacing = fields.first(name) if fields.has(name) else np.zeros(len(fields))
+    unset = spacing == 0
+    if (spacing < 0).any() or (unset.any() and not unset.all()):
+        row = int(np.flatnonzero(spacing <= 0)[0])
+        raise InputError(
+            f"{fields.path}, row {row + 1}: {name} is {spacing[row]:g}, but shifts are in pixels of this size; "
+            "expected Å above 0, repair the file or leave such particles out"
+        )
+    if not unset.all():
+        return spacing
+    why = "is 0 for all particles" if fields.has(name) else "is missing"
+    fields.notes.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
+    return pixel_size
 
 
 def _optics_groups(
@@ -362,16 +409,31 @@ def _optics_groups(
     microscope = [values.numpy() for values in (optics.voltage, optics.cs, optics.amplitude_contrast)]
     bent = optics.aberrations
     bends = [] if bent is None else [*bent.magnification.reshape(-1, 4).numpy().T, *bent.odd.numpy().T]
-    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, *bends], axis=1)
-    unique, group = np.unique(keys, axis=0, return_inverse=True)
-    groups = tuple(OpticsGroup(f"exp_group_{int(row[0])}", float(row[1]), int(row[2])) for row in unique)
+    original = fields.numbers("location/micrograph_psize_A", default=0.0)
+    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, original, *bends], axis=1)
+    unique, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    names = fields.text(_GROUP_NAME) if fields.has(_GROUP_NAME) else [f"exp_group_{int(number)}" for number in exposure]
+    groups = tuple(
+        OpticsGroup(names[row], float(values[1]), int(values[2]), float(original[row]) if original[row] > 0 else None)
+        for row, values in zip(first.tolist(), unique, strict=True)
+    )
     return group.reshape(-1).astype(np.int64), groups
 
 
+def _coordinates(fields: _Fields) -> Tensor | None:
+    """Where particles lie in their micrographs, in pixels from its first row and column; cryoSPARC has fractions."""
+    if not all(fields.has(f"location/{name}") for name in ("center_x_frac", "center_y_frac", "micrograph_shape")):
+        return None
+    shape = fields.numbers("location/micrograph_shape", 2)  # (y, x)
+    place = [fields.numbers(f"location/center_{axis}_frac") * shape[:, i] for axis, i in (("x", 1), ("y", 0))]
+    return torch.from_numpy(np.stack(place, 1))
+
+
 def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
-    """A name for each different key, in order of appearance, where the file has names."""
+    """A name for each different key, in order of appearance, where the file tells micrographs apart."""
     if not fields.has("location/micrograph_path"):
-        return ()
+        known = fields.has("location/micrograph_uid")
+        return tuple(f"micrograph_{key}" for key in dict.fromkeys(keys)) if known else ()
     name_of: dict[str, str] = {}
     for key, name in zip(keys, fields.text("location/micrograph_path"), strict=True):
         name_of.setdefault(key, name.lstrip(">"))
@@ -382,12 +444,20 @@ def _is_whole(fields: _Fields, name: str) -> bool:
     return fields.has(name) and _identify(fields.raw(name))
 
 
-def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_images: bool = False) -> None:
+def write_cs(
+    path: Path,
+    table: ParticleTable,
+    half: Tensor | None,
+    *,
+    new_images: bool = False,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Particles as a .cs file; of one .cs file with all its fields, else with those that cryoSPARC's refinements use,
     as also with ``new_images``, where the images are others than those of the source.
 
-    Paths of images stay where they lead to the same stacks from ``path`` too, else they are absolute. Shifts are in
-    pixels of ``alignments3D/psize_A``, which is the pixel size of the images.
+    Paths of images stay where they lead to the same stacks from ``path`` too, else they are absolute. ``more`` are
+    columns of a STAR file (without "rln") for which cryoSPARC has no field; they are kept as text in fields named
+    rln/... of our own. Shifts are in pixels of ``alignments3D/psize_A``, which is the pixel size of the images.
 
     Raises:
         InputError: the source is no longer readable.
@@ -402,11 +472,11 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
             data = _with(data, {"blob/path": _kept_paths(path, table, data["blob/path"])})
         else:
             # What came from passthrough files lies elsewhere.
-            whole = _built(table, half)
+            whole = _built(table, half, {})
             own = [name for name in whole.dtype.names or () if name.startswith(("blob/", "ctf/", "location/"))]
             data = _with(data, {name: whole[name] for name in own if name not in (data.dtype.names or ())})
     else:
-        data = _built(table, half)
+        data = _built(table, half, more or {})
         for name in data.dtype.names or ():
             if data.dtype[name].base.kind == "f":
                 require_finite(path, name, data[name])
@@ -430,7 +500,7 @@ def _kept_paths(target: Path, table: ParticleTable, written: Array) -> Array:
     return np.array([name.encode() for name in kept]) if written.dtype.kind == "S" else np.array(kept)
 
 
-def _built(table: ParticleTable, half: Tensor | None) -> Array:
+def _built(table: ParticleTable, half: Tensor | None, more: Mapping[str, Sequence[str]]) -> Array:
     optics, bent = table.optics, table.optics.aberrations
     group = table.optics_group
     if optics.treatment is not None and optics.treatment.any():
@@ -477,6 +547,13 @@ def _built(table: ParticleTable, half: Tensor | None) -> Array:
     if table.micrograph_names:
         names = np.array([name.encode() for name in table.micrograph_names])[table.micrograph.numpy()]
         columns["location/micrograph_path"] = (names.dtype.str, names)
+    original = [own.original_pixel_size for own in table.groups]
+    if all(size is not None for size in original):
+        columns["location/micrograph_psize_A"] = ("<f4", np.array(original, np.float64)[group.numpy()])
+    kept = {"OpticsGroupName": [table.groups[number].name for number in group.tolist()], **more}
+    for name, texts in kept.items():
+        values = np.array([text.encode() for text in texts])
+        columns[_STAR + name] = (values.dtype.str, values)
     arrays = {name: (kind, np.asarray(values)) for name, (kind, values) in columns.items()}
     data = np.zeros(len(table), np.dtype([(n, kind, values.shape[1:]) for n, (kind, values) in arrays.items()]))
     for name, (_, values) in arrays.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -19,11 +19,15 @@ from emsplat.types import RAW, Aberrations, Optics, Poses
 
 @dataclass(frozen=True)
 class OpticsGroup:
-    """Particles that were recorded alike; ``box`` in pixels (None when only the stack knows), ``pixel_size`` in Å."""
+    """Particles that were recorded alike; ``box`` in pixels (None when only the stack knows), ``pixel_size`` in Å.
+
+    ``original_pixel_size`` in Å is that of the micrographs before any binning, where the file says it.
+    """
 
     name: str
     pixel_size: float
     box: int | None
+    original_pixel_size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class ParticleTable:
     uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
     warnings: tuple[str, ...] = ()
     sign: float = 1.0  # factor that makes protein bright
+    coordinates: Float[Tensor, "p 2"] | None = None  # (x, y) in pixels of the micrograph; STAR files keep their text
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
 
@@ -77,6 +82,7 @@ class ParticleTable:
             image=self.image[rows],
             particle_class=None if self.particle_class is None else self.particle_class[rows],
             uid=None if self.uid is None else self.uid[rows],
+            coordinates=None if self.coordinates is None else self.coordinates[rows],
         )
 
 
@@ -118,6 +124,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         groups.append(replace(group, name=next(name for name in names if name not in taken)))
     micrographs = [int(table.micrograph.max()) + 1 for table in tables]
     named = all(len(table.micrograph_names) == count for table, count in zip(tables, micrographs, strict=True))
+    places = [table.coordinates for table in tables]
     return ParticleTable(
         sources=tuple(path for table in tables for path in table.sources),
         source=numbers("source", [len(table.sources) for table in tables]),
@@ -134,6 +141,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         particle_class=optional("particle_class", None),
         micrograph_names=tuple(name for table in tables for name in table.micrograph_names) if named else (),
         uid=optional("uid", None),
+        coordinates=torch.cat([c for c in places if c is not None]) if all(c is not None for c in places) else None,
         warnings=tuple(warning for table in tables for warning in table.warnings),
         sign=first.sign,
         folders=tuple(dict.fromkeys(folder for table in tables for folder in table.folders)),
@@ -169,7 +177,12 @@ def _perfect(count: int) -> Aberrations:
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
 
 
-_POSSIBLE = {"voltage": (1.0, 1e4), "cs": (-1e3, 1e3), "amplitude_contrast": (-1.0, 1.0)}  # kV, mm, fraction
+# kV, mm and a fraction; other units lie far outside
+_POSSIBLE = {
+    "voltage": (1.0, 1e4, "in kV"),
+    "cs": (-100.0, 100.0, "in mm"),
+    "amplitude_contrast": (-1.0, 1.0, "as a fraction"),
+}
 
 
 def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
@@ -178,11 +191,23 @@ def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
     Raises:
         InputError: names the first row.
     """
-    for name, (field, (low, high)) in zip(names, _POSSIBLE.items(), strict=True):
+    for name, (field, (low, high, unit)) in zip(names, _POSSIBLE.items(), strict=True):
         values = getattr(optics, field)
         bad = (~((values >= low) & (values <= high))).nonzero()
         if len(bad):
             row = int(bad[0])
             raise InputError(
-                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value, from {low:g} to {high:g}"
+                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value {unit}, from {low:g} to "
+                f"{high:g}"
             )
+
+
+def doubts(path: Path, optics: Optics) -> list[str]:
+    """What a CTF says that may be meant, but seldom is."""
+    count = int(((optics.defocus_u == 0) & (optics.defocus_v == 0)).sum())
+    if not count:
+        return []
+    return [
+        f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
+        "focus; where it was never estimated, take the file of a job after CTF estimation"
+    ]
