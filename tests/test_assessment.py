@@ -19,6 +19,7 @@ from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
 from emsplat.progress import Log
 from emsplat.project import voxelize
+from emsplat.report import verdict
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 2.0)
@@ -97,7 +98,7 @@ def test_local_and_directional_parts_are_written(tmp_path):
     with (run / "directions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 648
-    assert set(rows[0]) == {"elevation", "azimuth", "fslc", "conical_resolution"}  # no particles, no views
+    assert set(rows[0]) == {"tilt", "rot", "fslc", "conical_resolution"}  # no particles, no views
     direction = result["directional"]
     assert 0.5 < direction["fslc_mean"] <= 1
     assert direction["fslc_std"] < 0.1
@@ -231,13 +232,24 @@ def test_maps_that_do_not_belong_together(tmp_path, change, message, capsys):
 @pytest.mark.report
 def test_assess_command_renews_summary_and_report(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    (run / "summary.json").write_text(json.dumps({"fits": {"half1": {}}, "seconds": 3.0, "resolution": {}}))
+    before = {"fits": {"half1": {}}, "seconds": 3.0, "resolution": {}}
+    before |= {"warnings": ["symmetry is wrong", "the mask is too tight"]}
+    before |= {"assessment": {"warnings": ["the mask is too tight"]}}
+    (run / "summary.json").write_text(json.dumps(before))
     assert main(["assess", str(run), "--window", "40"]) == 0
-    assert "cross-validated FSC 0.5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cross-validated FSC 0.5" in said
     summary = json.loads((run / "summary.json").read_text())
+    # What the run warned of stays, what was measured is measured again.
+    assert "symmetry is wrong" in summary["warnings"]
+    assert "the mask is too tight" not in summary["warnings"]
+    assert summary["evident"] is True
+    assert summary["limit"]["nyquist"] == pytest.approx(2 * GRID.pixel_size)
+    first = said.splitlines().index(next(line for line in said.splitlines() if line.startswith("resolution: ")))
+    assert verdict.lines(summary) == said.splitlines()[first : first + len(verdict.lines(summary))]
     assert summary["seconds"] == 3.0
     assert summary["local_resolution"]["window"] == 40
-    assert summary["assessment"] == {"window": 40.0}
+    assert summary["assessment"]["window"] == 40
     assert "Local resolution" in (run / "report.html").read_text()
     assert main(["assess", str(run), "--window", "900"]) == 2
     (run / "summary.json").write_text("{")

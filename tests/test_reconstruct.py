@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from emsplat.io.ply import read_ply
 from emsplat.progress import Log
 from emsplat.project import voxelize
 from emsplat.reconstruct import backproject, reconstruct, settings_of
+from emsplat.report.verdict import Kind, kind_of
 from emsplat.run_folder import Interrupted
 from emsplat.simulate import simulate
 from emsplat.types import Grid
@@ -217,8 +219,13 @@ def test_sums_of_other_particles_are_added(particles, tmp_path):
         reconstruct(add, particles.parent / "first.star", tmp_path / "twice")
 
 
-def test_back_projection_is_a_run_of_its_own(particles, tmp_path):
+def test_back_projection_is_a_run_of_its_own(particles, tmp_path, capsys):
     summary = backproject(InputConfig(symmetry="C1"), particles, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "resolution: " in said
+    assert "classical half maps, masked and corrected for the mask; FSC 0.143" in said
+    assert not re.search("Gaussian|ross-validated|not reached", said)
+    assert kind_of(summary) is Kind.CLASSICAL
     truth, grid = read_map(particles.parent / "truth.mrc")
     volume, _ = read_map(tmp_path / "run" / "run_class001.mrc")
     mask, _ = read_map(tmp_path / "run" / "mask.mrc")
@@ -332,6 +339,7 @@ def test_noise_alone_has_no_resolution(simulated, tmp_path):
     summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
     assert set(summary["resolution"].values()) == {None}
     assert any("no particle" in warning for warning in summary["warnings"])
+    assert summary["evident"] is False
 
 
 def test_inverted_images_are_noticed(particles, tmp_path, capsys):

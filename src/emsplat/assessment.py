@@ -30,6 +30,7 @@ from emsplat.assess.fsc import (
     common_grid,
     corrected_fsc,
     crossing,
+    ends_undefined,
     fsc_curve,
     last_crossing,
     particle_fsc,
@@ -241,9 +242,9 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
 
     ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
-    "resolution" (Å, None where undefined), "limit" (the finest spacing in Å that the pixels carry, and the names of the
-    resolutions that reach it: their curves never fall, and the truth may be finer), "masking", "local_resolution" and
-    "directional" for summary.json.
+    "evident" (whether it shows), "resolution" (Å, None where undefined), "limit" (the finest spacing in Å that pixels
+    carry, the names of the resolutions that reach it, whose curves never fall, and whether the cross-validated curve
+    ends above its threshold where the data do), "masking", "local_resolution" and "directional" for summary.json.
 
     Raises:
         InputError: through `read_run`; the reference has another grid; the window does not fit the box.
@@ -255,9 +256,9 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         maps = replace(maps, mask=mask)
         write_map(run / "mask.mrc", mask, grid.pixel_size)
     evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
-    columns, found, masking = _shells(maps, config, log)
+    columns, found, with_data, masking = _shells(maps, config, log)
     if not evident:
-        found = dict.fromkeys(found)
+        found, with_data = dict.fromkeys(found), False
         log.warn(
             "the two half-sets, classically back-projected, do not agree beyond the first "
             f"{FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
@@ -266,8 +267,9 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     general = {name: str(value) for name, value in found.items() if not isinstance(value, list)}
     write_fsc_star(run / "fsc.star", {**general, "emsplatResolutionRule": "RELION"}, columns)
     result = {
+        "evident": evident,
         "resolution": found,
-        "limit": _limit(found, grid),
+        "limit": _limit(found, grid) | {"ends_with_data": with_data},
         "masking": masking,
         "local_resolution": None,
         "directional": None,
@@ -324,8 +326,8 @@ def shell_curves(maps: RunMaps) -> tuple[dict[str, list[Any]], dict[str, Any]]:
 
 def _shells(
     maps: RunMaps, config: AssessConfig, log: Log
-) -> tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]:
-    """Columns of fsc.star, resolutions, and what the mask does."""
+) -> tuple[dict[str, list[Any]], dict[str, Any], bool, dict[str, Any]]:
+    """Columns of fsc.star, resolutions, whether the cross-validated curve ends with the data, what the mask does."""
     grid, mask = maps.grid, maps.mask
     columns, masking = shell_curves(maps)
     frequency = torch.tensor(columns["rlnResolution"], dtype=torch.float64)
@@ -334,6 +336,7 @@ def _shells(
         return Curve(frequency, torch.tensor(columns[name], dtype=torch.float64))
 
     found: dict[str, Any] = {"cross_validated": None, "cross_validated_interval": None}
+    with_data = False
     for name, column in (("unmasked", "UnmaskedMaps"), ("masked", "MaskedMaps"), ("corrected", "Corrected")):
         curve = curve_of(f"rlnFourierShellCorrelation{column}")
         found[f"half_map_{name}"] = resolution(curve, 0.143)
@@ -353,6 +356,7 @@ def _shells(
             "emsplatCrossValidatedHigh": high.tolist(),
         }
         found["cross_validated"] = crossing(curve, 0.5)
+        with_data = ends_undefined(curve, 0.5)
         ends = [crossing(Curve(frequency, end), 0.5) for end in (high, low)]
         if None not in ends and found["cross_validated"] is not None:
             found["cross_validated_interval"] = ends
@@ -363,7 +367,7 @@ def _shells(
         curve = fsc_curve(maps.full, reference, grid, mask)
         columns["emsplatReferenceMasked"] = curve.value.tolist()
         found["reference_masked_0.5"] = resolution(curve, 0.5)
-    return columns, found, masking | _tightness(maps, validation, log, given=config.mask is not None)
+    return columns, found, with_data, masking | _tightness(maps, validation, log, given=config.mask is not None)
 
 
 def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:
@@ -430,7 +434,7 @@ def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, g
     slices = slice_correlation(masked[0], masked[1], grid, cells, band)
     data = [half * maps.mask for half in maps.data]
     cones = conical_resolution(conical_fsc(data[0], data[1], cells), grid)
-    columns = {"elevation": cells.elevation, "azimuth": cells.azimuth, "fslc": slices, "conical_resolution": cones}
+    columns = {"rot": cells.rot, "tilt": cells.tilt, "fslc": slices, "conical_resolution": cones}
     weight = cells.solid_angle
     mean = float((weight * slices).sum())
     defined = cones[cones.isfinite()]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emsplat import report
 from emsplat.accumulate import PADDING, contrast, equations_of
 from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
@@ -17,16 +18,18 @@ from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, partic
 from emsplat.config import CheckConfig
 from emsplat.copies import copies, mixed_classes
 from emsplat.ctf import electron_wavelength
-from emsplat.errors import InputError
+from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_images, read_table
+from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
 from emsplat.progress import data_size, duration
-from emsplat.report.figures import draw_directions, draw_slices
+from emsplat.report.verdict import spacing
+from emsplat.run_folder import write_text
 from emsplat.symmetry import examine_symmetry
 from emsplat.types import Grid
 
@@ -49,14 +52,17 @@ class Item:
 def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str, Any]:
     """Reads a particle set as a reconstruction would and says what was understood.
 
-    With images: their headers, and a back-projection of up to 2,000 particles onto at most 64³ voxels; its slices and
-    the views go into ``output`` as slices.png and directions.png. Returns "particles", "half_sets", "optics_groups",
-    "shift_rms" (Å), "defocus_range" (Å), "missing_files", "image_folders" (that paths start from) and "items".
+    With images: their headers, and a back-projection of up to 2,000 particles onto at most 64³ voxels. Its map, slices
+    and views, the verdicts and a page with all of it go into ``output``. Returns "particles", "half_sets",
+    "optics_groups", "shift_rms" (Å), "defocus_range" (Å), "missing_files", "image_folders" (that paths start from) and
+    "items".
 
     Raises:
         InputError: the metadata cannot be read at all.
-        OutputError: the figures cannot be written.
+        OutputError: ``output`` holds a run or cannot be written.
     """
+    if output is not None and (output / "config.toml").exists():
+        raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
     missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
@@ -93,7 +99,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     elif table.groups[0].box is not None:
         items.append(_cost_of(len(table), table.groups[0].box))
     half = table.half
-    return {
+    result = {
         "source": str(particles),
         "particles": len(table),
         "half_sets": None if half is None else [int((half == number).sum()) for number in (1, 2)],
@@ -104,6 +110,11 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         "image_folders": [str(folder) for folder in table.folders],
         "items": [asdict(item) for item in items],
     }
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "check.json", json_text(result))
+        report.write_report(output)
+    return result
 
 
 def exit_code(result: dict[str, Any]) -> int:
@@ -329,11 +340,13 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
     diameter = min(stack.diameter, 0.9 * grid.length)
     evident = is_evident((raw[0], raw[1]), grid, diameter)
     mask = particle_mask(whole, grid, diameter, evident)
-    found = resolution(fsc_curve(raw[0], raw[1], grid, mask), 0.143)
+    curve = fsc_curve(raw[0], raw[1], grid, mask)
+    found = resolution(curve, 0.143)
     brightness = contrast(whole)
     count = sum(part.particles for part in halves)
     used = f"{count:,} particles on {size}³ voxels"
-    signal = Item("signal", "ok", f"half maps of a sample agree to {found or math.nan:.1f} Å ({used})")
+    said = spacing(found, 1 / float(curve.frequency[-1]))
+    signal = Item("signal", "ok", f"half maps of a sample agree to {said} ({used})")
     if not evident:
         text = f"half maps of a sample do not agree ({used}): too few particles, wrong poses or wrong CTF?"
         signal = Item("signal", "look", text)
@@ -359,6 +372,4 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
             stack.table.poses.rotation[stack.rows],
             group,
         )
-        draw_slices(output)
-        draw_directions(output)
     return items

@@ -101,7 +101,7 @@ def check(
 
     Args:
         particles: Particles, as for `emsplat reconstruct`.
-        output: Folder for slices.png and directions.png of a quick back-projection.
+        output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json.
         json: Print the result as one JSON object.
     """
     from emsplat.check import check as work
@@ -110,6 +110,8 @@ def check(
 
     result = work(config, particles, output)
     print(json_text(result) if json else describe(result))
+    if output is not None and not json:
+        print(f"report: {output / 'report.html'}")
     return exit_code(result)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from scipy.interpolate import BSpline
 from torch import Tensor
 
+from emsplat import report
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import crossing, fsc_curve, resolution
 from emsplat.assessment import FIRST_SHELLS, RunMaps, read_run, shell_curves
@@ -69,7 +70,8 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     """Runs the unaltered particles and the three tests, each in a folder of its own below ``output``.
 
     Up to ``config.particles`` are taken, evenly over the stack and from both half-sets. The altered images are written
-    to disk, read by the same pipeline, and removed. ``nulltest.csv`` and ``nulltest.json`` hold the table.
+    to disk, read by the same pipeline, and removed. ``nulltest.csv``, ``nulltest.json`` and ``report.html`` hold the
+    table.
 
     "noise": Gaussian noise with each image's own radial spectrum. "phases": the phases of each image are random from
     ``config.randomise_from`` Å on. "poses": orientations and shifts change hands; what stays is the average over all
@@ -101,7 +103,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
         log.line(f"--- {name}: {len(chosen):,} particles")
         star = _write(name, chosen, folder, from_shell, config.seed)
-        summary = reconstruct(settings, star, folder / "run", Log(log.stream))
+        summary = reconstruct(settings, star, folder / "run", Log(log.stream), name)
         (folder / "particles.mrcs").unlink()
         reported = summary["resolution"]["cross_validated"]
         if name == "unaltered":
@@ -114,7 +116,9 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
             "poses": (FIRST_SHELLS, "none beyond the first shells"),
         }[name]
         outcomes.append(_judge(name, expected, limit and chosen.grid.length / limit, folder / "run", reported))
-    return _report(outcomes, output, log)
+    passed = _report(outcomes, output, log)
+    log.line(f"  report: {report.write_report(output)}")
+    return passed
 
 
 def _settings(config: NullTestConfig) -> ReconstructConfig:
@@ -275,7 +279,9 @@ def _report(outcomes: list[Outcome], output: Path, log: Log) -> bool:
         log.line("FAILED: see the columns that are judged")
     log.line(f"{log.seconds:.0f} s in all")
     rows = [{field.name: getattr(one, field.name) for field in fields(one)} for one in outcomes]
-    write_text(output / "nulltest.json", json_text({"passed": passed, "tests": rows}))
+    silent = [{name: one.silent(name) for name in _MEASURES if one.judged(name)} for one in outcomes]
+    tests = [row | {"silent": found} for row, found in zip(rows, silent, strict=True)]
+    write_text(output / "nulltest.json", json_text({"passed": passed, "tests": tests}))
     with replacing(output / "nulltest.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

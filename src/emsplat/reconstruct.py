@@ -68,6 +68,7 @@ from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.process import describe_threads, threads
 from emsplat.progress import Log, data_size, peak_memory
 from emsplat.project import voxelize
+from emsplat.report import verdict
 from emsplat.residuals import write_residuals
 from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
 from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
@@ -196,8 +197,12 @@ def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -
 
 
 @within_memory()
-def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def reconstruct(
+    config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None, altered: str | None = None
+) -> dict[str, Any]:
     """Runs a whole reconstruction into ``output`` and returns what was written to summary.json.
+
+    ``altered`` is what a null test did to the particles, for the words of the report.
 
     Raises:
         InputError: the input or an option cannot be used.
@@ -205,10 +210,12 @@ def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: L
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
     with threads(config.threads):
-        return _reconstruct(config, particles, output, log or Log())
+        return _reconstruct(config, particles, output, log or Log(), altered)
 
 
-def _reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
+def _reconstruct(
+    config: ReconstructConfig, particles: Path, output: Path, log: Log, altered: str | None
+) -> dict[str, Any]:
     settings = settings_of(config)
     if config.resume and settings.batch == "auto":
         settings = replace(settings, batch=_batch_before(output))
@@ -236,8 +243,21 @@ def _reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: 
         write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
     with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
         examples = write_residuals(stack, {number: models[name]() for name, number in _HALVES.items()}, output)
-    settled = plain(settings)
-    return _finish(log, output, stack, particles, skipped, symmetry, config, settled, classical, fits, stages, examples)
+    return _finish(
+        log,
+        output,
+        stack,
+        particles,
+        skipped,
+        symmetry,
+        config,
+        plain(settings),
+        classical,
+        fits,
+        stages,
+        examples,
+        altered,
+    )
 
 
 def exit_code(summary: dict[str, Any]) -> int:
@@ -689,18 +709,19 @@ def _finish(
     fits: dict[str, Any],
     stages: list[Stage],
     examples: list[dict[str, Any]],
+    altered: str | None = None,
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written."""
     grid = stack.grid
     write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
-        verdict = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
+        measured = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
     if not config.keep_statistics:
         for path in output.glob("run_half?_statistics*.safetensors"):
             path.unlink()
     summary = {
-        **verdict,
+        **measured,
         "input": _describe(stack, particles, skipped, config),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": fits,
@@ -718,6 +739,7 @@ def _finish(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
         "assessment": {"warnings": log.warnings[told:]},
+        **({} if altered is None else {"altered": altered}),
     }
     write_text(output / "summary.json", json_text(summary))
     with log.part("report", "drawing the figures and the report"):
@@ -729,11 +751,8 @@ def _finish(
     if config.naming != "relion":
         table = replace(stack.table, half=stack.half).take(stack.rows)
         name_results(output, config.naming, with_boxes(table), log)
-    if symmetry is not None and symmetry.verdict == "wrong":
-        log.line(
-            f"Warning: symmetry {symmetry.text}"
-            + ("" if config.force else "; exit code 1, as --force does not say that this is meant")
-        )
+    if exit_code(summary):
+        log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
     return summary
 
 
@@ -750,17 +769,18 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
 def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
     summary = read_summary(run)
     about, options = summary.get("input", {}), summary.get("options", {})
-    verdict = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
+    measured = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
     # Those of the run stay, those of the assessment before this one do not.
     outdated = summary.get("assessment", {}).get("warnings", [])
     kept = [text for text in summary.get("warnings", []) if text not in outdated]
     assessment = {**plain(config), "warnings": log.warnings}
-    summary = summary | verdict | {"assessment": assessment, "warnings": kept + log.warnings}
+    summary = summary | measured | {"assessment": assessment, "warnings": kept + log.warnings}
     write_text(run / "summary.json", json_text(summary))
     log.line("drawing the figures and the report")
     report.write_report(run)
     link_results(run)
-    _conclude_resolution(log, summary)
+    for text in verdict.lines(summary):
+        log.line(text)
     log.line(f"  FSC: {run / 'fsc.star'}; report: {run / 'report.html'}")
     return summary
 
@@ -909,7 +929,8 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    _conclude_resolution(log, summary)
+    for text in [*verdict.lines(summary), *_said_again(summary)]:
+        log.line(text)
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
     for what, name in (
         ("map", "run_class001.mrc"),
@@ -920,34 +941,7 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         log.line(f"  {what}: {output / name}")
 
 
-def _conclude_resolution(log: Log, summary: dict[str, Any]) -> None:
-    values = summary["resolution"]
-    validated = bool(summary.get("fits"))
-
-    def text(name: str) -> str:
-        return "none" if values.get(name) is None else f"{values[name]:.2f} Å"
-
-    if validated:
-        ends = values["cross_validated_interval"]
-        band = "" if ends is None else f" (95 %: {max(ends):.2f} to {min(ends):.2f} Å)"
-        log.line(f"resolution, cross-validated FSC 0.5: {text('cross_validated')}{band}")
-        log.line(f"classical half maps in the mask, FSC 0.143: {text('backprojection_masked')}")
-    log.line(
-        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in the "
-        f"mask, {text('half_map_corrected')} corrected for the mask"
-    )
-    if validated:
-        log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
-    if "reference_masked_0.5" in values:
-        log.line(f"full map against the reference, FSC 0.5: {text('reference_masked_0.5')}")
-    local, direction = summary["local_resolution"], summary["directional"]
-    if local is not None and (found := local["cross_validated"] or local["half_maps"]):
-        log.line(
-            f"local resolution in the mask: median {found['median']:.2f} Å, 90 % between {found['p5']:.2f} and "
-            f"{found['p95']:.2f} Å"
-        )
-    if direction is not None:
-        log.line(
-            f"Fourier slice correlation {direction['fslc_mean']:.3f} ± {direction['fslc_std']:.3f}"
-            + (f", sampling compensation {factor:.2f}" if (factor := direction.get("sampling_compensation")) else "")
-        )
+def _said_again(summary: dict[str, Any]) -> list[str]:
+    """The warnings of a run again at its end, beside the numbers that they concern; not those that just went by."""
+    found = [text for text in dict.fromkeys(summary["warnings"]) if text not in summary["assessment"]["warnings"]]
+    return ["warnings of this run:", *(f"  {text}" for text in found)] if found else []

@@ -175,6 +175,15 @@ def crossing(curve: Curve, threshold: float) -> float | None:
     return 1 / (start + (end - start) * (high - threshold) / (high - low))
 
 
+def ends_undefined(curve: Curve, threshold: float) -> bool:
+    """Whether the curve is undefined (NaN) from some shell on and has not fallen below the threshold before.
+
+    Then `resolution` and `crossing` are the last spacing at which the data say something.
+    """
+    shell = _first_below(curve, threshold)
+    return 1 < shell < len(curve.value) and bool(torch.isnan(curve.value[shell]))
+
+
 def last_crossing(curve: Curve, threshold: float) -> float | None:
     """Spacing in Å of the last shell at or above the threshold, whatever lies before it (cryoDRGN, CryoBench).
 
