@@ -14,6 +14,8 @@ on where it was stopped. ``--only NUMBER`` makes one input again. The exit code 
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import io
 import json
 import math
@@ -32,6 +34,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -44,7 +47,7 @@ import torch
 from emsplat.errors import InputError
 from emsplat.fit import State, load_checkpoint, save_checkpoint
 from emsplat.geometry import random_rotations
-from emsplat.io.mrc import StackFile, read_map, write_map, writing_stack
+from emsplat.io.mrc import StackFile, read_stored_map, write_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.relion import write_particles_star
@@ -79,9 +82,15 @@ def seeds(data: Path | None) -> dict[str, list[bytes]]:
     whole, own, through = _cs_tables()
     star, old = files["p.star"], _OLD_STAR.encode()
     found = {
-        "star": [star, old, _PAIRS_STAR.encode(), star.replace(b"\n", b"\r\n")],
-        "map": [files["map.mrc"], _swapped(files["map.mrc"])],
-        "stack": [files["float32.mrcs"], files["float16.mrcs"], _swapped(files["float32.mrcs"])],
+        "star": [star, old, _PAIRS_STAR.encode(), *_spellings(star), *_spellings(old)],
+        "map": [
+            *(files["map.mrc"], _swapped(files["map.mrc"]), _of_bytes(files["map.mrc"], 6**3, "<")),
+            *(_of_bytes(files["map.mrc"], 6**3, ">"), gzip.compress(files["map.mrc"]), bz2.compress(files["map.mrc"])),
+        ],
+        "stack": [
+            *(files["float32.mrcs"], files["float16.mrcs"], _swapped(files["float32.mrcs"])),
+            _of_bytes(files["float32.mrcs"], COUNT * 4**2, "<"),
+        ],
         "cs": [whole, _cs(_multi_class())],
         "needs passthrough": [own],  # not mutated itself
         "passthrough": [through, whole],
@@ -238,6 +247,34 @@ def _swapped(content: bytes) -> bytes:
     return head.tobytes()[:212] + b"\x11\x11\0\0" + head.tobytes()[216:] + data.tobytes()
 
 
+def _of_bytes(content: bytes, count: int, order: str) -> bytes:
+    """The same MRC file in mode 0, with IMOD's stamp."""
+    content = content if order == "<" else _swapped(content)
+    head = bytearray(content[:1024])
+    for at, word in ((12, 0), (152, 1146047817), (156, 1)):
+        head[at : at + 4] = struct.pack(order + "i", word)
+    return bytes(head) + bytes(range(256))[:count]
+
+
+def _spellings(star: bytes) -> list[bytes]:
+    """The same STAR file as it comes out of other systems, a spreadsheet, R or gzip, and with words that CIF would not
+    take."""
+    lines = star.split(b"\n")
+    quoted = [b'"' + line.replace(b" #", b'"\t"#') + b'"' if line.startswith(b"_") else line for line in lines]
+    return [
+        star.replace(b"\n", b"\r\n"),
+        star.replace(b"\n", b"\r"),
+        b"\xef\xbb\xbf" + star,
+        star.decode().encode("utf-16"),
+        b"Table 1,,\n\n" + b"\t\t\t\n".join(lines),
+        b"\n".join(quoted).replace(b" ", b"\t"),
+        star.replace(b"_optics", b"_optics NA NA").replace(b"loop_", b"loop_ NA"),
+        re.sub(rb"m ?(\d)", rb"data_\1", star),
+        re.sub(rb"m ?(\d)", rb"_\1", star).replace(b"a.mrcs", b"$x/save_/loop_/'a.mrcs"),
+        gzip.compress(star, mtime=0),
+    ]
+
+
 # Mutations.
 
 _NUMBERS = (0, 1, 2, 3, 4, 127, 128, 255, 1024, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
@@ -249,8 +286,11 @@ _TOKENS = [
     *("?", "[1,2]", "[", "$x", ";", "\n;\ntext\nmore\n;\n", "data_", "data_x"),
     *("loop_", "save_", "save_x", "stop_", "global_", "data_optics", "data_particles", "_rlnImageName", "_rlnAngleRot"),
     *("_rlnOpticsGroup", "_rlnVoltage", "_rlnImagePixelSize", "_rlnRandomSubset", "_rlnHelicalTubeID", "_", "__"),
-    *("@", "1@", "@a.mrcs", "0@a.mrcs", "1@a.mrcs@b"),
+    *("_rlnTomoName", "_rlnCoordinateZ", "_rlnImageDimensionality"),
+    *("@", "1@", "@a.mrcs", "0@a.mrcs", "1@a.mrcs@b", "a.mrcs", "a.mrc", "1@a.mrc", "1@./a.mrcs", "1@>a.mrcs"),
     *("999999999@a.mrcs", "9999999999@a", "1@/", "1@..", "1@" + "a/" * 3000),
+    *("data_raw/1.mrc", "loop_x", "_a", "$g/a", "'a", 'a"', "'a'b", "\"a 'b", "NA", "#1", "a;b"),
+    *("\x0b", "1.5e4", "1" * 17),
     *("True", "None", "1.0", "1.5", "\ufeff", "\r", "\n", "\t", "\x1a", "\x85"),
 ]  # fmt: skip
 _NPY_TOKENS = [
@@ -393,6 +433,46 @@ def _words(tokens: list[str], head: bytes | None = None) -> Callable[[random.Ran
     return mutate
 
 
+_ENDS = (b"\t", b"\t\t\t", b" ", b" # remark", b"\r", b" NA", b",,", b";", b'"', b"\x1a", b"\v")
+
+
+def _star(rng: random.Random, content: bytes) -> bytes:
+    """Words, or what spreadsheets, scripts and copying do to whole files; also within what gzip packed."""
+    packed = content.startswith(b"\x1f\x8b")
+    if packed:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error):
+            return content
+    deed = rng.randrange(24)
+    end, lines = rng.choice(_ENDS), content.split(b"\n")
+    at = rng.randrange(len(lines))
+    if deed == 0:
+        content = (
+            rng.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"Sheet 1\t\t\n", b"\n_rlnX 1\nloop_\n", b"x\n\n")) + content
+        )
+    elif deed == 1:
+        content = (end + b"\n").join(lines)
+    elif deed == 2:
+        content = content + rng.choice((b"", b"\n", b"data_x\n", b"x ")) + content
+    elif deed == 3:
+        content = content.replace(b" ", rng.choice((b"\t", b",", b"  ", b"\x0b", b"\xc2\xa0")))
+    elif deed == 4:
+        lines[at] = rng.choice((b'"' + lines[at] + b'"', lines[at] + end, b"#" + lines[at], b"", b"'" + lines[at]))
+        content = b"\n".join(lines)
+    elif deed == 5:
+        lines.insert(
+            at, rng.choice((b"", b"loop_", b"_rlnX #1", b"_rlnX 5", b"data_", b"data_x/1 2", b"# x", b"stop_"))
+        )
+        content = b"\n".join(lines)
+    elif deed == 6 and len(content) < 10_000:
+        content = gzip.compress(content, 1, mtime=0)
+    else:
+        content = _STAR_WORDS(rng, content)
+    return gzip.compress(content, 1, mtime=0) if packed else content
+
+
+_STAR_WORDS = _words(_TOKENS)
 _NPY_PARTS = re.compile(r"('[^']*'|\d+|[(),\[\]{}:]|True|False)")
 
 
@@ -502,11 +582,30 @@ def _pickle(rng: random.Random, content: bytes) -> bytes:
     return b"".join(pieces)
 
 
-# nx ny nz mode, mx my mz, cella, mapc mapr maps, ispg nsymbt, exttyp, nversion, map, machst
-_MRC_FIELDS = [*range(0, 16, 4), 28, 32, 36, 40, 44, 48, 64, 68, 72, 88, 92, 92, 104, 108, 208, 212]
+# nx ny nz mode, starts, mx my mz, cella, mapc mapr maps, dmin dmax dmean, ispg nsymbt, exttyp, nversion, IMOD's stamp
+# and flags, origin, map, machst
+_MRC_FIELDS = [
+    *range(0, 76, 4),
+    *(64, 68, 72, 76, 80, 84, 88, 92, 92, 104, 108, 152, 156, 196, 200, 204, 208, 212),
+]
+_PACKED = {b"\x1f\x8b": (gzip.decompress, gzip.compress), b"BZh": (bz2.decompress, bz2.compress)}
+
+
+def _map(rng: random.Random, content: bytes) -> bytes:
+    """As `_mrc`, also in what a packed file holds."""
+    unpack, pack = next((both for start, both in _PACKED.items() if content.startswith(start)), (bytes, bytes))
+    try:
+        inside = unpack(content) if rng.random() < 0.7 else content
+    except (OSError, EOFError, ValueError, zlib.error):  # damaged before
+        return _mrc(rng, content)
+    return pack(_mrc(rng, inside)) if inside is not content else _mrc(rng, content)
 
 
 def _mrc(rng: random.Random, content: bytes) -> bytes:
+    if rng.random() < 0.2:  # axes, right or wrong
+        axes = [rng.choice((1, 2, 3, 3, 0)) for _ in range(3)] if rng.random() < 0.5 else rng.sample((1, 2, 3), 3)
+        order = ">" if content[212:214] == b"\x11\x11" else "<"
+        return content[:64] + struct.pack(order + "3i", *axes) + content[76:]
     at = rng.choice(_MRC_FIELDS)
     small = struct.pack("<i", rng.choice((-1, 0, 1, 2, 3, 4, 5, 6, 7, 12, 16, 64, 1024, 101, 401)))
     stamp = rng.choice((b"\x44\x44\0\0", b"\x44\x41\0\0", b"\x11\x11\0\0", b"\0\0\0\0", b"MAP "))
@@ -525,8 +624,8 @@ def _safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 _SPECIAL: dict[str, Callable[[random.Random, bytes], bytes]] = {
-    "star": _words(_TOKENS),
-    "map": _mrc,
+    "star": _star,
+    "map": _map,
     "stack": _mrc,
     "cs": _npy,
     "passthrough": _npy,
@@ -548,6 +647,7 @@ class Reading:
         for own in self.folders.values():
             own.mkdir(exist_ok=True)
         for kind, name, content in (
+            ("star", "a.mrcs", files["stack"][0]),
             ("passthrough", "p.cs", files["needs passthrough"][0]),
             ("poses", "s.mrcs", files["stack"][0]),
             ("poses", "ctf.pkl", files["ctf"][4]),
@@ -578,7 +678,7 @@ class Reading:
             stack.read_into(out, range(stack.count), range(stack.count))
             stack.close()
             return stack.pixel_size
-        return {"map": read_map, "ply": read_ply, "checkpoint": load_checkpoint}[kind](path)
+        return {"map": read_stored_map, "ply": read_ply, "checkpoint": load_checkpoint}[kind](path)
 
     def judge(self, kind: str, content: bytes) -> tuple[bool, str]:
         """Whether the input was read, and what is wrong with how it was treated ("" when nothing is)."""

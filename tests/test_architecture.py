@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "emsplat"
 FLOORS = [
     {"errors"},
-    {"types", "progress", "device", "_native"},
+    {"types", "process", "progress", "device", "_native"},
     {"kernels", "geometry", "fourier"},
     {"project", "ctf", "assess"},
     {"io"},
+    {"copies"},
     {"model", "particles"},
     {"accumulate", "config", "start"},
     {"objective", "report", "inputs", "naming", "symmetry"},

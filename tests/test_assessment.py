@@ -5,6 +5,7 @@ import json
 import math
 from io import StringIO
 
+import mrcfile
 import pytest
 import torch
 from gemmi import cif
@@ -14,9 +15,12 @@ from emsplat.assessment import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, assess, rea
 from emsplat.cli import main
 from emsplat.config import AssessConfig
 from emsplat.errors import InputError
+from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
 from emsplat.progress import Log
-from emsplat.types import Grid
+from emsplat.project import voxelize
+from emsplat.report import verdict
+from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 2.0)
 SIZE = GRID.size
@@ -94,7 +98,7 @@ def test_local_and_directional_parts_are_written(tmp_path):
     with (run / "directions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 648
-    assert set(rows[0]) == {"elevation", "azimuth", "fslc", "conical_resolution"}  # no particles, no views
+    assert set(rows[0]) == {"tilt", "rot", "fslc", "conical_resolution"}  # no particles, no views
     direction = result["directional"]
     assert 0.5 < direction["fslc_mean"] <= 1
     assert direction["fslc_std"] < 0.1
@@ -126,6 +130,19 @@ def test_noise_has_no_resolution_and_no_old_maps_of_it(tmp_path):
     assert any("no particle was found" in text for text in warnings)
     assert not (run / "local_resolution.mrc").exists()
     assert not (run / "directions.csv").exists()
+
+
+def test_resolutions_that_are_the_limit_of_the_pixels_are_named(tmp_path):
+    result, _ = measure(write_run(tmp_path / "run"))
+    assert result["limit"]["nyquist"] == pytest.approx(GRID.nyquist)
+    assert "half_map_masked" in result["limit"]["reached_by"]  # what the models share has no end
+    assert not {"cross_validated", "backprojection_masked"} & {*result["limit"]["reached_by"]}
+    sharp = tuple(5 * noise(0) + noise(seed) for seed in (1, 2))  # FSC 0.96 in every shell
+    result, _ = measure(write_run(tmp_path / "sharp", halves=sharp, raw=None))
+    reached = result["limit"]["reached_by"]
+    assert {"half_map_unmasked", "half_map_masked", "half_map_corrected", "backprojection_masked"} <= {*reached}
+    assert all(result["resolution"][name] == pytest.approx(GRID.nyquist) for name in reached)
+    assert "cross_validated" not in reached  # back-projections alone have none
 
 
 def test_reference(tmp_path):
@@ -215,13 +232,24 @@ def test_maps_that_do_not_belong_together(tmp_path, change, message, capsys):
 @pytest.mark.report
 def test_assess_command_renews_summary_and_report(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    (run / "summary.json").write_text(json.dumps({"fits": {"half1": {}}, "seconds": 3.0, "resolution": {}}))
+    before = {"fits": {"half1": {}}, "seconds": 3.0, "resolution": {}}
+    before |= {"warnings": ["symmetry is wrong", "the mask is too tight"]}
+    before |= {"assessment": {"warnings": ["the mask is too tight"]}}
+    (run / "summary.json").write_text(json.dumps(before))
     assert main(["assess", str(run), "--window", "40"]) == 0
-    assert "cross-validated FSC 0.5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cross-validated FSC 0.5" in said
     summary = json.loads((run / "summary.json").read_text())
+    # What the run warned of stays, what was measured is measured again.
+    assert "symmetry is wrong" in summary["warnings"]
+    assert "the mask is too tight" not in summary["warnings"]
+    assert summary["evident"] is True
+    assert summary["limit"]["nyquist"] == pytest.approx(2 * GRID.pixel_size)
+    first = said.splitlines().index(next(line for line in said.splitlines() if line.startswith("resolution: ")))
+    assert verdict.lines(summary) == said.splitlines()[first : first + len(verdict.lines(summary))]
     assert summary["seconds"] == 3.0
     assert summary["local_resolution"]["window"] == 40
-    assert summary["assessment"] == {"window": 40.0}
+    assert summary["assessment"]["window"] == 40
     assert "Local resolution" in (run / "report.html").read_text()
     assert main(["assess", str(run), "--window", "900"]) == 2
     (run / "summary.json").write_text("{")
@@ -249,3 +277,48 @@ def test_a_run_knows_the_symmetry_that_was_imposed(tmp_path):
     assert read_run(run).copies == 4
     (run / "config.toml").write_text("[options]\nsymmetry = 7\n")
     assert read_run(run).copies == 1
+
+
+def put(path, **fields):
+    """Sets fields of the header of a map."""
+    with mrcfile.open(path, "r+") as file:
+        for name, value in fields.items():
+            file.header[name] = value
+    return path
+
+
+def test_masks_and_references_whose_headers_put_them_elsewhere_are_told(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_map(tmp_path / "mask.mrc", MASK, GRID.pixel_size)
+    write_map(tmp_path / "truth.mrc", TRUTH, GRID.pixel_size)
+    options = {"mask": tmp_path / "mask.mrc", "reference": tmp_path / "truth.mrc"}
+    before, warnings = measure(run, **options)
+    assert not warnings
+    put(tmp_path / "mask.mrc", nxstart=2)
+    put(tmp_path / "truth.mrc", origin=(0.0, 0.0, 1.5 * GRID.pixel_size))
+    result, warnings = measure(run, **options)
+    assert result["resolution"] == before["resolution"]  # voxel by voxel, as before
+    assert len(warnings) == 2
+    assert "mask.mrc: its header (NXSTART or ORIGIN) puts it (2, 0, 0) voxels away from the maps" in warnings[0]
+    assert "truth.mrc: its header (NXSTART or ORIGIN) puts it (0, 0, 1.5) voxels away from the maps of" in warnings[1]
+    for name in (*HALF_MAPS, FULL_MAP, *BACKPROJECTIONS):  # a folder that lies there as a whole
+        put(run / name, nxstart=2)
+    put(tmp_path / "truth.mrc", origin=(2 * GRID.pixel_size, 0.0, 0.0))
+    assert not measure(run, **options)[1]
+
+
+def test_a_model_as_reference(tmp_path):
+    """Voxelised on the grid of the run; the same curve as its map gives."""
+    blobs = Gaussians(
+        10 * torch.randn(20, 3, generator=torch.Generator().manual_seed(0)),
+        9 * torch.eye(3).repeat(20, 1, 1),
+        torch.ones(20),
+    )
+    run = write_run(tmp_path / "run", full=voxelize(blobs, GRID))
+    write_gaussians(tmp_path / "model.pdb.gz", blobs, GRID)
+    measure(run, reference=tmp_path / "model.pdb.gz")
+    assert float(columns(run)["emsplatReferenceMasked"][1:12].min()) > 0.999
+    away = Gaussians(blobs.mean + 500, blobs.covariance, blobs.amplitude)
+    write_gaussians(tmp_path / "away.cif", away, GRID)
+    with pytest.raises(InputError, match=r"away\.cif: 100% of it lies outside the box"):
+        measure(run, reference=tmp_path / "away.cif")

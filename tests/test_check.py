@@ -38,6 +38,7 @@ def altered(particles, tmp_path, change):
     return folder / "particles.star"
 
 
+@pytest.mark.report
 def test_good_particles(particles, tmp_path, capsys):
     code, result, items = run(capsys, particles, "-o", tmp_path / "look")
     assert code == 0
@@ -54,6 +55,13 @@ def test_good_particles(particles, tmp_path, capsys):
     assert 2 < result["shift_rms"] < 6
     for name in ("slices.png", "directions.png"):
         assert (tmp_path / "look" / name).stat().st_size > 5000
+    page = (tmp_path / "look" / "report.html").read_text()
+    assert "Check of the input" in page
+    assert "Not shown" not in page
+    # Over a run it would replace the map.
+    (tmp_path / "look" / "config.toml").write_text("")
+    assert main(["check", str(particles), "-o", str(tmp_path / "look")]) == 2
+    assert "holds a run" in capsys.readouterr().err
 
 
 def test_terminal_output(particles, capsys):

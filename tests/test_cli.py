@@ -1,16 +1,22 @@
 """The command line beside `reconstruct`: every option once, exit codes, one-line errors."""
 
 import dataclasses
+import gzip
 import subprocess
 import sys
 import tomllib
 
+import mrcfile
 import pytest
+import torch
 
 from emsplat.cli import main
 from emsplat.config import SimulateConfig
-from emsplat.io.mrc import read_map
+from emsplat.io.gaussians import write_gaussians
+from emsplat.io.mrc import read_map, write_map
 from emsplat.io.relion import read_star
+from emsplat.project import voxelize
+from emsplat.types import Gaussians, Grid
 
 
 def test_every_option_of_simulate(tmp_path):
@@ -62,14 +68,14 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     words = ["--mask", str(truth), "-o", str(tmp_path / "fsc.star")]
     assert main(["fsc", str(truth), str(truth)]) == 0
     printed = capsys.readouterr().out
-    assert "FSC 0.143 unmasked: 8" in printed  # Nyquist
+    assert "FSC 0.143 unmasked: better than 8.00 Å, the limit of the pixel size: it never falls" in printed
+    assert "last shell before the drop" not in printed
+    assert "are the same map" in printed
     assert "cryoDRGN" in printed
     assert "shell" in printed
     assert main(["fsc", str(truth), str(truth), *words]) == 2  # a density is no mask: values outside 0 to 1
     assert "mask" in capsys.readouterr().err
     volume, grid = read_map(truth)
-    from emsplat.io.mrc import write_map
-
     write_map(tmp_path / "mask.mrc", (volume > volume.mean()).float(), grid.pixel_size)
     assert main(["fsc", str(truth), str(truth), "--mask", str(tmp_path / "mask.mrc"), *words[2:]]) == 0
     written = (tmp_path / "fsc.star").read_text()
@@ -117,3 +123,37 @@ def test_a_reader_that_leaves_makes_no_traceback(truth):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("emsplat 0.")
+
+
+def test_fsc_of_maps_whose_headers_put_them_apart(truth, tmp_path, capsys):
+    volume, grid = read_map(truth)
+    path = tmp_path / "moved.map"
+    with mrcfile.new(path) as file:
+        file.set_data(volume.roll(-3, 2).numpy())
+        file.voxel_size = grid.pixel_size
+        file.header.nxstart = 3
+    (tmp_path / "moved.map.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for name in ("moved.map", "moved.map.gz"):
+        assert main(["fsc", str(truth), str(tmp_path / name)]) == 0
+        printed = capsys.readouterr().out
+        assert f"{name}: its header (NXSTART or ORIGIN) puts it (3, 0, 0) voxels away from {truth}" in printed
+        assert "same map" not in printed
+
+
+def test_fsc_of_a_map_and_a_model(tmp_path, capsys):
+    """The model is voxelised on the grid of the map; in either order, from a packed file."""
+    rng = torch.Generator().manual_seed(0)
+    grid = Grid(32, 4.0)
+    mean = 25 * torch.randn(30, 3, generator=rng)
+    gaussians = Gaussians(mean, 60 * torch.eye(3).repeat(30, 1, 1), torch.ones(30))
+    write_gaussians(tmp_path / "model.cif.gz", gaussians, grid)
+    write_map(tmp_path / "map.mrc", voxelize(gaussians, grid), grid.pixel_size)
+    names = [str(tmp_path / name) for name in ("map.mrc", "model.cif.gz")]
+    for words in (names, names[::-1]):
+        assert main(["fsc", *words]) == 0
+        printed = capsys.readouterr().out
+        assert "model.cif.gz: 30 atoms or Gaussians on 32³ voxels of 4 Å, σ from 7.75 to 7.75 Å" in printed
+        shells = [line.split() for line in printed.splitlines() if line.split()[0].isdigit()]
+        assert min(float(line[2]) for line in shells[:8]) > 0.999
+    assert main(["fsc", names[1], names[1]]) == 2
+    assert "expected at least one map" in capsys.readouterr().err

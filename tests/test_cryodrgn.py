@@ -262,3 +262,11 @@ def test_long_counts_do_not_ask_for_memory(tmp_path):
     path.write_bytes(b"\x80\x04" + b"\x8e" + struct.pack("<Q", 2**40) + b"abc.")
     with pytest.raises(InputError, match="cannot be read"):
         load_arrays(path)
+
+
+def test_rotations_alone_mean_centred_particles_with_a_word(star, tmp_path):
+    poses, ctf = pickles(read_star(star), tmp_path)
+    poses.write_bytes(pickle.dumps(load_arrays(poses)[0]))
+    found = read_cryodrgn(star.parent / "particles.mrcs", poses, ctf)
+    assert not found.poses.shift.any()
+    assert found.warnings == (f"{poses}: holds rotations and no shifts; the particles are taken to be centred",)

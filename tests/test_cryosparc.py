@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from emsplat.copies import settle_halves
 from emsplat.errors import InputError
 from emsplat.io.cryosparc import read_cs
 
@@ -197,7 +198,10 @@ def test_symmetry_copies_stay_in_one_half(folder):
     assert any("symmetry-expanded" in text for text in found.warnings)
     unsplit = read(folder, table(**{"sym_expand/src_uid": source, "alignments3D/split": None}))
     assert unsplit.half is None
-    assert unsplit.micrograph.tolist() == [0, 0, 1, 1, 2, 2]  # half-sets are drawn for these together
+    assert unsplit.expanded_from.tolist() == source.tolist()
+    drawn = settle_halves(unsplit, 0)
+    assert drawn[::2].tolist() == drawn[1::2].tolist()
+    assert set(drawn.tolist()) == {1, 2}
 
 
 def test_optics_groups(folder):
@@ -217,6 +221,25 @@ def test_missing_alignment_pixel_size_is_said(folder):
     found = read(folder, table(**{"alignments3D/psize_A": None}))
     assert found.poses.shift[0].tolist() == [3.0, -4.0]
     assert "psize_A" in found.warnings[0]
+
+
+def test_alignment_pixel_size_of_zero(folder):
+    """Of all particles it is as good as missing, of some it is damage; images in focus are said too."""
+    zero = np.zeros(6, np.float32)
+    found = read(folder, table(**{"alignments3D/psize_A": zero}))
+    assert found.poses.shift[0].tolist() == [3, -4]  # pixels of blob/psize_A
+    assert "alignments3D/psize_A is 0 for all particles; shifts are taken in pixels of the images" in found.warnings[0]
+    some = np.array([2, 2, 0, 2, 2, 2], np.float32)
+    with pytest.raises(InputError, match=r"row 3: alignments3D/psize_A is 0, but shifts are in pixels of this size"):
+        read(folder, table(**{"alignments3D/psize_A": some}))
+    (warning,) = read(folder, table(**{"ctf/df1_A": zero, "ctf/df2_A": zero})).warnings
+    assert "the defocus of 6 of 6 particles is 0" in warning
+
+
+def test_missing_sign_is_said(folder):
+    found = read(folder, table(**{"blob/sign": None}))
+    assert found.sign == 1
+    assert "no blob/sign; protein is taken to be bright, else use --invert" in found.warnings[0]
 
 
 def test_never_split_means_no_half_sets(folder):

@@ -43,7 +43,7 @@ def without_cone(volume, degrees, seed):
 
 
 def test_grid_covers_the_sphere():
-    assert len(CELLS.elevation) == 12 * 24
+    assert len(CELLS.tilt) == 12 * 24
     assert float(CELLS.solid_angle.sum()) == pytest.approx(1)
     # Cells at the equator are as many times larger as their circle is longer.
     first, equator = CELLS.solid_angle[0], CELLS.solid_angle[6 * 24]
@@ -53,8 +53,8 @@ def test_grid_covers_the_sphere():
         direction_grid(17.0)
 
 
-@pytest.mark.parametrize(("axis", "elevation", "azimuth"), [(0, 0.0, 0.0), (1, 90.0, 90.0), (2, 90.0, 0.0)])
-def test_slice_is_the_transform_of_the_projection(axis, elevation, azimuth):
+@pytest.mark.parametrize(("axis", "tilt", "rot"), [(0, 0.0, 0.0), (1, 90.0, 90.0), (2, 90.0, 0.0)])
+def test_slice_is_the_transform_of_the_projection(axis, tilt, rot):
     a, b = noisy_pair()
     fa, fb = (torch.fft.fftshift(torch.fft.fft2(v.sum(axis))) for v in (a, b))
     k = torch.arange(SIZE) - SIZE // 2
@@ -62,7 +62,7 @@ def test_slice_is_the_transform_of_the_projection(axis, elevation, azimuth):
     chosen = (radius >= 6.5) & (radius < 24.5)
     cross = (fa.conj() * fb).real[chosen].sum()
     expected = float(cross / (fa.abs()[chosen].square().sum() * fb.abs()[chosen].square().sum()).sqrt())
-    one = Directions(torch.tensor([elevation]).double(), torch.tensor([azimuth]).double(), 15.0)
+    one = Directions(torch.tensor([tilt]).double(), torch.tensor([rot]).double(), 15.0)
     # Spacings from 128/7 to 128/24 Å: shells 7 to 24.
     found = float(slice_correlation(a, b, GRID, one, (128 / 7, 128 / 24))[0])
     assert found == pytest.approx(expected, abs=1e-5)

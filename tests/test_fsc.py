@@ -14,9 +14,11 @@ from emsplat.assess.fsc import (
     common_grid,
     corrected_fsc,
     crossing,
+    ends_undefined,
     fsc,
     fsc_curve,
     last_crossing,
+    never_falls,
     particle_fsc,
     randomisation_shell,
     randomise_phases,
@@ -158,6 +160,25 @@ def test_resolution_ignores_shell_zero_and_stops_at_undefined() -> None:
     undefined = hand_curve(1, 0.9, 0.8, math.nan, 0.9)
     assert resolution(undefined, 0.5) == pytest.approx(60 / 2)
     assert crossing(undefined, 0.5) == pytest.approx(60 / 2)
+
+
+def test_a_curve_that_ends_is_told_from_one_that_falls() -> None:
+    for values, expected in (
+        ([1, 0.9, 0.6, math.nan], True),
+        ([1, 0.9, 0.8, 0.6], False),
+        ([1, 0.9, 0.4, math.nan], False),
+        ([1, 0.9, 0.4, 0.6], False),
+        ([1, math.nan, 0.8, 0.6], False),
+    ):
+        curve = Curve(torch.arange(4) / 12.0, torch.tensor(values, dtype=torch.float64))
+        assert ends_undefined(curve, 0.5) is expected, values
+
+
+def test_a_curve_that_never_falls_is_known() -> None:
+    """Its resolution is the limit of the pixel size; one that ends undefined has ended for another reason."""
+    assert never_falls(hand_curve(0, 0.9, 0.143, 0.5), 0.143)
+    assert not never_falls(hand_curve(1, 0.9, 0.142, 0.5), 0.143)
+    assert not never_falls(hand_curve(1, 0.9, 0.9, math.nan), 0.143)
 
 
 def test_crossing_interpolates() -> None:

@@ -78,7 +78,11 @@ def test_rotational_average_is_taken_out():
 def test_default_pipeline_passes(particles, tmp_path, capsys):
     output = tmp_path / "null"
     assert main(["nulltest", str(particles), "-o", str(output), "--epochs", "3", "--gaussians", "500"]) == 0
-    assert "passed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    # What is not judged is neither silent nor loud, and the end says so.
+    assert "NOT SILENT" not in said
+    assert "too fine" in said
+    assert "stays silent where it must (half map masked" in said
     result = json.loads((output / "nulltest.json").read_text())
     assert result["passed"]
     tests = {row["name"]: row for row in result["tests"]}
@@ -92,7 +96,13 @@ def test_default_pipeline_passes(particles, tmp_path, capsys):
     with (output / "nulltest.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["unaltered", "noise", "phases", "poses"]
     assert not list(output.rglob("particles.mrcs"))
-    assert all((output / name / "run" / "report.html").is_file() for name in tests)
+    for name, test in tests.items():
+        run = output / name / "run"
+        assert (run / "report.html").is_file()
+        assert json.loads((run / "summary.json").read_text())["altered"] == name
+        assert test["silent"].get("cross_validated", True)
+    assert tests["noise"]["silent"]["half_map_masked"] is False
+    assert (output / "report.html").is_file()
     assert main(["nulltest", str(particles), "-o", str(output)]) == 2  # not empty
 
 

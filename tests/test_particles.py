@@ -9,11 +9,12 @@ import mrcfile
 import pytest
 import torch
 
+from emsplat.copies import draw_halves
 from emsplat.errors import InputError
 from emsplat.geometry import random_rotations, symmetry_group
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_particles_star
-from emsplat.particles import draw_halves, estimate_noise, is_bad, open_particles
+from emsplat.particles import estimate_noise, is_bad, open_particles
 from emsplat.types import Grid, Optics, Poses
 
 COUNT, GRID = 40, Grid(16, 2.0)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from emsplat.io.ply import read_ply
 from emsplat.progress import Log
 from emsplat.project import voxelize
 from emsplat.reconstruct import backproject, reconstruct, settings_of
+from emsplat.report.verdict import Kind, kind_of
 from emsplat.run_folder import Interrupted
 from emsplat.simulate import simulate
 from emsplat.types import Grid
@@ -143,7 +145,7 @@ def test_a_half_map_depends_on_its_own_half_only(config, particles, tmp_path):
 
 @pytest.mark.slow
 def test_resumed_run_ends_with_the_same_map(particles, tmp_path):
-    """Ctrl-C in a fit: exit code 130, a checkpoint, and bit for bit the same map in the end at one thread."""
+    """A kill in a fit: exit code 143, a checkpoint, and bit for bit the same map in the end at one thread."""
     options = ["--engine", "images", "--epochs", "40", "--gaussians", "400", "--batch", "16", "--threads", "1"]
     command = [sys.executable, "-m", "emsplat", "reconstruct", str(particles), *options]
     whole = tmp_path / "whole"
@@ -152,13 +154,18 @@ def test_resumed_run_ends_with_the_same_map(particles, tmp_path):
     process = subprocess.Popen([*command, "-o", str(cut), "--checkpoint-every", "0"], stderr=subprocess.PIPE, text=True)
     while not (cut / "run_half1.checkpoint.safetensors").is_file() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert not (cut / "run_half1.safetensors").exists()
-    subprocess.run([*command, "-o", str(cut), "--resume"], check=True, capture_output=True)
+    resumed = subprocess.run([*command, "-o", str(cut), "--resume"], check=True, capture_output=True, text=True)
+    # The sums of both halves are on disk, and it says where each part goes on.
+    for name in ("half1", "half2"):
+        assert f"resuming {name}: all 150 of 150 particles were accumulated before" in resumed.stdout
+    assert "resuming half1: goes on after step" in resumed.stdout
+    assert "loss nan" not in resumed.stdout
     for name in ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc", "run_class001.mrc"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
     with (cut / "convergence.csv").open() as file:
@@ -212,8 +219,13 @@ def test_sums_of_other_particles_are_added(particles, tmp_path):
         reconstruct(add, particles.parent / "first.star", tmp_path / "twice")
 
 
-def test_back_projection_is_a_run_of_its_own(particles, tmp_path):
+def test_back_projection_is_a_run_of_its_own(particles, tmp_path, capsys):
     summary = backproject(InputConfig(symmetry="C1"), particles, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "resolution: " in said
+    assert "classical half maps, masked and corrected for the mask; FSC 0.143" in said
+    assert not re.search("Gaussian|ross-validated|not reached", said)
+    assert kind_of(summary) is Kind.CLASSICAL
     truth, grid = read_map(particles.parent / "truth.mrc")
     volume, _ = read_map(tmp_path / "run" / "run_class001.mrc")
     mask, _ = read_map(tmp_path / "run" / "mask.mrc")
@@ -327,6 +339,7 @@ def test_noise_alone_has_no_resolution(simulated, tmp_path):
     summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
     assert set(summary["resolution"].values()) == {None}
     assert any("no particle" in warning for warning in summary["warnings"])
+    assert summary["evident"] is False
 
 
 def test_inverted_images_are_noticed(particles, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """RELION STAR files: every dialect reads right, and what cannot be read right is refused by name."""
 
+import gzip
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import euler_to_matrix, random_rotations
 from emsplat.io.mrc import writing_stack
+from emsplat.io.particles import read_particles
 from emsplat.io.relion import read_star, rewrite_star, write_particles_star
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Grid, Optics, Poses
 
@@ -145,7 +148,7 @@ def test_paths_are_tried_in_order(folder, tmp_path_factory, monkeypatch):
     (folder / "a.mrcs").rename(folder / "a.mrc")
     assert read_star(far, folder).stacks[0] == folder / "a.mrc"
     monkeypatch.chdir(folder)
-    assert not read_star(far).stacks[1].is_absolute()  # as written
+    assert read_star(far).stacks[1] == folder / "b.mrcs"  # where the program runs
     monkeypatch.chdir(far.parent)
     with pytest.raises(InputError, match=r'2 of 2 image stacks are missing, the first is "a\.mrcs".*--datadir'):
         read_star(far)
@@ -171,11 +174,14 @@ def change(old, new):
         (change("2 second", "1 second"), "names an rlnOpticsGroup twice"),
         (change("0.1 2.0 8", "0.1 -2.0 8"), "rlnImagePixelSize in data_optics is -2"),
         (change("first 300.0", "first 0.0"), "rlnVoltage is 0"),
-        (change(" 3 -4\n", " 3\n"), "not a well-formed STAR file"),
+        (
+            change(" 3 -4\n", " 3\n"),
+            r"p\.star, line 28: a row of data_particles has 9 values; expected 10, .*left empty",
+        ),
         (change("_rlnImageSize #7", "_rlnCtfDataAreCtfCorrected #7"), "rlnCtfDataAreCtfCorrected is set"),
         (change("_rlnImageSize #7", "_rlnMagMat00 #7"), "rlnMagMat00 .* differ from 1 0 0 1"),
         (change("_rlnImageSize #7", "_rlnOddZernike #7").replace("2.0 8", "2.0 [1,x]"), "rlnOddZernike is"),
-        ("", "no table has a column rlnImageName"),
+        ("", "no line begins with data_; expected a RELION STAR file"),
         ("data_particles\nloop_\n", "STAR"),
     ],
 )
@@ -294,10 +300,10 @@ SPLIT = OPTICS + ONE_COLUMN + "\nloop_\n" + "".join(f"_rln{name}\n" for name in 
     ("text", "message"),
     [
         # a second loop of other length would shift the table
-        (SPLIT + "1 2 3 4 5 6 7 8\n" * 3, "has 4 rows and 3 values of rlnDefocusU; .*loop_"),
-        (SPLIT + "1 2 3 4 5 6 7 8\n" * 5, "has 4 rows and 5 values of rlnDefocusU; .*loop_"),
-        (OPTICS + particles() + "_rlnVoltage 300\n", "data_particles has 4 rows and 1 values of rlnVoltage"),
-        (OPTICS + "_rlnPhaseShift 3\n" + particles(), "data_optics has 2 rows and 1 values of rlnPhaseShift"),
+        (SPLIT + "1 2 3 4 5 6 7 8\n" * 3, "line 24: .*a second table in one block; write all its columns in one loop_"),
+        (SPLIT + "1 2 3 4 5 6 7 8\n" * 5, "line 24: .*a second table in one block; write all its columns in one loop_"),
+        (OPTICS + particles() + "_rlnVoltage 300\n", "line 32: .*a second table in one block; .*_rlnVoltage 300"),
+        (OPTICS + "_rlnPhaseShift 3\n" + particles(), "line 14: .*a second table in one block; .*_rlnPhaseShift 3"),
         # numbers that do not fit
         (change("15000", "1e300"), r'row 1 of data_particles: rlnDefocusU is "1e300"; expected a finite number'),
         (change("b.mrcs 2", "b.mrcs 1e30"), r"row 2 of data_particles: rlnOpticsGroup is 1e\+30; expected a whole"),
@@ -309,7 +315,8 @@ SPLIT = OPTICS + ONE_COLUMN + "\nloop_\n" + "".join(f"_rln{name}\n" for name in 
         (change("2.7 0.1 2.0", "2.7 1.5 2.0"), r"row 1: rlnAmplitudeContrast is 1\.5"),
         (change("_rlnImagePixelSize #6", "_rlnOther #6"), "data_optics has no rlnImagePixelSize; add it"),
         (change("_rlnOriginYAngst #10", "_rlnCtfDataAreCtfCorrected #10"), "CtfCorrected is set; .*extract"),
-        (OPTICS + particles() + particles(), "not a well-formed STAR file"),
+        (OPTICS + particles() + particles(), "line 33: a second table data_particles, the first .* 15; .*--merge"),
+        (OPTICS + particles() + particles(name="more"), "data_particles and data_more both have a column rlnImageName"),
     ],
 )  # fmt: skip
 def test_tables_that_cannot_be_right_are_refused_by_name(folder, text, message):
@@ -335,9 +342,12 @@ def test_old_files_need_one_pixel_size(folder, last, message):
         read_star(write(folder, particles(rows, OLD, "")))
 
 
-def test_defaults_of_what_the_file_leaves_out(folder):
+def test_defaults_of_what_the_file_leaves_out_are_said(folder):
     rows = [f"{i + 1}@a.mrcs 15000 300 2.7 0 0 0 5 25000" for i in range(4)]
     table = read_star(write(folder, particles(rows, OLD, "")))
+    said = ("rlnAmplitudeContrast; 0 is used", "rlnDefocusV; rlnDefocusU is used", "rlnOriginYAngst; .*centred")
+    assert all(any(re.search(text, warning) for warning in table.warnings) for text in said)
+    assert len(table.warnings) == len(said)
     expected = {
         "amplitude_contrast": 0,
         "defocus_v": 15000,
@@ -349,6 +359,72 @@ def test_defaults_of_what_the_file_leaves_out(folder):
     for name, value in expected.items():
         assert getattr(table.optics, name).tolist() == [value] * 4
     assert table.poses.shift.tolist() == [[0, 0]] * 4
+
+
+def test_particles_without_optics_group(folder):
+    """One group is clear, several are not."""
+    columns, rows = COLUMNS.replace("OpticsGroup ", ""), [" ".join(row.split()[:1] + row.split()[2:]) for row in ROWS]
+    with pytest.raises(InputError, match=r"no column rlnOpticsGroup, but data_optics has 2 groups.*add the column"):
+        read_star(write(folder, OPTICS + particles(rows, columns)))
+    table = read_star(write(folder, OPTICS.replace("2 second 200.0 1.4 0.07 2.0 8\n", "") + particles(rows, columns)))
+    assert table.optics.voltage.tolist() == [300] * 4
+    assert table.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["MicrographPixelSize", "MicrographOriginalPixelSize", "TomoTiltSeriesPixelSize"])
+def test_pixel_size_of_the_micrograph_is_taken_with_a_word(folder, name):
+    table = read_star(write(folder, OPTICS.replace("ImagePixelSize", name) + particles()))
+    assert [group.pixel_size for group in table.groups] == [2, 2]
+    (warning,) = table.warnings
+    assert f"taken from rln{name}, 2 Å, which is right only if they were not binned; add rlnImagePixelSize" in warning
+
+
+def test_origins_in_pixels_beside_an_optics_table_are_said(folder):
+    table = read_star(write(folder, OPTICS + particles(columns=COLUMNS.replace("Angst", ""))))
+    assert table.poses.shift[0].tolist() == [6, -8]
+    assert any("pixels of the images, up to 2 Å" in warning for warning in table.warnings)
+    with pytest.raises(InputError, match="no column rlnOriginYAngst"):
+        read_star(write(folder, OPTICS + particles(columns=COLUMNS.replace("OriginYAngst", "Other"))))
+
+
+def test_astigmatism_needs_its_angle(folder):
+    columns = COLUMNS.replace("DefocusAngle", "Other")
+    with pytest.raises(InputError, match=r"no column rlnDefocusAngle, but .* differ by up to 1000 Å; add the angle"):
+        read_star(write(folder, OPTICS + particles(columns=columns)))
+    rows = [row.replace("15000 14000", "15000 15000").replace("16000 15500", "16000 16000") for row in ROWS]
+    assert read_star(write(folder, OPTICS + particles(rows, columns))).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("first 300.0", "first 300000", "row 1: rlnVoltage is 300000; expected a possible value in kV"),
+        ("300.0 2.7", "300.0 2.7e7", r"row 1: rlnSphericalAberration is 2\.7e\+07; expected a possible value in mm"),
+        ("2.7 0.1", "2.7 10", "row 1: rlnAmplitudeContrast is 10; expected a possible value as a fraction"),
+        ("15000", "15000,5", 'rlnDefocusU is "15000,5"; expected decimal points, not commas'),
+    ],
+)
+def test_other_units_are_refused(folder, old, new, message):
+    with pytest.raises(InputError, match=message):
+        read_star(write(folder, change(old, new)))
+
+
+def test_images_in_focus_are_said(folder):
+    (warning,) = read_star(write(folder, change("12000 12000", "0 0"))).warnings
+    assert "the defocus of 2 of 4 particles is 0" in warning
+
+
+def test_an_empty_line_among_the_rows_is_said(folder):
+    (warning,) = read_star(write(folder, change("8@a", "\n8@a"))).warnings
+    assert "RELION reads only the 2 rows before it" in warning
+
+
+def test_compressed_file(folder):
+    (folder / "p.star.gz").write_bytes(gzip.compress((OPTICS + particles()).encode()))
+    expected = read_star(write(folder, OPTICS + particles()))
+    assert torch.equal(read_particles(folder / "p.star.gz").poses.shift, expected.poses.shift)
+    with pytest.raises(InputError, match=r"is compressed; unpack it first: gunzip p\.cs\.gz"):
+        read_particles(folder / "p.cs.gz")
 
 
 def test_optics_groups_are_joined_by_number(folder):
@@ -395,7 +471,7 @@ def test_tables_without_rows(folder):
 
 
 def test_messages_are_one_line(folder):
-    rows = [row.replace("000002@a.mrcs", "\n;x@bad\nname" + "x" * 5000 + "\n;\n", 1) for row in ROWS]
+    rows = [row.replace("000002@a.mrcs", "x@\u2028bad" + "x" * 5000, 1) for row in ROWS]
     with pytest.raises(InputError, match=r"row 1 .*expected index@stack") as caught:
         read_star(write(folder, OPTICS + particles(rows)), need_stacks=False)
     assert str(caught.value).isprintable()

@@ -114,6 +114,23 @@ def test_success_and_continue(project):
     assert relion_files(project) == before
 
 
+def test_wrong_symmetry_fails_until_it_is_said_to_be_meant(project):
+    """The maps are there but no other job takes them; Continue lists them once the parameter force is added."""
+    words = ("--growth", "0", "--epochs", "1", "--gaussians", "300", "--symmetry", "D3")
+    assert run(project, *words) == 1
+    assert endings(project) == {"RELION_JOB_EXIT_FAILURE"}
+    assert not (project / JOB / "RELION_OUTPUT_NODES.star").exists()
+    assert (project / JOB / "report.html").is_file()
+    error = (project / JOB / "run.err").read_text()
+    assert "symmetry D3" in error
+    assert "parameter force" in error
+    assert run(project, *words) == 1
+    assert endings(project) == {"RELION_JOB_EXIT_FAILURE"}
+    assert run(project, *words, "--force") == 0
+    assert endings(project) == {"RELION_JOB_EXIT_SUCCESS"}
+    assert len(nodes(project)) == len(KINDS)
+
+
 @pytest.mark.slow
 def test_abort_and_continue(project):
     words = ("--growth", "0", "--epochs", "400", "--gaussians", "3000", "--decay", "1.0")
@@ -124,7 +141,7 @@ def test_abort_and_continue(project):
                 assert process.poll() is None
                 time.sleep(0.1)
             (project / JOB / "RELION_JOB_ABORT_NOW").touch()
-            assert process.wait() == 130
+            assert process.wait() == 143  # as by SIGTERM
         finally:
             process.kill()
     assert endings(project) == {"RELION_JOB_EXIT_ABORTED"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import os
@@ -18,13 +20,14 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from plotly.offline import get_plotlyjs
 from scipy.ndimage import gaussian_filter
 
 from emsplat.assess.fsc import crossing, last_crossing, resolution
 from emsplat.errors import InputError
 from emsplat.io.ply import read_ply, write_ply
-from emsplat.report import figures, plots, read, surface, write_report
+from emsplat.report import figures, plots, read, surface, verdict, write_report
 from emsplat.report.words import CURVE_NAMES
 from emsplat.types import Curve, Grid
 
@@ -72,14 +75,14 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def write_directions(path: Path, step: float = 10) -> None:
-    elevation, azimuth = (np.arange(step / 2, end, step) for end in (180, 360))
-    e, a = (grid.ravel() for grid in np.meshgrid(elevation, azimuth, indexing="ij"))
+    tilt, rot = (np.arange(step / 2, end, step) for end in (180, 360))
+    e, a = (grid.ravel() for grid in np.meshgrid(tilt, rot, indexing="ij"))
     belt = np.exp(-(((e - 90) / 30) ** 2))
     write_table(
         path,
         {
-            "elevation": e,
-            "azimuth": a,
+            "tilt": e,
+            "rot": a,
             "fslc": 0.95 + 0.03 * belt,
             "conical_resolution": np.where(e < 10, np.nan, 9 - belt),
             "sampling": 0.5 + belt,
@@ -149,6 +152,8 @@ def write_scores(path: Path) -> None:
 
 
 SUMMARY: dict[str, Any] = {
+    "evident": True,
+    "limit": {"nyquist": 2 * PIXEL_SIZE, "reached_by": ["half_map_masked"], "ends_with_data": False},
     "resolution": {
         "half_map_unmasked": 10.6,
         "half_map_unmasked_0.5": 11.71,
@@ -177,11 +182,20 @@ SUMMARY: dict[str, Any] = {
     },
     "examples": [{"row": 17, "half": 1, "defocus": 12345.0}, {"row": 91, "half": 2, "defocus": 9876.0}],
     "course": [{"gaussians": 2740, "epochs": 11, "score": 0.909344, "kept": True}],
-    "input": {"file": "particles.star", "particles": 2374, "box": SIZE, "pixel_size": PIXEL_SIZE},
-    "fits": {"half 1": {"gaussians": 4000, "seconds": 41.25}, "half 2": {"gaussians": 4000}},
-    "settings": {"epochs": 4, "symmetry": "D2", "learning_rates": [0.01, 0.001]},
+    "input": {
+        "file": "particles.star",
+        "particles": 2374,
+        "half_sets": [1187, 1187],
+        "box": SIZE,
+        "pixel_size": PIXEL_SIZE,
+        "defocus_range": [8133, 11523],
+    },
+    "fits": {"half1": {"gaussians": 4000, "seconds": 41.25}, "half2": {"gaussians": 4000}},
+    "settings": {"engine": "one-pass", "epochs": 4},
+    "options": {"symmetry": "D2"},
     "versions": {"emsplat": "0.1.0"},
     "warnings": ["half-sets were drawn at random: the star file has no rlnRandomSubset"],
+    "notes": ["images are read from /data/project"],
     "seed": 7,
 }
 
@@ -270,19 +284,24 @@ def test_whole_folder(run: Path) -> None:
     assert len(checker.sources) == 2 + 3 * EXAMPLES
     assert all(source.startswith("data:image/png;base64,") for source in checker.sources)
     for expected in (
-        *("10.60 Å", "overestimates", "not reached", "the limit set by the pixel size", "2374", "0.01, 0.001"),
-        *("half 1 / seconds", "41.25", "rlnRandomSubset", "run <1> & co"),
-        *("95 % interval: 9.72 to 9.05 Å", "RELION's rule", "first crosses", "cryoDRGN's shells"),
+        *("Reconstruction with Gaussians in one pass", "2,374 particles", "1,187 + 1,187", "0.81 to 1.15 µm"),
+        *("10.60 Å", "Upper limit", "not reached", "7.08 Å or finer", "7.12 Å", "half 1", "41.25"),
+        *("rlnRandomSubset", "images are read from /data/project", "run <1> & co"),
+        *("95 % interval: 9.72 Å to 9.05 Å", "the number to quote", "cryoDRGN's rule"),
         *("9.13 Å", "8.01 Å", "42.50 Å", "30.00 to 8.50 Å", "9.75 Å", "0.871", "missing wedge"),
         *("row 17, half 1, defocus 1.23 µm", "row 91", "2740", "0.909344", "What to check", "overfitting"),
         *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
     ):
-        assert expected in text
+        assert expected in text, expected
+    # Settings are shown once, as config.toml; nothing is said to be reduced that was not; no bare keys.
+    assert text.count('out = "<run>"') == 1
+    for absent in ("educed to voxels", "epochs 4", "half_sets", "half sets", "shift_rms", "elevation", "azimuth"):
+        assert absent not in text, absent
     assert "Not shown" not in text
     assert "Not coloured" not in text
     kinds = [sorted({trace["type"] for trace in plot["data"]}) for plot in checker.plots]
     curves, bars = ["scatter"], ["bar"]
-    assert kinds == [["mesh3d"], curves, bars, *[["heatmap"]] * 4, curves, curves, curves, bars, bars]
+    assert kinds == [["mesh3d"], curves, curves, bars, *[["heatmap"]] * 4, curves, curves, curves, bars, bars]
     for name in FIGURES:
         assert (run / f"{name}.png").read_bytes().startswith(PNG)
         assert "</svg>" in (run / f"{name}.svg").read_text()
@@ -290,9 +309,140 @@ def test_whole_folder(run: Path) -> None:
 
 
 def test_headline_starts_with_what_to_quote(run: Path, no_rendering: None) -> None:
+    """After it the others, the reference first and cryoDRGN's number last; warnings before all of them."""
     _, text = read_page(write_report(run))
-    places = [text.index(f"{number:.2f} Å ") for number in (9.31, 9.87, 8.71, 7.08, 10.6, 7.12, 9.44)]
+    places = [text.index(f"{number:.2f} Å") for number in (9.31, 9.44, 9.87, 8.71, 7.08, 10.6, 7.12)]
     assert places == sorted(places)
+    assert text.index("rlnRandomSubset") < text.index("images are read from") < places[0]
+
+
+def summary_of(kind: str) -> dict[str, Any]:
+    """What each kind of run leaves in its summary."""
+    classical = {"half_map_unmasked": 11.0, "half_map_masked": 9.8, "half_map_corrected": 9.9, "cross_validated": None}
+    measured = {key: SUMMARY[key] for key in ("evident", "limit", "local_resolution", "directional")}
+    match kind:
+        case "images":
+            return SUMMARY | {"settings": {"engine": "images"}, "course": []}
+        case "classical":
+            return measured | {"resolution": classical, "fits": {}, "input": SUMMARY["input"], "options": {}}
+        case "half maps":
+            return measured | {"resolution": classical, "assessment": {"mask": "mine.mrc"}}
+        case "no particle":
+            silent = dict.fromkeys(SUMMARY["resolution"])
+            return SUMMARY | {"evident": False, "resolution": silent, "local_resolution": None, "directional": None}
+        case "null test":
+            return SUMMARY | {"altered": "poses"}
+        case _:
+            return SUMMARY
+
+
+GAUSSIANS_ONLY = ("Convergence", "Particles and residuals", "cross-validated", "Upper limit", "Spikes and needles")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "unsaid"),
+    [
+        ("one-pass", ("in one pass", "9.31 Å Cross-validated FSC 0.5", *GAUSSIANS_ONLY), ()),
+        ("images", ("trained on images", "9.31 Å Cross-validated FSC 0.5", *GAUSSIANS_ONLY), ("added in stages",)),
+        (
+            "classical",
+            ("Classical back-projection", "9.90 Å Classical half maps, masked and corrected", "at 0.143", "Map in 3D"),
+            (*GAUSSIANS_ONLY, "not reached", "Not shown", "Cross-validated FSC"),
+        ),
+        (
+            "half maps",
+            ("Two half maps, measured", "9.90 Å Half maps, masked and corrected", "In the mask mine.mrc"),
+            (*GAUSSIANS_ONLY, "not reached", "Not shown", "classical half maps"),
+        ),
+        (
+            "no particle",
+            ("No resolution No particle was found", "Not drawn: the surface of a map without a particle"),
+            ("not reached", "Not shown", "Upper limit", "Local resolution", "9.31 Å"),
+        ),
+        ("null test", ("Null test: poses and shifts have changed hands",), ()),
+    ],
+)
+def test_each_kind_of_run_has_its_own_words(
+    run: Path, no_rendering: None, kind: str, said: tuple[str, ...], unsaid: tuple[str, ...]
+) -> None:
+    (run / "summary.json").write_text(json.dumps(summary_of(kind)))
+    if kind in ("classical", "half maps"):  # no curve of Gaussians in the table either
+        star = run / "fsc.star"
+        star.write_text(re.sub("_emsplat(CrossValidated|Backprojection|Reference)", r"_rlnOther\1", star.read_text()))
+        for name in ("run_class001.ply", "convergence.csv", "scores.csv", "residual.csv", "examples.mrcs"):
+            (run / name).unlink()
+    _, text = read_page(write_report(run))
+    body = text[: text.rindex("Files")]
+    for expected in said:
+        assert expected in body, expected
+    for absent in unsaid:
+        assert absent not in body, absent
+
+
+def test_terminal_says_what_the_page_says() -> None:
+    """The headline, what limits it, and a bound for every number that is the limit of the pixel size."""
+    nyquist = 2 * PIXEL_SIZE
+    found = dict.fromkeys(SUMMARY["resolution"], nyquist) | {"cross_validated_interval": [nyquist, 7.16]}
+    summary = SUMMARY | {"resolution": found, "options": {"box": 64}}
+    first, *rest = verdict.lines(summary)
+    assert first.startswith("resolution: 7.08 Å or finer (cross-validated FSC 0.5")
+    assert "limit of the pixel size, 2 × 3.54 Å" in "".join(rest)
+    assert "run again without --box, or extract the particles again with smaller pixels" in "".join(rest)
+    assert "95 % interval: 7.16 Å to 7.08 Å or finer." in "".join(rest)
+    # Once as the number, once as the end of its interval, and not at every other curve that ends there too.
+    assert sum("7.08 Å" in line for line in (first, *rest)) == 2
+    (others,) = [line for line in rest if line.startswith("  at the limit of the pixel size: ")]
+    assert others.count(";") == 5
+
+    ended = SUMMARY | {"limit": {"nyquist": nyquist, "ends_with_data": True}}
+    assert "the data cannot show more" in "".join(verdict.lines(ended))
+    silent = verdict.lines(summary_of("no particle"))
+    assert silent[0].startswith("no resolution: no particle was found")
+    assert not any("Å" in line for line in silent)
+
+
+def write_null_tests(folder: Path, template: Path) -> Path:
+    """A folder as `emsplat nulltest` leaves it."""
+    folder.mkdir()
+    tests = []
+    for name in ("unaltered", "noise", "phases", "poses"):
+        (folder / name / "run").mkdir(parents=True)
+        shutil.copy(template / "fsc.star", folder / name / "run")
+        silent = {} if name == "unaltered" else {"cross_validated": True, "half_map_masked": name == "poses"}
+        tests.append(
+            {"name": name, "expected": "none", "cross_validated": None, "half_map_masked": 8.0} | {"silent": silent}
+        )
+    (folder / "nulltest.json").write_text(json.dumps({"passed": True, "tests": tests}))
+    return folder
+
+
+def test_page_of_null_tests(template: Path, tmp_path: Path, no_rendering: None) -> None:
+    checker, text = read_page(write_report(write_null_tests(tmp_path / "null", template)))
+    for expected in ("Null tests", "Passed", "8.00 Å, not silent", "8.00 Å, silent", "none, silent", "changed hands"):
+        assert expected in text, expected
+    assert "Not shown" not in text
+    assert "NOT SILENT" not in text
+    assert [len(plot["data"]) for plot in checker.plots] == [4, 4]
+    result = json.loads((tmp_path / "null" / "nulltest.json").read_text())
+    result["tests"][1]["silent"]["cross_validated"] = result["passed"] = False
+    (tmp_path / "null" / "nulltest.json").write_text(json.dumps(result))
+    _, text = read_page(write_report(tmp_path / "null"))
+    assert "Failed" in text
+    assert "none, NOT SILENT" in text
+
+
+def test_page_of_a_check(run: Path, no_rendering: None) -> None:
+    """What asks for a look comes first, and no resolution is claimed."""
+    for name in ("summary.json", "config.toml", "mask.mrc", "local_resolution.mrc", "fsc.star"):
+        (run / name).unlink()
+    items = [{"name": name, "verdict": v, "text": f"about {name}"} for name, v in (("optics", "ok"), ("hand", "look"))]
+    (run / "check.json").write_text(json.dumps({"particles": 12345, "items": items}))
+    checker, text = read_page(write_report(run))
+    assert text.index("about hand") < text.index("about optics")
+    assert "12,345 particles" in text
+    assert "Not shown" not in text
+    assert "Resolution" not in text[: text.index("What to check")]
+    assert sum(trace["type"] == "heatmap" for trace in traces(checker)) == 4
 
 
 def test_page_needs_nothing_else(run: Path, no_rendering: None) -> None:
@@ -309,7 +459,7 @@ def test_text_is_escaped(run: Path, no_rendering: None) -> None:
     nasty = "</script><script>alert('x')</script> & \"quoted\""
     summary = {nasty: {nasty: nasty}, "warnings": [nasty], "resolution": {nasty: nasty}}
     summary |= {"directional": {nasty: nasty}, "examples": [{"row": nasty}], "course": [{"gaussians": nasty}]}
-    summary |= {"local_resolution": {"half_maps": {"mean": nasty}}}
+    summary |= {"local_resolution": {"half_maps": {"mean": nasty}}, "notes": [nasty], "fits": {nasty: {nasty: nasty}}}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "config.toml").write_text(nasty)
     (run / "a <b> & c.star").write_text("")
@@ -332,7 +482,7 @@ LOSSES = {
     "mask.mrc": (2, 1),
     "local_resolution.mrc": (1, 1),
     "local_resolution_half_maps.mrc": (1, 0),
-    "fsc.star": (1, 0),
+    "fsc.star": (2, 0),
     "directions.csv": (4, 0),
     "examples.mrcs": (0, 3 * EXAMPLES),
     "residual.csv": (1, 0),
@@ -355,7 +505,7 @@ def test_damaged_part_is_named(run: Path, no_rendering: None, name: str, damage:
         kinds = {"garbage": b"\xff\x00 not what it should be", "empty": b"", "cut short": content[: len(content) // 3]}
         (run / name).write_bytes(kinds[damage])
     checker, text = read_page(write_report(run))
-    lost = 12 - len(checker.plots), 2 + 3 * EXAMPLES - len(checker.sources)
+    lost = 13 - len(checker.plots), 2 + 3 * EXAMPLES - len(checker.sources)
     text_before_files = text[: text.rindex("Files")]
     match name, damage:
         case ("config.toml", "empty" | "cut short") | (_, "cut short") if name.endswith((".csv", ".star", ".toml")):
@@ -392,7 +542,7 @@ def test_run_without_particles_has_no_views(run: Path, no_rendering: None) -> No
         ("residual.csv", "frequency,noise,own,other\nnan,1,1,1\n"),
         ("residual.csv", "frequency,noise,own\n0.1,1,1\n"),
         ("convergence.csv", "fit,step,loss\nhalf 1\n"),
-        ("directions.csv", "elevation,azimuth,fslc,conical_resolution\n5,5,1,8\n"),
+        ("directions.csv", "tilt,rot,fslc,conical_resolution\n5,5,1,8\n"),
         ("scores.csv", "epoch,gaussians,score\n1,many,0.9\n"),
         ("fsc.star", "data_fsc\nloop_\n_rlnResolution\n_emsplatCrossValidated\n0 1\n0 0.5\n"),
         ("run_class001.ply", "ply\nformat binary_little_endian 1.0\nelement vertex 0\nend_header\n"),
@@ -403,7 +553,7 @@ def test_run_without_particles_has_no_views(run: Path, no_rendering: None) -> No
 def test_wrong_content_is_named(run: Path, no_rendering: None, name: str, content: str) -> None:
     (run / name).write_text(content)
     checker, text = read_page(write_report(run))
-    assert 12 - len(checker.plots) == LOSSES[name][0]
+    assert 13 - len(checker.plots) == LOSSES[name][0]
     assert f"{name}: " in text
 
 
@@ -438,13 +588,13 @@ def test_undefined_values_are_drawn_as_gaps(run: Path) -> None:
     ],
 )
 def test_sparse_summary(run: Path, no_rendering: None, summary: dict[str, Any]) -> None:
-    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "summary.json").write_text(json.dumps({"fits": {"half1": {}}} | summary))
     checker, _ = read_page(write_report(run))
-    assert len(checker.plots) == 12
+    assert len(checker.plots) == 13
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere: not a folder; expected the run folder"):
+    with pytest.raises(InputError, match=r"nowhere: not a folder; expected a folder that emsplat wrote"):
         write_report(tmp_path / "nowhere")
 
 
@@ -466,18 +616,56 @@ def test_unknown_curves_are_drawn_too(run: Path) -> None:
     at = max(i for i, line in enumerate(rows) if line.startswith("_emsplat"))
     star.write_text("\n".join([*rows[: at + 1], "_emsplatNewCurve #99", *rows[at + 1 :]]))
     assert figures.draw_fsc(run).read_bytes().startswith(PNG)
-    names = [trace.name for trace in plots.plot_fsc(run).data]
+    names = [trace.name for trace in plots.plot_fsc(run)[1].data]
     assert any("emsplatNewCurve" in name for name in names)
-    assert names[1].startswith("cross-validated")
 
 
-def test_band_is_an_area_and_no_curve(run: Path) -> None:
-    data = plots.plot_fsc(run).data
-    assert [trace.fill for trace in data if trace.fill] == ["toself"]
-    assert len(data) == 1 + len(CURVE_NAMES)
-    # The first shell of the band is undefined.
-    assert all(math.isfinite(y) for y in data[0].y)
-    assert not any("Low" in (trace.name or "") or "High" in (trace.name or "") for trace in data)
+def test_curves_of_one_figure_estimate_one_thing(run: Path) -> None:
+    """Against the truth: the cross-validated curve, its band, the reference, and what two FSC between halves imply."""
+    truth, between = plots.plot_fsc(run)
+    band, *curves = truth.data
+    assert [trace.name.split(",")[0].split(":")[0] for trace in curves] == [
+        "cross-validated",
+        "full map against the reference",
+        "classical half maps",
+        "half maps of the Gaussians",
+    ]
+    assert band.fill == "toself"
+    assert all(math.isfinite(y) for y in band.y)  # the first shell of the band is undefined
+    shells = read.read_fsc(run)
+    for place, name in ((2, "emsplatBackprojectionMasked"), (3, "rlnFourierShellCorrelationCorrected")):
+        values = np.array(shells.curves[name][1:])
+        np.testing.assert_allclose(curves[place].y, np.sqrt(2 * values / (1 + values)))
+    # Read where the FSC is 0.143, so that the number is that of the other figure and of the headline.
+    assert curves[3].name.split(": ")[1] == next(t.name for t in between.data if "corrected" in t.name).split(": ")[1]
+    # Random phases share nothing: no resolution. What few ask for waits to be asked for.
+    assert len(between.data) == len(CURVE_NAMES) - 2
+    assert "Å" not in next(trace.name for trace in between.data if "randomised" in trace.name)
+    assert sum(trace.visible == "legendonly" for trace in between.data) == 2
+
+
+def test_an_fsc_implies_a_correlation_with_the_truth() -> None:
+    assert figures.implied([1, 1 / 7, 0.6, 0.0, 0.9])[:3] == pytest.approx([1, 0.5, math.sqrt(0.75)])
+    assert all(math.isnan(value) for value in figures.implied([1, 1 / 7, 0.6, 0.0, 0.9])[3:])
+    assert math.isnan(figures.implied([math.nan])[0])
+
+
+def test_lines_look_alike_on_screen_and_paper() -> None:
+    """The same dashes, in line widths there and in pixels here; no two lines of one colour or one dash."""
+    assert len({dashes for _, dashes in figures.LINES}) == len({colour for colour, _ in figures.LINES}) == 9
+    for place, (colour, dashes) in enumerate(figures.LINES):
+        line = plots._line(place)
+        assert line["color"] == colour
+        drawn = [] if line["dash"] == "solid" else [float(part.removesuffix("px")) for part in line["dash"].split(",")]
+        assert drawn == pytest.approx([length * line["width"] for length in dashes])
+
+
+def test_colours_of_a_local_resolution_span_more_than_its_error() -> None:
+    narrow = np.linspace(7.08, 7.18, 100).astype(np.float32)
+    low, high = figures.resolution_range(narrow)
+    assert low == pytest.approx(7.085, abs=0.001)
+    assert high == pytest.approx(1.2 * low)
+    assert figures.resolution_range(np.float32([4, 9, np.nan])) == pytest.approx((4.25, 8.75))
 
 
 def test_resolution_twins() -> None:
@@ -496,6 +684,12 @@ def test_resolution_twins() -> None:
             assert own(frequency.tolist(), value.tolist(), 0.2) == pytest.approx(expected)
 
 
+def test_a_small_gap_between_residuals_looks_small() -> None:
+    near = {"own": np.array([0.99, 1.0]), "other": np.array([math.nan, 1.01])}
+    assert figures.residual_range(near) == pytest.approx((0.9, 1.1))
+    assert figures.residual_range(near | {"own": np.array([0.5, 1.6])}) == pytest.approx((0.48, 1.62))
+
+
 def test_widths_are_those_of_the_gaussians(run: Path) -> None:
     gaussians, _ = read_ply(run / "run_class001.ply")
     expected = torch.linalg.eigvalsh(gaussians.covariance.double()).sqrt()
@@ -507,16 +701,16 @@ def test_widths_are_those_of_the_gaussians(run: Path) -> None:
 def test_uniform_views_are_flat(run: Path) -> None:
     """Particles in proportion to the solid angle of a cell have density 1 everywhere, at the poles too."""
     write_directions(run / "directions.csv", 5)
-    elevation, azimuth = (np.arange(2.5, end, 5) for end in (180, 360))
-    e, a = (grid.ravel() for grid in np.meshgrid(elevation, azimuth, indexing="ij"))
+    tilt, rot = (np.arange(2.5, end, 5) for end in (180, 360))
+    e, a = (grid.ravel() for grid in np.meshgrid(tilt, rot, indexing="ij"))
     particles = np.cos(np.radians(e - 2.5)) - np.cos(np.radians(e + 2.5))
-    columns = {"elevation": e, "azimuth": a, "fslc": a, "conical_resolution": e, "sampling": e, "particles": particles}
+    columns = {"tilt": e, "rot": a, "fslc": a, "conical_resolution": e, "sampling": e, "particles": particles}
     write_table(run / "directions.csv", columns)
     found = read.read_directions(run)
     np.testing.assert_allclose(found.density, 1, rtol=1e-6)
     assert found.fslc.shape == (36, 72)
-    np.testing.assert_allclose(found.fslc[3], azimuth)
-    np.testing.assert_allclose(found.conical_resolution[:, 5], elevation)
+    np.testing.assert_allclose(found.fslc[3], rot)
+    np.testing.assert_allclose(found.conical_resolution[:, 5], tilt)
 
 
 def make_ball(size: int, centre: tuple[float, float, float], radius: float) -> np.ndarray:
@@ -541,8 +735,14 @@ def test_surface_lies_where_the_density_is(size: int) -> None:
         distance = np.linalg.norm(points - centre, axis=1)
         assert abs(distance.mean() - expected) < 0.15
         assert distance.std() < 0.15
+        # The corners of each triangle go round anticlockwise as seen from outside.
+        a, b, c = (mesh.vertices[mesh.triangles[:, corner]] * surface.UNIT / 2.0 for corner in range(3))
+        volume = np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6
+        assert volume == pytest.approx(4 / 3 * math.pi * expected**3, rel=0.05)
         assert mesh.resolution is not None
         np.testing.assert_allclose(mesh.resolution, 10 + 0.1 * points[:, 0], atol=0.02)
+    assert not found.is_reduced
+    assert found.voxel == 2.0
     levels = [mesh.level for mesh in found.meshes]
     assert levels == sorted(levels)
     assert len(levels) >= 5
@@ -550,11 +750,25 @@ def test_surface_lies_where_the_density_is(size: int) -> None:
     assert enclosed == pytest.approx(0.4, abs=0.08)
 
 
+def test_surface_stands_above_the_noise_around_the_particle() -> None:
+    """One body and few crumbs, and no detail lost to them."""
+    ball = make_ball(48, (0, 0, 0), 12)
+    noisy = ball + np.random.default_rng(0).normal(0, 0.3, ball.shape).astype(np.float32)
+    mask = make_ball(48, (0, 0, 0), 16) > 0.5
+    found = surface.make_surface(read.Volume(noisy, 2.0), mask, None, Path())
+    assert len(found.meshes) >= 3
+    assert not found.is_reduced
+    for mesh in found.meshes:
+        assert mesh.level * noisy.std() > 2.9 * 0.3
+
+
 def test_surfaces_of_noise_stay_small() -> None:
     noise = np.random.default_rng(0).normal(size=(96, 96, 96)).astype(np.float32)
     found = surface.make_surface(read.Volume(noise, 1.0), None, None, Path())
     assert 0 < sum(mesh.nbytes for mesh in found.meshes) <= 2_200_000
     assert found.meshes[0].resolution is None
+    assert found.is_reduced
+    assert found.voxel > 1.0
 
 
 def test_flat_map_has_no_surface() -> None:
@@ -574,6 +788,12 @@ def test_slider_shows_one_level_at_a_time(run: Path, no_rendering: None) -> None
         assert step["args"] == [{"visible": [other == i for other in range(count)]}]
 
 
+def test_light_comes_from_the_side_of_the_viewer(run: Path, no_rendering: None) -> None:
+    """Relative to the camera z points away from him: with light from there nothing that he sees is shaded."""
+    checker, _ = read_page(write_report(run))
+    assert all(trace["lightposition"]["z"] < 0 for trace in checker.plots[0]["data"])
+
+
 def test_scale_bar_is_round() -> None:
     assert [figures.round_length(x) for x in (0.7, 1.0, 4.9, 56.6, 130.0)] == [0.5, 1.0, 2.0, 50.0, 100.0]
 
@@ -584,7 +804,7 @@ def test_large_run_stays_small(tmp_path: Path) -> None:
     write_directions(folder / "directions.csv", 5)
     write_convergence(folder / "convergence.csv", 3000)
     path = write_report(folder)
-    assert len(read_page(path)[0].plots) == 12
+    assert len(read_page(path)[0].plots) == 13
     assert path.stat().st_size < 10e6
 
 
@@ -605,15 +825,20 @@ def test_browser_draws_every_figure(run: Path, tmp_path: Path) -> None:
     shown = re.sub(r"<(script|style)\b.*?</\1>", "", done.stdout, flags=re.DOTALL)
     assert "cannot be drawn here" not in shown
     assert "no-webgl" not in shown
-    assert shown.count("js-plotly-plot") == 12
-    assert shown.count('class="main-svg"') >= 12
+    assert shown.count("js-plotly-plot") == 13
+    assert shown.count('class="main-svg"') >= 13
     assert re.search(r'class="gl-container".*?<canvas', shown, re.DOTALL)
     assert shown.count('class="slider-group"') == 1
     assert shown.count('class="slider-label-group"') >= 5
     assert shown.count('class="js-line"') >= len(CURVE_NAMES)
     assert shown.count('class="hm"') >= 4
-    # What stands in for WebGL on paper.
-    assert re.search(r'<img class="for-print" alt="Isosurface[^>]*src="data:image/png;base64,.{1000}', shown)
+    # What stands in for WebGL on paper, shaded: no flat silhouette of a few colours.
+    picture = re.search(r'<img class="for-print" alt="Isosurface[^>]*src="data:image/png;base64,([^"]{1000,})"', shown)
+    assert picture
+    pixels = imread(io.BytesIO(base64.b64decode(picture.group(1))))[200:420, 300:600, :3].reshape(-1, 3)
+    coloured = pixels[np.ptp(pixels, axis=1) > 0.05]
+    assert len(coloured) > 2000
+    assert len(np.unique((coloured * 32).astype(int), axis=0)) > 60
     # Plotly's own button that uploads a figure.
     assert 'class="modebar' in shown
     assert not re.search(r"cloud|[Ss]hare chart", shown)

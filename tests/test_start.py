@@ -1,8 +1,10 @@
 """Starts from a file: what the Gaussians are put on, that the fit gets to the data, and what is refused."""
 
 import dataclasses
+import gzip
 import shutil
 
+import mrcfile
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from emsplat.io.mrc import read_map, write_map
 from emsplat.project import voxelize
 from emsplat.reconstruct import reconstruct, settings_of, start_model
 from emsplat.simulate import place_atoms, simulate, truth_map
-from emsplat.start import check_start, read_start
+from emsplat.start import check_start, read_start, start_remarks
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(32, 4.0)
@@ -208,3 +210,26 @@ def test_experimental_particles_from_an_atomic_model(shared_data, tmp_path):
     assert summary["resolution"]["cross_validated"] < 7.2
     assert crossing(curve, 0.5) < 7.2
     assert float(curve.value[1:].mean()) > 0.864
+
+
+def test_a_start_whose_header_puts_it_elsewhere_is_told(tmp_path):
+    """Centres are put on each other; a header that agrees, or that says nothing, needs no word."""
+    path = tmp_path / "part.mrc"
+    write_map(path, torch.ones(24, 24, 24), 4.0)
+    grid = Grid(32, 4.0)
+
+    def remarks(*start):
+        with mrcfile.open(path, "r+") as file:
+            file.header.nxstart, file.header.nystart, file.header.nzstart = start
+        return start_remarks(str(path), grid)
+
+    assert not remarks(0, 0, 0)
+    assert not remarks(4, 4, 4)  # the middle of a map of 32
+    assert not remarks(-12, -12, -12)  # the origin of coordinates in the centre
+    (said,) = remarks(7, 4, 4)
+    assert "part.mrc: its header (NXSTART or ORIGIN) puts the centre of its box (12, 0, 0) Å from that of the" in said
+    packed = tmp_path / "part.map.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    check_start(str(packed))
+    assert len(start_remarks(str(packed), grid)) == 1
+    assert start_remarks("ball", grid) == []

@@ -1,10 +1,10 @@
 """emsplat: cryo-EM reconstruction with mixtures of anisotropic 3D Gaussians."""
 
-import os
-from importlib.metadata import version
 
-# Threads that wait for others shall sleep: where they spin, a step takes many times as long beside other busy programs.
-# OpenMP reads this when PyTorch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def __getattr__(name: str) -> str:
+    """``__version__``, looked up when it is asked for: that takes longer than all the rest of this import."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-__version__ = version("emsplat")
+        return version("emsplat")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,17 +26,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from emsplat.copies import image_marks
 from emsplat.ctf import observe
 from emsplat.device import CPU
 from emsplat.errors import InputError
 from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index, sum_by_shell
-from emsplat.io.files import replacing
+from emsplat.io.tensors import write_tensors
 from emsplat.kernels import backend
 from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.types import Grid, Optics
@@ -86,16 +86,24 @@ class FourierStatistics:
 
     ``numerator`` and ``weight`` are (2R + 3, 2R + 3, R + 3), where ``side`` = 2R is ``PADDING`` times the box: plane z,
     row y and column x stand for the frequencies z - R - 1, y - R - 1 and x - 1 in units of 1 / (padded box length).
-    ``particles`` counts the images in the sums; ``about`` says what they are sums of, in terms that `load` compares.
+    ``particles`` counts the rows in the sums; ``about`` says what they are sums of, in terms that `load` compares, and
+    ``images`` which images they will hold when they are complete (`copies.image_marks`).
     The sums are kept on ``device``.
     """
 
-    def __init__(self, grid: Grid, about: dict[str, str] | None = None, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        about: dict[str, str] | None = None,
+        device: torch.device = CPU,
+        images: Int[Tensor, " i"] | None = None,
+    ) -> None:
         reach = math.ceil(PADDING * grid.size / 2)
         shape = (2 * reach + 3, 2 * reach + 3, reach + 3)
         self.grid = grid
         self.side = 2 * reach
         self.particles = 0
+        self.images = torch.zeros(0, dtype=torch.int64) if images is None else images
         self.about = {"box": str(grid.size), "pixel size": f"{grid.pixel_size:.4f}", **(about or {})}
         if device.type == "cpu":
             # NumPy asks the system for large pages, PyTorch does not: scattered writes are a third faster.
@@ -146,6 +154,7 @@ class FourierStatistics:
         self.numerator.add_(other.numerator)
         self.weight.add_(other.weight)
         self.particles += other.particles
+        self.images = torch.unique(torch.cat([self.images, other.images]))
         names = sorted([self.about.get("particles", ""), other.about.get("particles", "")])
         self.about["particles"] = hashlib.sha256("+".join(names).encode()).hexdigest()[:16]
 
@@ -171,9 +180,8 @@ class FourierStatistics:
     def save(self, path: Path) -> None:
         """Writes the sums as safetensors, under a temporary name until they are complete."""
         about = json.dumps({"particles": self.particles, "about": self.about})
-        tensors = {"numerator": torch.view_as_real(self.numerator).cpu(), "weight": self.weight.cpu()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"emsplat.statistics": about})
+        sums = {"numerator": torch.view_as_real(self.numerator).cpu(), "weight": self.weight.cpu()}
+        write_tensors(path, {**sums, "images": self.images}, {"emsplat.statistics": about})
 
     def load(self, path: Path, *, but: set[str] | None = None) -> None:
         """Takes over saved sums.
@@ -191,13 +199,14 @@ class FourierStatistics:
                 found, particles = dict(said["about"]), int(said["particles"])
                 self._check(found, str(path), but or set())
                 numerator, weight = file.get_tensor("numerator"), file.get_tensor("weight")
+                images = file.get_tensor("images") if "images" in file.keys() else self.images[:0]  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
         if numerator.shape != (*self.weight.shape, 2) or weight.shape != self.weight.shape:
             raise InputError(f"{path}: sums of {tuple(weight.shape)}; expected {tuple(self.weight.shape)}")
         torch.view_as_real(self.numerator).copy_(numerator)
         self.weight.copy_(weight)
-        self.particles, self.about = particles, found
+        self.particles, self.about, self.images = particles, found, images
 
     def equations(self) -> NormalEquations:
         """b and K, with the window divided out."""
@@ -356,7 +365,21 @@ def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
     """Empty sums for a stack, on its own grid or another, where its images come."""
     elements = hashlib.sha256(stack.symmetry.numpy().round(6).tobytes()).hexdigest()[:8]
     about = {"symmetry": f"{len(stack.symmetry)} elements, {elements}", "particles": fingerprint(stack)}
-    return FourierStatistics(grid or stack.grid, about, stack.device)
+    return FourierStatistics(grid or stack.grid, about, stack.device, image_marks(stack.table.take(stack.rows)))
+
+
+def held_images(path: Path) -> Int[Tensor, " i"]:
+    """Which images saved sums hold (`copies.image_marks`); none where an earlier version did not say.
+
+    Raises:
+        InputError: not statistics of emsplat, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            held: Tensor = file.get_tensor("images") if "images" in file.keys() else torch.zeros(0).long()  # noqa: SIM118
+            return held
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
 
 
 def accumulate(
@@ -381,6 +404,8 @@ def accumulate(
     for batch in stack.take(rest).sequential(size):
         seen = observe(batch, grid)
         weighted = seen.transfer * precision[batch.optics_group]
+        if batch.share is not None:
+            weighted.mul_(batch.share[:, None, None])
         numerator = seen.spectrum.mul_(weighted)
         weight = weighted.mul_(seen.transfer)
         statistics.insert(numerator, weight, batch.poses.rotation, grid, symmetry)

@@ -31,6 +31,7 @@ from emsplat.assess.fsc import (
     common_grid,
     corrected_fsc,
     crossing,
+    ends_undefined,
     fsc_curve,
     last_crossing,
     particle_fsc,
@@ -48,10 +49,13 @@ from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
 from emsplat.config import AssessConfig, InputConfig
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
-from emsplat.io.files import replacing
-from emsplat.io.mrc import read_map, write_map
+from emsplat.io.files import number_text, replacing
+from emsplat.io.gaussians import holds_gaussians
+from emsplat.io.mrc import Origin, StoredMap, misplaced, read_stored_map, write_map
 from emsplat.io.relion import read_rotations, write_fsc_star
 from emsplat.progress import Log
+from emsplat.project import voxelize
+from emsplat.start import read_fitted
 from emsplat.types import Curve, Grid
 
 HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")
@@ -60,6 +64,7 @@ BACKPROJECTIONS = ("backprojection_half1.mrc", "backprojection_half2.mrc")
 
 FIRST_SHELLS = 4
 _TIGHT = 0.15  # FSC of random phases that a mask may cause
+_NOWHERE = (0.0, 0.0, 0.0)
 _STEP = 10.0  # degrees
 _LOCAL = "local_resolution.mrc"
 _LOCAL_HALF_MAPS = "local_resolution_half_maps.mrc"
@@ -74,6 +79,7 @@ class RunMaps:
     raw: tuple[Tensor, Tensor] | None  # back-projections, where the half maps are models
     full: Tensor | None
     mask: Tensor
+    origin: Origin = _NOWHERE
     copies: int = 1  # elements of the symmetry that was imposed on them
 
     @property
@@ -110,18 +116,82 @@ def sphere(grid: Grid, diameter: float) -> Tensor:
     return spherical_mask(grid, min(diameter, grid.length - 2 * edge), edge)
 
 
-def read_mask(path: Path, grid: Grid) -> Tensor:
-    """A mask for maps on ``grid``.
+def read_beside(path: Path, grid: Grid, log: Log | None, beside: str, origin: Origin = _NOWHERE) -> Tensor:
+    """A map on the grid of other maps, called ``beside``, whose voxel 0 lies at ``origin``, taken voxel by voxel.
+
+    The log is told what had to be assumed of the file, and where its header puts it elsewhere than the others.
+
+    Raises:
+        InputError: the map cannot be read, or has another box or pixel size.
+    """
+    stored = read_stored_map(path)
+    common_grid({beside: grid, str(path): stored.grid})
+    if log is not None:
+        _remark(stored, path, beside, origin, log)
+    return stored.volume
+
+
+def _remark(stored: StoredMap, path: Path, beside: str, origin: Origin, log: Log) -> None:
+    shift = [own - other for own, other in zip(stored.origin, origin, strict=True)]
+    apart = misplaced(beside, str(path), shift, stored.grid)
+    for text in (*stored.warnings, *([] if apart is None else [apart])):
+        log.warn(text)
+
+
+def read_reference(path: Path, grid: Grid, log: Log, beside: str, origin: Origin = _NOWHERE) -> Tensor:
+    """A map as `read_beside`, or Gaussians or an atomic model (.cif, .pdb, .ply) as a map on ``grid``.
+
+    Atoms become Gaussians as wide as their form factor and the B factor of the file make them, at least half a pixel. A
+    shell's FSC does not ask how fast amplitudes fall, so a B factor of all atoms matters little.
+
+    Raises:
+        InputError: the file cannot be read, has another grid, or what it holds lies outside the box.
+    """
+    if not holds_gaussians(path):
+        return read_beside(path, grid, log, beside, origin)
+    gaussians = read_fitted(path, grid)
+    width = gaussians.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
+    log.line(
+        f"{path}: {len(gaussians):,} atoms or Gaussians on {grid.size}³ voxels of {grid.pixel_size:.4g} Å, σ from "
+        f"{float(width.min()):.2f} to {float(width.max()):.2f} Å (of atoms: form factor and B factor of the file, at "
+        "least half a pixel)"
+    )
+    return voxelize(gaussians, grid)
+
+
+def read_pair(a: Path, b: Path, log: Log) -> tuple[Tensor, Tensor, Grid, Origin]:
+    """Two maps on one grid, or one and a model on the grid of the map; and where the map places voxel 0.
+
+    Raises:
+        InputError: they cannot be read, have two grids, or neither is a map.
+    """
+    if holds_gaussians(a) and holds_gaussians(b):
+        raise InputError(f"{a} and {b}: expected at least one map, `emsplat voxelize` makes one of a model")
+    if holds_gaussians(a):
+        second, first, grid, origin = read_pair(b, a, log)
+        return first, second, grid, origin
+    stored = read_stored_map(a)
+    for text in stored.warnings:
+        log.warn(text)
+    second = read_reference(b, stored.grid, log, str(a), stored.origin)
+    return stored.volume, second, stored.grid, stored.origin
+
+
+def read_mask(path: Path, grid: Grid, log: Log | None = None, origin: Origin = _NOWHERE) -> Tensor:
+    """A mask for maps on ``grid``, as `read_beside`.
 
     Raises:
         InputError: another box or pixel size, values outside [0, 1], or empty.
     """
-    mask, own = read_map(path)
-    common_grid({"the maps": grid, str(path): own})
-    return check_mask(mask, str(path))
+    return check_mask(read_beside(path, grid, log, "the maps", origin), str(path))
 
 
-def given_mask(config: InputConfig | AssessConfig, grid: Grid) -> Tensor | None:
+def given_mask(
+    config: InputConfig | AssessConfig,
+    grid: Grid,
+    log: Log | None = None,
+    origin: Origin = _NOWHERE,
+) -> Tensor | None:
     """The mask that the options ask for, None where they ask for none.
 
     Raises:
@@ -130,12 +200,12 @@ def given_mask(config: InputConfig | AssessConfig, grid: Grid) -> Tensor | None:
     if config.mask is not None and config.mask_diameter is not None:
         raise InputError("--mask and --mask-diameter: expected one of them; leave the other out")
     if config.mask is not None:
-        return read_mask(config.mask, grid)
+        return read_mask(config.mask, grid, log, origin)
     return None if config.mask_diameter is None else sphere(grid, config.mask_diameter)
 
 
-def read_run(run: Path, mask: Path | None = None) -> RunMaps:
-    """The maps of a run folder; ``mask`` in place of its own.
+def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> RunMaps:
+    """The maps of a run folder; ``mask`` in place of its own. A ``log`` is told what its files leave open.
 
     Raises:
         InputError: no such folder, no half maps, maps that do not belong together, half maps that are one map.
@@ -145,23 +215,29 @@ def read_run(run: Path, mask: Path | None = None) -> RunMaps:
     missing = [name for name in HALF_MAPS if not (run / name).is_file()]
     if missing:
         raise InputError(f"{run}: {missing[0]} is missing; expected a finished run; was it interrupted?")
-    found = {name: read_map(run / name) for name in (*HALF_MAPS, FULL_MAP, *BACKPROJECTIONS) if (run / name).is_file()}
-    grid = common_grid({str(run / name): own for name, (_, own) in found.items()})
-    first, second = (found[name][0] for name in HALF_MAPS)
+    names = [name for name in (*HALF_MAPS, FULL_MAP, *BACKPROJECTIONS) if (run / name).is_file()]
+    stored = {name: read_stored_map(run / name) for name in names}
+    grid = common_grid({str(run / name): own.grid for name, own in stored.items()})
+    origin = stored[HALF_MAPS[0]].origin
+    if log is not None:
+        for name, own in stored.items():
+            _remark(own, run / name, HALF_MAPS[0], origin, log)
+    found = {name: own.volume for name, own in stored.items()}
+    first, second = (found[name] for name in HALF_MAPS)
     if torch.equal(first, second):
         raise InputError(
             f"{run}: {HALF_MAPS[0]} and {HALF_MAPS[1]} are the same map; expected two independent ones; "
             "an FSC of a map with itself says nothing"
         )
-    raw = tuple(found[name][0] for name in BACKPROJECTIONS if name in found)
-    full = found[FULL_MAP][0] if FULL_MAP in found else None
+    raw = tuple(found[name] for name in BACKPROJECTIONS if name in found)
+    full = found.get(FULL_MAP)
     path = mask or run / "mask.mrc"
     if mask is None and not path.is_file():
         data = raw or (first, second)
         soft = particle_mask(data[0] + data[1], grid, 0.9 * grid.length, True)
     else:
-        soft = read_mask(path, grid)
-    return RunMaps(grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, _copies(run))
+        soft = read_mask(path, grid, None if mask is None else log, origin)
+    return RunMaps(grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, origin, _copies(run))
 
 
 def _copies(run: Path) -> int:
@@ -177,21 +253,23 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
 
     ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
-    "resolution" (Å, None where undefined), "masking", "local_resolution" and "directional" for summary.json.
+    "evident" (whether it shows), "resolution" (Å, None where undefined), "limit" (the finest spacing in Å that pixels
+    carry, the names of the resolutions that reach it, whose curves never fall, and whether the cross-validated curve
+    ends above its threshold where the data do), "masking", "local_resolution" and "directional" for summary.json.
 
     Raises:
         InputError: through `read_run`; the reference has another grid; the window does not fit the box.
     """
-    maps = read_run(run)
+    maps = read_run(run, log=log)
     grid = maps.grid
-    mask = given_mask(config, grid)
+    mask = given_mask(config, grid, log, maps.origin)
     if mask is not None:
         maps = replace(maps, mask=mask)
         write_map(run / "mask.mrc", mask, grid.pixel_size)
     evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
-    columns, found, masking = _shells(maps, config, log)
+    columns, found, with_data, masking = _shells(maps, config, log)
     if not evident:
-        found = dict.fromkeys(found)
+        found, with_data = dict.fromkeys(found), False
         log.warn(
             "the two half-sets, classically back-projected, do not agree beyond the first "
             f"{FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
@@ -199,7 +277,14 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         )
     general = {name: str(value) for name, value in found.items() if not isinstance(value, list)}
     write_fsc_star(run / "fsc.star", {**general, "emsplatResolutionRule": "RELION"}, columns)
-    result = {"resolution": found, "masking": masking, "local_resolution": None, "directional": None}
+    result = {
+        "evident": evident,
+        "resolution": found,
+        "limit": _limit(found, grid) | {"ends_with_data": with_data},
+        "masking": masking,
+        "local_resolution": None,
+        "directional": None,
+    }
     for stale in (_LOCAL, _LOCAL_HALF_MAPS, "directions.csv"):
         (run / stale).unlink(missing_ok=True)
     if evident:
@@ -209,6 +294,13 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         rotation = read_rotations(star) if star.is_file() else None
         result["directional"] = directions(run, maps, fine, rotation, symmetry_group(symmetry))
     return result
+
+
+def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Which resolutions are no more than the end of the curve."""
+    finest = grid.length / (grid.size // 2)
+    reached = [name for name, value in found.items() if isinstance(value, float) and value < finest * (1 + 1e-9)]
+    return {"nyquist": finest, "reached_by": reached}
 
 
 def shell_curves(maps: RunMaps) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -245,8 +337,8 @@ def shell_curves(maps: RunMaps) -> tuple[dict[str, list[Any]], dict[str, Any]]:
 
 def _shells(
     maps: RunMaps, config: AssessConfig, log: Log
-) -> tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]:
-    """Columns of fsc.star, resolutions, and what the mask does."""
+) -> tuple[dict[str, list[Any]], dict[str, Any], bool, dict[str, Any]]:
+    """Columns of fsc.star, resolutions, whether the cross-validated curve ends with the data, what the mask does."""
     grid, mask = maps.grid, maps.mask
     columns, masking = shell_curves(maps)
     frequency = torch.tensor(columns["rlnResolution"], dtype=torch.float64)
@@ -255,6 +347,7 @@ def _shells(
         return Curve(frequency, torch.tensor(columns[name], dtype=torch.float64))
 
     found: dict[str, Any] = {"cross_validated": None, "cross_validated_interval": None}
+    with_data = False
     for name, column in (("unmasked", "UnmaskedMaps"), ("masked", "MaskedMaps"), ("corrected", "Corrected")):
         curve = curve_of(f"rlnFourierShellCorrelation{column}")
         found[f"half_map_{name}"] = resolution(curve, 0.143)
@@ -273,18 +366,18 @@ def _shells(
             "emsplatCrossValidatedHigh": high.tolist(),
         }
         found["cross_validated"] = crossing(curve, 0.5)
+        with_data = ends_undefined(curve, 0.5)
         ends = [crossing(Curve(frequency, end), 0.5) for end in (high, low)]
         if None not in ends and found["cross_validated"] is not None:
             found["cross_validated_interval"] = ends
     if config.reference is not None:
-        reference, own = read_map(config.reference)
-        common_grid({"the maps of the run": grid, str(config.reference): own})
         if maps.full is None:
             raise InputError(f"{FULL_MAP} is missing; expected it for --reference")
+        reference = read_reference(config.reference, grid, log, "the maps of the run", maps.origin)
         curve = fsc_curve(maps.full, reference, grid, mask)
         columns["emsplatReferenceMasked"] = curve.value.tolist()
         found["reference_masked_0.5"] = resolution(curve, 0.5)
-    return columns, found, masking | _tightness(maps, validation, log, given=config.mask is not None)
+    return columns, found, with_data, masking | _tightness(maps, validation, log, given=config.mask is not None)
 
 
 def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:
@@ -324,9 +417,11 @@ def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig
         return None
 
     def write(name: str, local: LocalResolution) -> dict[str, float] | None:
-        # Outside the mask the coarsest value inside, so that no surface turns fine by interpolation.
+        # Outside the mask the coarsest value inside, so that no surface turns fine by interpolation. Where the maps say
+        # nothing they have no detail that the window could see.
         inside = maps.mask > 0.01
-        volume = torch.where(inside, local.volume, local.volume[inside].max())
+        known = local.volume.nan_to_num(local.window, posinf=local.window)
+        volume = torch.where(inside, known, known[inside].max())
         write_map(run / name, volume, grid.pixel_size)
         return local.summary(maps.mask)
 
@@ -349,7 +444,7 @@ def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, g
     slices = slice_correlation(masked[0], masked[1], grid, cells, band)
     data = [half * maps.mask for half in maps.data]
     cones = conical_resolution(conical_fsc(data[0], data[1], cells), grid)
-    columns = {"elevation": cells.elevation, "azimuth": cells.azimuth, "fslc": slices, "conical_resolution": cones}
+    columns = {"rot": cells.rot, "tilt": cells.tilt, "fslc": slices, "conical_resolution": cones}
     weight = cells.solid_angle
     mean = float((weight * slices).sum())
     defined = cones[cones.isfinite()]
@@ -375,5 +470,5 @@ def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, g
         writer = csv.writer(file)
         writer.writerow(columns)
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        writer.writerows([f"{value:.6g}" for value in row] for row in rows)
+        writer.writerows(map(number_text, row) for row in rows)
     return about

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emsplat import report
 from emsplat.accumulate import PADDING, contrast, equations_of
 from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
+from emsplat.copies import copies, mixed_classes
 from emsplat.ctf import electron_wavelength
-from emsplat.errors import InputError
+from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_images, read_table
+from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import is_star
+from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
-from emsplat.report.figures import draw_directions, draw_slices
+from emsplat.progress import data_size, duration
+from emsplat.report.verdict import spacing
+from emsplat.run_folder import write_text
 from emsplat.symmetry import examine_symmetry
 from emsplat.types import Grid
 
 _SAMPLE = 2000  # particles of the quick look
 _VOXELS = 64  # at most, across its map
 _SECONDS = 20.0
+_CLOSE = 0.01  # of all particles, that share their place with one of the other half-set: from here on they mislead
 _VERDICTS = ("ok", "look", "wrong")
 
 
@@ -46,27 +52,31 @@ class Item:
 def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str, Any]:
     """Reads a particle set as a reconstruction would and says what was understood.
 
-    With images: their headers, and a back-projection of up to 2,000 particles onto at most 64³ voxels; its slices and
-    the views go into ``output`` as slices.png and directions.png. Returns "particles", "half_sets", "optics_groups",
-    "shift_rms" (Å), "defocus_range" (Å), "missing_files" and "items".
+    With images: their headers, and a back-projection of up to 2,000 particles onto at most 64³ voxels. Its map, slices
+    and views, the verdicts and a page with all of it go into ``output``. Returns "particles", "half_sets",
+    "optics_groups", "shift_rms" (Å), "defocus_range" (Å), "missing_files", "image_folders" (that paths start from) and
+    "items".
 
     Raises:
         InputError: the metadata cannot be read at all.
-        OutputError: the figures cannot be written.
+        OutputError: ``output`` holds a run or cannot be written.
     """
+    if output is not None and (output / "config.toml").exists():
+        raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
     missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
     items = [
         _counts(table),
-        _half_sets(table),
+        _half_sets(table, config),
+        *_classes(table),
         *_optics(table),
         *_formation(table),
         _shifts(table),
         _views(table, group),
     ]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
-    items += _repeated(table)
+    items += _repeated(table, config.symmetry)
     stack: ParticleStack | None = None
     if config.metadata_only:
         items.append(Item("images", "ok", "not looked at (--metadata-only)"))
@@ -78,6 +88,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
+        items += [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
         items += [_headers(stack), _cost(stack)]
         try:
             items += _quick_look(stack, group, output)
@@ -88,7 +99,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     elif table.groups[0].box is not None:
         items.append(_cost_of(len(table), table.groups[0].box))
     half = table.half
-    return {
+    result = {
         "source": str(particles),
         "particles": len(table),
         "half_sets": None if half is None else [int((half == number).sum()) for number in (1, 2)],
@@ -96,8 +107,14 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         "shift_rms": round(float(table.poses.shift.square().sum(1).mean().sqrt()), 3),
         "defocus_range": [round(float(value)) for value in _defocus(table).aminmax()],
         "missing_files": missing,
+        "image_folders": [str(folder) for folder in table.folders],
         "items": [asdict(item) for item in items],
     }
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "check.json", json_text(result))
+        report.write_report(output)
+    return result
 
 
 def exit_code(result: dict[str, Any]) -> int:
@@ -145,12 +162,19 @@ def _defocus(table: ParticleTable) -> Tensor:
 
 
 def _counts(table: ParticleTable) -> Item:
-    micrographs = int(table.micrograph.max()) + 1
+    micrographs = len(torch.unique(table.micrograph))
     text = f"{len(table):,} in {len(table.stacks):,} stacks from {micrographs:,} micrographs or groups"
     return Item("particles", "wrong" if len(table) < 4 else "ok", text)
 
 
-def _half_sets(table: ParticleTable) -> Item:
+def _classes(table: ParticleTable) -> list[Item]:
+    text = mixed_classes(table)
+    return [Item("classes", "look", text)] if text else []
+
+
+def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
+    if config.redraw_halves:
+        return Item("half-sets", "ok", "new ones are drawn (--redraw-halves)")
     if table.half is None:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
     one, two = (int((table.half == number).sum()) for number in (1, 2))
@@ -236,19 +260,23 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
     return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
 
 
-def _repeated(table: ParticleTable) -> list[Item]:
-    keys = table.stack.long() * (int(table.image.max()) + 1) + table.image
-    repeated = len(keys) - len(torch.unique(keys))
-    if not repeated:
-        return []
-    both = ""
-    if table.half is not None:
-        order = keys.argsort()
-        same = keys[order][1:] == keys[order][:-1]
-        crossing = int((same & (table.half[order][1:] != table.half[order][:-1])).sum())
-        both = f", {crossing:,} of them in both half-sets" if crossing else ""
-    text = f"{repeated:,} rows name an image that another row names too{both}"
-    return [Item("repeated images", "wrong" if both else "look", text)]
+def _repeated(table: ParticleTable, symmetry: str) -> list[Item]:
+    found, items = copies(table, symmetry), []
+    if table.left_out:
+        items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
+    if found.crossing:
+        text = f"{found.text}; {found.crossing:,} rows are of images in both half-sets: --redraw-halves or --unique"
+        items.append(Item("repeated images", "wrong", text))
+    elif found.expansion:
+        twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
+        items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))
+    elif found.rows:
+        text = f"{found.text}; they stay in one half-set and count once, --unique leaves them out"
+        items.append(Item("repeated images", "look", text))
+    if found.close:
+        share = found.close / len(table)
+        items.append(Item("repeated particles", "wrong" if share > _CLOSE else "look", found.near))
+    return items
 
 
 def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:
@@ -276,7 +304,8 @@ def _helpful_folder(file: str, source: Path) -> Path | None:
 
 def _headers(stack: ParticleStack) -> Item:
     kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
-    return Item("images", "ok", f"{len(stack.table.stacks):,} stacks found; {kinds}")
+    table = stack.table
+    return Item("images", "ok", f"{len(table.stacks):,} stacks found, {say_folders(table.folders)}; {kinds}")
 
 
 def _cost(stack: ParticleStack) -> Item:
@@ -284,18 +313,19 @@ def _cost(stack: ParticleStack) -> Item:
 
 
 def _cost_of(count: int, box: int) -> Item:
-    sums = 3 * 12 * (PADDING * box) ** 3 / 2 / 2**30
-    read = count * box**2 * 4 / 2**30
+    sums = 3 * 12 * (PADDING * box) ** 3 / 2
+    read = count * box**2 * 4
     # Two cores of 2026 insert 6,000 images of 96² a second; the work grows with the pixels.
-    minutes = count / (6000 * (96 / box) ** 2.7) / 60
-    return Item(
-        "cost", "ok", f"{read:,.1f} GiB to read once, {sums:.1f} GiB of memory for the sums, about {minutes:.1f} min"
+    seconds = count / (6000 * (96 / box) ** 2.7)
+    text = (
+        f"{data_size(read)} to read once, {data_size(sums)} of memory for the sums; two cores take "
+        f"{duration(seconds)} for the pass"
     )
+    return Item("cost", "ok", text)
 
 
 def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> list[Item]:
     """Back-projections of a sample of each half at coarse voxels: contrast, signal, figures."""
-    start = time.monotonic()
     size = min(_VOXELS, stack.grid.size)
     halves = []
     for number in (1, 2):
@@ -310,11 +340,13 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
     diameter = min(stack.diameter, 0.9 * grid.length)
     evident = is_evident((raw[0], raw[1]), grid, diameter)
     mask = particle_mask(whole, grid, diameter, evident)
-    found = resolution(fsc_curve(raw[0], raw[1], grid, mask), 0.143)
+    curve = fsc_curve(raw[0], raw[1], grid, mask)
+    found = resolution(curve, 0.143)
     brightness = contrast(whole)
     count = sum(part.particles for part in halves)
-    used = f"{count:,} particles on {size}³ voxels, {time.monotonic() - start:.0f} s"
-    signal = Item("signal", "ok", f"half maps of a sample agree to {found or math.nan:.1f} Å ({used})")
+    used = f"{count:,} particles on {size}³ voxels"
+    said = spacing(found, 1 / float(curve.frequency[-1]))
+    signal = Item("signal", "ok", f"half maps of a sample agree to {said} ({used})")
     if not evident:
         text = f"half maps of a sample do not agree ({used}): too few particles, wrong poses or wrong CTF?"
         signal = Item("signal", "look", text)
@@ -340,6 +372,4 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
             stack.table.poses.rotation[stack.rows],
             group,
         )
-        draw_slices(output)
-        draw_directions(output)
     return items

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,8 @@ from emsplat.config import (
     SimulateConfig,
 )
 from emsplat.errors import EmsplatError, InputError
+from emsplat.process import started
+from emsplat.progress import Log
 
 _FSC_COLUMNS = {
     "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
@@ -29,6 +30,7 @@ _FSC_COLUMNS = {
     "corrected": "rlnFourierShellCorrelationCorrected",
     "random phases": "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
 }
+_SAME = 1e-6  # by which an FSC may fall short of 1 by rounding
 _Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
@@ -36,32 +38,38 @@ def reconstruct(
     particles: tyro.conf.Positional[Path],
     output: _Output,
     config: tyro.conf.OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),  # noqa: B008 (frozen)
-) -> None:
+) -> int:
     """Reconstruct a density map and two half maps from particles with known poses.
+
+    Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
         particles: RELION STAR file (3.0 or newer).
         output: Run folder.
     """
+    from emsplat.reconstruct import exit_code
     from emsplat.reconstruct import reconstruct as run
 
-    run(config, particles, output)
+    return exit_code(run(config, particles, output, _log()))
 
 
 def backproject(
     particles: tyro.conf.Positional[Path],
     output: _Output,
     config: tyro.conf.OmitArgPrefixes[InputConfig] = InputConfig(),  # noqa: B008 (frozen)
-) -> None:
+) -> int:
     """Classical half maps and a full map, regularised by their signal-to-noise ratio, in one pass.
+
+    Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
         particles: RELION STAR file (3.0 or newer).
         output: Run folder.
     """
     from emsplat.reconstruct import backproject as run
+    from emsplat.reconstruct import exit_code
 
-    run(config, particles, output)
+    return exit_code(run(config, particles, output, _log()))
 
 
 def simulate(
@@ -93,16 +101,17 @@ def check(
 
     Args:
         particles: Particles, as for `emsplat reconstruct`.
-        output: Folder for slices.png and directions.png of a quick back-projection.
+        output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json.
         json: Print the result as one JSON object.
     """
-    from json import dumps
-
     from emsplat.check import check as work
     from emsplat.check import describe, exit_code
+    from emsplat.io.files import json_text
 
     result = work(config, particles, output)
-    print(dumps(result, indent=2) if json else describe(result))
+    print(json_text(result) if json else describe(result))
+    if output is not None and not json:
+        print(f"report: {output / 'report.html'}")
     return exit_code(result)
 
 
@@ -137,7 +146,7 @@ def preprocess(
     """
     from emsplat.preprocess import preprocess as run
 
-    run(config, particles, output)
+    run(config, particles, output, _log())
 
 
 def assess(
@@ -151,7 +160,7 @@ def assess(
     """
     from emsplat.reconstruct import reassess as work
 
-    work(run, config)
+    work(run, config, _log())
 
 
 def nulltest(
@@ -169,7 +178,7 @@ def nulltest(
     """
     from emsplat.nulltest import null_test
 
-    return 0 if null_test(config, particles, output) else 1
+    return 0 if null_test(config, particles, output, _log()) else 1
 
 
 def postprocess(
@@ -182,9 +191,8 @@ def postprocess(
         run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
     """
     from emsplat.postprocess import postprocess as work
-    from emsplat.progress import Log
 
-    work(run, config, Log())
+    work(run, config, _log())
 
 
 def fsc(
@@ -199,23 +207,25 @@ def fsc(
     maps, not for a map and its model.
 
     Args:
-        a: MRC map.
-        b: MRC map of the same box and pixel size.
+        a: MRC map, or an atomic model or Gaussians (.cif, .pdb, .ply) where b is a map.
+        b: MRC map of the same box and pixel size, or an atomic model or Gaussians that lie in map a.
         mask: MRC map of the same box, values from 0 to 1, that both maps are multiplied with.
         output: Write the curves to this STAR file as well.
     """
     import torch
 
-    from emsplat.assess.fsc import common_grid, crossing, fsc_curve, last_crossing, resolution
-    from emsplat.assessment import RunMaps, read_mask, shell_curves
-    from emsplat.io.mrc import read_map
+    from emsplat.assess.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
+    from emsplat.assessment import RunMaps, read_mask, read_pair, shell_curves
     from emsplat.io.relion import write_fsc_star
+    from emsplat.progress import Log
     from emsplat.types import Curve
 
-    (first, grid), (second, other) = read_map(a), read_map(b)
-    common_grid({str(a): grid, str(b): other})
-    soft = None if mask is None else read_mask(mask, grid)
+    log = Log()
+    first, second, grid, origin = read_pair(a, b, log)
+    soft = None if mask is None else read_mask(mask, grid, log, origin)
     curves = {"unmasked": fsc_curve(first, second, grid)}
+    if torch.equal(first, second) or float(curves["unmasked"].value[1:].min()) > 1 - _SAME:
+        log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")
     if soft is not None:
         table, _ = shell_curves(RunMaps(grid, (first, second), None, None, soft))
         for label in ("masked", "corrected", "random phases"):
@@ -229,6 +239,12 @@ def fsc(
     for label in [label for label in curves if label != "random phases"]:
         for threshold in (0.143, 0.5):
             found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
+            if never_falls(curves[label], threshold):
+                print(
+                    f"FSC {threshold} {label}: better than {found:.2f} Å, the limit of the pixel size: it never falls, "
+                    "the boxes are sampled too coarsely to tell"
+                )
+                continue
             print(
                 f"FSC {threshold} {label}: "
                 + ("never reached" if found is None else f"{found:.2f} Å (RELION's rule: last shell before the drop)")
@@ -286,6 +302,11 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     print(f"report: {write_report(run)}")
 
 
+def _log() -> Log:
+    """Times that a command prints count from its own start: Python and the imports take seconds too."""
+    return Log(began=started())
+
+
 _COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
     "backproject": backproject,
@@ -303,8 +324,11 @@ _COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, 1 for a failed null test or a check that asks for a look, 2 for input or
-    output that cannot be used, 130 on Ctrl-C."""
+    """Runs a command; the exit code is 0, 1 for a failed null test, a wrong symmetry or a check that asks for a look, 2
+    for input or output that cannot be used, 128 and the number of the signal for a run that was interrupted.
+
+    Streams, signals and environment of the process are left as they are: the program is `emsplat.__main__`.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if words == ["--version"]:
         print(f"emsplat {__version__}")
@@ -319,11 +343,4 @@ def main(arguments: list[str] | None = None) -> int:
     except EmsplatError as error:
         print(f"emsplat: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); what Python still wants to write at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("emsplat: interrupted", file=sys.stderr)
-        return 130
     return code if isinstance(code, int) else 0

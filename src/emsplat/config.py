@@ -99,7 +99,8 @@ class ChoiceConfig:
     """Point group in RELION's setting: C1, C4, D2, T, O, I (= I2), I1, I2, I3, I4."""
 
     datadir: Path | None = None
-    """Folder that the image paths of the STAR file start from, where they are not found beside it."""
+    """Folder that the image paths start from, where they do not from that of the particle file or a parent of it; the
+    last parts of a path suffice below it."""
 
     poses: Path | None = None
     """cryoDRGN's poses.pkl, for an image stack (.mrcs or a .txt that lists stacks)."""
@@ -121,8 +122,12 @@ class ChoiceConfig:
     particle_class: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Only particles of this class (rlnClassNumber, alignments3D/class)."""
 
+    unique: bool = False
+    """Only the first row of each image (among those that --subset and --class leave): copies, and the further poses of
+    a symmetry-expanded set, are left out."""
+
     first: int | None = None
-    """Only the first so many particles."""
+    """Only the first so many particles (of those that the options above leave)."""
 
     flip_hand: bool = False
     """Reconstruct the mirror image. The images do not tell which hand is right."""
@@ -155,8 +160,11 @@ class ImagesConfig(ChoiceConfig):
 class SourceConfig(ImagesConfig):
     """Particles in two half-sets."""
 
+    redraw_halves: bool = False
+    """Draw new half-sets, whatever the files say; micrographs and copies of an image stay together."""
+
     seed: int = 0
-    """Seed of half-sets (where the STAR file has none), start and order of the images."""
+    """Seed of half-sets (where the file has none, or with --redraw-halves), start and order of the images."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,8 @@ class PreprocessConfig(ImagesConfig):
     """Number format of the images."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
     overwrite: bool = False
     """Write into an output folder that is not empty."""
@@ -218,7 +227,8 @@ class InputConfig(SourceConfig):
     folder of the run."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute: on a GPU (cuda) or on the CPU; auto takes the GPU if there is one that can be used."""
@@ -231,6 +241,9 @@ class InputConfig(SourceConfig):
 
     resume: bool = False
     """Go on with the interrupted run in the output folder."""
+
+    force: bool = False
+    """Exit with 0 also where the particles do not have the symmetry that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -252,14 +265,16 @@ class AssessConfig:
     """Diameter in Å of a spherical mask for the FSC, in place of the mask of the run."""
 
     reference: Path | None = None
-    """MRC map on the same grid that the full map is compared with as well."""
+    """What the full map is compared with as well: an MRC map on the same grid, or an atomic model (.cif, .pdb, also
+    packed with gzip) or Gaussians that lie in it."""
 
     window: float | None = None
     """Width of the moving window of the local resolution in Å; default: 25, or five times the resolution of the
     back-projections where that is more."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +291,8 @@ class PostprocessConfig:
     """Spacing in Å where the line of Guinier's plot begins; it ends at the resolution."""
 
     threads: int | None = None
-    """Threads of the computation; default: all cores."""
+    """Threads of the computation; default: as many as cores were granted (affinity, CPU quota, batch system,
+    OMP_NUM_THREADS)."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from emsplat.config import ConvertConfig
+from emsplat.copies import copies
 from emsplat.errors import InputError, OutputError
 from emsplat.inputs import read_table, with_boxes
 from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.gaussians import convert_model, holds_gaussians
-from emsplat.io.particles import write_used
+from emsplat.io.particles import columns_kept, is_star, write_used
 from emsplat.types import Grid
 
 _KINDS = (".star", ".cs", ".pkl")
@@ -50,25 +51,56 @@ def convert(
     table = read_table(config, particles, need_stacks=False)
     for warning in table.warnings:
         say(f"look: {warning}")
+    missing = [stack for stack in table.stacks if not stack.is_file()]
+    if missing and kind != ".pkl":
+        say(
+            f"look: {len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; their "
+            f"paths stay as they are and may not lead to them from {target.parent}; give the folder that they start "
+            "from with --datadir"
+        )
     table = with_boxes(table)
+    found = copies(table, config.symmetry)
+    if found.rows:
+        say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half
     if half is not None and not bool((half > 0).all()):
         say("look: some of the files have no half-sets; the column is left out, a refinement will draw new ones")
         half = None
+    kept, lost = columns_kept(table)
+    own = {is_star(path): ".star" if is_star(path) else path.suffix.lower() for path in table.sources}
     if kind == ".star":
         write_used(table, target, half)
+        if not table.micrograph_names and "MicrographName" not in kept and not is_star(table.sources[0]):
+            say(
+                "look: the micrographs are not known, rlnMicrographName is left out; without half-sets they are drawn "
+                "particle by particle, or per stack where there are several"
+            )
     elif kind == ".cs":
-        write_cs(target, table, half)
+        write_cs(target, table, half, more=kept)
+        if kept and [*own.values()] == [".star"]:
+            say(
+                f"look: cryoSPARC has no fields for {_listed(kept, 'rln')}; they are kept as rln/..., which "
+                "`emsplat convert` puts back into a STAR file"
+            )
     else:
-        lost = ["half-sets"] if half is not None else []
+        lost = [*(f"rln{name}" for name in kept), *(f"rln{n}" if own.get(True) else n for n in lost)]
+        lost += ["half-sets"] if half is not None else []
+        lost += ["classes"] if table.particle_class is not None else []
+        lost += ["micrographs"] if table.micrograph_names else []
         lost += ["B factors"] if bool(table.optics.b_factor.any()) else []
         lost += ["scales"] if bool((table.optics.scale != 1).any()) else []
         if lost:
-            say(f"look: cryoDRGN's pickles have no place for {' and '.join(lost)}; they are left out")
+            say(f"look: cryoDRGN's pickles have no place for {_listed(lost)}; they are left out")
         if table.sign < 0:
             say("look: protein is dark in these images; give cryoDRGN --uninvert-data")
         write_pickles(target, ctf_beside(target), table)
+    if lost and kind in (".star", ".cs") and [*own.values()] != [kind]:
+        say(f"look: a {kind} file has no place for {_listed(lost, 'rln' if own.get(True) else '')}; they are left out")
     return files
+
+
+def _listed(names: Iterable[str], prefix: str = "") -> str:
+    return ", ".join(f"{prefix}{name}" for name in names)
 
 
 def ctf_beside(poses: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 _LONGEST = 800  # characters of a message
 
 
@@ -12,6 +14,14 @@ class EmsplatError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(_one_line(text))
+
+
+class Interrupted(EmsplatError):
+    """The user or the system asked the work to end (by a signal); what is needed to go on has been written."""
+
+    def __init__(self, text: str, number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
 
 
 class InputError(EmsplatError):

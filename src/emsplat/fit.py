@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from emsplat.device import CPU
 from emsplat.errors import EmsplatError, InputError
-from emsplat.io.files import replacing
+from emsplat.io.tensors import write_tensors
 from emsplat.model import PARAMETERS, Bounds, GaussianField
 from emsplat.objective import Objective
 
@@ -140,9 +139,8 @@ def save_checkpoint(path: Path, state: State) -> None:
     tensors = {f"model.{name}": getattr(state.model, name).detach() for name in PARAMETERS}
     tensors |= {f"adam.{name}": moment for name, moment in _moments(state).items()}
     about = {"step": state.step, "rotation": state.model.rotation, "bounds": asdict(state.model.bounds)}
-    with replacing(path) as temporary:
-        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, temporary, {"emsplat": json.dumps(about)})
+    held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, held, {"emsplat": json.dumps(about)})
 
 
 def load_checkpoint(path: Path, device: torch.device = CPU) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.config import ChoiceConfig, ImagesConfig, SourceConfig
+from emsplat.copies import first_rows
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.particles import image_keys, read_particles
+from emsplat.io.paths import find_stacks, real_paths
 from emsplat.io.pickles import load_arrays
 from emsplat.io.table import ParticleTable, merge_tables
 from emsplat.particles import ParticleStack, open_table
@@ -26,7 +27,8 @@ _HALF_TURN = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 
 
 def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
-    """The particles that the options describe: files merged, some of them chosen, in the hand asked for.
+    """The particles that the options describe: files merged, some of them chosen, in the hand asked for, without the
+    half-sets of the files where new ones are wanted.
 
     Raises:
         InputError: a file cannot be read, or nothing is left.
@@ -41,6 +43,8 @@ def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = Tru
     )
     more = [read_particles(path, datadir=config.datadir, need_stacks=need_stacks) for path in config.merge]
     table = _choose(config, merge_tables([first, *more]))
+    if isinstance(config, SourceConfig) and config.redraw_halves:
+        table = replace(table, half=None)
     return flip_hand(table, symmetry_group(config.symmetry)) if config.flip_hand else table
 
 
@@ -89,17 +93,20 @@ def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
 
 
 def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
-    """A subset of all particles, of these one class, of these the first."""
+    """A subset of all particles, of these one class, of these each image once, of these the first."""
     if config.subset is not None:
-        table = table.take(_listed(config.subset, table))
+        table = table.take(_listed(config.subset, table, config.datadir))
     if config.particle_class is not None:
         if table.particle_class is None:
-            raise InputError(f"{table.name}: no classes (rlnClassNumber); leave --class out")
+            raise InputError(f"{table.name}: not every file has classes (rlnClassNumber); leave --class out")
         found = (table.particle_class == config.particle_class).nonzero()[:, 0]
         if not len(found):
             there = ", ".join(map(str, torch.unique(table.particle_class).tolist()[:20]))
             raise InputError(f"{table.name}: no particle of class {config.particle_class}; there are {there}")
         table = table.take(found)
+    if config.unique:
+        rows = first_rows(table)
+        table = replace(table.take(rows), left_out=len(table) - len(rows))
     if config.first is not None:
         if config.first < 1:
             raise InputError(f"--first {config.first}: expected at least 1")
@@ -107,11 +114,11 @@ def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
     return table
 
 
-def _listed(path: Path, table: ParticleTable) -> Int[Tensor, " q"]:
+def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> Int[Tensor, " q"]:
     """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), or particles (.star, .cs)."""
     kind = path.suffix.lower()
     if kind in (".star", ".cs"):
-        return _same_images(path, table)
+        return _same_images(path, table, datadir)
     if kind == ".pkl":
         numbers = np.asarray(load_arrays(path))
     else:
@@ -129,26 +136,33 @@ def _listed(path: Path, table: ParticleTable) -> Int[Tensor, " q"]:
     return torch.from_numpy(rows)
 
 
-def _same_images(path: Path, table: ParticleTable) -> Int[Tensor, " q"]:
+def _same_images(path: Path, table: ParticleTable, datadir: Path | None) -> Int[Tensor, " q"]:
     """Rows whose image a metadata file names, in the order of the table; the rest of that file is not looked at.
 
-    An image is known by its number and the name of its stack; where several folders hold a stack of that name, by as
-    much of the path as the file gives.
+    An image is known by its number and its stack. The stack is the file that is found from there, links followed; where
+    that is none of the table's, as after a move, it goes by its name, and where several folders hold a stack of that
+    name, by as much of the path as the file gives.
     """
-    wanted: dict[tuple[int, str], list[str]] = {}
-    for image, stack in image_keys(path):
-        wanted.setdefault((image, Path(stack).name), []).append(stack.lstrip("/"))
-    names = [stack.name for stack in table.stacks]
-    alike = Counter(names)
-    found = []
-    for row, (image, stack) in enumerate(zip(table.image.tolist(), table.stack.tolist(), strict=True)):
-        paths = wanted.get((image, names[stack]))
-        whole = str(table.stacks[stack])
-        if paths and (alike[names[stack]] == 1 or any(whole.endswith(path) for path in paths)):
-            found.append(row)
-    if not found:
+    index, names = zip(*image_keys(path), strict=True)
+    own = list(dict.fromkeys(names))
+    files: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
+    for number, (stack, file) in enumerate(zip(table.stacks, real_paths(table.stacks), strict=True)):
+        files.setdefault(file, []).append(number)
+        alike.setdefault(stack.name, []).append(number)
+    meant = {}
+    stacks = find_stacks(own, path, datadir, required=False)
+    named = real_paths(stacks.paths[number] for number in stacks.stack.tolist())
+    for name, file in zip(own, named, strict=True):
+        same, parts = alike.get(Path(name).name, []), Path(name.lstrip("/")).parts
+        within = [number for number in same if table.stacks[number].parts[-len(parts) :] == parts]
+        meant[name] = files.get(file) or (same if len(same) == 1 else within)
+    span = max(int(table.image.max()), *index) + 1
+    wanted = [stack * span + image for image, name in zip(index, names, strict=True) for stack in meant[name]]
+    found = np.flatnonzero(np.isin((table.stack * span + table.image).numpy(), np.array(wanted, np.int64)))
+    if not len(found):
         raise InputError(f"{path}: names none of the images of {table.name}; expected a selection of these particles")
-    return torch.tensor(found)
+    return torch.from_numpy(found)
 
 
 def flip_hand(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> ParticleTable:

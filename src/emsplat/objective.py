@@ -133,7 +133,8 @@ class ImageObjective:
     def observe(self, batch: Batch) -> tuple[Observed, Float[Tensor, "*p y k"]]:
         """Transforms and CTFs of a batch, and the weight of each coefficient."""
         seen = observe(batch, self.stack.grid, corner=True)
-        return seen, seen.transfer.new_ones(1, 1) if self._weight is None else self._weight[batch.optics_group]
+        weight = seen.transfer.new_ones(1, 1) if self._weight is None else self._weight[batch.optics_group]
+        return seen, weight if batch.share is None else weight * batch.share[:, None, None]
 
     def _load(self, step: int) -> Batch:
         if step != self._next_step or step % self.steps_per_epoch == 0:

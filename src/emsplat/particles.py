@@ -18,6 +18,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emsplat.copies import first_rows, image_numbers, settle_halves, shares
 from emsplat.ctf import flipped_from_multiplied
 from emsplat.device import CPU, Lane
 from emsplat.errors import InputError
@@ -40,15 +41,28 @@ class ImageFiles:
     def __init__(self, table: ParticleTable) -> None:
         self._table = table
         self._open: OrderedDict[int, StackFile] = OrderedDict()
+        self._remarks: dict[Path, tuple[str, ...]] = {}
         self._lock = threading.Lock()
 
     def stack(self, index: int) -> StackFile:
         with self._lock:
             file = self._open.pop(index, None) or StackFile(self._table.stacks[index])
             self._open[index] = file
+            self._remarks[file.path] = file.warnings
             if len(self._open) > _OPEN_STACKS:
                 self._open.popitem(last=False)[1].close()
         return file
+
+    def remarks(self) -> list[str]:
+        """What had to be assumed of the stacks that have been opened, each assumption once."""
+        of: dict[str, list[Path]] = {}
+        for path, texts in self._remarks.items():
+            for text in texts:
+                of.setdefault(text, []).append(path)
+        return [
+            f"{paths[0]}{f' and {len(paths) - 1} other stacks' if len(paths) > 1 else ''}: {text}"
+            for text, paths in of.items()
+        ]
 
     def read(self, rows: Int[Tensor, " p"], lane: Lane | None = None) -> Float[Tensor, "p y x"]:
         """Images of these rows of the table, as they are on disk; for a ``lane`` in memory that it can send from."""
@@ -94,6 +108,7 @@ class _Read:
     optics: Optics
     group: Int[Tensor, " q"]
     rows: Int[Tensor, " q"]
+    share: Float[Tensor, " q"] | None
 
 
 class ParticleStack:
@@ -107,6 +122,9 @@ class ParticleStack:
     resampled when they are read, and with ``recentre`` moved by whole pixels, so that what is left of each shift is
     below one pixel: images that are cut would lose a particle's rim otherwise.
 
+    ``share`` is the weight of each row of the table, below 1 for copies that must not count an image more than once
+    (`copies.shares`); `with_halves` sets it.
+
     Batches come on ``device``; the metadata of the stack itself (``rows``, ``half``, ``table``) stay on the CPU.
     """
 
@@ -118,6 +136,7 @@ class ParticleStack:
         *,
         rows: Int[Tensor, " p"] | None = None,
         half: Int[Tensor, " n"] | None = None,
+        share: Float[Tensor, " n"] | None = None,
         symmetry: Float[Tensor, "s 3 3"] | None = None,
         sign: float = 1.0,
         diameter: float | None = None,
@@ -134,6 +153,7 @@ class ParticleStack:
         self.device = device
         self.rows = torch.arange(len(table)) if rows is None else rows
         self.half = table.half if half is None else half  # one entry per row of the table
+        self.share = share
         self.symmetry = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry
         self.sign = sign
         self.diameter = 0.9 * grid.length if diameter is None else diameter
@@ -157,6 +177,7 @@ class ParticleStack:
             grid,
             rows=rows,
             half=half,
+            share=self.share,
             symmetry=self.symmetry,
             sign=sign,
             diameter=min(self.diameter, 0.95 * grid.length) if grid != self.grid else self.diameter,
@@ -182,9 +203,13 @@ class ParticleStack:
         used = {grid for number, grid in enumerate(self.grids) if number in present}
         return [grid for grid in dict.fromkeys((self.grid, *self.grids)) if grid in used]
 
+    def once(self) -> Self:
+        """These particles with each image once, in its first row."""
+        return self.take(first_rows(self.table.take(self.rows)))
+
     def written_to(self, paths: Sequence[Path]) -> ParticleTable:
-        """The table of these particles once the images of each of its `parts`, as `sequential` gives them, are the
-        stack of that number."""
+        """The table of these particles once the images of each of its `parts`, as `sequential` gives them `once`, are
+        the stack of that number. Copies go on naming one image, which is moved as its first row wants it."""
         table, half = self.table.take(self.rows), self.half
         optics, group = table.optics, table.optics_group
         if optics.treatment is not None:
@@ -193,8 +218,9 @@ class ParticleStack:
         shift = table.poses.shift.clone()
         for number, grid in enumerate(self._kinds()):
             here = _with_grid(grid, self.grids, group)
-            stack[here], image[here] = number, torch.arange(int(here.sum()))
-            shift[here] -= grid.pixel_size * self._moves(shift[here], grid)
+            part = table.take(here.nonzero()[:, 0])
+            stack[here], image[here] = number, image_numbers(part)
+            shift[here] -= grid.pixel_size * self._moves(part.poses.shift[first_rows(part)], grid)[image[here]]
         groups = zip(table.groups, self.grids, strict=True)
         return replace(
             table,
@@ -202,7 +228,7 @@ class ParticleStack:
             optics=optics,
             groups=tuple(OpticsGroup(own.name, grid.pixel_size, grid.size) for own, grid in groups),
             half=None if half is None else half[self.rows],
-            stacks=tuple(paths),
+            stacks=tuple(path.absolute() for path in paths),
             stack=stack,
             image=image,
             sign=1.0,
@@ -239,12 +265,15 @@ class ParticleStack:
 
     def with_halves(self, seed: int) -> Self:
         """With the half-sets of the file, or else with new ones drawn per micrograph; so also for those particles of
-        several files whose file has none."""
-        given = self.half
-        if given is not None and bool((given > 0).all()):
-            return self
-        drawn = draw_halves(self.table.micrograph, seed)
-        return self._like(self.rows, drawn if given is None else torch.where(given > 0, given, drawn), self.sign)
+        several files whose file has none. Copies of an image share a half, and where their poses agree one weight.
+
+        Raises:
+            InputError: the half-sets of the file part copies of an image.
+        """
+        half = settle_halves(replace(self.table, half=self.half), seed)
+        settled = self._like(self.rows, half, self.sign)
+        settled.share = shares(self.table, self.symmetry)
+        return settled
 
     def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         """One epoch in random order, every image presented with a random symmetry-equivalent pose.
@@ -319,6 +348,7 @@ class ParticleStack:
             optics.to(torch.float32),
             group,
             rows,
+            None if self.share is None else self.share[rows],
         )
 
     def _prepare(self, read: _Read, normalised: bool, send: Callable[[Tensor], Tensor]) -> Batch:
@@ -342,6 +372,7 @@ class ParticleStack:
             read.optics.each(send),
             send(read.group),
             send(read.rows),
+            None if read.share is None else send(read.share),
         )
 
     def normalise(self, images: Float[Tensor, "p y x"]) -> Float[Tensor, "p y x"]:
@@ -464,24 +495,6 @@ def _ahead(source: Iterable[_T]) -> Iterator[_T]:
         thread.join()
 
 
-def draw_halves(micrograph: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
-    """Half-sets 1 and 2, whole micrographs together: neighbours share noise and sometimes are the same particle.
-
-    Micrographs are dealt out in random order, each to the half that has fewer particles. Particles of a single
-    micrograph are dealt out one by one.
-    """
-    codes = torch.arange(len(micrograph)) if (micrograph == micrograph[:1]).all() else micrograph
-    names, member = torch.unique(codes, return_inverse=True)
-    sizes = torch.bincount(member).tolist()
-    rng = torch.Generator().manual_seed(seed)
-    totals, half = [0, 0], torch.empty(len(names), dtype=torch.int64)
-    for name in torch.randperm(len(names), generator=rng).tolist():
-        lesser = int(totals[1] < totals[0])
-        half[name] = lesser + 1
-        totals[lesser] += sizes[name]
-    return half[member]
-
-
 def open_particles(
     path: Path,
     *,
@@ -524,6 +537,7 @@ def open_table(
         raise InputError(f"{table.name}: {len(table)} particles; expected at least 2 in each of two halves")
     files = ImageFiles(table)
     disk = _grids(table, files, trust_star_pixel_size)
+    table = replace(table, warnings=(*table.warnings, *files.remarks()))
     grids = tuple(resampled_grid(own, box, pixel_size, finer=finer) for own in disk)
     if recentre is None:
         recentre = any(grid.length < 0.999 * own.length for grid, own in zip(grids, disk, strict=True))

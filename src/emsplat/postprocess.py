@@ -16,6 +16,7 @@ from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.io.relion import write_fsc_star
 from emsplat.naming import link_results
+from emsplat.process import threads
 from emsplat.progress import Log
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
@@ -36,8 +37,12 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
     Raises:
         InputError: no finished run, a mask that does not fit, no resolution to weight up to.
     """
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    maps = read_run(run, config.mask)
+    with threads(config.threads):
+        return _postprocess(run, config, log)
+
+
+def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any]:
+    maps = read_run(run, config.mask, log)
     grid = maps.grid
     columns, masking = shell_curves(maps)
     corrected = Curve(torch.arange(grid.size // 2 + 1).double() / grid.length, torch.tensor(columns[_CORRECTED]))

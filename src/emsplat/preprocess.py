@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-
-import torch
 
 from emsplat.config import PreprocessConfig
 from emsplat.errors import OutputError
@@ -14,7 +11,9 @@ from emsplat.inputs import open_images, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.particles import ParticleStack
+from emsplat.process import threads
 from emsplat.progress import Log
 
 _PIXELS = 2**23  # of a batch
@@ -25,37 +24,42 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
 
     Images are brought to the box and pixel size asked for (`particles.resampled_grid`), moved by whole pixels so that
     origins are below one, normalised to mean 0 and standard deviation 1 outside the particle, and bright. Those that
-    were multiplied by their CTF become phase-flipped ones. A STAR file keeps its columns; particles of a .cs file get a
+    were multiplied by their CTF become phase-flipped ones. An image that several rows name is written once, and they
+    go on naming it. A STAR file keeps its columns; particles of a .cs file get a
     particles.cs as well. Further grids get stacks of their own (particles2.mrcs, ...).
 
     Raises:
         InputError: the particles or an option cannot be used.
         OutputError: the folder is not empty or cannot be written.
     """
-    log = log or Log()
-    start = time.monotonic()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    with threads(config.threads):
+        return _preprocess(config, particles, output, log or Log())
+
+
+def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
     table = read_table(config, particles)
-    for warning in table.warnings:
-        log.warn(warning)
+    log.line(f"{len(table):,} particles of {table.name}; {say_folders(table.folders)}")
     stack = open_images(config, table, finer=True, recentre=config.recentre)
+    for warning in stack.table.warnings:
+        log.warn(warning)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
     parts = stack.parts()
     paths = [output / f"particles{number or ''}.mrcs" for number in (0, *range(2, len(parts) + 1))]
+    start = time.monotonic()
     for part, path in zip(parts, paths, strict=True):
-        _write_images(part, path, config, log)
+        _write_images(part.once(), path, config, log)
+    rate = len(stack) / max(time.monotonic() - start, 1e-9)
     written = stack.written_to(paths)
     star = output / "particles.star"
     write_used(written, star, written.half, new_images=True)
     if all(source.suffix.lower() == ".cs" for source in table.sources):
         write_cs(output / "particles.cs", written, written.half, new_images=True)
-    seconds = time.monotonic() - start
-    log.line(f"particles: {star} ({len(stack):,}, {seconds:.0f} s, {len(stack) / seconds:,.0f} images/s)")
+    log.line(f"particles: {star} ({len(stack):,}, {rate:,.0f} images/s, {log.seconds:.0f} s in all)")
     return star
 
 

@@ -10,26 +10,56 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from emsplat.errors import OutputError
+
 _PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
 
 
 class Log:
-    """Lines for the user, kept in a file as well once there is a run folder."""
+    """Lines for the user, kept in a file as well once there is a run folder; and how long the work takes.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stdout if stream is None else stream
+    ``began`` (on the clock of `time.monotonic`) is when the user began to wait: for a command the start of its process.
+    """
+
+    def __init__(self, stream: TextIO | None = None, began: float | None = None) -> None:
+        self.stream = sys.stdout if stream is None else stream
         self._file: Path | None = None
+        self._began = time.monotonic() if began is None else began
         self.warnings: list[str] = []
+        self.parts: dict[str, float] = {}  # seconds of each part of the work that `part` has timed
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the beginning."""
+        return time.monotonic() - self._began
+
+    @contextmanager
+    def part(self, name: str, text: str | None = None) -> Iterator[None]:
+        """A part of the work: ``text`` says what begins, and ``parts[name]`` how long all parts of this name took."""
+        if text is not None:
+            self.line(text)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.parts[name] = round(self.parts.get(name, 0.0) + time.monotonic() - start, 2)
 
     def keep_in(self, file: Path) -> None:
         """Appends every further line to ``file``, with the time."""
         self._file = file
 
     def line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(text, file=self.stream, flush=True)
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            # Names of files may hold bytes that are no letters.
+            try:
+                with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            except OSError as error:
+                raise OutputError(
+                    f"{self._file}: cannot be written ({error.strerror or error}); free some space or choose another "
+                    "folder with -o"
+                ) from error
 
     def warn(self, text: str) -> None:
         """A line that also goes into the summary."""
@@ -41,7 +71,7 @@ class Log:
         self, name: str, total: int, done: int = 0, unit: str = "images"
     ) -> Iterator[Callable[[int, str], None]]:
         """Gives ``update(how many are done, remark)``: a bar on a terminal, now and then a plain line elsewhere."""
-        if self._stream.isatty():
+        if self.stream.isatty():
             with self._bar(name, total, done, unit) as update:
                 yield update
         else:
@@ -59,7 +89,7 @@ class Log:
             TextColumn("{task.percentage:3.0f} %  {task.fields[remark]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(file=self._stream)) as bar:
+        with Progress(*columns, console=Console(file=self.stream)) as bar:
             task = bar.add_task(name, total=total, completed=done, remark="")
 
             def update(images: int, remark: str) -> None:
@@ -82,6 +112,22 @@ class Log:
             self.line(f"{name}: {100 * images / total:.0f} %, {rate:,.0f} {unit}/s, {left:.0f} s left, {remark}")
 
         return update
+
+
+def data_size(count: float) -> str:
+    """Bytes as "13 MB" or "2.4 GB" (10^6, 10^9), never rounded to nothing."""
+    if count < 1e6:
+        return "less than 1 MB"
+    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time as "less than a second", "12 s", "3.5 min" or "2.1 h"."""
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory() -> float:

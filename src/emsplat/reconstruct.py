@@ -8,22 +8,21 @@ the same images that it is fitted to. What the halves share is written in `emspl
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tomli_w
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat import __version__, report
@@ -34,6 +33,7 @@ from emsplat.accumulate import (
     begin,
     combined,
     contrast,
+    held_images,
     mean_per_shell,
     relative_gain,
 )
@@ -41,6 +41,7 @@ from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
+from emsplat.copies import Copies, copies, image_marks, mixed_classes
 from emsplat.device import (
     choose_device,
     device_name,
@@ -53,24 +54,30 @@ from emsplat.errors import InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
 from emsplat.inputs import open_stack, with_boxes
+from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import write_used
+from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
+from emsplat.io.table import ParticleTable
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course, stage_epochs
 from emsplat.particles import ParticleStack, estimate_noise
-from emsplat.progress import Log, peak_memory
+from emsplat.process import describe_threads, threads
+from emsplat.progress import Log, data_size, peak_memory
 from emsplat.project import voxelize
+from emsplat.report import verdict
 from emsplat.residuals import write_residuals
-from emsplat.run_folder import History, Interrupted, interruptible, plain, prepare_folder, write_text
-from emsplat.start import LOWPASS, check_start, is_shared, read_start, starts_from_gaussians
-from emsplat.symmetry import examine_symmetry
+from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
+from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
+from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
+_DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
 _FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
 
 
@@ -173,66 +180,97 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the sums so far.
     """
-    start = time.monotonic()
-    log = log or Log()
-    stack, skipped = _open(config, particles, output, log, {}, several_grids=True)
-    classical = _accumulate_all(stack, config, output, log)
+    with threads(config.threads):
+        return _backproject(config, particles, output, log or Log())
+
+
+def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
+    stack, skipped, symmetry = _open(config, particles, output, log, {}, several_grids=True)
+    with log.part("accumulation"):
+        classical = _accumulate_all(stack, config, output, log)
     grid = stack.grid
     maps = {name: classical.raw[name] for name in _HALVES}
     maps["class001"] = classical.equations["class001"].solve(_prior(classical.validation.raw).to(stack.device))
     for name, volume in maps.items():
         write_map(output / _map_name(name), volume, grid.pixel_size)
-    summary = _finish(log, output, stack, particles, skipped, config, {}, classical, {}, start, [], [])
-    return summary
+    return _finish(log, output, stack, particles, skipped, symmetry, config, {}, classical, {}, [], [])
 
 
 @within_memory()
-def reconstruct(config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def reconstruct(
+    config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None, altered: str | None = None
+) -> dict[str, Any]:
     """Runs a whole reconstruction into ``output`` and returns what was written to summary.json.
+
+    ``altered`` is what a null test did to the particles, for the words of the report.
 
     Raises:
         InputError: the input or an option cannot be used.
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
-    start = time.monotonic()
-    log = log or Log()
+    with threads(config.threads):
+        return _reconstruct(config, particles, output, log or Log(), altered)
+
+
+def _reconstruct(
+    config: ReconstructConfig, particles: Path, output: Path, log: Log, altered: str | None
+) -> dict[str, Any]:
     settings = settings_of(config)
     if config.resume and settings.batch == "auto":
         settings = replace(settings, batch=_batch_before(output))
     one_pass = settings.engine == "one-pass"
-    stack, skipped = _open(config, particles, output, log, plain(settings), several_grids=one_pass)
+    stack, skipped, symmetry = _open(config, particles, output, log, plain(settings), several_grids=one_pass)
     _introduce_fit(log, settings)
-    classical = _accumulate_all(stack, config, output, log)
+    with log.part("accumulation"):
+        classical = _accumulate_all(stack, config, output, log)
     history = History(output / "convergence.csv")
     stages: list[Stage] = []
-    if one_pass:
-        models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
-    else:
-        settings = _with_batch(stack, classical, settings, config, particles, output, log)
-        models, fits = {}, {}
-        for name in (*_HALVES, "class001"):
-            subset = stack.only(_HALVES[name]) if name in _HALVES else stack
-            models[name], fits[name] = _fit_images(
-                name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
-            )
+    with log.part("fits"):
+        if one_pass:
+            models, fits = _fit_volumes(stack, classical, settings, stages, output, history, log)
+        else:
+            settings = _with_batch(stack, classical, settings, config, particles, output, log)
+            models, fits = {}, {}
+            for name in (*_HALVES, "class001"):
+                subset = stack.only(_HALVES[name]) if name in _HALVES else stack
+                models[name], fits[name] = _fit_images(
+                    name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
+                )
     for name, model in models.items():
         _write_model(output, name, model, stack.grid)
     for name, volume in classical.raw.items():
         write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
-    with torch.no_grad():
-        halves = {number: models[name]() for name, number in _HALVES.items()}
-    examples = write_residuals(stack, halves, output)
+    with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
+        examples = write_residuals(stack, {number: models[name]() for name, number in _HALVES.items()}, output)
     return _finish(
-        log, output, stack, particles, skipped, config, plain(settings), classical, fits, start, stages, examples
+        log,
+        output,
+        stack,
+        particles,
+        skipped,
+        symmetry,
+        config,
+        plain(settings),
+        classical,
+        fits,
+        stages,
+        examples,
+        altered,
     )
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 where the particles do not have the symmetry of the run and ``force`` does not say that this is meant."""
+    symmetry = summary["symmetry"]
+    return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
 def _open(
     config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
-) -> tuple[ParticleStack, list[int]]:
-    """The particles with half-sets, and the run folder with what is known before the work begins."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+) -> tuple[ParticleStack, list[int], Finding | None]:
+    """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
+    the work begins."""
     device, said = choose_device(config.device)
     forget_peak_memory(device)
     stack = open_stack(config, particles).on(device)
@@ -245,7 +283,7 @@ def _open(
         read_start(settings.get("init", "map"), stack.grid, name)
     prepare_folder(config, particles, output)
     log.keep_in(output / "run.log")
-    for warning in stack.table.warnings:
+    for warning in (*stack.table.warnings, *start_remarks(settings.get("init", "map"), stack.grid)):
         log.warn(warning)
     skipped: list[int] = []
     if config.skip_bad:
@@ -257,11 +295,11 @@ def _open(
     log.line(f"  {said}")
     write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
     _write_config(config, particles, output, settings)
-    if len(stack.symmetry) > 1:
-        finding = examine_symmetry(stack, config.symmetry)
-        if finding is not None:
-            (log.warn if finding.verdict == "wrong" else log.line)(f"symmetry {finding.text}")
-    return stack, skipped
+    symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
+    if symmetry is not None:
+        (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
+    log.parts["start"] = round(log.seconds, 2)
+    return stack, skipped, symmetry
 
 
 def _write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
@@ -271,6 +309,7 @@ def _write_config(config: InputConfig, particles: Path, output: Path, settings: 
 
 def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> Classical:
     """One pass over the particles; the full set is the sum of the halves."""
+    _check_added(stack, config, log)
     equations = {name: _accumulate_half(name, stack, config, output, log) for name in _HALVES}
     equations["class001"] = equations["half1"] + equations["half2"]
     solved = {name: part.solve() for name, part in equations.items()}
@@ -283,7 +322,7 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             + ("without --invert" if stack.sign < 0 else "--invert")
         )
     evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    mask = given_mask(config, stack.grid)
+    mask = given_mask(config, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
@@ -303,6 +342,38 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
     return Classical(equations, raw, mask, validation, found, evident)
 
 
+def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
+    """
+    Raises:
+        InputError: sums to be added hold images of the other half, or are not there.
+    """
+    if not config.add_statistics:
+        return
+    held = {name: [(stack.table.name, _images_of(stack.only(half)))] for name, half in _HALVES.items()}
+    for folder in config.add_statistics:
+        for name in _HALVES:
+            found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+            if not found:
+                raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+            own = [held_images(path) for path in found]
+            if not all(map(len, own)):
+                log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
+            for one, other in product(held[name], own):
+                if again := len(np.intersect1d(one[1], other, assume_unique=True)):
+                    log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
+            held[name] += [(str(folder), images) for images in own]
+    for first, second in product(*held.values()):
+        if len(np.intersect1d(first[1], second[1], assume_unique=True)):
+            raise InputError(
+                f"{first[0]}, half1, and {second[0]}, half2, hold the same images; their noise would be compared with "
+                "itself. Make the sums again with half-sets that agree, or from other particles"
+            )
+
+
+def _images_of(stack: ParticleStack) -> Int[Tensor, " i"]:
+    return image_marks(stack.table.take(stack.rows))
+
+
 def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> NormalEquations:
     """The sums of one half, from where an interrupted run left them, with those of other runs."""
     subset = stack.only(_HALVES[name])
@@ -311,15 +382,12 @@ def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, outpu
     with log.progress(name, len(subset)) as update:
         for number, part in enumerate(subset.parts()):
             saved = output / f"run_{name}_statistics{number or ''}.safetensors"
-            parts.append(_accumulate_part(part, stack.grid, saved, len(subset), config, update))
+            parts.append(_accumulate_part(name, part, stack.grid, saved, len(subset), config, update, log))
     seconds = time.monotonic() - start
-    rate = len(subset) / max(seconds, 1e-9)
-    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s, {rate:,.0f} images/s")
+    rate = "" if config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
+    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
     for folder in config.add_statistics:
-        found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
-        if not found:
-            raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
-        for path in found:
+        for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
             other = begin(subset)
             other.load(path, but={"particles"})
             for part in subset.parts():
@@ -333,29 +401,37 @@ def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, outpu
 
 
 def _accumulate_part(
+    name: str,
     part: ParticleStack,
     grid: Grid,
     saved: Path,
     total: int,
     config: InputConfig,
     update: Callable[[int, str], None],
+    log: Log,
 ) -> NormalEquations:
     """The sums over particles of one box and pixel size."""
     statistics = begin(part, grid)
     if config.resume and saved.is_file():
         statistics.load(saved)
+        done = f"{statistics.particles:,} of {len(part):,} particles were accumulated before"
+        if statistics.particles >= len(part):
+            log.line(f"resuming {name}: all {done}")
+            return statistics.equations()
+        log.line(f"resuming {name}: {done}")
     start = last_save = time.monotonic()
     with interruptible() as stop:
         for _ in accumulate(statistics, part, estimate_noise(part)):
             update(min(statistics.particles, total), "one pass over the particles")
-            if stop.is_set() or time.monotonic() - last_save > config.checkpoint_every:
+            if stop or time.monotonic() - last_save > config.checkpoint_every:
                 statistics.save(saved)
                 last_save = time.monotonic()
-            if stop.is_set():
-                raise Interrupted(
+            if stop:
+                raise stop.interruption(
                     f"stopped after {statistics.particles:,} particles of {saved.stem}; go on with --resume"
                 )
-    if config.keep_statistics or time.monotonic() - start > config.checkpoint_every:
+    # A run that is interrupted later finds them here; they go in the end.
+    if config.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
         statistics.save(saved)
     return statistics.equations()
 
@@ -418,9 +494,9 @@ def _fit_volumes(
                     history.rewind(one.name, one.state.step - 1)
                 last[one.name] = one.state.step
                 history.add(one.name, one.state, VolumeObjective.steps_per_epoch, one.equations.particles)
-                update(min(done, total), f"{len(one.state.model):,} Gaussians, loss {history.recent:.5f}")
-                if stop.is_set():
-                    raise Interrupted(f"stopped in {label}; go on with --resume (the fits begin anew)")
+                update(min(done, total), f"{len(one.state.model):,} Gaussians{history.loss}")
+                if stop:
+                    raise stop.interruption(f"stopped in {label}; go on with --resume (the fits begin anew)")
         seconds = time.monotonic() - start
         for one in fits:
             history.rewind(one.name, one.state.step)
@@ -449,7 +525,9 @@ def _fit_volumes(
 
 def _write_scores(path: Path, stages: list[Stage]) -> None:
     """The mean cross-validated FSC after each epoch that was judged: what the data of the other half say of the fit."""
-    rows = [f"{epoch},{stage.gaussians},{score:.6f}\n" for stage in stages for epoch, score in stage.scores]
+    rows = [
+        f"{epoch},{stage.gaussians},{number_text(score, '.6f')}\n" for stage in stages for epoch, score in stage.scores
+    ]
     if rows:
         write_text(path, "".join(["epoch,gaussians,score\n", *rows]))
 
@@ -573,6 +651,8 @@ def _fit_images(
     saved = next((path for path in (finished, checkpoint) if config.resume and path.is_file()), None)
     if saved is not None:
         state = load_checkpoint(saved, stack.device)
+        where = "finished before" if saved == finished else f"goes on after step {state.step:,}"
+        log.line(f"resuming {name}: {where}")
         history.rewind(name, state.step)
     else:
         history.rewind(name, 0)
@@ -585,13 +665,13 @@ def _fit_images(
         for state in fit(start_state, objective, plan):
             seen = _images_seen(state.step, objective)
             history.add(name, state, objective.steps_per_epoch, seen)
-            update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}, loss {history.recent:.5f}")
-            if stop.is_set() or time.monotonic() - last_save > config.checkpoint_every:
+            update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}{history.loss}")
+            if stop or time.monotonic() - last_save > config.checkpoint_every:
                 save_checkpoint(checkpoint, state)
                 history.write()
                 last_save = time.monotonic()
-            if stop.is_set():
-                raise Interrupted(f"stopped in {name} at step {state.step}; go on with --resume")
+            if stop:
+                raise stop.interruption(f"stopped in {name} at step {state.step}; go on with --resume")
     save_checkpoint(finished, state)
     history.write()
     checkpoint.unlink(missing_ok=True)
@@ -627,31 +707,35 @@ def _finish(
     stack: ParticleStack,
     particles: Path,
     skipped: list[int],
+    symmetry: Finding | None,
     config: InputConfig,
     settings: dict[str, Any],
     classical: Classical,
     fits: dict[str, Any],
-    start: float,
     stages: list[Stage],
     examples: list[dict[str, Any]],
+    altered: str | None = None,
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written."""
     grid = stack.grid
     write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
-    verdict = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
+    told = len(log.warnings)
+    with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
+        measured = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
     if not config.keep_statistics:
         for path in output.glob("run_half?_statistics*.safetensors"):
             path.unlink()
     summary = {
-        **verdict,
-        "input": _describe(stack, particles, skipped),
+        **measured,
+        "input": _describe(stack, particles, skipped, config),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": fits,
         "course": [{key: value for key, value in asdict(stage).items() if key != "scores"} for stage in stages],
         "examples": examples,
         "settings": settings,
+        "symmetry": None if symmetry is None else asdict(symmetry),
         "options": plain(config),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds_of_parts": log.parts,
         "peak_memory_mb": round(peak_memory()),
         "device": device_name(stack.device),
         **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
@@ -659,13 +743,21 @@ def _finish(
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
+        "assessment": {"warnings": log.warnings[told:]},
+        **({} if altered is None else {"altered": altered}),
     }
-    write_text(output / "summary.json", json.dumps(summary, indent=2))
-    report.write_report(output)  # and every figure in it
+    write_text(output / "summary.json", json_text(summary))
+    with log.part("report", "drawing the figures and the report"):
+        report.write_report(output)
+    # That of the whole nobody knows before the page is drawn.
+    summary["seconds"] = round(log.seconds, 1)
+    write_text(output / "summary.json", json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
         table = replace(stack.table, half=stack.half).take(stack.rows)
         name_results(output, config.naming, with_boxes(table), log)
+    if exit_code(summary):
+        log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
     return summary
 
 
@@ -675,20 +767,25 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
     Raises:
         InputError: no finished run in the folder, or an option that does not fit it.
     """
-    log = log or Log()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    path = run / "summary.json"
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected JSON; remove it to go on without") from error
+    with threads(config.threads):
+        return _reassess(run, config, log or Log())
+
+
+def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
+    summary = read_summary(run)
     about, options = summary.get("input", {}), summary.get("options", {})
-    verdict = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
-    summary = summary | verdict | {"assessment": plain(config), "warnings": log.warnings}
-    write_text(path, json.dumps(summary, indent=2))
+    measured = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
+    # Those of the run stay, those of the assessment before this one do not.
+    outdated = summary.get("assessment", {}).get("warnings", [])
+    kept = [text for text in summary.get("warnings", []) if text not in outdated]
+    assessment = {**plain(config), "warnings": log.warnings}
+    summary = summary | measured | {"assessment": assessment, "warnings": kept + log.warnings}
+    write_text(run / "summary.json", json_text(summary))
+    log.line("drawing the figures and the report")
     report.write_report(run)
     link_results(run)
-    _conclude_resolution(log, summary)
+    for text in verdict.lines(summary):
+        log.line(text)
     log.line(f"  FSC: {run / 'fsc.star'}; report: {run / 'report.html'}")
     return summary
 
@@ -729,6 +826,7 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
     log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {len(table.stacks)} stacks")
+    log.line(f"  {say_folders(table.folders)}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
@@ -736,16 +834,43 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
     )
-    source = "of the input" if table.half is not None else f"drawn per micrograph with seed {config.seed}"
-    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}, {source}")
+    seed = "" if _half_sets_from(table, config) == "input" else f", seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
+    _say_copies(log, copies(table, config.symmetry), table, config)
+    if text := mixed_classes(table):
+        log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
     log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))
-    sums = 12 * (PADDING * grid.size) ** 3 / 2 / 2**20
-    read = len(stack) * grid.size**2 * 4 / 2**30
+    sums = 12 * (PADDING * grid.size) ** 3 / 2
+    read = data_size(len(stack) * grid.size**2 * 4)
     log.line(
-        f"  one pass over {read:,.1f} GiB of images; {3 * sums:,.0f} MB of memory for the sums, "
-        f"{torch.get_num_threads()} threads"
+        f"  one pass over {read} of images; {data_size(3 * sums)} of memory for the sums, "
+        f"{describe_threads(config.threads)}"
     )
+
+
+def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
+    if table.half is None:
+        return "redrawn per micrograph" if config.redraw_halves else "drawn per micrograph"
+    return "input" if bool((table.half > 0).all()) else "input, the rest drawn per micrograph"
+
+
+def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
+    if table.left_out:
+        log.line(f"  {table.left_out:,} rows that name an image again are left out (--unique)")
+    if found.expansion:
+        log.line(f"  {found.text}; copies share a half-set")
+        if config.symmetry.upper() != "C1":
+            log.warn(
+                f"the set is {found.text}; --symmetry {config.symmetry} does that again and adds nothing: leave it "
+                "out, or leave the copies out with --unique"
+            )
+    elif found.rows:
+        log.warn(
+            f"{found.text}; they share a half-set and count once where their poses agree, --unique leaves them out"
+        )
+    if found.close:
+        log.warn(found.near)
 
 
 def _introduce_fit(log: Log, settings: Settings) -> None:
@@ -778,18 +903,25 @@ def _warn_of_shared_start(log: Log, init: str) -> None:
         )
 
 
-def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict[str, Any]:
+def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config: InputConfig) -> dict[str, Any]:
     table = stack.table
+    found = copies(table.take(stack.rows), config.symmetry)
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
         "file": str(particles),
         "particles": len(stack),
         "half_sets": [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)],  # type: ignore[index]
-        "half_sets_from": "input" if table.half is not None else "drawn per micrograph",
+        "half_sets_from": _half_sets_from(table, config),
+        "images": found.images,
+        "repeated_rows": found.rows,
+        "left_out_rows": table.left_out,
+        "symmetry_expanded": found.expansion,
+        "close_to_other_half": found.close,
         "optics_groups": len(table.groups),
         "stacks": len(table.stacks),
-        "micrographs": int(table.micrograph.max()) + 1,
+        "image_folders": [str(folder) for folder in table.folders],
+        "micrographs": len(torch.unique(table.micrograph[stack.rows])),
         "box": stack.grid.size,
         "pixel_size": stack.grid.pixel_size,
         "diameter": round(stack.diameter, 2),
@@ -802,8 +934,9 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int]) -> dict
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    _conclude_resolution(log, summary)
-    log.line(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:,} MB at most")
+    for text in [*verdict.lines(summary), *_said_again(summary)]:
+        log.line(text)
+    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
     for what, name in (
         ("map", "run_class001.mrc"),
         ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
@@ -813,34 +946,7 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         log.line(f"  {what}: {output / name}")
 
 
-def _conclude_resolution(log: Log, summary: dict[str, Any]) -> None:
-    values = summary["resolution"]
-    validated = bool(summary.get("fits"))
-
-    def text(name: str) -> str:
-        return "none" if values.get(name) is None else f"{values[name]:.2f} Å"
-
-    if validated:
-        ends = values["cross_validated_interval"]
-        band = "" if ends is None else f" (95 %: {max(ends):.2f} to {min(ends):.2f} Å)"
-        log.line(f"resolution, cross-validated FSC 0.5: {text('cross_validated')}{band}")
-        log.line(f"classical half maps in the mask, FSC 0.143: {text('backprojection_masked')}")
-    log.line(
-        f"half-map FSC 0.143 (RELION's rule): {text('half_map_unmasked')} unmasked, {text('half_map_masked')} in the "
-        f"mask, {text('half_map_corrected')} corrected for the mask"
-    )
-    if validated:
-        log.line("  (two Gaussian models agree beyond what the data support: read these as upper limits)")
-    if "reference_masked_0.5" in values:
-        log.line(f"full map against the reference, FSC 0.5: {text('reference_masked_0.5')}")
-    local, direction = summary["local_resolution"], summary["directional"]
-    if local is not None and (found := local["cross_validated"] or local["half_maps"]):
-        log.line(
-            f"local resolution in the mask: median {found['median']:.2f} Å, 90 % between {found['p5']:.2f} and "
-            f"{found['p95']:.2f} Å"
-        )
-    if direction is not None:
-        log.line(
-            f"Fourier slice correlation {direction['fslc_mean']:.3f} ± {direction['fslc_std']:.3f}"
-            + (f", sampling compensation {factor:.2f}" if (factor := direction.get("sampling_compensation")) else "")
-        )
+def _said_again(summary: dict[str, Any]) -> list[str]:
+    """The warnings of a run again at its end, beside the numbers that they concern; not those that just went by."""
+    found = [text for text in dict.fromkeys(summary["warnings"]) if text not in summary["assessment"]["warnings"]]
+    return ["warnings of this run:", *(f"  {text}" for text in found)] if found else []

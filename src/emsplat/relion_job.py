@@ -20,9 +20,11 @@ import tyro
 from gemmi import cif
 
 from emsplat.config import ReconstructConfig
-from emsplat.errors import EmsplatError, InputError
+from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.io.files import replacing
-from emsplat.run_folder import Interrupted, check_same_run
+from emsplat.process import Stopped, started
+from emsplat.progress import Log
+from emsplat.run_folder import check_same_run, read_summary
 
 _ABORT = "RELION_JOB_ABORT_NOW"
 _ENDINGS = ("SUCCESS", "FAILURE", "ABORTED")
@@ -95,13 +97,29 @@ def job(
         config = replace(config, resume=True)
         if (o / _LAST_FILE).is_file():
             check_same_run(config, in_parts, o)
+            _require_symmetry(o, force=config.force)
             print(f"{o}: the run is finished; its files are listed for RELION again")
             write_nodes(o, in_parts)
             return
     from emsplat.reconstruct import reconstruct
 
-    reconstruct(config, in_parts, o)
+    reconstruct(config, in_parts, o, Log(began=started()))
+    _require_symmetry(o, force=config.force)
     write_nodes(o, in_parts)
+
+
+def _require_symmetry(output: Path, *, force: bool) -> None:
+    """A job whose maps are averaged over a wrong symmetry fails, so that no other job takes them.
+
+    Raises:
+        EmsplatError: the finished run found that its particles do not have the symmetry.
+    """
+    symmetry = read_summary(output).get("symmetry")
+    if symmetry is not None and symmetry["verdict"] == "wrong" and not force:
+        raise EmsplatError(
+            f"symmetry {symmetry['text']}; the job counts as failed: start another one with the right symmetry, or "
+            "add the parameter force (no value) and continue"
+        )
 
 
 def write_nodes(output: Path, particles: Path) -> None:
@@ -147,12 +165,12 @@ def _abortable(folder: Path) -> Iterator[None]:
     A run that can write one has a handler of its own while it does (`run_folder.interruptible`).
 
     Raises:
-        Interrupted: asked to, by RELION or the queueing system.
+        Stopped: asked to, by RELION or the queueing system.
     """
     over = threading.Event()
 
-    def stop(*_: object) -> None:
-        raise Interrupted("stopped; go on with --resume")
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
 
     def watch() -> None:
         while not over.wait(_LOOK_EVERY):
@@ -186,11 +204,16 @@ def main(arguments: list[str] | None = None) -> int:
             tyro.cli(job, prog="emsplat-relion", args=words)
         ending = "SUCCESS"
         return 0
-    except EmsplatError as error:
-        aborted = isinstance(error, Interrupted)
-        ending = "ABORTED" if aborted else "FAILURE"
-        print(f"emsplat-relion: {error}" + (" (in RELION: Continue)" if aborted else ""), file=sys.stderr)
+    except Interrupted as error:
+        ending = "ABORTED"
+        print(f"emsplat-relion: {error} (in RELION: Continue)", file=sys.stderr)
         return error.exit_code
+    except EmsplatError as error:
+        print(f"emsplat-relion: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        ending = "ABORTED"
+        raise
     finally:
         # Also where the options could not be read, and where a bug ends the program.
         (folder / _ABORT).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emsplat.ctf import observe
 from emsplat.fourier import frequencies, hermitian_weight, shell_index, sum_by_shell
-from emsplat.io.files import replacing
+from emsplat.io.files import number_text, replacing
 from emsplat.io.mrc import writing_stack
 from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.project import project
@@ -69,7 +69,7 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
         writer = csv.writer(file)
         writer.writerow(["frequency", "noise", "own", "other"])
         for shell in range(1, shells):
-            writer.writerow([f"{shell / grid.length:.6f}", *(f"{value:.6g}" for value in power[:, shell].tolist())])
+            writer.writerow([f"{shell / grid.length:.6f}", *map(number_text, power[:, shell].tolist())])
     with writing_stack(run / "examples.mrcs", len(examples), grid) as write:
         write(torch.stack(examples).cpu())
     return about

@@ -18,15 +18,9 @@ import torch
 from torch import Tensor
 
 from emsplat.config import InputConfig
-from emsplat.errors import EmsplatError, InputError, OutputError
+from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fit import State
-from emsplat.io.files import replacing
-
-
-class Interrupted(EmsplatError):
-    """The user or the system asked the run to end; a checkpoint has been written."""
-
-    exit_code = 130
+from emsplat.io.files import number_text, replacing
 
 
 def prepare_folder(config: InputConfig, particles: Path, output: Path) -> None:
@@ -77,7 +71,7 @@ def _contents(output: Path) -> list[Path]:
     return [path for path in output.iterdir() if not any(path.match(pattern) for pattern in _RELION_FILES)]
 
 
-_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir"}
+_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir", "force"}
 
 
 def check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
@@ -130,9 +124,14 @@ class History:
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self._rows = [
-                    (row["fit"], int(row["epoch"]), int(row["step"]), int(row["images"]), float(row["loss"]))
+                    (row["fit"], int(row["epoch"]), int(row["step"]), int(row["images"]), float(row["loss"] or "nan"))
                     for row in csv.DictReader(file)
                 ]
+
+    @property
+    def loss(self) -> str:
+        """The last loss as a remark; nothing before the first is known."""
+        return f", loss {self.recent:.5f}" if math.isfinite(self.recent) else ""
 
     def rewind(self, name: str, step: int) -> None:
         """Forgets what this fit did after ``step``."""
@@ -152,22 +151,60 @@ class History:
         with replacing(self._path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(self._COLUMNS)
-            writer.writerows(self._rows)
+            writer.writerows((*row[:4], number_text(row[4], "")) for row in self._rows)
+
+
+class StopRequest:
+    """Whether somebody has asked the work to end, and by which signal."""
+
+    number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.number is not None
+
+    def interruption(self, text: str) -> Interrupted:
+        """The error to raise once what is needed to go on is written."""
+        return Interrupted(text, self.number or signal.SIGINT)
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a polite kill sets, so that a step is never cut in two."""
-    stop = threading.Event()
+def interruptible() -> Iterator[StopRequest]:
+    """What Ctrl-C, a polite kill or the end of the terminal turns true, so that a step is never cut in two.
+
+    Signals that are ignored stay so (nohup), and the handlers of before come back at the end.
+    """
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        stop.number = number
+
+    before: dict[int, Any] = {}
     try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # One that was not set from Python cannot be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The numbers of a finished run; empty where there are none yet.
+
+    Raises:
+        InputError: summary.json cannot be read.
+    """
+    path = run / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected JSON; remove it to go on without") from error
+    return summary
 
 
 def write_text(path: Path, text: str) -> None:

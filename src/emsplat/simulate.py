@@ -34,6 +34,7 @@ from emsplat.geometry import quaternion_to_matrix, random_rotations
 from emsplat.io.atoms import Atoms, read_atoms, scattering
 from emsplat.io.files import replacing
 from emsplat.io.mrc import write_map, writing_stack
+from emsplat.io.paths import Names
 from emsplat.io.relion import write_particles_star
 from emsplat.types import Grid, Optics, Poses
 
@@ -484,9 +485,11 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
             write(images)
     write_map(output / "truth.mrc", gain * truth_map(atoms, grid, config.b_factor), grid.pixel_size)
     written = perturb_poses(poses, math.radians(config.pose_error), _generator(config.seed, 4))
+    star = output / "particles.star"
+    file = Names(star).below(output, output / "particles.mrcs")
     write_particles_star(
-        output / "particles.star",
-        [f"{i + 1:06d}@particles.mrcs" for i in range(config.particles)],
+        star,
+        [f"{i + 1:06d}@{file}" for i in range(config.particles)],
         [f"micrograph_{i // config.micrograph_particles + 1:05d}.mrc" for i in range(config.particles)],
         written,
         optics,
@@ -503,4 +506,4 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
     }
     with replacing(output / "simulate.toml") as temporary:
         temporary.write_text(tomli_w.dumps(settings), encoding="utf-8")
-    return output / "particles.star"
+    return star

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.io.gaussians import holds_gaussians, read_gaussians
-from emsplat.io.mrc import read_map
+from emsplat.io.mrc import read_map, read_stored_map
 from emsplat.types import Gaussians, Grid
 
 STARTS = ("map", "ball", "uniform")
 LOWPASS = 20.0  # Å; what is finer in a map that both halves start from comes from neither
-_MAPS = (".mrc", ".map")
+_MAPS = (".mrc", ".map", ".ccp4")
+_PACKED = (".gz", ".bz2")
 _SURROUNDINGS = 0.1  # of the largest value
 
 
@@ -31,11 +32,17 @@ def check_start(init: str) -> None:
     choices = "expected map, ball, uniform or a file named .ply, .cif, .pdb or .mrc"
     if init in STARTS:
         return
-    if not holds_gaussians(Path(init)) and Path(init).suffix.lower() not in _MAPS:
+    if not holds_gaussians(Path(init)) and not _is_map(Path(init)):
         raise InputError(f"--init {init}: {choices}")
     for path in {start_file(init, name) for name in ("half1", "half2", "class001")}:
         if not path.is_file():
             raise InputError(f"--init {path}: no such file; {choices}")
+
+
+def _is_map(path: Path) -> bool:
+    """By its name, which may end in .gz or .bz2."""
+    inside = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+    return inside.suffix.lower() in _MAPS
 
 
 def starts_from_gaussians(init: str) -> bool:
@@ -71,6 +78,41 @@ def read_start(init: str, grid: Grid, name: str = "class001") -> Gaussians | Flo
     path = start_file(init, name)
     if not starts_from_gaussians(init):
         return _low_resolution(path, grid)
+    return read_fitted(path, grid)
+
+
+def start_remarks(init: str, grid: Grid) -> list[str]:
+    """What had to be assumed of the maps that a run starts from, and headers that put them elsewhere than we do.
+
+    Raises:
+        InputError: through `read_stored_map`.
+    """
+    if init in STARTS or starts_from_gaussians(init):
+        return []
+    remarks: list[str] = []
+    ours = grid.size // 2 * grid.pixel_size
+    for path in dict.fromkeys(start_file(init, name) for name in ("half1", "half2", "class001")):
+        stored = read_stored_map(path)
+        remarks += stored.warnings
+        centre = [start + stored.grid.size // 2 * stored.grid.pixel_size for start in stored.origin]
+        # 0 is what programs say that write no position, and the centre at 0 what those that put the origin there do.
+        known = any(stored.origin) and max(map(abs, centre)) > stored.grid.pixel_size
+        if known and max(abs(c - ours) for c in centre) > 0.5 * grid.pixel_size:
+            apart = ", ".join(f"{c - ours:.4g}" for c in centre)
+            remarks.append(
+                f"{path}: its header (NXSTART or ORIGIN) puts the centre of its box ({apart}) Å from that of the "
+                "images; the centres were put on each other. If the header is right, resample it onto the map of the "
+                "particle first (in ChimeraX: volume resample)"
+            )
+    return remarks
+
+
+def read_fitted(path: Path, grid: Grid) -> Gaussians:
+    """Gaussians, or the atoms of a model, that lie in a map of ``grid`` with MRC origin 0.
+
+    Raises:
+        InputError: the file cannot be read, or what it holds is not where the particle is.
+    """
     gaussians, _ = read_gaussians(path, grid)
     mass = gaussians.amplitude.clamp(min=0)
     inside = (gaussians.mean.abs() < grid.length / 2).all(1)

@@ -136,6 +136,7 @@ class Batch(_Rows):
     optics: Optics
     optics_group: Int[Tensor, " p"]  # 0-based index of the noise model
     index: Int[Tensor, " p"]  # row in the particle table
+    share: Float[Tensor, " p"] | None = None  # weight among the copies of an image; None: 1
 
 
 @dataclass(frozen=True)

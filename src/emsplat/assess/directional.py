@@ -1,6 +1,6 @@
 """Resolution by direction: Fourier slice correlation, conical FSC, and how evenly projections sample Fourier space.
 
-Directions lie on a uniform grid of elevation (0 to 180° from +z) and azimuth (0 to 360° from +x towards +y).
+Directions lie on a uniform grid of tilt (0 to 180° from +z) and rot (0 to 360° from +x towards +y).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _PIXELS = 2_000  # points of the sphere that frequencies are collected at for co
 
 @dataclass(frozen=True)
 class Directions:
-    """Cells of a uniform elevation-azimuth grid, elevation slowest."""
+    """Cells of a uniform tilt-rot grid, tilt slowest."""
 
-    elevation: Float[Tensor, " d"]  # degrees, cell centres
-    azimuth: Float[Tensor, " d"]  # degrees, cell centres
+    tilt: Float[Tensor, " d"]  # degrees, cell centres
+    rot: Float[Tensor, " d"]  # degrees, cell centres
     step: float  # degrees
 
     @property
     def vectors(self) -> Float[Tensor, "d 3"]:
         """Unit vectors (x, y, z)."""
-        return _sphere(torch.deg2rad(self.elevation), torch.deg2rad(self.azimuth))
+        return _sphere(torch.deg2rad(self.tilt), torch.deg2rad(self.rot))
 
     @property
     def solid_angle(self) -> Float[Tensor, " d"]:
         """Part of the sphere that each cell covers; they add up to 1."""
         half = math.radians(self.step / 2)
-        centre = torch.deg2rad(self.elevation)
+        centre = torch.deg2rad(self.tilt)
         band = torch.cos(centre - half) - torch.cos(centre + half)
         return band / band.sum()
 
@@ -54,9 +54,9 @@ def direction_grid(step: float = 10.0) -> Directions:
     rows = round(180 / step)
     if rows < 2 or not math.isclose(rows * step, 180):
         raise InputError(f"directions: step of {step:g}°; expected a divisor of 180 that is at most 90")
-    elevation = (torch.arange(rows, dtype=torch.float64) + 0.5) * step
-    azimuth = (torch.arange(2 * rows, dtype=torch.float64) + 0.5) * step
-    return Directions(elevation.repeat_interleave(2 * rows), azimuth.repeat(rows), step)
+    tilt = (torch.arange(rows, dtype=torch.float64) + 0.5) * step
+    rot = (torch.arange(2 * rows, dtype=torch.float64) + 0.5) * step
+    return Directions(tilt.repeat_interleave(2 * rows), rot.repeat(rows), step)
 
 
 def slice_correlation(
@@ -152,11 +152,11 @@ def view_histogram(rotation: Float[Tensor, "p 3 3"], directions: Directions) -> 
     its last row. Opposite views are kept apart.
     """
     view = rotation[:, 2].double()
-    elevation = torch.rad2deg(torch.arccos(view[:, 2].clamp(-1, 1)))
-    azimuth = torch.rad2deg(torch.atan2(view[:, 1], view[:, 0])) % 360
+    tilt = torch.rad2deg(torch.arccos(view[:, 2].clamp(-1, 1)))
+    rot = torch.rad2deg(torch.atan2(view[:, 1], view[:, 0])) % 360
     rows = round(180 / directions.step)
-    row = (elevation / directions.step).long().clamp(max=rows - 1)
-    column = (azimuth / directions.step).long().clamp(max=2 * rows - 1)
+    row = (tilt / directions.step).long().clamp(max=rows - 1)
+    column = (rot / directions.step).long().clamp(max=2 * rows - 1)
     return torch.bincount(row * 2 * rows + column, minlength=2 * rows * rows).double()
 
 
@@ -248,13 +248,13 @@ def _perpendicular(axis: Float[Tensor, "3"]) -> tuple[Tensor, Tensor]:
     return first, torch.linalg.cross(axis, first)
 
 
-def _sphere(elevation: Tensor, azimuth: Tensor) -> Tensor:
-    across = torch.sin(elevation)
-    return torch.stack([across * torch.cos(azimuth), across * torch.sin(azimuth), torch.cos(elevation)], 1)
+def _sphere(tilt: Tensor, rot: Tensor) -> Tensor:
+    across = torch.sin(tilt)
+    return torch.stack([across * torch.cos(rot), across * torch.sin(rot), torch.cos(tilt)], 1)
 
 
 def _fibonacci(count: int) -> Float[Tensor, "n 3"]:
     """Points that share the sphere almost equally (a spiral by the golden angle)."""
     i = torch.arange(count, dtype=torch.float64) + 0.5
-    elevation = torch.arccos(1 - 2 * i / count)
-    return _sphere(elevation, math.pi * (3 - math.sqrt(5)) * i % (2 * math.pi)).float()
+    tilt = torch.arccos(1 - 2 * i / count)
+    return _sphere(tilt, math.pi * (3 - math.sqrt(5)) * i % (2 * math.pi)).float()

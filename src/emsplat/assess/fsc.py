@@ -150,6 +150,15 @@ def resolution(curve: Curve, threshold: float) -> float | None:
     return 1 / float(curve.frequency[shell]) if shell > 0 else None
 
 
+def never_falls(curve: Curve, threshold: float) -> bool:
+    """Whether every shell after 0 reaches the threshold.
+
+    Then `resolution` and `crossing` are Nyquist, the limit of the pixel size: where the curve would have fallen is not
+    known.
+    """
+    return _first_below(curve, threshold) == len(curve.value)
+
+
 def crossing(curve: Curve, threshold: float) -> float | None:
     """Spacing in Å where the linearly interpolated curve first crosses the threshold.
 
@@ -164,6 +173,15 @@ def crossing(curve: Curve, threshold: float) -> float | None:
     high, low = map(float, curve.value[shell - 1 : shell + 1])
     start, end = map(float, curve.frequency[shell - 1 : shell + 1])
     return 1 / (start + (end - start) * (high - threshold) / (high - low))
+
+
+def ends_undefined(curve: Curve, threshold: float) -> bool:
+    """Whether the curve is undefined (NaN) from some shell on and has not fallen below the threshold before.
+
+    Then `resolution` and `crossing` are the last spacing at which the data say something.
+    """
+    shell = _first_below(curve, threshold)
+    return 1 < shell < len(curve.value) and bool(torch.isnan(curve.value[shell]))
 
 
 def last_crossing(curve: Curve, threshold: float) -> float | None:

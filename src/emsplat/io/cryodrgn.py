@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from emsplat.errors import InputError
 from emsplat.io.mrc import StackFile
-from emsplat.io.paths import find_stacks, group_equal
+from emsplat.io.paths import Stacks, find_stacks
 from emsplat.io.pickles import load_arrays, write_arrays
-from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
+from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import Optics, Poses
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -29,11 +29,11 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     Raises:
         InputError: a file is missing, holds anything but such arrays, or they do not belong together.
     """
-    rotation, fraction = _poses(poses)
+    rotation, fraction, notes = _poses(poses)
     table = _ctf(ctf)
-    names = _stack_names(particles)
-    stacks = find_stacks(names, particles, datadir)
-    if len(names) != len(stacks):
+    found = _stacks(particles, datadir)
+    stacks = found.paths
+    if len(found.stack) != len(stacks):
         raise InputError(f"{particles}: names a stack twice; expected each once")
     files = [StackFile(path) for path in stacks]
     counts, boxes = [file.count for file in files], {file.box for file in files}
@@ -51,11 +51,15 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     pixel_size = table[:, 0] * table[:, 1] / box
     if not pixel_size.min() > 0:
         raise InputError(f"{ctf}: box {table[:, 0].min():g} at {table[:, 1].min():g} Å; expected both above 0")
-    note = (f"{ctf}: is for a box of {table[0, 0]:g}, the images have {box}: pixel size {pixel_size[0]:.4g} Å",)
+    if (table[:, 0] != box).any():
+        notes.append(
+            f"{ctf}: is for a box of {table[0, 0]:g} pixels of {table[0, 1]:.5g} Å, the images have {box}; these are "
+            f"taken as the same area, in pixels of {pixel_size[0]:.5g} Å; where they were cropped, parse the CTF again"
+        )
     unique, group = np.unique(np.stack([pixel_size.round(5), *table[:, 5:8].T], 1), axis=0, return_inverse=True)
     columns = [torch.from_numpy(np.ascontiguousarray(column)) for column in table.T]
     image = np.concatenate([np.arange(n) for n in counts])
-    stack = group_equal(names).repeat_interleave(torch.tensor(counts))
+    stack = found.stack.repeat_interleave(torch.tensor(counts))
     optics = Optics(
         voltage=columns[5],
         cs=columns[6],
@@ -84,7 +88,8 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
         stacks=stacks,
         stack=stack,
         image=torch.from_numpy(image),
-        warnings=note if (table[:, 0] != box).any() else (),
+        warnings=(*notes, *doubts(ctf, optics), *found.notes),
+        folders=found.folders,
     )
 
 
@@ -117,7 +122,8 @@ def write_pickles(poses: Path, ctf: Path, table: ParticleTable) -> None:
     write_arrays(ctf, torch.stack(columns, 1).numpy().astype(np.float32))
 
 
-def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Rotations, shifts in boxes, and what is assumed."""
     loaded = load_arrays(path)
     parts = loaded if isinstance(loaded, tuple) else (loaded,)
     rotation = _numbers(path, parts[0] if parts else None, (3, 3))
@@ -125,13 +131,14 @@ def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if orthogonal > 1e-3 or not (np.linalg.det(rotation) > 0).all():
         raise InputError(f"{path}: matrices that are no rotations (off by {orthogonal:.3g}); expected cryoDRGN's poses")
     if len(parts) == 1:
-        return rotation, np.zeros((len(rotation), 2))
+        note = f"{path}: holds rotations and no shifts; the particles are taken to be centred"
+        return rotation, np.zeros((len(rotation), 2)), [note]
     shift = _numbers(path, parts[1], (2,))
     if len(shift) != len(rotation):
         raise InputError(f"{path}: {len(rotation)} rotations and {len(shift)} shifts; expected the same number")
     if np.abs(shift).max(initial=0) > 1:
         raise InputError(f"{path}: shifts up to {np.abs(shift).max():.3g} boxes; expected fractions of the box")
-    return rotation, shift
+    return rotation, shift, []
 
 
 def _ctf(path: Path) -> NDArray[np.float64]:
@@ -150,9 +157,11 @@ def _numbers(path: Path, value: Any, shape: tuple[int, ...]) -> NDArray[np.float
     return numbers
 
 
-def _stack_names(particles: Path) -> list[str]:
-    if particles.suffix != ".txt":
-        return [particles.name]
+def _stacks(particles: Path, datadir: Path | None) -> Stacks:
+    """A stack is itself, a list of stacks is searched for."""
+    if particles.suffix.lower() != ".txt":
+        path = particles.absolute()
+        return Stacks((path,), torch.zeros(1, dtype=torch.int64), (path.parent,))
     try:
         lines = particles.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -160,4 +169,4 @@ def _stack_names(particles: Path) -> list[str]:
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise InputError(f"{particles}: names no stack; expected one per line")
-    return names
+    return find_stacks(names, particles, datadir)

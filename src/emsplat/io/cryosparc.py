@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,29 @@ from torch.nn.functional import pad
 
 from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
-from emsplat.io.files import replacing
-from emsplat.io.paths import find_stacks, group_equal
-from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
+from emsplat.io.files import replacing, require_finite
+from emsplat.io.paths import Names, find_stacks, group_equal
+from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
 
 Array = NDArray[Any]
 
 _NPY = b"\x93NUMPY"
 _LONGEST_HEADER = 100_000  # bytes: wide tables exceed numpy's own limit
+_STAR = "rln/"  # fields of our own, for columns of STAR files
+_GROUP_NAME = f"{_STAR}OpticsGroupName"
+# What a `ParticleTable` carries from one format to another.
+_CARRIED = {
+    *("uid", "blob/path", "blob/idx", "blob/shape", "blob/psize_A", "blob/sign", "ctf/type", "ctf/exp_group_id"),
+    *("ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast", "ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad", "ctf/bfactor"),
+    *("ctf/phase_shift_rad", "ctf/scale", "ctf/tilt_A", "ctf/anisomag", "alignments3D/split", "alignments3D/shift"),
+    *("alignments3D/pose", "alignments3D/psize_A", "alignments3D/class", "alignments3D/alpha"),
+    *("location/micrograph_path", "location/micrograph_uid", "location/micrograph_shape"),
+    *("location/micrograph_psize_A", "location/center_x_frac", "location/center_y_frac"),
+}
 _TOO_MANY = 10**9  # images of a stack, pixels of a box
 _SIGNS = (-1.0, 1.0)
+_TOMOGRAPHY = re.compile(r"(sub)?tomo|tilt_?series", re.IGNORECASE)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -47,6 +59,7 @@ def read_cs(
         InputError: unreadable file, missing fields or stacks, values that are not finite, images of both signs.
     """
     fields = _Fields(path, passthrough)
+    _refuse_tomography(fields)
     names = [name.lstrip(">") for name in fields.text("blob/path")]
     index, shape = fields.integers("blob/idx"), fields.integers("blob/shape", 2)
     if (index < 0).any() or (shape < 1).any() or (shape[:, 0] != shape[:, 1]).any():
@@ -58,8 +71,10 @@ def read_cs(
     optics = _optics(fields, notes)
     rotation, shift, alignment, particle_class = _poses(fields, pixel_size)
     optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
+    notes += doubts(path, optics)
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
+    found = find_stacks(names, path, datadir, required=need_stacks)
     micrograph = next(
         (fields.text(name) for name in ("location/micrograph_uid", "location/micrograph_path") if fields.has(name)),
         names,
@@ -73,16 +88,40 @@ def read_cs(
         groups=groups,
         optics_group=torch.from_numpy(group),
         half=_half_sets(fields, alignment, source),
-        micrograph=group_equal(micrograph) if source is None else torch.from_numpy(source),
-        stacks=find_stacks(names, path, datadir, required=need_stacks),
-        stack=group_equal(names),
+        micrograph=group_equal(micrograph),
+        stacks=found.paths,
+        stack=found.stack,
         image=torch.from_numpy(index),
         particle_class=particle_class,
-        micrograph_names=_micrograph_names(fields, micrograph) if source is None else (),
+        micrograph_names=_micrograph_names(fields, micrograph),
         uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
-        warnings=(*fields.notes, *notes),
+        expanded_from=None if source is None else torch.from_numpy(source.view(np.int64)),
+        position=_positions(fields),
+        warnings=(*fields.notes, *notes, *found.notes),
         sign=_sign(fields),
+        folders=found.folders,
+        coordinates=_coordinates(fields),
     )
+
+
+def cs_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
+    """What .cs files hold besides that which a table carries: columns of a STAR file that `write_cs` has kept, with the
+    text of each particle, and the names of other fields.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    own = [_read(path) for path in table.sources]
+    names = [list(data.dtype.names or ()) for data in own]
+    ours = [name for name in names[0] if name.startswith(_STAR) and all(name in other for other in names)]
+    kept = [name for name in ours if name != _GROUP_NAME]
+    places = list(zip(table.source.tolist(), table.row.tolist(), strict=True))
+    columns = {}
+    for name in kept:
+        texts = [[value.decode(errors="replace") for value in data[name].astype("S").tolist()] for data in own]
+        columns[name.removeprefix(_STAR)] = [texts[source][row] for source, row in places]
+    other = dict.fromkeys(name for one in names for name in one if name not in {*_CARRIED, *ours})
+    return columns, list(other)
 
 
 def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
@@ -90,6 +129,16 @@ def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     fields = _Fields(path, ())
     index = fields.integers("blob/idx").tolist()
     return zip(index, (name.lstrip(">") for name in fields.text("blob/path")), strict=True)
+
+
+def _refuse_tomography(fields: _Fields) -> None:
+    volumes = fields.has("blob/shape") and fields.raw("blob/shape").shape[1:] == (3,)
+    field = next((name for name in fields.names if _TOMOGRAPHY.match(name)), None)
+    if volumes or field is not None:
+        raise InputError(
+            f"{fields.path}: {'images of three dimensions (blob/shape)' if volumes else f'a field {field}'}, as "
+            "tomography has it; tilt series and subtomograms are not read, expected single particles"
+        )
 
 
 class _Fields:
@@ -102,8 +151,10 @@ class _Fields:
             raise InputError(f"{path}: holds no particles; expected at least one")
         self._others: list[tuple[Path, Array, Array]] = []
         self.notes: list[str] = []
-        beside = sorted(path.absolute().parent.glob("*passthrough_particles*.cs")) if not passthrough else []
-        for other in passthrough or [p for p in beside if p != path.absolute()]:
+        # A link to the file of a job has its passthrough files beside its target.
+        near = dict.fromkeys((path.absolute().parent, path.resolve().parent)) if not passthrough else {}
+        beside = [p for folder in near for p in sorted(folder.glob("*passthrough_particles*.cs"))]
+        for other in passthrough or [p for p in beside if p not in (path.absolute(), path.resolve())]:
             rows = self._join(other, required=bool(passthrough))
             if rows is not None:
                 self._others.append((other, *rows))
@@ -327,15 +378,29 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
             f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
             "take the .cs file of a refinement"
         )
-    if fields.has(f"{prefix}/psize_A"):
-        spacing = fields.first(f"{prefix}/psize_A")
-    else:
-        spacing = pixel_size
-        fields.notes.append(f"{fields.path}: no {prefix}/psize_A; shifts are taken in pixels of the images")
+    spacing = _spacing(fields, prefix, pixel_size)
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
     rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)
     classes_found = None if number is None else torch.from_numpy(number.astype(np.int64))
     return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix, classes_found
+
+
+def _spacing(fields: _Fields, prefix: str, pixel_size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The pixels in Å that shifts are counted in; those of the images where the file does not say."""
+    name = f"{prefix}/psize_A"
+    spacing = fields.first(name) if fields.has(name) else np.zeros(len(fields))
+    unset = spacing == 0
+    if (spacing < 0).any() or (unset.any() and not unset.all()):
+        row = int(np.flatnonzero(spacing <= 0)[0])
+        raise InputError(
+            f"{fields.path}, row {row + 1}: {name} is {spacing[row]:g}, but shifts are in pixels of this size; "
+            "expected Å above 0, repair the file or leave such particles out"
+        )
+    if not unset.all():
+        return spacing
+    why = "is 0 for all particles" if fields.has(name) else "is missing"
+    fields.notes.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
+    return pixel_size
 
 
 def _optics_groups(
@@ -346,16 +411,31 @@ def _optics_groups(
     microscope = [values.numpy() for values in (optics.voltage, optics.cs, optics.amplitude_contrast)]
     bent = optics.aberrations
     bends = [] if bent is None else [*bent.magnification.reshape(-1, 4).numpy().T, *bent.odd.numpy().T]
-    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, *bends], axis=1)
-    unique, group = np.unique(keys, axis=0, return_inverse=True)
-    groups = tuple(OpticsGroup(f"exp_group_{int(row[0])}", float(row[1]), int(row[2])) for row in unique)
+    original = fields.numbers("location/micrograph_psize_A", default=0.0)
+    keys = np.stack([exposure, pixel_size.round(5), box, *microscope, original, *bends], axis=1)
+    unique, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    names = fields.text(_GROUP_NAME) if fields.has(_GROUP_NAME) else [f"exp_group_{int(number)}" for number in exposure]
+    groups = tuple(
+        OpticsGroup(names[row], float(values[1]), int(values[2]), float(original[row]) if original[row] > 0 else None)
+        for row, values in zip(first.tolist(), unique, strict=True)
+    )
     return group.reshape(-1).astype(np.int64), groups
 
 
+def _coordinates(fields: _Fields) -> Tensor | None:
+    """Where particles lie in their micrographs, in pixels from its first row and column; cryoSPARC has fractions."""
+    if not all(fields.has(f"location/{name}") for name in ("center_x_frac", "center_y_frac", "micrograph_shape")):
+        return None
+    shape = fields.numbers("location/micrograph_shape", 2)  # (y, x)
+    place = [fields.numbers(f"location/center_{axis}_frac") * shape[:, i] for axis, i in (("x", 1), ("y", 0))]
+    return torch.from_numpy(np.stack(place, 1))
+
+
 def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
-    """A name for each different key, in order of appearance, where the file has names."""
+    """A name for each different key, in order of appearance, where the file tells micrographs apart."""
     if not fields.has("location/micrograph_path"):
-        return ()
+        known = fields.has("location/micrograph_uid")
+        return tuple(f"micrograph_{key}" for key in dict.fromkeys(keys)) if known else ()
     name_of: dict[str, str] = {}
     for key, name in zip(keys, fields.text("location/micrograph_path"), strict=True):
         name_of.setdefault(key, name.lstrip(">"))
@@ -366,12 +446,20 @@ def _is_whole(fields: _Fields, name: str) -> bool:
     return fields.has(name) and _identify(fields.raw(name))
 
 
-def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_images: bool = False) -> None:
+def write_cs(
+    path: Path,
+    table: ParticleTable,
+    half: Tensor | None,
+    *,
+    new_images: bool = False,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Particles as a .cs file; of one .cs file with all its fields, else with those that cryoSPARC's refinements use,
     as also with ``new_images``, where the images are others than those of the source.
 
-    Images are named by their full paths. Shifts are in pixels of ``alignments3D/psize_A``, which is the pixel size of
-    the images.
+    Paths of images stay where they lead to the same stacks from ``path`` too, else they are absolute. ``more`` are
+    columns of a STAR file (without "rln") for which cryoSPARC has no field; they are kept as text in fields named
+    rln/... of our own. Shifts are in pixels of ``alignments3D/psize_A``, which is the pixel size of the images.
 
     Raises:
         InputError: the source is no longer readable.
@@ -382,13 +470,39 @@ def write_cs(path: Path, table: ParticleTable, half: Tensor | None, *, new_image
         data = _read(table.sources[0])[table.row.numpy()]
         if half is not None and "alignments3D/split" in (data.dtype.names or ()):
             data["alignments3D/split"] = half.numpy() - 1
+        if "blob/path" in (data.dtype.names or ()):
+            data = _with(data, {"blob/path": _kept_paths(path, table, data["blob/path"])})
+        else:
+            # What came from passthrough files lies elsewhere.
+            whole = _built(table, half, {})
+            own = [name for name in whole.dtype.names or () if name.startswith(("blob/", "ctf/", "location/"))]
+            data = _with(data, {name: whole[name] for name in own if name not in (data.dtype.names or ())})
     else:
-        data = _built(table, half)
+        data = _built(table, half, more or {})
+        for name in data.dtype.names or ():
+            if data.dtype[name].base.kind == "f":
+                require_finite(path, name, data[name])
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, data, allow_pickle=False)
 
 
-def _built(table: ParticleTable, half: Tensor | None) -> Array:
+def _with(data: Array, columns: dict[str, Array]) -> Array:
+    """A table with these columns, in the place of its own ones or after them."""
+    kept = {name: data[name] for name in data.dtype.names or ()} | columns
+    new = np.empty(len(data), np.dtype([(name, values.dtype, values.shape[1:]) for name, values in kept.items()]))
+    for name, values in kept.items():
+        new[name] = values
+    return new
+
+
+def _kept_paths(target: Path, table: ParticleTable, written: Array) -> Array:
+    names = Names(target)
+    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in written.tolist()]
+    kept = [names.kept(text, table.stacks[s]) for text, s in zip(texts, table.stack.tolist(), strict=True)]
+    return np.array([name.encode() for name in kept]) if written.dtype.kind == "S" else np.array(kept)
+
+
+def _built(table: ParticleTable, half: Tensor | None, more: Mapping[str, Sequence[str]]) -> Array:
     optics, bent = table.optics, table.optics.aberrations
     group = table.optics_group
     if optics.treatment is not None and optics.treatment.any():
@@ -398,7 +512,7 @@ def _built(table: ParticleTable, half: Tensor | None) -> Array:
         )
     pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[group]
     box = torch.tensor([own.box or 0 for own in table.groups])[group]
-    stacks = np.array([str(stack.absolute()).encode() for stack in table.stacks])[table.stack.numpy()]
+    stacks = np.array([str(stack).encode() for stack in table.stacks])[table.stack.numpy()]
     columns: dict[str, tuple[str, Any]] = {
         "uid": ("<u8", _uids(stacks, table.image.numpy()) if table.uid is None else table.uid.numpy().view(np.uint64)),
         "blob/path": (stacks.dtype.str, stacks),
@@ -435,6 +549,13 @@ def _built(table: ParticleTable, half: Tensor | None) -> Array:
     if table.micrograph_names:
         names = np.array([name.encode() for name in table.micrograph_names])[table.micrograph.numpy()]
         columns["location/micrograph_path"] = (names.dtype.str, names)
+    original = [own.original_pixel_size for own in table.groups]
+    if all(size is not None for size in original):
+        columns["location/micrograph_psize_A"] = ("<f4", np.array(original, np.float64)[group.numpy()])
+    kept = {"OpticsGroupName": [table.groups[number].name for number in group.tolist()], **more}
+    for name, texts in kept.items():
+        values = np.array([text.encode() for text in texts])
+        columns[_STAR + name] = (values.dtype.str, values)
     arrays = {name: (kind, np.asarray(values)) for name, (kind, values) in columns.items()}
     data = np.zeros(len(table), np.dtype([(n, kind, values.shape[1:]) for n, (kind, values) in arrays.items()]))
     for name, (_, values) in arrays.items():
@@ -443,10 +564,20 @@ def _built(table: ParticleTable, half: Tensor | None) -> Array:
 
 
 def _uids(stacks: Array, index: Array) -> NDArray[np.uint64]:
-    """Numbers that follow from stack and index, different for different images."""
+    """Numbers that follow from stack and index, different for different rows: copies of an image count on from 2³²."""
     names, which = np.unique(stacks, return_inverse=True)
     start = [int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") for name in names.tolist()]
-    return np.array(start, np.uint64)[which.reshape(-1)] + index.astype(np.uint64)
+    uid = np.array(start, np.uint64)[which.reshape(-1)] + index.astype(np.uint64)
+    return uid + (_earlier(uid) << 32).astype(np.uint64)
+
+
+def _earlier(values: Array) -> NDArray[np.int64]:
+    """How many of the earlier values equal each."""
+    order = np.argsort(values, kind="stable")
+    _, first, count = np.unique(values[order], return_index=True, return_counts=True)
+    earlier = np.empty(len(values), np.int64)
+    earlier[order] = np.arange(len(values)) - np.repeat(first, count)
+    return earlier
 
 
 def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bool]:
@@ -460,17 +591,33 @@ def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bo
     return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + odd.abs().max())).any()) or bool(bent.even.any())
 
 
-def _sources(fields: _Fields) -> NDArray[np.int64] | None:
-    """Equal numbers for the copies of one particle in a symmetry-expanded set."""
+def _positions(fields: _Fields) -> Tensor | None:
+    """Where the boxes lie in their micrographs, in Å; None where that is not said, or the same of all.
+
+    y is that of RELION, which counts from the other end, as do the shifts.
+    """
+    names = ("center_x_frac", "center_y_frac", "micrograph_shape", "micrograph_psize_A")
+    named = fields.has("location/micrograph_uid") or fields.has("location/micrograph_path")
+    if not named or not all(fields.has(f"location/{name}") for name in names):
+        return None
+    fraction = np.stack([fields.numbers(f"location/{name}") for name in names[:2]], 1)
+    extent = fields.numbers("location/micrograph_shape", 2)[:, ::-1] * fields.numbers(f"location/{names[3]}")[:, None]
+    fraction[:, 1] = 1 - fraction[:, 1]
+    place = fraction * extent
+    return None if (place == place[0]).all() else torch.from_numpy(np.ascontiguousarray(place))
+
+
+def _sources(fields: _Fields) -> NDArray[np.uint64] | None:
+    """The uid that each particle of a symmetry-expanded set had before, equal for its copies."""
     if not fields.has("sym_expand/src_uid"):
         return None
     uid = fields.raw("sym_expand/src_uid")
     if not _identify(uid):
         raise InputError(f"{fields.path}: sym_expand/src_uid has type {uid.dtype}; expected one integer per particle")
-    return np.unique(uid, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return uid.astype(np.uint64)
 
 
-def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.int64] | None) -> Tensor | None:
+def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.uint64] | None) -> Tensor | None:
     name = f"{prefix}/split"
     if not fields.has(name):
         return None
@@ -481,14 +628,14 @@ def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.int64] | None) -
     if len(np.unique(half)) < 2:
         return None  # never split: a job without half-sets writes 0 everywhere
     if source is not None:
-        first = np.zeros(source.max() + 1, np.int64)
-        first[source[::-1]] = half[::-1]
-        if (first[source] != half).any():
+        _, first, own = np.unique(source, return_index=True, return_inverse=True)
+        of_first = half[first[own.reshape(-1)]]
+        if (of_first != half).any():
             fields.notes.append(
                 f"{fields.path}: copies of one symmetry-expanded particle were in both half-sets; each now goes where "
                 "its first copy was"
             )
-        half = first[source]
+        half = of_first
     return torch.from_numpy(half)
 
 

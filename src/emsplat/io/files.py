@@ -1,11 +1,15 @@
-"""Writing files so that nothing is lost: to a temporary name first, then renamed."""
+"""Writing files so that nothing is lost and everything can be read: complete or not at all, finite, for whom the user
+shares files with."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from emsplat.errors import OutputError
 
@@ -27,3 +31,37 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_finite(path: Path, name: str, values: Any) -> None:
+    """The guard before an array or a tensor on the CPU is written.
+
+    Raises:
+        OutputError: some are infinite or not a number; ``name`` says what they are.
+    """
+    import numpy as np
+
+    finite = np.isfinite(np.asarray(values))
+    if not finite.all():
+        raise OutputError(
+            f"{path}: {(~finite).sum():,} of {finite.size:,} {name} are infinite or undefined; expected numbers, "
+            "nothing was written; did the fit diverge, or does the input hold such values (--skip-bad)?"
+        )
+
+
+def number_text(value: float, form: str = ".6g", undefined: str = "") -> str:
+    """A number as tables have it; where it is infinite or undefined an empty cell, or what stands for one."""
+    return format(value, form) if math.isfinite(value) else undefined
+
+
+def json_text(value: Any) -> str:
+    """JSON that every reader takes: infinite and undefined numbers, for which it has no word, become null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(own) for key, own in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(own) for own in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=2, allow_nan=False)

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
-from emsplat.io.cryosparc import cs_image_keys, read_cs
-from emsplat.io.relion import common_columns, read_star, rewrite_table, star_image_keys, write_table
+from emsplat.io.cryosparc import cs_columns, cs_image_keys, read_cs
+from emsplat.io.relion import (
+    common_columns,
+    further_columns,
+    read_star,
+    rewrite_table,
+    star_image_keys,
+    write_table,
+)
 from emsplat.io.table import ParticleTable
 
 
@@ -23,9 +30,10 @@ def read_particles(
     passthrough: Sequence[Path] = (),
     need_stacks: bool = True,
 ) -> ParticleTable:
-    """Particles of RELION (.star), cryoSPARC (.cs, with ``passthrough``), or cryoDRGN (.mrcs, .mrc or .txt with
-    ``poses`` and ``ctf``). Without ``need_stacks`` image stacks may be missing, except those of cryoDRGN, which alone
-    know how many images there are.
+    """Particles of RELION (.star, .star.gz), of cryoSPARC (.cs, with ``passthrough``), or of cryoDRGN (.mrcs, .mrc or
+    .txt with ``poses`` and ``ctf``).
+
+    Without ``need_stacks`` image stacks may be missing, except cryoDRGN's, which alone know how many images there are.
 
     Raises:
         InputError: another kind of file, options that do not go with it, or what its reader refuses.
@@ -36,6 +44,8 @@ def read_particles(
         raise InputError(f"{path}: --poses and --ctf go with an image stack (.mrcs, .txt); leave them out")
     if passthrough and kind != ".cs":
         raise InputError(f"{path}: --passthrough goes with a cryoSPARC .cs file; leave it out")
+    if kind == ".gz" and path.with_suffix("").suffix.lower() != ".star":
+        raise InputError(f"{path}: is compressed; unpack it first: gunzip {path.name}")
     if kind == ".cs":
         return read_cs(path, datadir, passthrough, need_stacks=need_stacks)
     if kind in (".mrcs", ".mrc", ".txt"):
@@ -61,10 +71,24 @@ def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_i
     """
     stars = all(is_star(path) for path in table.sources)
     if len(table.sources) > 1 or not stars:
-        more = common_columns(table) if stars else {}
+        more = common_columns(table) if stars else columns_kept(table)[0]
         write_table(target, table, half, target.parent if new_images else None, more)
     else:
         rewrite_table(table, target, half, new_images=new_images)
+
+
+def columns_kept(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
+    """Columns of STAR files (without "rln") beyond what a table carries, with the text of each particle, and the names
+    of what cannot be kept so: columns of optics groups, fields of .cs files.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    if all(is_star(path) for path in table.sources):
+        return further_columns(table)
+    if all(path.suffix.lower() == ".cs" for path in table.sources):
+        return cs_columns(table)
+    return {}, []
 
 
 def image_keys(path: Path) -> Iterator[tuple[int, str]]:

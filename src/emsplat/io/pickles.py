@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emsplat.errors import InputError
-from emsplat.io.files import replacing
+from emsplat.io.files import replacing, require_finite
 
 _VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -38,6 +38,8 @@ def write_arrays(path: Path, arrays: NDArray[Any] | tuple[NDArray[Any], ...]) ->
     Raises:
         OutputError: it cannot be written.
     """
+    for array in arrays if isinstance(arrays, tuple) else (arrays,):
+        require_finite(path, "numbers", array)
     # Protocol 2 names numpy's function once, before any data; under its old name every numpy finds it.
     data = pickle.dumps(arrays, protocol=2).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
     with replacing(path) as temporary:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.geometry import quaternion_to_matrix
-from emsplat.io.files import replacing
+from emsplat.io.files import replacing, require_finite
 from emsplat.types import Gaussians, Grid
 
 _NAMES = (
@@ -60,8 +60,10 @@ def write_ply(
         *(f"property float {name}" for name in _NAMES),
         "end_header",
     ]
+    rows = columns.detach().float()
+    require_finite(path, "numbers of the Gaussians", rows)
     with replacing(path) as temporary:
-        temporary.write_bytes("\n".join(header).encode() + b"\n" + columns.detach().numpy().astype("<f4").tobytes())
+        temporary.write_bytes("\n".join(header).encode() + b"\n" + rows.numpy().astype("<f4").tobytes())
 
 
 def read_ply(path: Path) -> tuple[Gaussians, Grid | None]:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from emsplat.errors import InputError, OutputError
 from emsplat.io.atoms import Atoms, read_atoms, reading, scattering
-from emsplat.io.files import replacing
+from emsplat.io.files import replacing, require_finite
 from emsplat.types import Gaussians, Grid
 
 Array = NDArray[np.float64]
@@ -67,6 +67,8 @@ def write_pseudoatoms(path: Path, gaussians: Gaussians, grid: Grid, program: str
     position = gaussians.mean.detach().double().numpy() + _origin(grid)
     covariance = gaussians.covariance.detach().double().numpy()
     amplitude = gaussians.amplitude.detach().double().numpy()
+    for name, values in (("coordinates", position), ("covariances", covariance), ("amplitudes", amplitude)):
+        require_finite(path, name, values)
     unit = float(np.abs(amplitude).max(initial=0)) or 1.0
     warnings: list[str] = []
     if suffix_of(path) in MMCIF:

@@ -1,13 +1,8 @@
-"""RELION's STAR files, 3.0 and 3.1 or newer, in and out.
-
-gemmi parses them: its reader is strict (a row that is short is an error, not a shifted table) and keeps every value as
-the text that the file holds, so that a rewritten file changes nothing that it does not mean to.
-"""
+"""RELION's STAR files, 3.0 and 3.1 or newer, in and out: what the tables of `star` mean."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gemmi import cif
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,23 +18,35 @@ from emsplat import __version__
 from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
 from emsplat.geometry import euler_to_matrix, matrix_to_euler
-from emsplat.io.files import replacing
-from emsplat.io.paths import find_stacks, group_equal, relative_to
-from emsplat.io.table import OpticsGroup, ParticleTable, refuse_impossible
+from emsplat.io.files import number_text, require_finite
+from emsplat.io.mrc import count_sections
+from emsplat.io.paths import Names, Stacks, find_stacks, group_equal
+from emsplat.io.star import StarFile, Table, Words, pairs, read_star_file, write_star_file
+from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
 
-_PIXEL_SIZES = (
-    "ImagePixelSize",
-    "MicrographPixelSize",
-    "MicrographOriginalPixelSize",
-    "TomoTiltSeriesPixelSize",
-)
+_PIXEL_SIZES = ("ImagePixelSize", "MicrographPixelSize", "MicrographOriginalPixelSize")
+# Where a column is in neither table, RELION takes a value of its own, and so is done here, with a word.
+_ASSUMED = {
+    "AmplitudeContrast": "0 is used, as RELION does; 0.07 to 0.1 is usual, add the column",
+    "DefocusV": "rlnDefocusU is used in its place: no astigmatism",
+}
 _CORRECTED = "CtfDataAreCtfCorrected"
 _TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
 _MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
+# What a `ParticleTable` carries from one format to another.
+_CARRIED = {
+    *("ImageName", "MicrographName", "OpticsGroup", "OpticsGroupName", "ClassNumber", "RandomSubset"),
+    *("Voltage", "SphericalAberration", "AmplitudeContrast", "PhaseShift", "CtfBfactor", "CtfScalefactor"),
+    *("DefocusU", "DefocusV", "DefocusAngle", "AngleRot", "AngleTilt", "AnglePsi"),
+    *("OriginX", "OriginY", "OriginXAngst", "OriginYAngst", "Magnification", "DetectorPixelSize", "ImageSize"),
+    *("BeamTiltX", "BeamTiltY", "OddZernike", "EvenZernike", *_MAGNIFICATION, *_TREATMENTS, _CORRECTED),
+    *("ImagePixelSize", "MicrographOriginalPixelSize", "ImageDimensionality"),
+}
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
 _INDEX_DIGITS = 9
 _LARGEST_TILT = 100.0  # mrad
+_TOMOGRAPHY = ("CoordinateZ", "CenteredCoordinateZAngst", "CtfImage")  # and all that begin with Tomo
 _ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 
 
@@ -48,44 +54,46 @@ _ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 class _Block:
     """One table of a STAR file; columns are named without their ``_rln``."""
 
-    path: Path
-    name: str
-    block: cif.Block
+    table: Table
+
+    @property
+    def path(self) -> Path:
+        return self.table.path
+
+    @property
+    def name(self) -> str:
+        return self.table.name
 
     def has(self, column: str) -> bool:
-        return bool(self._find(column))
+        return self.table.has(f"_rln{column}")
 
-    def _find(self, column: str) -> cif.Column:
-        return self.block.find_values(f"_rln{column}")
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns, without their ``_rln``."""
+        return [tag.removeprefix("_rln") for tag in self.table.tags if tag.startswith("_rln")]
 
-    def text(self, column: str) -> list[str]:
+    def _needs(self, column: str) -> str:
+        """The name of a column in the file, which has it and rows."""
         if not self.has(column):
             raise InputError(f"{self.path}: the table data_{self.name} has no column rln{column}; {_remedy(column)}")
-        values = self._find(column)
-        rows = len(self._find("OpticsGroup" if self.name == "optics" else "ImageName"))
-        if not rows:
+        if not len(self.table):
             raise InputError(f"{self.path}: the table data_{self.name} has no rows; expected at least one")
-        if len(values) != rows:
-            raise InputError(
-                f"{self.path}: the table data_{self.name} has {rows} rows and {len(values)} values of rln{column}; "
-                "write all its columns in one loop_"
-            )
-        return [cif.as_string(value) for value in values]
+        return f"_rln{column}"
+
+    def text(self, column: str) -> list[str]:
+        return self.table.text(self._needs(column))
 
     def numbers(self, column: str) -> NDArray[np.float64]:
         """A numeric column; every value is finite."""
-        texts = self.text(column)
-        try:
-            if "_" in "".join(texts):  # Python reads 1_000 as a number
-                raise ValueError
-            values = np.array(texts, dtype=np.float64)
-        except ValueError:
-            values = np.array([_number(text) for text in texts])
+        tag = self._needs(column)
+        values = self.table.numbers(tag)
         bad = np.flatnonzero(~(np.abs(values) <= _LARGEST))
         if len(bad):
+            text = self.table.word(tag, int(bad[0]))
+            expected = "decimal points, not commas" if "," in text and not text.startswith("[") else "a finite number"
             raise InputError(
-                f'{self.path}, row {bad[0] + 1} of data_{self.name}: rln{column} is "{texts[bad[0]]}"'
-                f"{_more(len(bad))}; expected a finite number, repair the file or leave the row out"
+                f'{self.path}, row {bad[0] + 1} of data_{self.name}: rln{column} is "{text}"{_more(len(bad))}; '
+                f"expected {expected}, repair the file or leave the row out"
             )
         return values
 
@@ -116,51 +124,37 @@ def _remedy(column: str) -> str:
         return "emsplat needs particles with known orientations, take the STAR file of a refinement"
     if column.startswith(("Defocus", "Voltage", "Spherical")):
         return "emsplat needs CTF parameters, take the STAR file of a job that came after CTF estimation"
+    if column in ("DetectorPixelSize", "Magnification"):
+        return "without data_optics the pixel size follows from these two, or from rlnImagePixelSize; add one"
     return "take the STAR file of a refinement"
 
 
-def _document(path: Path) -> cif.Document:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a RELION STAR file of particles")
-    try:
-        return cif.read_file(str(path)) if _is_ascii(path) else cif.read_string(_quoted(path.read_bytes().decode()))
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {line}: byte {error.object[error.start]:#x} is no UTF-8 text; expected names in ASCII or "
-            "UTF-8, save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a RELION STAR file") from error
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a well-formed STAR file ({error}); write it again") from error
-
-
-def _is_ascii(path: Path) -> bool:
-    with path.open("rb") as file:
-        return all(part.isascii() for part in iter(lambda: file.read(2**20), b""))
-
-
-# Text fields, quoted text, comments, and bare words, which alone are captured.
-_WORDS = re.compile(
-    r"""^;.*?^;|(?<!\S)'[^\n]*?'(?!\S)|(?<!\S)"[^\n]*?"(?!\S)|(?<!\S)\#[^\n]*|(?<!\S)([^\s'"\#;]\S*)""",
-    re.ASCII | re.DOTALL | re.MULTILINE,
-)
-
-
-def _quoted(text: str) -> str:
-    """The same STAR file with quotes around words that are not ASCII: RELION takes them bare, CIF does not."""
-    return _WORDS.sub(lambda m: f'"{m[1]}"' if m[1] and not m[1].isascii() else m[0], text)
-
-
-def _tables(path: Path, document: cif.Document) -> tuple[_Block, _Block | None]:
+def _tables(file: StarFile) -> tuple[_Block, _Block | None]:
     """The particles and, from RELION 3.1 on, the optics groups."""
-    blocks = [_Block(path, block.name.strip(), block) for block in document]
-    optics = next((block for block in blocks if block.name == "optics"), None)
-    particles = next((block for block in blocks if block is not optics and block.has("ImageName")), None)
-    if particles is None:
-        raise InputError(f"{path}: no table has a column rlnImageName; expected a STAR file of particles")
-    return particles, optics
+    optics = file.table("optics")
+    found = [table for table in file.tables("_rlnImageName") if table.has("_rlnImageName") and table.name != "optics"]
+    _refuse_tomography([*(found or file.tables("_rln")), *([] if optics is None else [optics])])
+    if not found:
+        raise InputError(f"{file.path}: no table has a column rlnImageName; expected a STAR file of particles")
+    if len(found) > 1:
+        names = " and ".join(f"data_{table.name}" for table in found[:2])
+        raise InputError(
+            f"{file.path}: {names} both have a column rlnImageName; expected one table of particles, give files one by "
+            "one with --merge"
+        )
+    return _Block(found[0]), None if optics is None else _Block(optics)
+
+
+def _refuse_tomography(tables: Sequence[Table]) -> None:
+    for block in map(_Block, tables):
+        found = next((name for name in block.columns if name in _TOMOGRAPHY or name.startswith("Tomo")), None)
+        if block.has("ImageDimensionality") and (block.table.numbers("_rlnImageDimensionality") == 3).any():
+            found = "ImageDimensionality 3"
+        if found is not None:
+            raise InputError(
+                f"{block.path}: data_{block.name} has rln{found}, as tomography has it; tilt series and subtomograms "
+                "are not read, expected single particles: one image and one orientation in each row"
+            )
 
 
 def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
@@ -169,7 +163,7 @@ def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
     Raises:
         InputError: unreadable file, missing column, a value that is no finite number.
     """
-    particles, _ = _tables(path, _document(path))
+    particles, _ = _tables(read_star_file(path))
     angles = [torch.from_numpy(particles.numbers(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")]
     return euler_to_matrix(torch.deg2rad(torch.stack(angles, 1)))
 
@@ -177,16 +171,27 @@ def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
 def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = True) -> ParticleTable:
     """Particles of a STAR file in house units; angles, CTF and origins as in docs/conventions.md.
 
-    A CTF value is taken from the particle table first, from the optics table second. Stacks are looked for as written,
-    in the folder of the STAR file and its parents, and below ``datadir``; without ``need_stacks`` they may be missing.
+    A CTF value is taken from the particle table first, from the optics table second; what is assumed where both lack it
+    is said in ``warnings`` (docs/conventions.md, 12). Stacks are found by the rule of `emsplat.io.paths`; without
+    ``need_stacks`` they may be missing.
 
     Raises:
         InputError: unreadable file, missing column or stack, a value that is no finite number, an optics group that
-            is not in the optics table, images that were corrected for their CTF.
+            is not in the optics table or not named where there are several, astigmatism without an angle, an origin of
+            one axis alone, images that were corrected for their CTF, an image name that does not say which image of a
+            stack, tilt series and subtomograms.
     """
-    particles, optics = _tables(path, _document(path))
+    particles, optics = _tables(read_star_file(path))
     row_of_group, groups, group = _optics_groups(particles, optics)
     count = len(group)
+    present = {name for name in _ASSUMED if particles.has(name) or (optics is not None and optics.has(name))}
+    notes = [*particles.table.notes, *(optics.table.notes if optics is not None else ()), *_pixel_size_note(optics)]
+    if not particles.has("MicrographName") and not particles.has("RandomSubset"):
+        notes.append(
+            f"{path}: no columns rlnRandomSubset and rlnMicrographName; half-sets are drawn per stack, or particle by "
+            "particle where there is one stack"
+        )
+    notes += [f"{path}: no column rln{name}; {what}" for name, what in _ASSUMED.items() if name not in present]
 
     def of_group(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return values[row_of_group][group]
@@ -220,6 +225,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         scale=column("CtfScalefactor", 1.0),
         treatment=_treatment(column),
     )
+    _refuse_half_told(path, particles, optics, ctf_values)
     refuse_impossible(path, ctf_values, ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"))
     zernikes = {
         kind: _zernikes(optics, f"{kind}Zernike")[row_of_group][group]
@@ -229,30 +235,57 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
     ctf_values = replace(ctf_values, aberrations=_aberrations(path, column, zernikes, ctf_values))
     pixel_size = np.array([g.pixel_size for g in groups])[group]
     angles = torch.stack([torch.deg2rad(column(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")], 1)
-    shift = [
-        column(f"Origin{axis}Angst")
-        if particles.has(f"Origin{axis}Angst")
-        else column(f"Origin{axis}", 0.0) * torch.from_numpy(pixel_size)
-        for axis in "XY"
-    ]
-    stacks, stack, image = _images(particles, path, datadir, need_stacks)
+    shift, shift_notes = _origins(particles, optics, pixel_size)
+    found, image = _images(particles, path, datadir, need_stacks)
     micrographs = particles.text("MicrographName") if particles.has("MicrographName") else []
     return ParticleTable(
         sources=(path,),
         source=torch.zeros(count, dtype=torch.int64),
         row=torch.arange(count),
-        poses=Poses(euler_to_matrix(angles), torch.stack(shift, 1)),
+        poses=Poses(euler_to_matrix(angles), shift),
         optics=ctf_values,
         groups=groups,
         optics_group=torch.from_numpy(group),
         half=_half_sets(particles),
-        micrograph=group_equal(micrographs) if micrographs else stack,
-        stacks=stacks,
-        stack=stack,
+        micrograph=group_equal(micrographs) if micrographs else found.stack,
+        stacks=found.paths,
+        stack=found.stack,
         image=image,
         particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
         micrograph_names=tuple(dict.fromkeys(micrographs)),
+        position=_positions(particles, optics, pixel_size, row_of_group[group]),
+        warnings=(*notes, *shift_notes, *doubts(path, ctf_values), *found.notes),
+        folders=found.folders,
     )
+
+
+def _refuse_half_told(path: Path, particles: _Block, optics: _Block | None, values: Optics) -> None:
+    """Refuses astigmatism without its angle: no rule would give it."""
+    told = particles.has("DefocusAngle") or (optics is not None and optics.has("DefocusAngle"))
+    astigmatism = (values.defocus_u - values.defocus_v).abs()
+    if not told and bool((astigmatism > 0).any()):
+        raise InputError(
+            f"{path}: no column rlnDefocusAngle, but rlnDefocusU and rlnDefocusV differ by up to "
+            f"{float(astigmatism.max()):.5g} Å; add the angle, or make both the same if there is no astigmatism"
+        )
+
+
+def _origins(particles: _Block, optics: _Block | None, pixel_size: NDArray[np.float64]) -> tuple[Tensor, list[str]]:
+    """Origins (x, y) in Å, from those in Å or else from those in pixels of the images, and what is assumed."""
+    unit = next((unit for unit in ("Angst", "") if any(particles.has(f"Origin{axis}{unit}") for axis in "XY")), None)
+    if unit is None:
+        note = (
+            f"{particles.path}: no columns rlnOriginXAngst and rlnOriginYAngst; the particles are taken to be centred"
+        )
+        return torch.zeros(len(pixel_size), 2, dtype=torch.float64), [note]
+    shift = np.stack([particles.numbers(f"Origin{axis}{unit}") for axis in "XY"], 1)
+    if unit == "Angst":
+        return torch.from_numpy(shift), []
+    note = (
+        f"{particles.path}: rlnOriginX and rlnOriginY are taken in pixels of the images, up to "
+        f"{pixel_size.max():.5g} Å, as RELION 3.0 has them beside no optics table; newer ones write rlnOriginXAngst"
+    )
+    return torch.from_numpy(shift * pixel_size[:, None]), [] if optics is None else [note]
 
 
 def _optics_groups(
@@ -266,6 +299,11 @@ def _optics_groups(
     numbers = optics.integers("OpticsGroup")
     if len(np.unique(numbers)) != len(numbers):
         raise InputError(f"{particles.path}: data_optics names an rlnOpticsGroup twice; number the groups 1, 2, ...")
+    if len(numbers) > 1 and not particles.has("OpticsGroup"):
+        raise InputError(
+            f"{particles.path}: data_{particles.name} has no column rlnOpticsGroup, but data_optics has {len(numbers)} "
+            "groups, between which nothing decides; add the column, or leave one group in data_optics"
+        )
     asked = particles.integers("OpticsGroup") if particles.has("OpticsGroup") else np.full(count, numbers[0])
     unknown = np.flatnonzero(~np.isin(asked, numbers))
     if len(unknown):
@@ -281,9 +319,22 @@ def _optics_groups(
     boxes = optics.integers("ImageSize").tolist() if optics.has("ImageSize") else [None] * len(numbers)
     if not pixel_sizes.min() > 0:
         raise InputError(f"{particles.path}: rln{source} in data_optics is {pixel_sizes.min():g}; expected Å above 0")
-    groups = tuple(OpticsGroup(*values) for values in zip(names, pixel_sizes.tolist(), boxes, strict=True))
+    column = "MicrographOriginalPixelSize"
+    original = optics.numbers(column).tolist() if optics.has(column) else [None] * len(numbers)
+    groups = tuple(OpticsGroup(*values) for values in zip(names, pixel_sizes.tolist(), boxes, original, strict=True))
     order = np.argsort(numbers)
     return np.arange(len(numbers)), groups, order[np.searchsorted(numbers, asked, sorter=order)]
+
+
+def _pixel_size_note(optics: _Block | None) -> list[str]:
+    source = None if optics is None else next((name for name in _PIXEL_SIZES if optics.has(name)), None)
+    if optics is None or source in (None, _PIXEL_SIZES[0]):
+        return []
+    sizes = " and ".join(f"{size:.5g}" for size in np.unique(optics.numbers(str(source)))[:3])
+    return [
+        f"{optics.path}: data_optics has no rlnImagePixelSize; the pixel size of the images is taken from rln{source}, "
+        f"{sizes} Å, which is right only if they were not binned; add rlnImagePixelSize"
+    ]
 
 
 def _old_pixel_size(particles: _Block) -> float:
@@ -304,6 +355,23 @@ def _old_pixel_size(particles: _Block) -> float:
             "select the particles of one microscope setting"
         )
     return float(sizes[0])
+
+
+def _positions(
+    particles: _Block, optics: _Block | None, pixel_size: NDArray[np.float64], row: NDArray[np.int64]
+) -> Tensor | None:
+    """Where the boxes lie in their micrographs, in Å; None where that is not said, or is the same of all.
+
+    rlnCoordinateX and Y are in pixels of the micrograph, whose size the optics table tells.
+    """
+    if not all(particles.has(name) for name in ("MicrographName", "CoordinateX", "CoordinateY")):
+        return None
+    for name in ("MicrographPixelSize", "MicrographOriginalPixelSize"):
+        if optics is not None and optics.has(name):
+            pixel_size = optics.numbers(name)[row]
+            break
+    pixels = np.stack([particles.numbers(f"Coordinate{axis}") for axis in "XY"], 1)
+    return None if (pixels == pixels[0]).all() else torch.from_numpy(pixels * pixel_size[:, None])
 
 
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
@@ -366,30 +434,46 @@ def _half_sets(particles: _Block) -> Tensor | None:
     return torch.from_numpy(half)
 
 
-def _images(
-    particles: _Block, path: Path, datadir: Path | None, need_stacks: bool
-) -> tuple[tuple[Path, ...], Tensor, Tensor]:
-    """Stacks, and the stack and 0-based index of each image."""
+def _images(particles: _Block, path: Path, datadir: Path | None, need_stacks: bool) -> tuple[Stacks, Tensor]:
+    """Stacks, and the 0-based index of each image in its own."""
     index, files = _image_names(particles)
-    return find_stacks(files, path, datadir, required=need_stacks), group_equal(files), torch.from_numpy(index)
+    found = find_stacks(files, path, datadir, required=need_stacks)
+    bare = np.flatnonzero(index < 0)
+    sections: dict[int, int] = {}
+    for row, number in zip(bare.tolist(), found.stack[bare].tolist(), strict=True):
+        if number not in sections:
+            sections[number] = _sections(found.paths[number])
+        if sections[number] > 1:
+            raise InputError(
+                f'{path}, row {row + 1} of data_{particles.name}: rlnImageName is "{files[row]}", and '
+                f"{found.paths[number]} has {sections[number]} sections; expected index@stack.mrcs with an index from 1"
+            )
+    return found, torch.from_numpy(index.clip(min=0))
+
+
+def _sections(path: Path) -> int:
+    """Sections of an MRC file; 1 for one that is missing or that its own reader will refuse."""
+    try:
+        return count_sections(path)
+    except InputError:
+        return 1
 
 
 def _image_names(particles: _Block) -> tuple[NDArray[np.int64], list[str]]:
-    """0-based index and stack of each image, from index@stack."""
+    """0-based index and stack of each image, from index@stack; the index is -1 where the name has none."""
     names = particles.text("ImageName")
     index = np.zeros(len(names), np.int64)
     files = []
     for row, name in enumerate(names):
-        number, at, file = name.partition("@")
-        if not at:
-            number, file = "1", name
+        number, at, file = name.partition("@") if "@" in name else ("", "", name)
         digits = number.lstrip("0")
-        if not number.isdecimal() or not file or not 1 <= len(digits) <= _INDEX_DIGITS:
+        whole = number.isascii() and number.isdecimal() and 1 <= len(digits) <= _INDEX_DIGITS
+        if (at and not whole) or not file.strip(" >/."):
             raise InputError(
                 f'{particles.path}, row {row + 1} of data_{particles.name}: rlnImageName is "{name}"; expected '
                 "index@stack.mrcs with an index from 1"
             )
-        index[row] = int(digits) - 1
+        index[row] = int(digits) - 1 if at else -1
         files.append(file)
     return index, files
 
@@ -400,9 +484,9 @@ def star_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         InputError: unreadable file, no images.
     """
-    particles, _ = _tables(path, _document(path))
+    particles, _ = _tables(read_star_file(path))
     index, files = _image_names(particles)
-    return zip(index.tolist(), files, strict=True)
+    return zip(index.clip(min=0).tolist(), files, strict=True)
 
 
 def rewrite_star(
@@ -422,68 +506,55 @@ def rewrite_star(
         InputError: the source is no longer readable.
         OutputError: the target cannot be written.
     """
-    _rewrite(_document(source), source, target, rows, half, columns or {}, optics or {})
+    _rewrite(read_star_file(source), target, rows, half, columns or {}, optics or {})
 
 
 def _rewrite(
-    document: cif.Document,
-    source: Path,
+    file: StarFile,
     target: Path,
     rows: Tensor,
     half: Tensor | None,
     columns: Mapping[str, Sequence[str]],
     optics: Mapping[str, Sequence[str]],
 ) -> None:
-    particles, table = _tables(source, document)
-    loop = particles.block.find_loop("_rlnImageName").get_loop()
-    if loop is not None:  # a single particle may be written as pairs of name and value
-        tags = list(loop.tags)
-        kept = [[column[row] for row in rows.tolist()] for column in map(list, map(particles.block.find_values, tags))]
-        particles.block.init_loop("", tags).set_all_values(kept)
+    particles, table = _tables(file)
     halves = {} if half is None else {"RandomSubset": [str(value) for value in half.tolist()]}
-    _replace_columns(particles.block, "_rlnImageName", {**columns, **halves})
-    if table is not None:
-        _replace_columns(table.block, "_rlnOpticsGroup", optics)
-    elif optics:
-        particles.block.name = "particles"
-        block = document.add_new_block("optics", 0)
-        block.init_loop("", [f"_rln{name}" for name in optics]).set_all_values(list(map(list, optics.values())))
-    _write(document, target)
+    kept = particles.table.take(rows.numpy())
+    name = particles.name if table is not None or not optics else "particles"
+    written: dict[str, tuple[str, Mapping[str, Sequence[str] | Words]]] = {
+        particles.name: (name, _with_columns(kept, {**columns, **halves}))
+    }
+    if table is not None and optics:
+        written["optics"] = "optics", _with_columns(table.table, optics)
+    blocks = [written.get(block, file.content[start:stop]) for block, start, stop in file.blocks]
+    if table is None and optics:
+        blocks.insert(0, ("optics", _named(optics)))
+    write_star_file(target, blocks)
 
 
-def _replace_columns(block: cif.Block, anchor: str, columns: Mapping[str, Sequence[str]]) -> None:
-    """Puts columns (without "rln") into the table that has the anchor, in the place of those that it has or at its
-    end."""
-    loop = block.find_loop(anchor).get_loop()
-    if loop is None:
-        for name, texts in columns.items():
-            block.set_pair(f"_rln{name}", cif.quote(texts[0]))
-        return
-    tags = list(loop.tags)
-    kept = [list(block.find_values(tag)) for tag in tags]
-    for name, texts in columns.items():
-        tag, quoted = f"_rln{name}", [cif.quote(text) for text in texts]
-        if tag in tags:
-            kept[tags.index(tag)] = quoted
-        else:
-            tags.append(tag)
-            kept.append(quoted)
-    block.init_loop("", tags).set_all_values(kept)
+def _with_columns(table: Table, columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str] | Words]:
+    """The columns of a table with some (without "rln") in the place of those that it has, or at its end."""
+    return {**{tag: table.words(tag) for tag in table.tags}, **_named(columns)}
+
+
+def _named(columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str] | Words]:
+    return {f"_rln{name}": texts for name, texts in columns.items()}
 
 
 def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool) -> None:
     """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
 
-    What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. With
-    ``new_images``, which lie beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
+    What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. Image names stay
+    where they lead to the same stacks from ``target`` too, else they become absolute. With ``new_images``, which lie
+    beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
 
     Raises:
         InputError: the source is no longer readable.
         OutputError: the target cannot be written.
     """
     source = table.sources[0]
-    document = _document(source)
-    particles, optics = _tables(source, document)
+    file = read_star_file(source)
+    particles, optics = _tables(file)
     columns: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
     if table.mirrored:
@@ -496,10 +567,13 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
         groups = {name: [row[name] for row in rows] for name in rows[0]}
     else:
         groups = _missing_optics(table, optics)
-    if new_images:
-        files = [str(relative_to(stack, target.parent)) for stack in table.stacks]
-        pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
-        columns["ImageName"] = [f"{image + 1:06d}@{files[stack]}" for image, stack in pairs]
+    if not new_images:
+        texts = particles.text("ImageName")
+        written = [texts[row] for row in table.row.tolist()]
+        kept = _kept_names(target, table, written)
+        columns |= {"ImageName": kept} if kept != written else {}
+    else:
+        columns["ImageName"] = _new_names(target, table, target.parent)
         columns |= _flags_of_flipped(particles, table.row)
         pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[table.optics_group]
         if particles.has("Magnification"):
@@ -513,9 +587,28 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
             groups["ImageSize"] = [str(own.box) for own in table.groups]
             groups |= _flags_of_flipped(optics)
     if new_images or optics is None:
+        require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
             columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
-    _rewrite(document, source, target, table.row, half, columns, groups)
+    _rewrite(file, target, table.row, half, columns, groups)
+
+
+def _kept_names(target: Path, table: ParticleTable, written: Sequence[str]) -> list[str]:
+    """Image names as they were written, with other paths where these do not lead to the stacks from ``target``."""
+    names = Names(target)
+    kept = []
+    for name, image, stack in zip(written, table.image.tolist(), table.stack.tolist(), strict=True):
+        file = name.partition("@")[2] or name
+        place = names.kept(file, table.stacks[stack])
+        kept.append(name if place == file else f"{image + 1:06d}@{place}")
+    return kept
+
+
+def _new_names(target: Path, table: ParticleTable, folder: Path | None) -> list[str]:
+    """Image names by absolute paths, or from ``folder`` where that is given."""
+    names = Names(target)
+    files = [str(stack) if folder is None else names.below(folder, stack) for stack in table.stacks]
+    return [f"{image + 1:06d}@{files[s]}" for image, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
 
 
 def _missing_optics(table: ParticleTable, optics: _Block) -> dict[str, list[str]]:
@@ -532,13 +625,6 @@ def _missing_optics(table: ParticleTable, optics: _Block) -> dict[str, list[str]
     if all(own.box is not None for own in table.groups):
         values["ImageSize"] = [str(own.box) for own in table.groups]
     return {name: texts for name, texts in values.items() if not optics.has(name)}
-
-
-def _write(document: cif.Document, target: Path) -> None:
-    with replacing(target) as temporary:
-        options = cif.WriteOptions()
-        options.align_loops = 0
-        document.write_file(str(temporary), options)
 
 
 def _flags_of_flipped(block: _Block, rows: Tensor | None = None) -> dict[str, list[str]]:
@@ -561,7 +647,7 @@ def write_particles_star(
     half: Tensor | None,
 ) -> None:
     """A RELION 3.1 STAR file of particles of one pixel size and box."""
-    groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size),)
+    groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size, grid.pixel_size),)
     group = torch.zeros(len(image_names), dtype=torch.int64)
     _write_particles(path, image_names, micrographs, poses, optics, groups, group, half, None, {})
 
@@ -572,15 +658,27 @@ def common_columns(table: ParticleTable) -> dict[str, list[str]]:
     Raises:
         InputError: a source is no longer readable.
     """
-    blocks = [_tables(path, _document(path))[0] for path in table.sources]
-    loops = [block.block.find_loop("_rlnImageName").get_loop() for block in blocks]
-    shared = [tag for tag in loops[0].tags if all(tag in loop.tags for loop in loops)] if all(loops) else []
+    tables = [_tables(read_star_file(path))[0].table for path in table.sources]
+    shared = [tag for tag in tables[0].tags if all(tag in other.tags for other in tables)]
     places = list(zip(table.source.tolist(), table.row.tolist(), strict=True))
     columns = {}
     for tag in (tag for tag in shared if tag.startswith("_rln")):
-        texts = [[cif.as_string(text) for text in block.block.find_values(tag)] for block in blocks]
+        texts = [one.text(tag) for one in tables]
         columns[tag.removeprefix("_rln")] = [texts[source][row] for source, row in places]
     return columns
+
+
+def further_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
+    """What STAR files hold besides that which a table carries: columns that they share, as in `common_columns`, and the
+    names of those of the optics groups.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    columns = {name: texts for name, texts in common_columns(table).items() if name not in _CARRIED}
+    optics = [_tables(read_star_file(path))[1] for path in table.sources]
+    tags = dict.fromkeys(tag.removeprefix("_rln") for block in optics if block is not None for tag in block.table.tags)
+    return columns, [name for name in tags if name not in _CARRIED]
 
 
 def write_table(
@@ -590,20 +688,22 @@ def write_table(
     folder: Path | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """A table from any format as a RELION 3.1 STAR file; images under their full paths, or relative to ``folder``.
+    """A table from any format as a RELION 3.1 STAR file; images under their full paths, or under paths from ``folder``.
 
-    ``more`` are further columns (without "rln"); those that the table itself has go before them.
+    ``more`` are further columns (without "rln"); those that the table itself has go before them. Where image names are
+    among them, these stay if they lead to the same stacks from ``path``.
 
     Particles of one optics group that differ in voltage, Cs, amplitude contrast or aberrations become several groups.
 
     Raises:
         OutputError: it cannot be written.
     """
-    places = [str(stack.absolute() if folder is None else relative_to(stack, folder)) for stack in table.stacks]
-    pairs = zip(table.image.tolist(), table.stack.tolist(), strict=True)
-    names = [f"{image + 1:06d}@{places[stack]}" for image, stack in pairs]
+    written = None if more is None or folder is not None else more.get("ImageName")
+    names = _new_names(path, table, folder) if written is None else _kept_names(path, table, written)
     named = table.micrograph_names
-    micrographs = [named[n] if named else f"micrograph{n + 1}" for n in table.micrograph.tolist()]
+    micrographs = [named[n] for n in table.micrograph.tolist()] if named else None
+    places_of = {} if table.coordinates is None else dict(zip("XY", table.coordinates.T.tolist(), strict=True))
+    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | dict(more or {})
     _write_particles(
         path,
         names,
@@ -614,14 +714,14 @@ def write_table(
         table.optics_group,
         half,
         table.particle_class,
-        more or {},
+        more,
     )
 
 
 def _write_particles(
     path: Path,
     image_names: Sequence[str],
-    micrographs: Sequence[str],
+    micrographs: Sequence[str] | None,
     poses: Poses,
     optics: Optics,
     groups: Sequence[OpticsGroup],
@@ -630,13 +730,8 @@ def _write_particles(
     particle_class: Tensor | None,
     more: Mapping[str, Sequence[str]],
 ) -> None:
-    document = cif.Document()
     recorded, tables = _recorded_alike(optics, groups, group)
     columns_of = [name for name in tables[0] if all(name in table for table in tables)]
-    block = document.add_new_block("optics")
-    block.init_loop("", [f"_rln{name}" for name in columns_of]).set_all_values(
-        [[table[name] for table in tables] for name in columns_of]
-    )
     angles = torch.rad2deg(matrix_to_euler(poses.rotation)).unbind(1)
     numeric = {
         "DefocusU": optics.defocus_u,
@@ -651,9 +746,11 @@ def _write_particles(
         "OriginXAngst": poses.shift[:, 0],
         "OriginYAngst": poses.shift[:, 1],
     }
+    for name, values in numeric.items():
+        require_finite(path, f"values of rln{name}", values)
     columns: dict[str, list[str]] = {
-        "ImageName": [cif.quote(name) for name in image_names],
-        "MicrographName": [cif.quote(name) for name in micrographs],
+        "ImageName": list(image_names),
+        **({} if micrographs is None else {"MicrographName": list(micrographs)}),
         "OpticsGroup": [str(number + 1) for number in recorded.tolist()],
         "ClassNumber": ["1"] * len(image_names) if particle_class is None else list(map(str, particle_class.tolist())),
         **{name: [f"{value:.7f}" for value in values.tolist()] for name, values in numeric.items()},
@@ -661,10 +758,9 @@ def _write_particles(
     if half is not None:
         columns["RandomSubset"] = [str(value) for value in half.tolist()]
     apart = {*columns, *_TREATMENTS, *_MAGNIFICATION, "RandomSubset", "BeamTiltX", "BeamTiltY", "OriginX", "OriginY"}
-    columns |= {name: [cif.quote(text) for text in texts] for name, texts in more.items() if name not in apart}
-    block = document.add_new_block("particles")
-    block.init_loop("", [f"_rln{name}" for name in columns]).set_all_values(list(columns.values()))
-    _write(document, path)
+    columns |= {name: list(texts) for name, texts in more.items() if name not in apart}
+    recorded_as = {name: [table[name] for table in tables] for name in columns_of}
+    write_star_file(path, [("optics", _named(recorded_as)), ("particles", _named(columns))])
 
 
 def _recorded_alike(
@@ -688,8 +784,12 @@ def _recorded_alike(
         seen[number] += 1
         table = {
             "OpticsGroup": str(len(tables) + 1),
-            "OpticsGroupName": cif.quote(own.name if alike[number] == 1 else f"{own.name}_{seen[number]}"),
-            "MicrographOriginalPixelSize": f"{own.pixel_size:.7f}",
+            "OpticsGroupName": own.name if alike[number] == 1 else f"{own.name}_{seen[number]}",
+            **(
+                {}
+                if own.original_pixel_size is None
+                else {"MicrographOriginalPixelSize": f"{own.original_pixel_size:.7f}"}
+            ),
             "Voltage": f"{optics.voltage[particle]:.7f}",
             "SphericalAberration": f"{optics.cs[particle]:.7f}",
             "AmplitudeContrast": f"{optics.amplitude_contrast[particle]:.7f}",
@@ -717,13 +817,15 @@ def write_fsc_star(
     guinier: Mapping[str, Sequence[float | int]] | None = None,
 ) -> None:
     """Tables in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc and data_guinier."""
-    document = cif.Document()
-    block = document.add_new_block("general")
-    for name, value in {"emsplatVersion": __version__, **general}.items():
-        block.set_pair(f"_{name}", cif.quote(value))
+    blocks: list[bytes | tuple[str, Mapping[str, Sequence[str] | Words]]] = [
+        pairs("general", {f"_{name}": value for name, value in {"emsplatVersion": __version__, **general}.items()})
+    ]
     for table, curves in (("fsc", columns), ("guinier", guinier or {})):
         if curves:
-            block = document.add_new_block(table)
-            texts = [[f"{v:.6f}" if isinstance(v, float) else str(v) for v in values] for values in curves.values()]
-            block.init_loop("", [f"_{name}" for name in curves]).set_all_values(texts)
-    _write(document, path)
+            # What is undefined, as a curve beyond the end of the data, is unknown: "?", no number.
+            texts = (
+                [number_text(v, ".6f", "?") if isinstance(v, float) else str(v) for v in values]
+                for values in curves.values()
+            )
+            blocks.append((table, dict(zip((f"_{name}" for name in curves), texts, strict=True))))
+    write_star_file(path, blocks)

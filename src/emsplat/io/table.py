@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from emsplat.errors import InputError
+from emsplat.io.paths import existing_files
 from emsplat.types import RAW, Aberrations, Optics, Poses
 
 
 @dataclass(frozen=True)
 class OpticsGroup:
-    """Particles that were recorded alike; ``box`` in pixels (None when only the stack knows), ``pixel_size`` in Å."""
+    """Particles that were recorded alike; ``box`` in pixels (None when only the stack knows), ``pixel_size`` in Å.
+
+    ``original_pixel_size`` in Å is that of the micrographs before any binning, where the file says it.
+    """
 
     name: str
     pixel_size: float
     box: int | None
+    original_pixel_size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,20 @@ class ParticleTable:
     optics_group: Int[Tensor, " p"]  # index into groups
     half: Int[Tensor, " p"] | None  # 1 or 2, 0 where a merged file does not say; None when none does
     micrograph: Int[Tensor, " p"]  # equal for particles of one micrograph
-    stacks: tuple[Path, ...]
+    stacks: tuple[Path, ...]  # each file once; absolute, or as written where it is missing
     stack: Int[Tensor, " p"]  # index into stacks
     image: Int[Tensor, " p"]  # 0-based index in the stack
     particle_class: Int[Tensor, " p"] | None = None
     micrograph_names: tuple[str, ...] = ()  # of each number in ``micrograph``; empty when not known
     uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
+    expanded_from: Int[Tensor, " p"] | None = None  # uid before symmetry expansion, -1 where not said
+    position: Float[Tensor, "p 2"] | None = None  # of the box in the micrograph, Å (x, y); NaN where not said
     warnings: tuple[str, ...] = ()
     sign: float = 1.0  # factor that makes protein bright
+    coordinates: Float[Tensor, "p 2"] | None = None  # (x, y) in pixels of the micrograph; STAR files keep their text
     mirrored: bool = False  # poses are those of the other hand than in the sources
+    folders: tuple[Path, ...] = ()  # that the names of the stacks start from
+    left_out: int = 0  # rows that repeated an image and were left out for it
 
     def __len__(self) -> int:
         return len(self.poses)
@@ -76,6 +86,9 @@ class ParticleTable:
             image=self.image[rows],
             particle_class=None if self.particle_class is None else self.particle_class[rows],
             uid=None if self.uid is None else self.uid[rows],
+            coordinates=None if self.coordinates is None else self.coordinates[rows],
+            expanded_from=None if self.expanded_from is None else self.expanded_from[rows],
+            position=None if self.position is None else self.position[rows],
         )
 
 
@@ -115,8 +128,8 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         taken = {other.name for other in groups}
         names = (group.name if number == 1 else f"{group.name}_{number}" for number in itertools.count(1))
         groups.append(replace(group, name=next(name for name in names if name not in taken)))
-    micrographs = [int(table.micrograph.max()) + 1 for table in tables]
-    named = all(len(table.micrograph_names) == count for table, count in zip(tables, micrographs, strict=True))
+    micrograph, micrograph_names = _micrographs(tables)
+    places = [table.coordinates for table in tables]
     return ParticleTable(
         sources=tuple(path for table in tables for path in table.sources),
         source=numbers("source", [len(table.sources) for table in tables]),
@@ -126,15 +139,68 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         groups=tuple(groups),
         optics_group=numbers("optics_group", [len(table.groups) for table in tables]),
         half=optional("half", 0),
-        micrograph=numbers("micrograph", micrographs),
+        micrograph=micrograph,
         stacks=tuple(path for table in tables for path in table.stacks),
         stack=numbers("stack", [len(table.stacks) for table in tables]),
         image=torch.cat([table.image for table in tables]),
         particle_class=optional("particle_class", None),
-        micrograph_names=tuple(name for table in tables for name in table.micrograph_names) if named else (),
+        micrograph_names=micrograph_names,
         uid=optional("uid", None),
+        coordinates=torch.cat([c for c in places if c is not None]) if all(c is not None for c in places) else None,
+        expanded_from=None if all(table.expanded_from is None for table in tables) else _origins(tables),
+        position=None if all(table.position is None for table in tables) else _positions(tables),
         warnings=tuple(warning for table in tables for warning in table.warnings),
         sign=first.sign,
+        folders=tuple(dict.fromkeys(folder for table in tables for folder in table.folders)),
+    )
+
+
+def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tuple[str, ...]]:
+    """The micrographs of several tables with one number for each, and their names, empty where some have none.
+
+    One that is found is known by its file, links followed, another by its name: two projects may then share a number,
+    which keeps particles together that might have been parted, and costs nothing else. Where a table has no names and
+    stacks stand for micrographs, these do so here.
+    """
+    entries: list[tuple[str | None, str | None]] = []  # name and file
+    start = []
+    for table in tables:
+        start.append(len(entries))
+        if table.micrograph_names:
+            entries += zip(
+                table.micrograph_names, existing_files(table.micrograph_names, table.sources[0]), strict=True
+            )
+        elif torch.equal(table.micrograph, table.stack):
+            names = [str(path) for path in table.stacks]
+            entries += zip(names, existing_files(names, table.sources[0]), strict=True)
+        else:
+            entries += [(None, None)] * (int(table.micrograph.max()) + 1)
+    number: list[int] = [-1] * len(entries)
+    of_file: dict[str, int] = {}
+    of_name: dict[str, int] = {}
+    for place, (name, file) in enumerate(entries):
+        if name is not None and file is not None:
+            number[place] = of_file.setdefault(file, place)
+            of_name.setdefault(name, number[place])
+    for place, (name, file) in enumerate(entries):
+        if file is None:
+            number[place] = place if name is None else of_name.setdefault(name, place)
+    kept = {first: count for count, first in enumerate(dict.fromkeys(number))}
+    lookup = torch.tensor([kept[first] for first in number])
+    names_kept = tuple(entries[first][0] or "" for first in kept)
+    merged = torch.cat([lookup[table.micrograph + offset] for table, offset in zip(tables, start, strict=True)])
+    return merged, names_kept if all(names_kept) else ()
+
+
+def _origins(tables: Sequence[ParticleTable]) -> Int[Tensor, " p"]:
+    """The uid of each particle before it was expanded, its own where it was not."""
+    missing = [table.row.new_full((len(table),), -1) if table.uid is None else table.uid for table in tables]
+    return torch.cat([m if t.expanded_from is None else t.expanded_from for t, m in zip(tables, missing, strict=True)])
+
+
+def _positions(tables: Sequence[ParticleTable]) -> Float[Tensor, "p 2"]:
+    return torch.cat(
+        [torch.full((len(t), 2), torch.nan).double() if t.position is None else t.position for t in tables]
     )
 
 
@@ -167,7 +233,12 @@ def _perfect(count: int) -> Aberrations:
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
 
 
-_POSSIBLE = {"voltage": (1.0, 1e4), "cs": (-1e3, 1e3), "amplitude_contrast": (-1.0, 1.0)}  # kV, mm, fraction
+# kV, mm and a fraction; other units lie far outside
+_POSSIBLE = {
+    "voltage": (1.0, 1e4, "in kV"),
+    "cs": (-100.0, 100.0, "in mm"),
+    "amplitude_contrast": (-1.0, 1.0, "as a fraction"),
+}
 
 
 def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
@@ -176,11 +247,23 @@ def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
     Raises:
         InputError: names the first row.
     """
-    for name, (field, (low, high)) in zip(names, _POSSIBLE.items(), strict=True):
+    for name, (field, (low, high, unit)) in zip(names, _POSSIBLE.items(), strict=True):
         values = getattr(optics, field)
         bad = (~((values >= low) & (values <= high))).nonzero()
         if len(bad):
             row = int(bad[0])
             raise InputError(
-                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value, from {low:g} to {high:g}"
+                f"{path}, row {row + 1}: {name} is {values[row]:g}; expected a possible value {unit}, from {low:g} to "
+                f"{high:g}"
             )
+
+
+def doubts(path: Path, optics: Optics) -> list[str]:
+    """What a CTF says that may be meant, but seldom is."""
+    count = int(((optics.defocus_u == 0) & (optics.defocus_v == 0)).sum())
+    if not count:
+        return []
+    return [
+        f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
+        "focus; where it was never estimated, take the file of a job after CTF estimation"
+    ]

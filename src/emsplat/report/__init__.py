@@ -1,10 +1,12 @@
 """Figures and one HTML page from a run folder alone, without torch.
 
 `write_report` draws the figures as PNG and SVG into the run folder and writes ``report.html``: one file with everything
-inside, interactive, without network. What is missing from the folder or damaged is named in the page.
+inside, interactive, without network. What is missing from the folder or damaged is named in the page. Each kind of run
+has its own headline and sections.
 
-`read` reads the folder, `figures` draws for papers, `surface` and `plots` for the screen, `page` writes the parts of
-the page, `words` holds what they say and `style` what they look like.
+`read` reads the folder, `verdict` says what the numbers mean, to the terminal as well, `figures` draws for papers,
+`surface` and `plots` for the screen, `page` writes the parts of the page, `words` holds what they say and `style` what
+they look like.
 """
 
 from __future__ import annotations
@@ -16,20 +18,29 @@ from pathlib import Path
 from emsplat.errors import InputError
 from emsplat.io.files import replacing
 from emsplat.report import page
+from emsplat.report.read import read_summary_or_nothing
 from emsplat.report.style import CSS, PAGE, SCRIPT
+from emsplat.report.verdict import Kind, kind_of
 
 _Part = Callable[[Path], str]
-_SECTIONS: tuple[tuple[str, str, tuple[_Part, ...]], ...] = (
-    ("resolution", "Resolution", (page.headline,)),
-    ("surface", "Map in 3D", (page.surface,)),
-    ("slices", "Slices", (page.slices, page.local_resolution_slices)),
-    ("fsc", "Fourier shell correlation", (page.fsc,)),
-    ("local", "Local resolution", (page.local_resolution, page.local_resolution_table)),
-    ("directions", "Directions", (page.directional_table, page.directions)),
-    ("residuals", "Particles and residuals", (page.examples, page.residual)),
-    ("convergence", "Convergence", (page.stages, page.convergence, page.scores)),
-    ("gaussians", "Gaussians", (page.gaussians,)),
-    ("settings", "Inputs and settings", (page.numbers, page.config)),
+_FITTED = frozenset({Kind.ONE_PASS, Kind.IMAGES})
+_MEASURED = _FITTED | {Kind.CLASSICAL, Kind.HALF_MAPS}
+_MAPPED = _MEASURED | {Kind.CHECK}
+# Anchor, title, parts, and the kinds of runs that have the section; one without content is left out.
+_SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
+    ("understood", "What was understood of the input", (page.items,), frozenset({Kind.CHECK})),
+    ("tests", "What stays silent", (page.null_tests, page.null_curves), frozenset({Kind.NULL_TESTS})),
+    ("resolution", "Resolution", (page.headline,), _MEASURED),
+    ("surface", "Map in 3D", (page.surface,), _MEASURED),
+    ("slices", "Slices", (page.slices, page.local_resolution_slices), _MAPPED),
+    ("fsc", "Fourier shell correlation", (page.fsc,), _MEASURED),
+    ("local", "Local resolution", (page.local_resolution, page.local_resolution_table), _MEASURED),
+    ("directions", "Directions", (page.directional_table, page.directions), _MAPPED),
+    ("residuals", "Particles and residuals", (page.examples, page.residual), _FITTED),
+    ("convergence", "Convergence", (page.stages, page.scores, page.convergence), _FITTED),
+    ("gaussians", "Gaussians", (page.gaussians,), _FITTED),
+    ("settings", "Input and settings", (page.numbers, page.config), _MEASURED),
+    ("checks", "What to check when something looks wrong", (page.checks,), _MAPPED),
 )
 
 
@@ -45,18 +56,23 @@ def write_report(run: Path) -> Path:
     from plotly.offline import get_plotlyjs
 
     if not run.is_dir():
-        raise InputError(f"{run}: not a folder; expected the run folder of `emsplat reconstruct`; check the path")
-    sections = [(anchor, title, "".join(_shown(run, part) for part in parts)) for anchor, title, parts in _SECTIONS]
+        raise InputError(f"{run}: not a folder; expected a folder that emsplat wrote; check the path")
+    kind = kind_of(read_summary_or_nothing(run))
+    sections = [
+        (anchor, title, "".join(_shown(run, part) for part in parts))
+        for anchor, title, parts, kinds in _SECTIONS
+        if kind in kinds
+    ]
     target = run / "report.html"
     # Listed last and with the page itself, so that the list shows what the reader finds.
     files = page.file_table({*(f.name for f in run.iterdir() if f.is_file()), target.name})
-    sections += [
-        ("checks", "What to check when something looks wrong", page.checks()),
-        ("files", "Files", files),
-    ]
+    sections = [section for section in sections if section[2]] + [("files", "Files", files)]
     body = "\n".join(f'<section id="{id_}"><h2>{title}</h2>\n{content}</section>' for id_, title, content in sections)
     text = PAGE.format(
         name=html.escape(run.resolve().name),
+        kind=kind.value,
+        facts=page.facts(run),
+        warnings=page.warnings(run),
         style=CSS,
         links="".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections),
         body=body,

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emsplat.errors import InputError
 from emsplat.io.files import replacing
 from emsplat.report import read
+from emsplat.report.verdict import kind_of, spacing
 from emsplat.report.words import CURVE_NAMES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Okabe & Ito's colours stay apart for colour-blind readers; the dashes keep the lines apart in grey.
-LINES: Sequence[tuple[str, Any]] = (
-    ("#0072B2", "-"),
-    ("#D55E00", (0, (6, 1.5))),
-    ("#009E73", (0, (3, 1, 1, 1))),
-    ("#CC79A7", (0, (2, 1))),
-    ("#E69F00", (0, (1, 1))),
-    ("#56B4E9", (0, (8, 2, 1, 2))),
-    ("#555555", (0, (4, 1, 1, 1, 1, 1))),
-    ("#8C6D31", (0, (5, 3))),
-    ("#8A2BE2", (0, (3, 3))),
+# Okabe & Ito's colours stay apart for colour-blind readers; the dashes (drawn, left out, ... in line widths) keep the
+# lines apart in grey.
+LINES: Sequence[tuple[str, tuple[float, ...]]] = (
+    ("#0072B2", ()),
+    ("#D55E00", (4, 1.5)),
+    ("#009E73", (5, 1.5, 1.2, 1.5)),
+    ("#CC79A7", (1.5, 1.5)),
+    ("#8C6D31", (7, 2)),
+    ("#56B4E9", (2.5, 1, 2.5, 3)),
+    ("#555555", (1, 1.2)),
+    ("#E69F00", (8, 1.5, 3, 1.5)),
+    ("#8A2BE2", (3, 3)),
 )
-LOCAL_COLOURS = "RdYlBu_r"  # blue where resolution is fine, as most programs show it; both libraries know the name
+LINE_WIDTH = 1.8
+# Blue where resolution is fine, as most programs show it; no end so dark that it hides the shape.
+LOCAL_COLOURS = ("#4575b4", "#74add1", "#abd9e9", "#fee090", "#fdae61", "#f46d43", "#d73027")
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -37,38 +44,38 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "legend.frameon": False,
-    "lines.linewidth": 1.8,
+    "lines.linewidth": LINE_WIDTH,
     "svg.fonttype": "none",  # text stays text, to be edited for a journal
 }
 
 
 def draw_fsc(run: Path) -> Path:
-    """Draw the curves of ``fsc.star`` with the thresholds 0.143 and 0.5, return ``fsc.png``.
+    """Draw the curves of ``fsc.star`` as `fsc_panels` arranges them, return ``fsc.png``.
+
+    Curves that the page shows on request only are left out.
 
     Raises:
         InputError: ``fsc.star`` is missing, cannot be read or has no curve.
         OutputError: the figure cannot be written.
     """
-    shells = read.read_fsc(run)
-    with _figure(run / "fsc.png", 6.6, 4.0 + 0.2 * len(shells.curves)) as figure:
-        axes = figure.add_subplot()
-        axes.axhline(0, color="#999999", linewidth=0.6)
-        for threshold in (0.143, 0.5):
-            axes.axhline(threshold, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
-            axes.text(1.01, threshold, f"{threshold}", transform=axes.get_yaxis_transform(), va="center")
-        if shells.band:
-            lower, upper = (end[1:] for end in shells.band)
-            axes.fill_between(shells.frequency[1:], lower, upper, color=LINES[0][0], alpha=0.18, linewidth=0)
-        for i, name in enumerate(in_order(shells.curves)):
-            color, dashes = LINES[i % len(LINES)]
-            values = shells.curves[name]
-            label = f"{CURVE_NAMES.get(name, name)}: {reading(name, shells.frequency, values)}"
-            axes.plot(shells.frequency[1:], values[1:], color=color, linestyle=dashes, label=label)
-        low = min((v for values in shells.curves.values() for v in values[1:] if math.isfinite(v)), default=0.0)
-        axes.set(xlim=(0, shells.frequency[-1]), ylim=(min(-0.05, 1.1 * low), 1.04))
-        axes.set(ylabel="Fourier shell correlation", xlabel="spatial frequency (1/Å), spacing (Å)")
-        axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}\n{1 / k:.3g} Å" if k > 0 else "0")
-        figure.legend(loc="outside lower center", fontsize=8)
+    panels = fsc_panels(run)
+    entries = max(len([curve for curve in panel.curves if not curve.hidden]) for panel in panels)
+    with _figure(run / "fsc.png", 4.6 * len(panels), 3.9 + 0.17 * entries) as figure:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            axes.axhline(0, color="#999999", linewidth=0.6)
+            axes.axhline(panel.threshold, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.text(1.01, panel.threshold, f"{panel.threshold}", transform=axes.get_yaxis_transform(), va="center")
+            if panel.band:
+                axes.fill_between(panel.frequency, *panel.band, color=LINES[0][0], alpha=0.18, linewidth=0)
+            for curve in panel.curves:
+                if not curve.hidden:
+                    axes.plot(panel.frequency, curve.values, label=curve.label, **_line(curve.place))
+            axes.set(xlim=(0, panel.frequency[-1]), ylim=(panel.lowest, 1.04), ylabel=panel.quantity)
+            axes.set(xlabel="spatial frequency (1/Å), spacing (Å)")
+            axes.set_title(panel.title, size=10)
+            axes.locator_params(axis="x", nbins=5)
+            axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}\n{1 / k:.3g} Å" if k > 0 else "0")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), fontsize=8)
     return run / "fsc.png"
 
 
@@ -108,12 +115,11 @@ def draw_convergence(run: Path) -> Path:
         whole, end = figure.subplots(1, 2)
         for axes, title, begin in ((whole, "whole fit", 0.0), (end, "last half, enlarged", 0.5)):
             for i, (name, (steps, losses)) in enumerate(fits.items()):
-                color, dashes = LINES[i % len(LINES)]
                 first = int(begin * len(steps))
                 smooth = running_mean(losses, max(1, len(losses) // 40))
-                axes.plot(steps[first:], losses[first:], color=color, linewidth=0.6, alpha=0.35)
-                label = name if axes is whole else None
-                axes.plot(steps[first:], smooth[first:], color=color, linestyle=dashes, label=label)
+                axes.plot(steps[first:], losses[first:], color=LINES[i % len(LINES)][0], linewidth=0.6, alpha=0.35)
+                label = FITS.get(name, name) if axes is whole else None
+                axes.plot(steps[first:], smooth[first:], label=label, **_line(i))
             axes.set_xlabel("step")
             axes.set_title(title, size=10)
         whole.set(ylabel="loss")
@@ -132,10 +138,10 @@ def draw_local_resolution(run: Path) -> Path:
     with _figure(run / "local_resolution.png", 5.2, 3.4) as figure:
         axes = figure.add_subplot()
         edges = shared_bins(list(distributions.values()))
-        for (name, values), (color, dashes) in zip(distributions.items(), LINES, strict=False):
+        for i, (name, values) in enumerate(distributions.items()):
             shares = [100 * share for share in histogram(values, edges)]
-            axes.stairs(shares, edges, color=color, fill=True, alpha=0.2)
-            axes.stairs(shares, edges, color=color, linestyle=dashes, label=name, linewidth=1.5)
+            axes.stairs(shares, edges, color=LINES[i][0], fill=True, alpha=0.2)
+            axes.stairs(shares, edges, label=name, **_line(i))
         axes.set(xlabel="local resolution (Å)", ylabel="voxels inside the mask (%)")
         axes.legend(fontsize=9)
     return run / "local_resolution.png"
@@ -165,7 +171,7 @@ def draw_local_resolution_slices(run: Path) -> Path:
             opacity = np.clip((image - floor) / max(float(ceiling - floor), 1e-30), 0.25, 0.85)
             layer = np.ma.masked_invalid(_central(shown, axis))
             opacity = np.where(layer.mask, 0, opacity)
-            axes.imshow(layer, cmap=LOCAL_COLOURS, vmin=low, vmax=high, origin="lower", extent=extent, alpha=opacity)
+            axes.imshow(layer, cmap=_local_colours(), vmin=low, vmax=high, origin="lower", extent=extent, alpha=opacity)
             axes.set_title(f"{plane} slice", size=10)
         figure.colorbar(_scale(low, high), ax=panels, shrink=0.9, label="local resolution (Å)")
     return run / "local_resolution_slices.png"
@@ -182,11 +188,11 @@ def draw_directions(run: Path) -> Path:
     shown = direction_maps(found)
     with _figure(run / "directions.png", 7.2, 2.2 * ((len(shown) + 1) // 2)) as figure:
         panels = figure.subplots((len(shown) + 1) // 2, 2).flat
-        for axes, (title, values, colours) in zip(panels, shown, strict=True):
-            drawn = axes.pcolormesh(found.azimuth, found.elevation, values, cmap=colours.lower(), rasterized=True)
-            figure.colorbar(drawn, ax=axes)
-            axes.set(xlabel="azimuth (°)", ylabel="elevation (°)")
-            axes.set_title(title, size=10)
+        for axes, one in zip(panels, shown, strict=True):
+            scale = {"cmap": one.colours.lower(), "vmin": one.range[0], "vmax": one.range[1]}
+            figure.colorbar(axes.pcolormesh(found.rot, found.tilt, one.values, rasterized=True, **scale), ax=axes)
+            axes.set(xlabel="rot (°)", ylabel="tilt (°)", xticks=range(0, 361, 90), yticks=range(0, 181, 45))
+            axes.set_title(one.title, size=10)
             axes.invert_yaxis()
     return run / "directions.png"
 
@@ -202,9 +208,10 @@ def draw_residual(run: Path) -> Path:
     with _figure(run / "residual.png", 5.6, 3.4) as figure:
         axes = figure.add_subplot()
         axes.axhline(1, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
-        for (name, ratio), (color, dashes) in zip(ratios.items(), LINES, strict=False):
-            axes.plot(frequency, ratio, color=color, linestyle=dashes, label=name)
+        for i, (name, ratio) in enumerate(ratios.items()):
+            axes.plot(frequency, ratio, label=name, **_line(i))
         axes.set(xlabel="spatial frequency (1/Å), spacing (Å)", ylabel="residual power / noise power")
+        axes.set(ylim=residual_range(ratios))
         axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}\n{1 / k:.3g} Å" if k > 0 else f"{k:g}")
         axes.legend(fontsize=9)
     return run / "residual.png"
@@ -217,25 +224,112 @@ def draw_gaussians(run: Path) -> Path:
         InputError: ``run_class001.ply`` is missing or damaged.
         OutputError: the figure cannot be written.
     """
-    import numpy as np
-
     widths = read.read_widths(run)
     with _figure(run / "gaussians.png", 7.2, 3.2) as figure:
         left, right = figure.subplots(1, 2)
         edges = shared_bins([widths.sigma.ravel()])
-        for name, values, (color, dashes) in zip(AXES, widths.sigma.T, LINES, strict=False):
-            left.stairs(np.histogram(values, edges)[0], edges, color=color, linestyle=dashes, label=name, linewidth=1.5)
-        left.set(xlabel="standard deviation σ (Å)", ylabel="Gaussians")
+        for i, (name, values) in enumerate(zip(AXES, widths.sigma.T, strict=True)):
+            left.stairs([100 * share for share in histogram(values, edges)], edges, label=name, **_line(i))
+        left.set(xlabel="standard deviation σ (Å)", ylabel="Gaussians (%)")
         left.legend(fontsize=9)
         edges = shared_bins([widths.anisotropy])
-        right.stairs(np.histogram(widths.anisotropy, edges)[0], edges, color=LINES[0][0], fill=True, alpha=0.6)
-        right.set(xlabel="anisotropy, largest / smallest σ")
+        shares = [100 * share for share in histogram(widths.anisotropy, edges)]
+        right.stairs(shares, edges, color=LINES[0][0], fill=True, alpha=0.6)
+        right.set(xlabel="anisotropy, largest / smallest σ", ylabel="Gaussians (%)")
     return run / "gaussians.png"
 
 
 # What both kinds of figures show
 
 AXES = ("smallest axis", "middle axis", "largest axis")
+FITS = {"half1": "half 1", "half2": "half 2", "class001": "all particles"}
+
+
+@dataclass(frozen=True)
+class FscCurve:
+    """A curve of `FscPanel`: its name with the resolution read from it, values, and its place in `LINES`."""
+
+    label: str
+    values: list[float]
+    place: int
+    hidden: bool = False  # shown on request
+
+
+@dataclass(frozen=True)
+class FscPanel:
+    """Curves that estimate one quantity, the threshold they are read at, and a band of the first of them."""
+
+    title: str
+    quantity: str
+    threshold: float
+    frequency: list[float]  # 1/Å, from shell 1 on, as all values
+    curves: list[FscCurve]
+    band: tuple[list[float], list[float]] | None = None
+
+    @property
+    def lowest(self) -> float:
+        """Where the axis of the values begins."""
+        shown = (v for curve in self.curves if not curve.hidden for v in curve.values if math.isfinite(v))
+        return min(-0.05, 1.1 * min(shown, default=0.0))
+
+
+def fsc_panels(run: Path) -> list[FscPanel]:
+    """The curves of ``fsc.star``, those against the truth apart from those between half maps.
+
+    An FSC between half maps is no correlation with the truth and lies below it: for comparison with the curves that
+    are, it is drawn as the correlation with the truth that it implies for the map of all particles. Where nothing was
+    measured against the truth there is only the panel of the half maps.
+
+    Raises:
+        InputError: ``fsc.star`` is missing, cannot be read or has no curve.
+    """
+    shells = read.read_fsc(run)
+    summary = read.read_summary_or_nothing(run)
+    kind, nyquist = kind_of(summary), 1 / shells.frequency[-1]
+    gaussians = kind.has_gaussians or "emsplatCrossValidated" in shells.curves
+    maps = "half maps of the Gaussians" if gaussians else "half maps"
+    frequency, places = shells.frequency, {name: place for place, name in enumerate(CURVE_NAMES)}
+    evident = summary.get("evident") is not False
+    truth, between = [], []
+    for name in in_order(shells.curves):
+        values, place = shells.curves[name], places.get(name, len(places))
+        plain = CURVE_NAMES.get(name, name)
+        found = ""
+        if evident and name not in _WITHOUT_RESOLUTION:
+            found = f": {spacing(_reading(name, frequency, values), nyquist)}"
+        if name in _AGAINST_TRUTH:
+            truth.append(FscCurve(plain + found, values[1:], place))
+            continue
+        between.append(FscCurve(plain + found, values[1:], place, hidden=name in _ON_REQUEST))
+        if name in _IMPLYING:
+            origin = plain if name.startswith("emsplat") else f"{maps}, corrected"
+            truth.append(FscCurve(f"{origin}, implied{found}", implied(values[1:]), place))
+    panels = []
+    truth = [curve for curve in truth if any(map(math.isfinite, curve.values))]
+    if truth and any(name in shells.curves for name in _AGAINST_TRUTH):
+        band = (shells.band[0][1:], shells.band[1][1:]) if shells.band else None
+        panels.append(
+            FscPanel("against the truth", "correlation with the truth (FSC)", 0.5, frequency[1:], truth, band)
+        )
+    if between:
+        panels.append(FscPanel(f"between {maps}", "FSC between half maps", 0.143, frequency[1:], between))
+    return panels
+
+
+_AGAINST_TRUTH = ("emsplatCrossValidated", "emsplatReferenceMasked")
+_IMPLYING = ("emsplatBackprojectionMasked", "rlnFourierShellCorrelationCorrected")
+# What maps share that share nothing: its curve says something about the mask, a resolution nothing.
+_WITHOUT_RESOLUTION = ("rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",)
+_ON_REQUEST = ("rlnFourierShellCorrelationParticleMaskFraction", "emsplatCryodrgnMaskedMaps")
+
+
+def implied(values: Sequence[float]) -> list[float]:
+    """The correlation with the truth of the sum of two maps, √(2F / (1 + F)) of their FSC F.
+
+    Rosenthal & Henderson 2003. 1/7 becomes 0.5. Undefined (NaN) from the first shell on whose F is not above 0.
+    """
+    end = next((shell for shell, value in enumerate(values) if not value > 0), len(values))
+    return [math.sqrt(2 * f / (1 + f)) for f in values[:end]] + [math.nan] * (len(values) - end)
 
 
 def in_order(curves: dict[str, list[float]]) -> list[str]:
@@ -244,28 +338,17 @@ def in_order(curves: dict[str, list[float]]) -> list[str]:
     return known + [name for name in curves if name not in CURVE_NAMES]
 
 
-def reading(name: str, frequency: Sequence[float], values: Sequence[float]) -> str:
+def _reading(name: str, frequency: Sequence[float], values: Sequence[float]) -> float | None:
     """The resolution of a curve by the rule that its number in the headline follows."""
     match name:
         case "emsplatCrossValidated":
-            return f"{spacing(read.crossing(frequency, values, 0.5))} at 0.5, interpolated"
+            return read.crossing(frequency, values, 0.5)
+        case "emsplatReferenceMasked":
+            return read.resolution(frequency, values, 0.5)
         case "emsplatCryodrgnMaskedMaps":
-            return f"{spacing(read.last_crossing(frequency, values, 0.143))} at 0.143, cryoDRGN's rule"
+            return read.last_crossing(frequency, values, 0.143)
         case _:
-            return ", ".join(f"{spacing(read.resolution(frequency, values, t))} at {t}" for t in (0.143, 0.5))
-
-
-def spacing(value: object) -> str:
-    """A resolution in Å; None and NaN are curves that never reach the threshold."""
-    match value:
-        case bool():
-            return str(value)
-        case float() | int() if math.isfinite(value):
-            return f"{value:.2f} Å"
-        case None | float():
-            return "not reached"
-        case _:
-            return str(value)
+            return read.resolution(frequency, values, 0.143)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -297,20 +380,23 @@ def local_resolutions(run: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def resolution_range(local: NDArray[np.float32]) -> tuple[float, float]:
-    """The colour scale of a local resolution: its 5th and 95th percentile in Å, at least 0.1 Å apart."""
+    """The colour scale of a local resolution: its 5th to 95th percentile in Å, and at least a fifth of the finest.
+
+    Less would paint differences that lie within the error of a local resolution.
+    """
     import numpy as np
 
     known = local[np.isfinite(local)]
-    low, high = np.percentile(known, (5, 95)) if known.size else (0.0, 1.0)
-    return float(low), float(max(high, low + 0.1))
+    low, high = np.percentile(known, (5, 95)) if known.size else (1.0, 1.0)
+    return float(low), float(max(high, 1.2 * low))
 
 
 def shared_bins(samples: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    """Edges of 50 equal bins between the 0.1st and the 99.9th percentile of all samples."""
+    """Edges of 50 equal bins between the 0.1st and the 99.9th percentile of all samples, a fifth of the least apart."""
     import numpy as np
 
     low, high = np.percentile(np.concatenate(samples), (0.1, 99.9))
-    return np.linspace(low, max(high, low * 1.01 + 1e-6), 51)
+    return np.linspace(low, max(high, 1.2 * low + 1e-6), 51)
 
 
 def histogram(values: NDArray[Any], edges: NDArray[np.float64]) -> list[float]:
@@ -328,23 +414,50 @@ def residual_ratios(run: Path) -> tuple[NDArray[np.float64], dict[str, NDArray[n
     table = read.read_residual(run)
     noise = np.where(table["noise"] > 0, table["noise"], np.nan)
     return table["frequency"], {
-        "model of the own half / noise": table["own"] / noise,
-        "model of the other half (held out) / noise": table["other"] / noise,
+        "less the model of their own half": table["own"] / noise,
+        "less the model of the other half": table["other"] / noise,
     }
 
 
-def direction_maps(found: read.Directions) -> list[tuple[str, NDArray[np.float64], str]]:
-    """Title, values and colour scale of each map over the sphere."""
+def residual_range(ratios: dict[str, NDArray[np.float64]]) -> tuple[float, float]:
+    """Ends of the axis of `residual_ratios`, never so close that a gap of half a per cent looks large."""
+    import numpy as np
+
+    known = np.concatenate(list(ratios.values()))
+    known = known[np.isfinite(known)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
+    return min(0.9, low - 0.02), max(1.1, high + 0.02)
+
+
+@dataclass(frozen=True)
+class DirectionMap:
+    """A map over the sphere with its colours, and the values at their ends."""
+
+    title: str
+    values: NDArray[np.float64]
+    colours: str
+    range: tuple[float, float]
+
+
+def direction_maps(found: read.Directions) -> list[DirectionMap]:
+    """What is known by direction. No scale is so narrow that it would paint noise."""
+    import numpy as np
+
+    def ends(values: NDArray[np.float64]) -> tuple[float, float]:
+        known = values[np.isfinite(values)]
+        return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+
+    (low, _), (fine, coarse) = ends(found.fslc), ends(found.conical_resolution)
     always = [
-        ("Fourier slice correlation", found.fslc, "Viridis"),
-        ("conical resolution (Å)", found.conical_resolution, "Viridis_r"),
+        DirectionMap("Fourier slice correlation", found.fslc, "Viridis", (min(low, 0.9), 1.0)),
+        DirectionMap("conical resolution (Å)", found.conical_resolution, "Viridis_r", (fine, max(coarse, 1.2 * fine))),
     ]
     if found.sampling is None or found.density is None:
         return always
     return [
         *always,
-        ("sampling, uniform = 1", found.sampling, "Viridis"),
-        ("views, uniform = 1", found.density, "Magma"),
+        DirectionMap("sampling, uniform = 1", found.sampling, "Viridis", (0.0, max(2.0, ends(found.sampling)[1]))),
+        DirectionMap("views, uniform = 1", found.density, "Magma", (0.0, max(2.0, ends(found.density)[1]))),
     ]
 
 
@@ -354,10 +467,13 @@ def direction_maps(found: read.Directions) -> list[tuple[str, NDArray[np.float64
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure of width × height inches, saved to ``path`` and as SVG beside it at the end."""
-    import matplotlib as mpl
+    load_matplotlib()
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    # Whatever a matplotlibrc or the notebook around has set; it is theirs again afterwards. No pyplot: a figure of its
+    # own asks for no back end.
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with replacing(path) as temporary:
@@ -365,6 +481,32 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
         figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
         with replacing(path.with_suffix(".svg")) as temporary:
             figure.savefig(temporary, format="svg", dpi=160, metadata={"Date": None})
+
+
+def load_matplotlib() -> None:
+    """Imports matplotlib also where MPLBACKEND names a back end that is not installed here (a notebook's)."""
+    if "matplotlib" in sys.modules:
+        return
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib as mpl
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with suppress(ValueError):  # pyplot, should anybody import it, chooses one by itself then
+            mpl.rcParams["backend"] = wanted  # as matplotlib does
+
+
+def _line(place: int) -> dict[str, Any]:
+    color, dashes = LINES[place % len(LINES)]
+    return {"color": color, "linestyle": (0, dashes) if dashes else "-"}
+
+
+def _local_colours() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("local resolution", LOCAL_COLOURS)
 
 
 def _central(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
@@ -389,7 +531,7 @@ def _scale(low: float, high: float) -> Any:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    return ScalarMappable(Normalize(low, high), LOCAL_COLOURS)
+    return ScalarMappable(Normalize(low, high), _local_colours())
 
 
 def _draw_scale_bar(axes: Any, width: float, height: float) -> None:

@@ -11,25 +11,27 @@ from typing import TYPE_CHECKING, Any
 from emsplat.report import read
 from emsplat.report.figures import (
     AXES,
+    FITS,
+    LINE_WIDTH,
     LINES,
     LOCAL_COLOURS,
+    FscCurve,
+    FscPanel,
     direction_maps,
+    fsc_panels,
     histogram,
-    in_order,
     local_resolutions,
-    reading,
+    residual_range,
     residual_ratios,
     running_mean,
     shared_bins,
 )
 from emsplat.report.surface import UNIT, Surface
-from emsplat.report.words import CURVE_NAMES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot", "6px,2px", "2px,4px", "10px,3px")
 _POINTS = 1500  # per curve; more cannot be seen and only makes the page larger
 _GRID = "#e8ebef"
 
@@ -58,8 +60,9 @@ def plot_surface(surface: Surface, colours: tuple[float, float] | None) -> Any:
                 j=b,
                 k=c,
                 visible=i == surface.default,
-                lighting={"ambient": 0.72, "diffuse": 0.65, "specular": 0.12, "roughness": 0.7, "fresnel": 0.05},
-                lightposition={"x": 20000, "y": 20000, "z": 40000},
+                lighting={"ambient": 0.45, "diffuse": 0.7, "specular": 0.15, "roughness": 0.6, "fresnel": 0.1},
+                # Relative to the camera, z away from the viewer: a light on his side, or nothing would be shaded.
+                lightposition={"x": -60000, "y": 60000, "z": -80000},
                 **paint,
             )
         )
@@ -93,7 +96,7 @@ def plot_surface(surface: Surface, colours: tuple[float, float] | None) -> Any:
         low, high = colours
         figure.update_layout(
             coloraxis={
-                "colorscale": LOCAL_COLOURS,
+                "colorscale": [[i / (len(LOCAL_COLOURS) - 1), colour] for i, colour in enumerate(LOCAL_COLOURS)],
                 "cmin": low,
                 "cmax": high,
                 "colorbar": {"title": {"text": "Å", "side": "top"}, "thickness": 14, "len": 0.7},
@@ -119,55 +122,85 @@ def _scene_axis(name: str, surface: Surface, column: int) -> dict[str, Any]:
     }
 
 
-def plot_fsc(run: Path) -> Any:
-    """Every curve of ``fsc.star``, the band of the cross-validated one, and the thresholds 0.143 and 0.5."""
+def plot_fsc(run: Path) -> list[Any]:
+    """The curves of ``fsc.star``, a figure for each panel of `fsc_panels`."""
+    return _plot_fsc_panels(fsc_panels(run))
+
+
+def _plot_fsc_panels(panels: Sequence[FscPanel]) -> list[Any]:
+    entries = max(len(panel.curves) for panel in panels)
+    return [_plot_fsc_panel(panel, entries) for panel in panels]
+
+
+def _plot_fsc_panel(panel: FscPanel, entries: int) -> Any:
+    """The margin below has room for so many ``entries`` of the legend, that panels side by side are of one height."""
     import plotly.graph_objects as go
 
-    shells = read.read_fsc(run)
-    frequency = shells.frequency[1:]
-    spacings = [1 / k if k > 0 else math.inf for k in frequency]
+    spacings = [1 / k if k > 0 else math.inf for k in panel.frequency]
     figure = go.Figure()
-    if shells.band:
-        low, high = (end[1:] for end in shells.band)
-        known = [i for i in range(len(frequency)) if math.isfinite(low[i]) and math.isfinite(high[i])]
+    if panel.band:
+        low, high = panel.band
+        known = [i for i in range(len(panel.frequency)) if math.isfinite(low[i]) and math.isfinite(high[i])]
         outline = [*known, *reversed(known)]
         figure.add_trace(
             go.Scatter(
-                x=[frequency[i] for i in outline],
+                x=[panel.frequency[i] for i in outline],
                 y=[high[i] for i in known] + [low[i] for i in reversed(known)],
                 fill="toself",
                 fillcolor="rgba(0, 114, 178, 0.18)",
                 line={"width": 0},
                 mode="lines",
-                name="95 % band of the cross-validated curve",
+                name="its 95 % band",
                 hoverinfo="skip",
+                showlegend=False,
             )
         )
-    for i, name in enumerate(in_order(shells.curves)):
-        values = shells.curves[name]
+    for curve in panel.curves:
         figure.add_trace(
             go.Scatter(
-                x=frequency,
-                y=values[1:],
+                x=panel.frequency,
+                y=curve.values,
                 customdata=spacings,
                 mode="lines",
-                name=f"{escape(CURVE_NAMES.get(name, name))}<br>{reading(name, shells.frequency, values)}",
-                line=_line(i),
+                name=escape(curve.label),
+                line=_line(curve.place),
                 hovertemplate="%{y:.3f} at %{customdata:.2f} Å",
+                visible="legendonly" if curve.hidden else True,
             )
         )
-    for threshold in (0.143, 0.5):
-        figure.add_hline(
-            threshold,
-            line={"color": "#555555", "width": 1, "dash": "dash"},
-            annotation_text=threshold,
-            annotation_position="top left",
-        )
-    finite = [v for values in shells.curves.values() for v in values[1:] if math.isfinite(v)]
-    figure.update_layout(_layout(470 + 34 * len(shells.curves)), hovermode="x unified", legend=_BELOW, margin_t=34)
-    figure.update_xaxes(_frequency_axis(frequency[-1]))
-    figure.update_yaxes(title="Fourier shell correlation", range=[min([-0.05, *finite]), 1.04])
+    figure.add_hline(
+        panel.threshold,
+        line={"color": "#555555", "width": 1, "dash": "dash"},
+        annotation_text=panel.threshold,
+        annotation_position="top left",
+    )
+    # One name under the other: side by side they are cut off on a narrow page.
+    legend = _BELOW | {"orientation": "v"}
+    room = 80 + 20 * entries
+    figure.update_layout(_layout(360 + room), hovermode="x unified", legend=legend, margin_t=34, margin_b=room)
+    figure.update_layout(title={"text": panel.title, "font": {"size": 14}, "x": 0.02})
+    figure.update_xaxes(_frequency_axis(panel.frequency[-1], 5))
+    figure.update_yaxes(title=panel.quantity, range=[panel.lowest, 1.04])
     return figure
+
+
+def plot_null_curves(run: Path, names: Sequence[str]) -> list[Any]:
+    """The cross-validated curve and that of the half maps of each null test, a figure for each."""
+    tests = {name: read.read_fsc(run / name / "run") for name in names}
+    panels = []
+    for column, title, quantity, threshold in (
+        ("emsplatCrossValidated", "cross-validated", "correlation with the truth (FSC)", 0.5),
+        ("rlnFourierShellCorrelationCorrected", "half maps, masked and corrected", "FSC between half maps", 0.143),
+    ):
+        curves = [
+            FscCurve(name, shells.curves[column][1:], place)
+            for place, (name, shells) in enumerate(tests.items())
+            if column in shells.curves
+        ]
+        if curves:
+            frequency = next(iter(tests.values())).frequency[1:]
+            panels.append(FscPanel(title, quantity, threshold, frequency, curves))
+    return _plot_fsc_panels(panels) if panels else []
 
 
 def plot_local_resolution(run: Path) -> Any:
@@ -182,20 +215,22 @@ def plot_directions(run: Path) -> list[Any]:
 
     found = read.read_directions(run)
     figures = []
-    for title, values, colours in direction_maps(found):
+    for one in direction_maps(found):
         figure = go.Figure(
             go.Heatmap(
-                x=found.azimuth.astype("float32"),
-                y=found.elevation.astype("float32"),
-                z=values.astype("float32"),
-                colorscale=colours,
+                x=found.rot.astype("float32"),
+                y=found.tilt.astype("float32"),
+                z=one.values.astype("float32"),
+                zmin=one.range[0],
+                zmax=one.range[1],
+                colorscale=one.colours,
                 colorbar={"thickness": 12},
-                hovertemplate="azimuth %{x:g}°, elevation %{y:g}°: %{z:.3g}<extra></extra>",
+                hovertemplate="rot %{x:g}°, tilt %{y:g}°: %{z:.3g}<extra></extra>",
             )
         )
-        figure.update_layout(_layout(300), margin_t=34, title={"text": title, "font": {"size": 14}, "x": 0.02})
-        figure.update_xaxes(title="azimuth (°)", dtick=90, ticks="outside")
-        figure.update_yaxes(title="elevation (°)", dtick=45, autorange="reversed", ticks="outside")
+        figure.update_layout(_layout(300), margin_t=34, title={"text": one.title, "font": {"size": 14}, "x": 0.02})
+        figure.update_xaxes(title="rot (°)", dtick=90, ticks="outside")
+        figure.update_yaxes(title="tilt (°)", dtick=45, autorange="reversed", ticks="outside")
         figures.append(figure)
     return figures
 
@@ -214,7 +249,7 @@ def plot_residual(run: Path) -> Any:
     figure.add_hline(1, line={"color": "#555555", "width": 1, "dash": "dash"})
     figure.update_layout(_layout(380), hovermode="x unified")
     figure.update_xaxes(_frequency_axis(float(max(frequency))))
-    figure.update_yaxes(title="residual power / noise power")
+    figure.update_yaxes(title="residual power / noise power", range=residual_range(ratios))
     return figure
 
 
@@ -230,7 +265,7 @@ def plot_convergence(run: Path) -> Any:
                 x=_thinned(steps),
                 y=_thinned(smooth),
                 mode="lines",
-                name=escape(name),
+                name=escape(FITS.get(name, name)),
                 line=_line(i),
                 hovertemplate="%{y:.6g}",
             )
@@ -317,18 +352,21 @@ def _layout(height: int) -> dict[str, Any]:
 
 
 def _line(place: int) -> dict[str, Any]:
-    return {"color": LINES[place % len(LINES)][0], "dash": _DASHES[place % len(_DASHES)], "width": 2}
+    """The colour and dashes that the figures for papers have too."""
+    color, dashes = LINES[place % len(LINES)]
+    dash = ",".join(f"{length * LINE_WIDTH:g}px" for length in dashes) or "solid"
+    return {"color": color, "dash": dash, "width": LINE_WIDTH}
 
 
-def _frequency_axis(last: float) -> dict[str, Any]:
-    """Ticks at round frequencies, labelled with the spacing as well."""
-    step = _round_step(max(last, 1e-6) / 9)
-    ticks = [i * step for i in range(int(last / step + 1e-6) + 1)]
+def _frequency_axis(last: float, ticks: int = 9) -> dict[str, Any]:
+    """About so many ticks at round frequencies, labelled with the spacing as well."""
+    step = _round_step(max(last, 1e-6) / ticks)
+    places = [i * step for i in range(int(last / step + 1e-6) + 1)]
     return {
         "title": {"text": "spatial frequency (1/Å), spacing (Å)"},
         "range": [0, last],
-        "tickvals": ticks,
-        "ticktext": [f"{k:.4g}<br>{1 / k:.3g} Å" if k > 0 else "0" for k in ticks],
+        "tickvals": places,
+        "ticktext": [f"{k:.4g}<br>{1 / k:.3g} Å" if k > 0 else "0" for k in places],
         "hoverformat": ".4f",
     }
 

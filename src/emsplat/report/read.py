@@ -21,6 +21,7 @@ FULL_MODEL = "run_class001.ply"
 MASK = "mask.mrc"
 LOCAL_RESOLUTION = "local_resolution.mrc"
 LOCAL_RESOLUTION_HALF_MAPS = "local_resolution_half_maps.mrc"
+SUMMARIES = ("summary.json", "nulltest.json", "check.json")
 BAND = ("emsplatCrossValidatedLow", "emsplatCrossValidatedHigh")
 
 _ABSCISSAE = ("rlnSpectralIndex", "rlnResolution", "rlnAngstromResolution")
@@ -46,10 +47,10 @@ class Shells:
 
 @dataclass(frozen=True)
 class Directions:
-    """Maps [elevation, azimuth] of ``directions.csv``; cell centres in degrees; density 1 where views are uniform."""
+    """Maps [tilt, rot] of ``directions.csv``; cell centres in degrees; density 1 where views are uniform."""
 
-    elevation: NDArray[np.float64]
-    azimuth: NDArray[np.float64]
+    tilt: NDArray[np.float64]
+    rot: NDArray[np.float64]
     fslc: NDArray[np.float64]
     conical_resolution: NDArray[np.float64]  # Å
     sampling: NDArray[np.float64] | None  # both None where the run knows no particles
@@ -133,34 +134,34 @@ def read_directions(run: Path) -> Directions:
     import numpy as np
 
     path = run / "directions.csv"
-    names = ["elevation", "azimuth", "fslc", "conical_resolution"]
+    names = ["tilt", "rot", "fslc", "conical_resolution"]
     rows = list(_rows(path, names, ()))
     views = [name for name in ("sampling", "particles") if name in rows[0]]
     if len(views) == 2:
         names += views
         rows = list(_rows(path, names, ()))
     table = {name: np.array([float(row[name]) for row in rows]) for name in names}
-    elevation, row = np.unique(table["elevation"], return_inverse=True)
-    azimuth, column = np.unique(table["azimuth"], return_inverse=True)
-    if len(elevation) < 2 or len(azimuth) < 2 or not np.isfinite([*elevation, *azimuth]).all():
+    tilt, row = np.unique(table["tilt"], return_inverse=True)
+    rot, column = np.unique(table["rot"], return_inverse=True)
+    if len(tilt) < 2 or len(rot) < 2 or not np.isfinite([*tilt, *rot]).all():
         raise InputError(
-            f"{path}: {len(elevation)} elevations and {len(azimuth)} azimuths; expected a grid over the sphere; "
+            f"{path}: {len(tilt)} values of tilt and {len(rot)} of rot; expected a grid over the sphere; "
             "run the reconstruction again"
         )
 
     def grid(name: str) -> NDArray[np.float64]:
-        values = np.full((len(elevation), len(azimuth)), np.nan)
+        values = np.full((len(tilt), len(rot)), np.nan)
         values[row, column] = table[name]
         return values
 
     if len(views) < 2:
-        return Directions(elevation, azimuth, grid("fslc"), grid("conical_resolution"), None, None)
+        return Directions(tilt, rot, grid("fslc"), grid("conical_resolution"), None, None)
     particles = grid("particles")
-    half = np.diff(elevation).min() / 2
-    top, bottom = (np.radians(np.clip(elevation + shift, 0, 180)) for shift in (-half, half))
-    solid_angle = (np.cos(top) - np.cos(bottom))[:, None] / (2 * len(azimuth))  # part of the sphere per cell
+    half = np.diff(tilt).min() / 2
+    top, bottom = (np.radians(np.clip(tilt + shift, 0, 180)) for shift in (-half, half))
+    solid_angle = (np.cos(top) - np.cos(bottom))[:, None] / (2 * len(rot))  # part of the sphere per cell
     density = particles / max(np.nansum(particles), 1) / np.maximum(solid_angle, 1e-12)
-    return Directions(elevation, azimuth, grid("fslc"), grid("conical_resolution"), grid("sampling"), density)
+    return Directions(tilt, rot, grid("fslc"), grid("conical_resolution"), grid("sampling"), density)
 
 
 def read_volume(path: Path) -> Volume:
@@ -272,8 +273,8 @@ def read_widths(run: Path) -> Widths:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """The object in ``summary.json``."""
-    path = run / "summary.json"
+    """The object that says what a folder holds: ``summary.json`` of a run, or what `check` and `nulltest` write."""
+    path = next((run / name for name in SUMMARIES if (run / name).exists()), run / SUMMARIES[0])
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -281,6 +282,14 @@ def read_summary(run: Path) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise InputError(f"{path}: {type(summary).__name__}; expected a JSON object; run the reconstruction again")
     return summary
+
+
+def read_summary_or_nothing(run: Path) -> dict[str, Any]:
+    """The summary for what may be left out; the headline says what is wrong with it."""
+    try:
+        return read_summary(run)
+    except InputError:
+        return {}
 
 
 def group(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -336,7 +345,7 @@ def _rows(path: Path, numbers: Sequence[str], texts: Sequence[str]) -> Iterator[
             for row in csv.DictReader(file):
                 if any(row[name] is None for name in texts):
                     raise ValueError(f"row {count + 1} is cut short")
-                yield row | {name: float(row[name]) for name in numbers}
+                yield row | {name: math.nan if row[name] == "" else float(row[name]) for name in numbers}
                 count += 1
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise unreadable(path, error, expected) from error

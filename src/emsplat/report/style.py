@@ -15,8 +15,9 @@ style-src 'unsafe-inline'; img-src data: blob:">
 </head>
 <body>
 <main>
-<header><h1>{name}</h1><p>Reconstruction with Gaussians by emsplat</p><nav>{links}</nav></header>
-<noscript><p class="caution">Interactive figures need JavaScript. The same figures lie beside this page as PNG and \
+<header><h1>{name}</h1><p>{kind}, by emsplat</p><p>{facts}</p><nav>{links}</nav></header>
+{warnings}
+<noscript><p class="warnings">Interactive figures need JavaScript. The same figures lie beside this page as PNG and \
 SVG.</p></noscript>
 {body}
 </main>
@@ -79,19 +80,17 @@ h3 { margin: 1.1rem 0 .35rem; font-size: .95rem; }
 section { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; }
 section { padding: 1.1rem 1.2rem; margin: 0 0 1rem; min-width: 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; }
-.card { border-left: 4px solid #0072b2; background: #f7f9fb; border-radius: 4px; padding: .7rem .9rem; }
-.card h3 { margin: .1rem 0 0; }
-.card p { margin: .4rem 0 0; font-size: .88rem; color: #3d454f; }
-.card:first-child { border-left-width: 8px; background: #eaf3f9; }
-.card:first-child .number { font-size: 2.1rem; }
-.number { font-size: 1.6rem; font-weight: 650; line-height: 1.2; }
-.detail { font-size: .85rem; color: #555d68; }
-.caution, .warnings { border-left: 4px solid #d55e00; background: #fdf3ec; border-radius: 4px; }
-.caution, .warnings { padding: .7rem .9rem; margin: .9rem 0 0; }
-.caution { font-size: .92rem; }
-.warnings h3 { margin: 0; }
+.headline { border-left: 8px solid #0072b2; background: #eaf3f9; border-radius: 4px; padding: .7rem .9rem; }
+.headline p { margin: .3rem 0 0; max-width: 46rem; }
+.headline ul { margin: .3rem 0 0; padding-left: 1.2rem; max-width: 46rem; }
+.number { font-size: 2.1rem; font-weight: 650; line-height: 1.2; }
+.warnings { border-left: 8px solid #d55e00; background: #fdf3ec; border-radius: 4px; }
+.warnings { padding: .7rem .9rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
+.warnings h2 { margin: 0; font-size: 1rem; }
 .warnings ul { margin: .3rem 0 0; padding-left: 1.2rem; }
+.notes { border-left-color: #8c96a3; background: #fff; }
+.bad { color: #b03a00; font-weight: 650; }
+.short { white-space: nowrap; }
 .missing { color: #555d68; font-style: italic; overflow-wrap: anywhere; }
 .note { margin: .4rem 0 0; font-size: .9rem; color: #3d454f; max-width: 46rem; }
 .saved { margin: .3rem 0 .8rem; font-size: .82rem; color: #555d68; }
@@ -102,6 +101,7 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .groups { columns: 24rem; column-gap: 2rem; }
 .groups > div { break-inside: avoid; padding-top: .4rem; }
 .groups h3 { margin-top: .5rem; }
+.scroll { overflow-x: auto; }
 .triples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .9rem; }
 .triples figure { margin: 0; display: grid; grid-template-columns: repeat(3, 1fr); gap: 3px; }
 .triples img { width: 100%; }
@@ -125,7 +125,7 @@ pre { overflow-x: auto; background: #f7f9fb; padding: .8rem; border-radius: 4px;
   main { max-width: none; padding: 0; }
   nav { display: none; }
   section { border: 0; padding: 0; margin: 0 0 1.2rem; }
-  img, .card, .caution, .warnings, .plot, figure, tr { break-inside: avoid; }
+  img, .headline, .warnings, .plot, figure, tr { break-inside: avoid; }
   h2, h3, dt { break-after: avoid; }
   pre { white-space: pre-wrap; }
   /* Figures keep the width they had on the screen; paper is narrower. */

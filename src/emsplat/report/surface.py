@@ -20,12 +20,16 @@ _LARGEST = 72  # voxels along the longest axis of the map that is drawn
 _BUDGET = 2_200_000  # bytes of all meshes; a page holds 4/3 of it, as base64
 _STEPS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5)  # levels relative to the default
 _FILLED = 0.4  # part of the mask that the surface encloses at the default level
+_ABOVE_NOISE = 3  # standard deviations of the surroundings that the lowest level keeps
 _MARGIN = 2  # voxels kept around the mask
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One isosurface: vertices (n, 3) as x, y, z in `UNIT` from the box centre, triangles (m, 3) of vertices."""
+    """One isosurface: vertices (n, 3) as x, y, z in `UNIT` from the box centre, triangles (m, 3) of vertices.
+
+    Seen from outside the corners of a triangle go round anticlockwise.
+    """
 
     level: float  # in standard deviations of the map
     vertices: NDArray[np.int16]
@@ -46,12 +50,15 @@ class Surface:
     meshes: list[Mesh]
     default: int
     voxel: float
+    is_reduced: bool  # whether that is larger than the voxel of the map
 
 
 def make_surface(
     volume: read.Volume, mask: NDArray[np.bool_] | None, local: NDArray[np.float32] | None, run: Path
 ) -> Surface:
     """Isosurfaces of a map around the level that encloses 0.4 of its mask (3 standard deviations without one).
+
+    All are above the noise outside the mask.
 
     The map is cut to the bounding box of the mask and reduced by Fourier cropping until the meshes fit the page.
 
@@ -62,8 +69,10 @@ def make_surface(
     corner, shape = _bounding_box(mask, volume.values.shape)
     box = tuple(slice(start, start + size) for start, size in zip(corner, shape, strict=True))
     part = volume.values[box]
-    default = _default_level(part, None if mask is None else mask[box], spread)
-    levels = sorted({round(step * default, 1) for step in _STEPS})
+    inside = None if mask is None else mask[box]
+    least = _least_level(part, inside, spread)
+    default = max(_default_level(part, inside, spread), least)
+    levels = sorted({round(step * default, 1) for step in _STEPS if step * default >= least})
     centre = [size // 2 - start for size, start in zip(volume.values.shape, corner, strict=True)]
     known = None if local is None else _filled(local[box])
     size = _LARGEST
@@ -84,7 +93,7 @@ def make_surface(
             "is it empty?"
         )
     nearest = min(range(len(meshes)), key=lambda i: abs(meshes[i].level - default))
-    return Surface(meshes, nearest, max(step) * volume.pixel_size)
+    return Surface(meshes, nearest, max(step) * volume.pixel_size, max(step) > 1)
 
 
 def _default_level(part: NDArray[np.float32], inside: NDArray[np.bool_] | None, spread: float) -> float:
@@ -95,6 +104,13 @@ def _default_level(part: NDArray[np.float32], inside: NDArray[np.bool_] | None, 
         return 3.0
     level = float(np.quantile(part[inside], 1 - _FILLED)) / spread
     return level if level >= 0.2 else 3.0
+
+
+def _least_level(part: NDArray[np.float32], inside: NDArray[np.bool_] | None, spread: float) -> float:
+    """3 standard deviations of what surrounds the mask: below, noise would hide the particle and fill the page."""
+    if inside is None or inside.all() or not inside.any() or not spread > 0:
+        return 0.0
+    return _ABOVE_NOISE * float(part[~inside].std()) / spread
 
 
 def _bounding_box(mask: NDArray[np.bool_] | None, shape: Sequence[int]) -> tuple[list[int], list[int]]:

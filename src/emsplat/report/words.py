@@ -3,90 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
-# The most telling curve first: figures and legends follow this order, unknown columns come last.
+# Columns of fsc.star, the most telling first; unknown columns come last.
 CURVE_NAMES = {
-    "emsplatCrossValidated": "cross-validated (models against unseen data)",
+    "emsplatCrossValidated": "cross-validated",
+    "emsplatReferenceMasked": "full map against the reference",
     "emsplatBackprojectionMasked": "classical half maps, masked",
-    "rlnFourierShellCorrelationCorrected": "half maps, masked and corrected",
-    "rlnFourierShellCorrelationMaskedMaps": "half maps, masked",
-    "rlnFourierShellCorrelationUnmaskedMaps": "half maps, unmasked",
-    "rlnFourierShellCorrelationParticleMaskFraction": "half maps, unmasked, scaled to the particle's volume",
-    "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": "half maps, phases randomised, masked",
-    "emsplatCryodrgnMaskedMaps": "half maps, masked, cryoDRGN's shells",
-    "emsplatReferenceMasked": "full map against the reference, masked",
+    "rlnFourierShellCorrelationCorrected": "masked and corrected",
+    "rlnFourierShellCorrelationMaskedMaps": "masked",
+    "rlnFourierShellCorrelationUnmaskedMaps": "unmasked",
+    "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": "masked, phases randomised",
+    "rlnFourierShellCorrelationParticleMaskFraction": "unmasked, scaled to the particle",
+    "emsplatCryodrgnMaskedMaps": "masked, cryoDRGN's shells",
 }
 
-_RELION = "last shell before the first drop (RELION's rule)"
-# The rule behind each key under "resolution" in summary.json.
-_RULES = {
-    "cross_validated": "FSC 0.5, where the interpolated curve first crosses it",
-    "backprojection_masked": f"classical half maps, masked; FSC 0.143, {_RELION}",
-    "half_map_unmasked": f"unmasked; FSC 0.143, {_RELION}",
-    "half_map_masked": f"masked; FSC 0.143, {_RELION}",
-    "half_map_corrected": f"masked and corrected by randomised phases; FSC 0.143, {_RELION}",
-    "half_map_masked_cryodrgn": "masked; FSC 0.143, cryoDRGN's shells, last shell above the threshold",
+RELIONS_RULE = "FSC 0.143 by RELION's rule, last shell before the first drop"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a curve of summary.json was measured on, and what it says of Gaussians and of classical maps."""
+
+    name: str
+    meaning: str
+    classical: str
+
+
+# Keys under "resolution" in summary.json, in the order of the table: what to look at first, what to compare last.
+CURVES = {
+    "reference_masked": Measured(
+        "full map against the reference, masked",
+        "Agreement with the map that was given; read at 0.5.",
+        "Agreement with the map that was given; read at 0.5.",
+    ),
+    "backprojection_masked": Measured(
+        "classical half maps, masked", "What the data of the two halves agree on before any model.", ""
+    ),
+    "half_map_corrected": Measured(
+        "half maps, masked and corrected",
+        "Upper limit: what all such models have in common counts as agreement. Compares runs.",
+        "",
+    ),
+    "half_map_masked": Measured(
+        "half maps, masked", "Upper limit, the mask's part in it as well.", "The mask adds to it."
+    ),
+    "half_map_unmasked": Measured(
+        "half maps, unmasked",
+        "Upper limit; needs no mask.",
+        "Too coarse: the noise of the whole box counts.",
+    ),
+    "half_map_masked_cryodrgn": Measured(
+        "half maps, masked, cryoDRGN's rule",
+        "As cryoDRGN and CryoBench count: more lenient, comparable with nothing else.",
+        "As cryoDRGN and CryoBench count: more lenient, comparable with nothing else.",
+    ),
 }
-# The order of the headline: what to quote first, what to compare last.
-_ORDER = (
-    *("cross_validated", "backprojection_masked", "half_map_corrected", "half_map_masked", "half_map_unmasked"),
-    *("half_map_masked_cryodrgn", "reference_masked"),
-)
 
+# What a page says of a run on particles that a null test has altered.
+ALTERED = {
+    "unaltered": "Null test: the particles as they are; the others are compared with this run.",
+    "noise": "Null test: every image is replaced by noise of its own spectrum. There must be no resolution.",
+    "phases": "Null test: phases are random beyond a known spacing. The resolution must stop there.",
+    "poses": "Null test: poses and shifts have changed hands. What remains is the average over all rotations.",
+}
 
-def rank(curve: str) -> int:
-    """The place of a curve in the headline; those unknown to this version come last."""
-    return _ORDER.index(curve) if curve in _ORDER else len(_ORDER)
-
-
-def rule(curve: str, threshold: str) -> str:
-    """How a resolution was read from a curve; ``threshold`` is empty where its key names none."""
-    if threshold:
-        return f"FSC {threshold}, {_RELION}"
-    return _RULES.get(curve, f"{curve.replace('_', ' ')}; this version of the report does not know its rule")
-
-
-# Part of a key under "resolution" in summary.json, what the number is, what it means; the first match counts.
-MEANINGS = (
-    (
-        "cross",
-        "Cross-validated",
-        "The Gaussians of one half against the plain back-projection of the other half, whose noise they "
-        "have never seen: an estimate of the correlation with the truth. This is the number to quote.",
-    ),
-    (
-        "backproj",
-        "Back-projections",
-        "Agreement of the plain back-projections of the two halves, which no prior has touched.",
-    ),
-    (
-        "corrected",
-        "Half maps, mask corrected",
-        "Agreement of the Gaussians fitted to each half, less what the mask alone contributes. The prior's part in it "
-        "remains: use it to compare runs.",
-    ),
-    (
-        "cryodrgn",
-        "Half maps, for comparison with cryoDRGN",
-        "The masked half maps read as cryoDRGN and CryoBench read theirs. Its shells and rule are more lenient: "
-        "compare it with nothing else.",
-    ),
-    (
-        "half_map",
-        "Half maps of the Gaussians",
-        "Agreement of the Gaussians fitted to each half. It overestimates: use it to compare runs, "
-        "not to claim a resolution.",
-    ),
-    ("reference", "Against the reference", "Agreement of the full map with the reference map that was given."),
-    ("truth", "Against the truth", "Agreement with the map that the images were simulated from."),
-)
 CAUTION = (
-    "The half-map FSC of a Gaussian model overestimates its resolution. Both halves are fitted with the same "
-    "kind of compact, smooth Gaussians, so the two maps agree in what the model imposes and not only in what "
-    "the images show. Expect the true resolution to be worse than the half-map numbers, and look at the "
-    "map before you believe them. The model of one half against the plain back-projection of the other "
-    "lacks this bias."
+    "Why not the half maps? Both halves are fitted with the same kind of compact, smooth Gaussians, so their maps "
+    "agree in what the model imposes and not only in what the images show. The Gaussians of one half against the "
+    "plain back-projection of the other, whose noise they have never seen, lack this bias."
 )
 
 LOCAL_RESOLUTION_KINDS = {
@@ -123,10 +109,62 @@ DIRECTIONAL = {
     "unsampled": ("unsampled part of Fourier space", "Above 0 there is a missing wedge or cone that no fit can fill."),
 }
 
+# Keys of a stage under "course" in summary.json, as columns.
+STAGES = {
+    "gaussians": "Gaussians",
+    "epochs": "epochs",
+    "score": "mean cross-validated FSC",
+    "gain": "gain",
+    "gain_error": "its standard error",
+    "kept": "kept",
+}
+
+# Columns of the table of null tests.
+NULL_MEASURES = {
+    "half_map_masked": "half maps, masked",
+    "half_map_corrected": "half maps, corrected",
+    "backprojection_masked": "classical half maps",
+    "cross_validated": "cross-validated",
+    "reported": "reported by the run",
+}
+DECISIVE = ("cross_validated", "reported")  # those that have to be silent for the test to pass
+
+# Keys of summary.json in words, and those that have a place of their own in the page.
+LABELS = {
+    "file": "particle file",
+    "half_sets": "half-sets",
+    "half_sets_from": "half-sets are those of",
+    "optics_groups": "optics groups",
+    "box": "box (px)",
+    "pixel_size": "pixel size",
+    "diameter": "particle diameter, at most",
+    "defocus_range": "defocus",
+    "shift_rms": "shifts, root mean square",
+    "symmetry_elements": "elements of the symmetry",
+    "image_folders": "image paths start from",
+    "skipped_rows": "rows left out as bad",
+    "fraction": "part of the box inside the mask",
+    "randomised_from": "phases randomised from (Å)",
+    "random_phases": "mean FSC of random phases in the mask",
+    "coverage": "part of Fourier space that is measured",
+    "seconds": "seconds in all",
+    "seconds_of_parts": "seconds of the parts",
+    "peak_memory_mb": "most memory (MB)",
+    "peak_gpu_memory_mb": "most memory of the GPU (MB)",
+    "device": "device",
+    "threads": "threads",
+    "machine": "processor architecture",
+    "seed": "seed",
+}
+ELSEWHERE = (
+    *("evident", "resolution", "limit", "warnings", "notes", "local_resolution", "directional", "course", "examples"),
+    *("settings", "options", "assessment", "input", "fits", "versions", "altered"),
+)
+
 # What the files of a run folder are; the first pattern that matches counts.
 _FILES = (
-    ("run_half[12]_class*_unfil.mrc", "half map: the Gaussians of one half-set; no mask, filter or sharpening"),
-    ("run_class*.mrc", "full map: the Gaussians fitted to all particles"),
+    ("run_half[12]_class*_unfil.mrc", "half map, of one half-set; no mask, filter or sharpening"),
+    ("run_class*.mrc", "full map, of all particles"),
     ("backprojection_half[12].mrc", "classical half map: back-projection of one half-set"),
     ("backprojection_*.mrc", "classical map: back-projection of all particles"),
     ("postprocess.mrc", "full map, sharpened and filtered"),
@@ -142,6 +180,9 @@ _FILES = (
     ("*fsc*.xml", "Fourier shell correlation for deposition in EMDB"),
     ("*.star", "table in RELION's format"),
     ("summary.json", "the numbers on this page"),
+    ("nulltest.json", "the table of the null tests"),
+    ("nulltest.csv", "the table of the null tests"),
+    ("check.json", "what was understood of the input"),
     ("config.toml", "the settings of the run"),
     ("convergence.csv", "loss at each step of each fit"),
     ("scores.csv", "mean cross-validated FSC after each epoch"),
@@ -186,14 +227,8 @@ CHECKS: Sequence[tuple[str, str]] = (
         "or from images that were masked or filtered alike before.",
     ),
     (
-        "The cross-validated resolution is much worse than that of the half maps",
-        "Overfitting: both models describe what the other half's images do not contain. Fewer Gaussians, fewer "
-        "epochs or a larger smallest width help. The residuals of the other half above those of the own half say the "
-        "same.",
-    ),
-    (
         "The resolution is exactly the limit of the pixel size",
-        "The images were cropped in Fourier space too far. Extract them again with smaller pixels.",
+        "The images were binned too far. Extract them again with smaller pixels.",
     ),
     (
         "The map is smeared along one axis, or the conical resolutions differ widely",
@@ -220,6 +255,14 @@ CHECKS: Sequence[tuple[str, str]] = (
         "Poses or shifts are in another convention or were made for another pixel size or box; symmetry is wrong; or "
         "the defocus is. Residuals should look like noise: a dark or bright particle in all of them is a scale error, "
         "rings are a CTF error.",
+    ),
+)
+CHECKS_OF_GAUSSIANS: Sequence[tuple[str, str]] = (
+    (
+        "The cross-validated resolution is much worse than that of the half maps",
+        "Overfitting: both models describe what the other half's images do not contain. Fewer Gaussians, fewer "
+        "epochs or a larger smallest width help. The residuals of the other half above those of the own half say the "
+        "same.",
     ),
     (
         "Spikes and needles of density",

@@ -1,0 +1,413 @@
+"""Copies of an image: known over files and links, never in both half-sets, counted once."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from emsplat.accumulate import equations_of
+from emsplat.assess.fsc import fsc_curve
+from emsplat.cli import main
+from emsplat.config import ChoiceConfig, InputConfig, PreprocessConfig, SimulateConfig, SourceConfig
+from emsplat.copies import copies, draw_halves, image_numbers, linked, mixed_classes, settle_halves
+from emsplat.errors import InputError
+from emsplat.geometry import axis_rotation, matrix_to_euler, random_rotations, symmetry_group
+from emsplat.inputs import open_stack, read_table
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.mrc import StackFile, writing_stack
+from emsplat.io.relion import read_star, write_table
+from emsplat.nulltest import _write
+from emsplat.objective import ImageObjective
+from emsplat.preprocess import preprocess
+from emsplat.progress import Log
+from emsplat.reconstruct import backproject
+from emsplat.simulate import simulate
+from emsplat.types import Gaussians, Grid
+
+GRID = Grid(16, 4.0)
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """Noise alone: whatever correlates between two half-sets is the same image in both."""
+    folder = tmp_path_factory.mktemp("noise")
+    with writing_stack(folder / "s.mrcs", IMAGES, GRID) as write:
+        write(torch.randn(IMAGES, 16, 16, generator=torch.Generator().manual_seed(1)))
+    return folder / "s.mrcs"
+
+
+@pytest.fixture(scope="module")
+def poses():
+    return random_rotations(IMAGES, torch.Generator().manual_seed(2))
+
+
+def star(path, stack, rows, poses, *, shift=None, pixel=4.0, **columns):
+    """A STAR file of images (from 0) with their poses, one per row, and further columns."""
+    names = [str(stack)] * len(rows) if isinstance(stack, (str, Path)) else list(map(str, stack))
+    shift = torch.zeros(len(rows), 2) if shift is None else shift
+    table = {
+        "ImageName": [f"{row + 1}@{name}" for row, name in zip(rows, names, strict=True)],
+        "DefocusU": ["15000"] * len(rows),
+        "OpticsGroup": ["1"] * len(rows),
+    }
+    angles = torch.rad2deg(matrix_to_euler(poses)).tolist()
+    for name, values in zip(("AngleRot", "AngleTilt", "AnglePsi"), zip(*angles, strict=True), strict=True):
+        table[name] = [f"{value:.9f}" for value in values]
+    for axis, values in zip("XY", shift.T.tolist(), strict=True):
+        table[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values]
+    table |= {name: list(map(str, values)) for name, values in columns.items()}
+    optics = "data_optics\nloop_\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n"
+    optics += f"_rlnImagePixelSize\n_rlnImageSize\n_rlnMicrographOriginalPixelSize\n1 300 2.7 0.1 {pixel} 16 1.0\n\n"
+    lines = [" ".join(row) for row in zip(*table.values(), strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(optics + "\n".join(["data_particles", "loop_", *(f"_rln{name}" for name in table), *lines]) + "\n")
+    return path
+
+
+def parted(stack):
+    """How many images are in both half-sets of a stack."""
+    image = image_numbers(stack.table)
+    both = Counter(number for number, _ in set(zip(image.tolist(), stack.half.tolist(), strict=True)))
+    return sum(count > 1 for count in both.values())
+
+
+def test_an_image_is_known_over_spellings_and_links(stack, poses, tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "link.mrcs").symlink_to(stack)
+    (tmp_path / "folder").symlink_to(stack.parent)
+    spellings = [stack, tmp_path / "job" / "link.mrcs", tmp_path / "folder" / "s.mrcs", f"{stack.parent}/./s.mrcs"]
+    table = read_star(star(tmp_path / "p.star", spellings, [3, 3, 3, 4], poses[:4]))
+    assert image_numbers(table).tolist() == [0, 0, 0, 1]
+    other = star(tmp_path / "job" / "q.star", "link.mrcs", [4, 5], poses[:2])
+    merged = read_table(SourceConfig(merge=(other,)), tmp_path / "p.star")
+    assert image_numbers(merged).tolist() == [0, 0, 0, 1, 1, 2]
+    # Stacks that are not there go by their names.
+    absent = star(tmp_path / "absent.star", ["a/s.mrcs", "a/./s.mrcs", "b/s.mrcs"], [1, 1, 1], poses[:3])
+    assert image_numbers(read_star(absent, need_stacks=False)).tolist() == [0, 0, 1]
+
+
+def test_linked_rows_are_connected_over_others():
+    one, other = torch.tensor([7, 7, 3, 4, 5]), torch.tensor([1, 2, 2, 9, 8])
+    assert linked(one, other).tolist() == [0, 0, 0, 1, 2]
+    assert linked(one).tolist() == [0, 0, 1, 2, 3]
+
+
+def test_overlapping_selections_share_no_image_between_halves(stack, poses, tmp_path):
+    micrographs = [f"mic{i // 3}.mrc" for i in range(IMAGES)]
+    a = star(tmp_path / "a" / "a.star", stack, range(16), poses[:16], MicrographName=micrographs[:16])
+    b = star(tmp_path / "b" / "b.star", stack, range(8, 24), poses[8:], MicrographName=micrographs[8:])
+    for seed in range(4):
+        merged = open_stack(SourceConfig(merge=(b,), seed=seed), a)
+        assert parted(merged) == 0
+        assert [int((merged.half == half).sum()) for half in (1, 2)] == pytest.approx([16, 16], abs=6)
+        for number in merged.table.micrograph.unique():
+            assert len(merged.half[merged.table.micrograph == number].unique()) == 1
+    assert len(merged.table.micrograph_names) == len(merged.table.micrograph.unique()) == 8
+    found = copies(merged.table, "C1")
+    assert (found.images, found.rows, found.expansion, found.crossing) == (24, 8, None, 0)
+
+
+def test_noise_in_both_halves_would_correlate(stack, poses, tmp_path):
+    """What is at stake: the same images in both halves give noise an FSC near 1, whole copies give none."""
+    twice = [i for i in range(IMAGES) for _ in "12"]
+    path = star(tmp_path / "p.star", stack, twice, poses[twice])
+    good = open_stack(SourceConfig(), path)
+    assert parted(good) == 0
+    bad = open_stack(SourceConfig(), path)
+    bad.half = torch.tensor([1, 2] * IMAGES)
+
+    def likeness(particles):
+        maps = [equations_of(particles.only(half)).solve() for half in (1, 2)]
+        return float(fsc_curve(*maps, GRID).value[3:].mean())
+
+    assert likeness(bad) > 0.99
+    assert abs(likeness(good)) < 0.2
+
+
+def test_half_sets_of_the_file_that_cross_are_refused(stack, poses, tmp_path, capsys):
+    rows = [*range(12), *range(9)]
+    half = [1 + i % 2 for i in range(12)] + [2 - i % 2 for i in range(6)] + [1 + i % 2 for i in range(6, 9)]
+    path = star(tmp_path / "p.star", stack, rows, poses[rows], RandomSubset=half)
+    with pytest.raises(InputError, match=r"cross: 12 of 21 rows .* row 1, .* row 13.*--redraw-halves.*--unique"):
+        open_stack(SourceConfig(), path)
+    assert main(["backproject", str(path), "-o", str(tmp_path / "run")]) == 2
+    assert "--redraw-halves" in capsys.readouterr().err
+    redrawn = open_stack(SourceConfig(redraw_halves=True), path)
+    assert parted(redrawn) == 0
+    kept = open_stack(SourceConfig(unique=True), path)
+    assert kept.half.tolist() == half[:12]
+
+
+def test_rows_without_a_half_follow_their_copies(stack, poses, tmp_path):
+    a = star(tmp_path / "a.star", stack, range(12), poses[:12], RandomSubset=[1 + i % 2 for i in range(12)])
+    b = star(tmp_path / "b.star", stack, range(6, 20), poses[6:20])
+    for first, second in ((a, b), (b, a)):
+        merged = open_stack(SourceConfig(merge=(second,)), first)
+        assert parted(merged) == 0
+        said = merged.table.half > 0
+        assert torch.equal(merged.half[said], merged.table.half[said])
+        assert [int((merged.half == half).sum()) for half in (1, 2)] == [13, 13]
+
+
+def test_drawing_keeps_copies_and_places_together():
+    alone = torch.zeros(40, dtype=torch.int64)
+    image = torch.arange(40) // 2
+    half = draw_halves(alone, 0, image)
+    assert half[::2].tolist() == half[1::2].tolist()
+    assert int((half == 1).sum()) == 20
+    place = torch.cat([torch.arange(20), torch.arange(20)])
+    half = draw_halves(alone, 0, torch.arange(40), [place])
+    assert half[:20].tolist() == half[20:].tolist()
+    # Places that are the same of all mean nothing, nor do two stacks that stand for the micrographs of all.
+    assert sorted(torch.bincount(draw_halves(alone, 0, torch.arange(40), [alone])).tolist()) == [0, 20, 20]
+    half = draw_halves(torch.arange(40) // 20, 0)
+    assert {tuple(half[part].unique().tolist()) for part in (slice(20), slice(20, 40))} == {(1, 2)}
+
+
+def test_micrographs_over_files(stack, poses, tmp_path):
+    """Found ones go by their files, others by their names."""
+    for project in ("one", "two"):
+        (tmp_path / project / "mics").mkdir(parents=True)
+        for name in ("a", "b"):
+            (tmp_path / project / "mics" / f"{name}.mrc").write_text(project)
+    (tmp_path / "one" / "mics" / "alias.mrc").symlink_to(tmp_path / "one" / "mics" / "b.mrc")
+    first = ["mics/a.mrc", "mics/b.mrc", "mics/gone.mrc"]
+    second = ["mics/a.mrc", "../one/mics/alias.mrc", "mics/gone.mrc"]
+    one = star(tmp_path / "one" / "p.star", stack, range(3), poses[:3], MicrographName=first)
+    two = star(tmp_path / "two" / "p.star", stack, range(3, 6), poses[3:6], MicrographName=second)
+    merged = read_table(SourceConfig(merge=(two,)), one)
+    a, b, gone, other_a, alias, other_gone = merged.micrograph.tolist()
+    assert b == alias
+    assert gone == other_gone
+    assert len({a, other_a, b, gone}) == 4
+    assert merged.micrograph_names[a] == merged.micrograph_names[other_a] == "mics/a.mrc"
+    away = star(tmp_path / "three" / "p.star", stack, [6], poses[6:7], MicrographName=["mics/a.mrc"])
+    assert read_table(SourceConfig(merge=(away,)), one).micrograph.tolist() == [0, 1, 2, 0]
+    # Stacks that stand for micrographs do so in a merged table.
+    plain = star(tmp_path / "plain.star", stack, [7, 8], poses[:2])
+    merged = read_table(SourceConfig(merge=(star(tmp_path / "more.star", stack, [9], poses[:1]),)), plain)
+    assert merged.micrograph.tolist() == [0, 0, 0]
+
+
+def test_particles_picked_twice(stack, poses, tmp_path):
+    """Other images of the same place: together where half-sets are drawn, and told where the file parts them."""
+    half = [1 + i // 12 for i in range(24)]
+    x = [100.0 * (i % 12) for i in range(24)]
+    shift = torch.zeros(24, 2)
+    x[12:] = [value + 30 for value in x[12:]]
+    shift[12:, 0] = 30  # the boxes lie 30 Å apart, the particles in the same place
+    columns = {"MicrographName": ["m.mrc"] * 24, "CoordinateX": x, "CoordinateY": [50] * 24}
+    path = star(tmp_path / "p.star", stack, range(24), poses, shift=shift, RandomSubset=half, **columns)
+    found = copies(read_star(path), "C1")
+    assert (found.rows, found.crossing, found.close) == (0, 0, 24)
+    assert "--redraw-halves" in found.near
+    assert settle_halves(read_star(path), 0).tolist() == half
+    drawn = open_stack(SourceConfig(redraw_halves=True), path)
+    assert drawn.half[:12].tolist() == drawn.half[12:].tolist()
+    assert set(drawn.half.tolist()) == {1, 2}
+    apart = star(tmp_path / "q.star", stack, range(24), poses, RandomSubset=half, **columns)
+    assert copies(read_star(apart), "C1").close == 0
+
+
+def expanded(path, stack, poses, group, count=IMAGES, noise=0.0):
+    """Every image under every element, its poses off by about ``noise`` degrees."""
+    rng = np.random.default_rng(0)
+    off = [axis_rotation(rng.normal(size=3), np.radians(noise)) for _ in range(count * len(group))]
+    rows = np.repeat(np.arange(count), len(group))
+    turned = torch.cat([pose @ group for pose in poses[:count]]) @ torch.from_numpy(np.stack(off))
+    return star(path, stack, rows, turned)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "noise"), [("C2", 0.0), ("C7", 2.0), ("D2", 3.0), ("D3", 0.0), ("T", 1.0), ("I2", 2.0)]
+)
+def test_symmetry_expanded_sets_are_recognised(stack, poses, tmp_path, symbol, noise):
+    path = expanded(tmp_path / "p.star", stack, poses, symmetry_group(symbol), 8, noise)
+    for asked in ("C1", symbol):
+        found = copies(read_star(path), asked)
+        assert found.expansion == symbol
+        assert found.images == 8
+    assert parted(open_stack(SourceConfig(), path)) == 0
+    assert len(read_table(SourceConfig(unique=True), path)) == 8
+    some = read_star(path).take(torch.arange(4 if symbol == "I2" else 3))
+    assert copies(some, "C1").expansion is None or len(symmetry_group(symbol)) < 4
+
+
+def test_copies_that_are_not_expanded(stack, poses, tmp_path):
+    twice = [*range(IMAGES), *range(IMAGES)]
+    again = star(tmp_path / "a.star", stack, twice, poses[twice])
+    assert copies(read_star(again), "D2").expansion is None
+    assert "poses" not in copies(read_star(again), "D2").text
+    other = random_rotations(IMAGES, torch.Generator().manual_seed(9))
+    realigned = star(tmp_path / "b.star", stack, twice, torch.cat([poses, other]))
+    assert copies(read_star(realigned), "D2").expansion is None
+    assert "poses that differ by" in copies(read_star(realigned), "D2").text
+
+
+def test_expanded_sets_give_the_sums_of_the_symmetry(stack, poses, tmp_path):
+    """Σ over n copies without symmetry is Σ over images with it; with both, copies count once."""
+    group = symmetry_group("D2")
+    plain = star(tmp_path / "plain.star", stack, range(IMAGES), poses)
+    more = expanded(tmp_path / "more.star", stack, poses, group)
+
+    def sums(path, symmetry):
+        return equations_of(open_stack(SourceConfig(symmetry=symmetry), path))
+
+    wanted = sums(plain, "D2")
+    for symmetry in ("C1", "D2"):
+        found = sums(more, symmetry)
+        for name in ("linear", "kernel"):
+            value = getattr(wanted, name)
+            # The noise spectrum is that of 96 rows instead of 24 images: the same mean, summed in another order.
+            torch.testing.assert_close(getattr(found, name), value, rtol=0, atol=1e-4 * float(value.abs().max()))
+
+
+def test_copies_count_once(stack, poses, tmp_path):
+    rows = [*range(IMAGES), *range(10)]
+    turn = torch.from_numpy(axis_rotation([1.0, 2, 3], np.radians(1.5)))
+    path = star(tmp_path / "p.star", stack, rows, torch.cat([poses, poses[:10] @ turn]))
+    doubled = open_stack(SourceConfig(), path)
+    assert doubled.share.tolist() == [0.5] * 10 + [1.0] * 14 + [0.5] * 10
+    once = open_stack(SourceConfig(unique=True), path)
+    assert once.share is None
+    weights = [equations_of(part).kernel.max() for part in (doubled, once)]
+    assert float(weights[0] / weights[1]) == pytest.approx(1, abs=0.05)
+
+
+def test_image_engine_counts_copies_once(stack, poses, tmp_path):
+    rows = [*range(IMAGES), *range(10)]
+    path = star(tmp_path / "p.star", stack, rows, poses[rows])
+    gaussians = Gaussians(torch.zeros(1, 3), 100 * torch.eye(3)[None], torch.ones(1))
+
+    def total(unique):
+        particles = open_stack(SourceConfig(unique=unique), path)
+        (batch,) = particles.sequential(100)
+        return float(ImageObjective(particles, batch=100, seed=0).loss(gaussians, batch)) * len(batch)
+
+    assert total(False) == pytest.approx(total(True), rel=1e-5)
+
+
+def test_unique_comes_after_subset_and_class_and_before_first(stack, poses, tmp_path):
+    rows = [0, 1, 2, 0, 1, 2, 3, 4]
+    path = star(tmp_path / "p.star", stack, rows, poses[rows], ClassNumber=[1, 1, 1, 2, 2, 2, 2, 2])
+
+    def chosen(**options):
+        table = read_table(ChoiceConfig(unique=True, **options), path)
+        return table.row.tolist(), table.left_out
+
+    assert chosen() == ([0, 1, 2, 6, 7], 3)
+    assert chosen(first=4) == ([0, 1, 2, 6], 3)
+    assert chosen(particle_class=2, first=2) == ([3, 4], 0)
+    np.savetxt(tmp_path / "rows.txt", [4, 1, 7], fmt="%d")
+    assert chosen(subset=tmp_path / "rows.txt") == ([4, 7], 1)
+    merged = read_table(ChoiceConfig(unique=True, merge=(path,)), path)
+    assert (merged.row.tolist(), merged.left_out) == ([0, 1, 2, 6, 7], 11)
+
+
+def test_subsets_find_images_through_links(stack, poses, tmp_path):
+    path = star(tmp_path / "p.star", stack, range(8), poses[:8])
+    (tmp_path / "import").mkdir()
+    (tmp_path / "import" / "123_s.mrcs").symlink_to(stack)
+    chosen = star(tmp_path / "import" / "sub.star", "123_s.mrcs", [5, 2], poses[:2])
+    assert read_table(ChoiceConfig(subset=chosen), path).row.tolist() == [2, 5]
+    # Folders are compared whole: "job1" is not the end of "myjob1".
+    table = read_star(path)
+    for folder in ("myjob1", "job1"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.mrcs").write_bytes(stack.read_bytes())
+    stacks = tuple(tmp_path / folder / "t.mrcs" for folder in ("myjob1", "job1"))
+    two = replace(table, stacks=stacks, stack=torch.arange(8) // 4, image=torch.arange(8) % 4)
+    write_table(tmp_path / "two.star", two, None, tmp_path)
+    (tmp_path / "away").mkdir()
+    named = star(tmp_path / "away" / "sub.star", "/elsewhere/job1/t.mrcs", [1], poses[:1])
+    named.write_text(named.read_text().replace("/elsewhere/", ""))
+    assert read_table(ChoiceConfig(subset=named), tmp_path / "two.star").row.tolist() == [5]
+
+
+def test_preprocess_writes_an_image_once(stack, poses, tmp_path):
+    """Copies go on naming one image, also where their origins differ."""
+    rows = [*range(IMAGES), *range(IMAGES)]
+    shift = torch.cat([torch.full((IMAGES, 2), 9.0), torch.full((IMAGES, 2), 14.0)])
+    path = star(tmp_path / "p.star", stack, rows, poses[rows], shift=shift)
+    made = read_star(preprocess(PreprocessConfig(), path, tmp_path / "new"))
+    assert StackFile(tmp_path / "new" / "particles.mrcs").count == IMAGES
+    assert made.image.tolist() == rows
+    before = read_star(path)
+    moved = before.poses.shift - made.poses.shift
+    torch.testing.assert_close(moved, torch.full((2 * IMAGES, 2), 8.0).double(), rtol=0, atol=1e-6)  # two whole pixels
+
+
+def test_null_tests_alter_an_image_once(stack, poses, tmp_path):
+    twice = [*range(IMAGES), *range(IMAGES)]
+    particles = open_stack(SourceConfig(), star(tmp_path / "p.star", stack, twice, poses[twice]))
+    table = read_star(_write("noise", particles, tmp_path, 3, seed=0))
+    assert StackFile(tmp_path / "particles.mrcs").count == IMAGES
+    assert table.image.tolist() == twice
+    assert settle_halves(table, 0).tolist() == particles.half.tolist()
+
+
+def test_copies_get_uids_of_their_own(stack, poses, tmp_path):
+    twice = [*range(6), *range(6)]
+    write_cs(tmp_path / "p.cs", read_star(star(tmp_path / "p.star", stack, twice, poses[twice])), None)
+    uid = np.load(tmp_path / "p.cs")["uid"]
+    assert len(np.unique(uid)) == 12
+
+
+def test_check_and_run_say_what_is_repeated(tmp_path, capsys):
+    config = SimulateConfig(
+        box=24, pixel_size=6.0, particles=60, atoms=300, snr=0.5, micrograph_particles=6, half_sets=False
+    )
+    path = simulate(config, None, tmp_path / "sim")
+    table = read_star(path)
+    a, b = path.parent / "a.star", path.parent / "b.star"
+    write_table(a, replace(table, particle_class=torch.arange(60) % 3).take(torch.arange(40)), None)
+    write_table(b, table.take(torch.arange(20, 60)), None)
+    code = main(["check", str(a), "--merge", str(b), "--metadata-only", "--json"])
+    items = {item["name"]: item for item in json.loads(capsys.readouterr().out)["items"]}
+    assert code == 1
+    assert items["repeated images"]["verdict"] == "look"
+    assert items["repeated images"]["text"].startswith("20 rows name an image that an earlier row names too")
+    assert items["classes"]["verdict"] == "look"
+    assert "class 0: 14, class 1: 13, class 2: 13" in items["classes"]["text"]
+    log = Log()
+    summary = backproject(InputConfig(merge=(b,)), a, tmp_path / "run", log)
+    about = summary["input"]
+    assert (about["particles"], about["images"], about["repeated_rows"], about["micrographs"]) == (80, 60, 20, 10)
+    assert about["half_sets_from"] == "drawn per micrograph"
+    assert any("20 rows name an image" in text for text in log.warnings)
+    assert any("3 classes are mixed" in text and "--class" in text for text in log.warnings)
+    used = read_star(tmp_path / "run" / "run_data.star")
+    assert copies(used, "C1").crossing == 0
+    unique = backproject(InputConfig(merge=(b,), unique=True), a, tmp_path / "unique", log)
+    assert (unique["input"]["particles"], unique["input"]["left_out_rows"]) == (60, 20)
+    again = backproject(InputConfig(redraw_halves=True, seed=5), tmp_path / "run" / "run_data.star", tmp_path / "again")
+    assert again["input"]["half_sets_from"] == "redrawn per micrograph"
+
+
+def test_classes_of_several_files_are_not_compared(stack, poses, tmp_path):
+    one = star(tmp_path / "a.star", stack, range(4), poses[:4], ClassNumber=[1] * 4)
+    two = star(tmp_path / "b.star", stack, range(4, 8), poses[:4], ClassNumber=[2] * 4)
+    assert mixed_classes(read_table(SourceConfig(merge=(two,)), one)) == ""
+    mixed = star(tmp_path / "c.star", stack, range(4), poses[:4], ClassNumber=[1, 2, 2, 2])
+    assert "c.star: 2 classes are mixed (class 1: 1, class 2: 3)" in mixed_classes(
+        read_table(SourceConfig(merge=(mixed,)), one)
+    )
+    assert mixed_classes(read_table(SourceConfig(particle_class=2), mixed)) == ""
+
+
+def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path):
+    half = [1 + i % 2 for i in range(12)]
+    one = star(tmp_path / "a.star", stack, range(12), poses[:12], RandomSubset=half)
+    same = star(tmp_path / "b.star", stack, range(6, 18), poses[6:18], RandomSubset=half)
+    other = star(tmp_path / "c.star", stack, range(7, 19), poses[7:19], RandomSubset=half)
+    backproject(InputConfig(keep_statistics=True), one, tmp_path / "one")
+    add, log = InputConfig(add_statistics=(tmp_path / "one",)), Log()
+    backproject(add, same, tmp_path / "same", log)
+    assert any("3 images" in text and "count twice" in text for text in log.warnings)
+    with pytest.raises(InputError, match=r"half1, and .*half2, hold the same images"):
+        backproject(add, other, tmp_path / "other")
