@@ -269,6 +269,16 @@ def test_correction_begins_where_the_unmasked_curve_falls(tmp_path):
     )
 
 
+def test_a_run_knows_the_symmetry_that_was_imposed(tmp_path):
+    """Of as many coefficients only one is independent: the band of the cross-validated FSC is wider for it."""
+    run = write_run(tmp_path / "run", halves=RAW, raw=RAW)
+    assert read_run(run).copies == 1
+    (run / "config.toml").write_text('[options]\nsymmetry = "D2"\n')
+    assert read_run(run).copies == 4
+    (run / "config.toml").write_text("[options]\nsymmetry = 7\n")
+    assert read_run(run).copies == 1
+
+
 def put(path, **fields):
     """Sets fields of the header of a map."""
     with mrcfile.open(path, "r+") as file:

@@ -326,8 +326,7 @@ def test_judging_and_the_course_are_the_same_on_a_device(gpu, particles):
         for _ in fit_course(fits, Plan(3, 2e-2, 0.8), 1, judge, stages):
             pass
         scores[place.type] = [score for stage in stages for _, score in stage.scores]
-        curve = judge.curve((fits[0].volume(), fits[1].volume()))
-        assert all(len(part) == 17 for part in judge.interval(curve))
+        assert all(len(part) == 17 for part in judge.band((fits[0].volume(), fits[1].volume()))[1:])
     assert len(scores["cpu"]) >= 3
     assert scores["gpu"][:3] == pytest.approx(scores["cpu"][:3], abs=2e-3)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class RunMaps:
     full: Tensor | None
     mask: Tensor
     origin: Origin = _NOWHERE
+    copies: int = 1  # elements of the symmetry that was imposed on them
 
     @property
     def data(self) -> tuple[Tensor, Tensor]:
@@ -235,7 +237,16 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
         soft = particle_mask(data[0] + data[1], grid, 0.9 * grid.length, True)
     else:
         soft = read_mask(path, grid, None if mask is None else log, origin)
-    return RunMaps(grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, origin)
+    return RunMaps(grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, origin, _copies(run))
+
+
+def _copies(run: Path) -> int:
+    """Elements of the symmetry that a run imposed; 1 where its settings do not say."""
+    try:
+        options = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["options"]
+        return len(symmetry_group(options["symmetry"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
+        return 1
 
 
 def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None, symmetry: str) -> dict[str, Any]:
@@ -343,13 +354,12 @@ def _shells(
         if name != "corrected":
             found[f"half_map_{name}_0.5"] = resolution(curve, 0.5)
     found["half_map_masked_cryodrgn"] = last_crossing(curve_of("emsplatCryodrgnMaskedMaps"), 0.143)
-    validation = CrossValidation(maps.data, mask, grid)
+    validation = CrossValidation(maps.data, mask, grid, maps.copies)
     raw = Curve(frequency, validation.raw)
     found["backprojection_masked"] = resolution(raw, 0.143)
     if maps.raw is not None:
         columns["emsplatBackprojectionMasked"] = raw.value.tolist()
-        curve = validation.curve(maps.halves)
-        low, high = validation.interval(curve)
+        curve, low, high = validation.band(maps.halves)
         columns |= {
             "emsplatCrossValidated": curve.value.tolist(),
             "emsplatCrossValidatedLow": low.tolist(),
@@ -387,7 +397,7 @@ def _tightness(maps: RunMaps, validation: CrossValidation, log: Log, *, given: b
     if begin is not None and last > begin + 2:
         shells = slice(begin + 2, last + 1)
         agreed = float(_random_phases(maps.data, begin, grid, mask).value[shells].mean())
-        chance = 3 / math.sqrt(2 * float(validation.count[shells].sum()))
+        chance = 3 / math.sqrt(2 * float(validation.together[shells].sum()))
         if agreed > max(_TIGHT, chance):
             log.warn(
                 f"the mask is too tight: maps with random phases beyond {grid.length / begin:.1f} Å still correlate by "

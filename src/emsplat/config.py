@@ -323,8 +323,8 @@ class ReconstructConfig(InputConfig):
     name tells where the other half's is."""
 
     epochs: int | None = None
-    """Images: how often every image is presented. One-pass: at most so many times ten steps before the number of
-    Gaussians grows."""
+    """Images: how often every image is presented. One-pass: so many times ten steps where the number of Gaussians
+    stays; two thirds of it before the number grows, and half of it after each growth."""
 
     batch: int | Literal["auto"] | None = None
     """Images: images per optimisation step; auto: those of the recipe, or on a GPU as many of them as fit its

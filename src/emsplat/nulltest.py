@@ -207,7 +207,7 @@ def _judge(name: str, expected: str, limit: float | None, run: Path, reported: f
         return resolution(curve, 0.143)
 
     assert maps.raw is not None  # noqa: S101 (reconstruct writes them)
-    validation = CrossValidation(maps.raw, maps.mask, maps.grid)
+    validation = CrossValidation(maps.raw, maps.mask, maps.grid, maps.copies)
     return Outcome(
         name,
         expected,

@@ -1,8 +1,11 @@
 """Fitting Gaussians to accumulated statistics: the two halves in step, then all particles on the same course.
 
-How long to fit and how many Gaussians to take is judged by the mean cross-validated FSC, one number per candidate (an
-epoch, a number of Gaussians). That number is all that passes between the halves, as the FSC does in RELION's prior.
-Without a judge the course is fixed beforehand and nothing passes.
+How many Gaussians to take is judged by the mean cross-validated FSC: a stage with more of them is kept if it gains more
+than could be chance, and enough to matter. The gain and its error are all that passes between the halves, as the FSC
+does in RELION's prior. Without a judge the course is fixed beforehand and nothing passes.
+
+Rounding is not the same on every machine and with every number of threads, and a fit carries it into the fourth digit
+of the score. So nothing is decided that close: a stage has its epochs, whichever of the last happens to score best.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from emsplat.objective import VolumeObjective
 from emsplat.project import voxelize
 
 _COARSE = 0.25  # of the epochs of the first stage
-_PATIENCE = 2  # epochs without a better score before a stage ends
-_BETTER = 2e-4  # what an epoch must add to the score to count
+_FIRST = 2 / 3  # of the epochs where stages follow: what is to be split need not have converged
+_LATER = 0.5  # of the epochs, and of the rate: later stages start from a model that is nearly right
+_SURE = 2.0  # standard errors by which one model must be better than another to count as better
+_WORTH = 2e-3  # the least difference of scores that matters
 _CONVERGED = 3e-4  # relative; an epoch that lowers the loss by less ends a stage that nobody judges
-_WORTH = 5e-4  # what a stage with more Gaussians must add to be kept
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Stage:
     gaussians: int
     epochs: int
     score: float | None = None  # mean cross-validated FSC at its end
+    gain: float | None = None  # of the score over the stage before
+    gain_error: float | None = None  # standard error of the gain
     kept: bool = True
     scores: tuple[tuple[int, float], ...] = ()  # the same after each epoch that was judged
 
@@ -58,10 +64,22 @@ class VolumeFit:
         """The map of the last step on the whole box."""
         return voxelize(self.state.model(), self.equations.grid)
 
+    @torch.no_grad()
+    def best_volume(self) -> Tensor:
+        """The map of ``model`` on the whole box."""
+        return voxelize(self.model(), self.equations.grid)
+
 
 def coarse_steps(epochs: int) -> int:
     """How many steps of the first stage see coarse voxels only."""
     return int(_COARSE * epochs) * VolumeObjective.steps_per_epoch
+
+
+def stage_epochs(epochs: int, growth: int) -> list[int]:
+    """How many epochs the stages of a course have: ``epochs`` where the number of Gaussians stays."""
+    if not growth:
+        return [epochs]
+    return [max(1, round(_FIRST * epochs)), *[max(1, round(_LATER * epochs))] * growth]
 
 
 def fit_course(
@@ -70,47 +88,67 @@ def fit_course(
     """Fits in step, and yields after each step of each fit.
 
     Given ``stages`` are followed. Otherwise the course is found, and ``stages`` filled: a first stage of ``plan``, then
-    up to ``growth`` stages with half as many Gaussians more and half the rate, as long as the judge finds them worth
-    it. A stage ends with its epochs, when the judge has seen no better epoch for two, or without a judge when an epoch
-    lowers the loss by less than 3e-4 of itself; the best epoch counts.
+    up to ``growth`` stages with half as many Gaussians more and half the rate, as long as the judge finds the gain in
+    score to exceed two of its standard errors and 0.002. Should the score of a stage fall by as much, it ends at its
+    best epoch. Without a judge there is one stage, which ends when an epoch lowers the loss by less than 3e-4 of
+    itself.
     """
     following = bool(stages)
+    planned = [stage.epochs for stage in stages] or stage_epochs(plan.epochs, growth if judge is not None else 0)
     epochs_before = 0
-    best = -math.inf
-    for number in range(len(stages) if following else growth + 1):
+    for number, epochs in enumerate(planned):
         if following and not stages[number].kept:
             break
         if number:
-            # The step counter goes on from the best epoch, as it will where the course is followed.
+            # The step counter goes on from the stage before, as it will where the course is followed.
             for one in fits:
                 one.state = State.begin(grow(one.model, one.objective), epochs_before * one.objective.steps_per_epoch)
-        epochs = stages[number].epochs if following else plan.epochs
-        rate = plan.learning_rate * (0.5 if number else 1.0)
+        rate = plan.learning_rate * (_LATER if number else 1.0)
         part = Plan(epochs, rate, plan.decay, first=epochs_before)
-        score, length, scores = yield from _stage(fits, part, None if following else judge, best, follow=following)
+        length, scores = yield from _stage(fits, part, None if following else judge, follow=following)
         if not following:
-            count = round(sum(len(one.state.model) for one in fits) / len(fits))
-            kept = number == 0 or score > best + _WORTH
-            stages.append(Stage(count, length, score if math.isfinite(score) else None, kept, tuple(scores)))
-            if not kept:
+            stage = _judged(fits, judge, length, scores, first=number == 0)
+            stages.append(stage)
+            if not stage.kept:
                 break
-            best = score
+        for one in fits:
+            one.model = one.state.model.copy()
         epochs_before += length
-        if not following and judge is None:
-            break
     for one in fits:
         one.state.step = epochs_before * one.objective.steps_per_epoch
 
 
-def _stage(
-    fits: Sequence[VolumeFit], plan: Plan, judge: CrossValidation | None, to_beat: float, *, follow: bool
-) -> Generator[VolumeFit, None, tuple[float, int, list[tuple[int, float]]]]:
-    """One stage; returns its best score, the epochs up to there, and the score after each epoch judged.
+def _judged(
+    fits: Sequence[VolumeFit],
+    judge: CrossValidation | None,
+    length: int,
+    scores: list[tuple[int, float]],
+    *,
+    first: bool,
+) -> Stage:
+    """What a stage has brought: the last states against the models of the stage before."""
+    count = round(sum(len(one.state.model) for one in fits) / len(fits))
+    if judge is None or not scores:
+        return Stage(count, length)
+    now = (fits[0].volume(), fits[1].volume())
+    score = judge.score(now)
+    if first:
+        return Stage(count, length, score, scores=tuple(scores))
+    gain, error = judge.gain((fits[0].best_volume(), fits[1].best_volume()), now)
+    return Stage(count, length, score, gain, error, _better(gain, error), tuple(scores))
 
-    Models are kept where it beats ``to_beat``.
-    """
+
+def _better(gain: float, error: float) -> bool:
+    return gain > max(_SURE * error, _WORTH)
+
+
+def _stage(
+    fits: Sequence[VolumeFit], plan: Plan, judge: CrossValidation | None, *, follow: bool
+) -> Generator[VolumeFit, None, tuple[int, list[tuple[int, float]]]]:
+    """One stage; returns how many epochs it had and the score after each epoch judged."""
     running = [fit(one.state, one.objective, plan) for one in fits]
-    top, length, before = -math.inf, plan.epochs, math.inf
+    before, top = math.inf, -math.inf
+    best: tuple[int, tuple[Tensor, Tensor], list[GaussianField]] | None = None
     scores: list[tuple[int, float]] = []
     for epoch in range(1, plan.epochs + 1):
         for one, states in zip(fits, running, strict=True):
@@ -120,25 +158,18 @@ def _stage(
         if judge is not None and len(fits) == 2:
             if fits[0].state.step < fits[0].objective.coarse_steps:
                 continue  # nothing holds the high shells yet
-            score = judge.score((fits[0].volume(), fits[1].volume()))
+            now = (fits[0].volume(), fits[1].volume())
+            score = judge.score(now)
             scores.append((plan.first + epoch, score))
-            if score > top + _BETTER or top == -math.inf:
-                top, length = score, epoch
-                if score > to_beat + _WORTH or to_beat == -math.inf:
-                    _keep(fits)
-            elif epoch >= length + _PATIENCE:
-                break
+            if best is None or score > top:
+                top, best = score, (epoch, now, [one.state.model.copy() for one in fits])
+            elif _better(*judge.gain(now, best[1])):
+                for one, model in zip(fits, best[2], strict=True):
+                    one.state.model = model
+                return best[0], scores
         elif not follow:
             loss = sum(float(one.state.terms["loss"]) for one in fits)
             if before - loss < _CONVERGED * abs(loss):
-                length = epoch
-                break
+                return epoch, scores
             before = loss
-    if judge is None:
-        _keep(fits)
-    return top, length, scores
-
-
-def _keep(fits: Sequence[VolumeFit]) -> None:
-    for one in fits:
-        one.model = one.state.model.copy()
+    return plan.epochs, scores

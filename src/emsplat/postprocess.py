@@ -141,7 +141,7 @@ def _weight(maps: RunMaps, corrected: Curve) -> tuple[torch.Tensor, float | None
     """Weight per shell, resolution in Å, and what both come from."""
     if maps.raw is None:
         return fsc_weight(corrected.value), resolution(corrected, 0.143), "corrected half-map FSC"
-    curve = CrossValidation(maps.raw, maps.mask, maps.grid).curve(maps.halves)
+    curve = CrossValidation(maps.raw, maps.mask, maps.grid, maps.copies).curve(maps.halves)
     # The average of the halves is at least as good as one of them, which is what the estimate is about.
     value = curve.value.clamp(0, 1)
     value[0] = 1

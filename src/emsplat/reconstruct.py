@@ -63,7 +63,7 @@ from emsplat.io.table import ParticleTable
 from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
-from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course
+from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course, stage_epochs
 from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.process import describe_threads, threads
 from emsplat.progress import Log, data_size, peak_memory
@@ -326,7 +326,9 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
-    validation = CrossValidation((solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid)
+    validation = CrossValidation(
+        (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
+    )
     curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
     covered = equations["class001"].coverage()
     if covered < 0.97:
@@ -472,9 +474,10 @@ def _fit_volumes(
 
     halves = [begin_fit(name) for name in _HALVES]
     memory = 4 * (6 * grid.size**3 + 5 * (3 * support // 2) ** 3 + 400 * len(halves[0].model)) / 2**20
+    planned = " + ".join(map(str, stage_epochs(settings.epochs, settings.growth if judge is not None else 0)))
     log.line(
-        f"fits of {len(halves[0].model):,} Gaussians in {support}³ voxels, at most {settings.epochs} epochs of "
-        f"{VolumeObjective.steps_per_epoch} steps, up to {settings.growth} growths; about {memory:,.0f} MB more"
+        f"fits of {len(halves[0].model):,} Gaussians in {support}³ voxels, at most {planned} epochs of "
+        f"{VolumeObjective.steps_per_epoch} steps; about {memory:,.0f} MB more"
     )
     models: dict[str, GaussianField] = {}
     about: dict[str, Any] = {}
@@ -514,7 +517,8 @@ def _fit_volumes(
         log.line(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
             + ("" if stage.score is None else f", mean cross-validated FSC {stage.score:.4f}")
-            + ("" if stage.kept else " (no gain, not kept)")
+            + ("" if stage.gain is None else f", gain {stage.gain:.4f} ± {stage.gain_error:.4f}")
+            + ("" if stage.kept else " (not beyond its error and worth it: not kept)")
         )
     return models, about
 
@@ -529,7 +533,8 @@ def _write_scores(path: Path, stages: list[Stage]) -> None:
 
 
 def _course_steps(settings: Settings, stages: list[Stage]) -> int:
-    epochs = sum(s.epochs for s in stages if s.kept) if stages else settings.epochs * (1 + settings.growth)
+    kept = [stage.epochs for stage in stages if stage.kept]
+    epochs = sum(kept or stage_epochs(settings.epochs, settings.growth))
     return epochs * VolumeObjective.steps_per_epoch
 
 
