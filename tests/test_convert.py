@@ -301,7 +301,7 @@ def test_columns_of_optics_groups_that_cannot_be_kept_are_listed(tmp_path, capsy
 
 
 def test_coordinates_of_cryosparc(tmp_path, capsys):
-    """Fractions of the micrograph from its first row and column become its pixels; fields without a place are said."""
+    """Fractions of the micrograph, y from its last row, become its pixels; fields without a place are said."""
     table = make(tmp_path)
     write_cs(tmp_path / "p.cs", table, table.half)
     data = np.load(tmp_path / "p.cs")
@@ -319,7 +319,7 @@ def test_coordinates_of_cryosparc(tmp_path, capsys):
     assert "a .star file has no place for pick_stats/ncc_score; they are left out" in capsys.readouterr().out
     (particles,) = read_star_file(tmp_path / "q.star").tables("_rlnImageName")
     assert particles.numbers("_rlnCoordinateX").tolist() == [1500] * COUNT
-    assert particles.numbers("_rlnCoordinateY").tolist() == [3000] * COUNT
+    assert particles.numbers("_rlnCoordinateY").tolist() == [1000] * COUNT
     assert read_star_file(tmp_path / "q.star").table("optics").numbers("_rlnMicrographOriginalPixelSize").tolist() == [
         0.5
     ]

@@ -75,6 +75,7 @@ def read_cs(
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
     found = find_stacks(names, path, datadir, required=need_stacks)
+    coordinates = _coordinates(fields)
     micrograph = next(
         (fields.text(name) for name in ("location/micrograph_uid", "location/micrograph_path") if fields.has(name)),
         names,
@@ -96,11 +97,11 @@ def read_cs(
         micrograph_names=_micrograph_names(fields, micrograph),
         uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
         expanded_from=None if source is None else torch.from_numpy(source.view(np.int64)),
-        position=_positions(fields),
+        position=_positions(fields, coordinates),
         warnings=(*fields.notes, *notes, *found.notes),
         sign=_sign(fields),
         folders=found.folders,
-        coordinates=_coordinates(fields),
+        coordinates=coordinates,
     )
 
 
@@ -423,12 +424,15 @@ def _optics_groups(
 
 
 def _coordinates(fields: _Fields) -> Tensor | None:
-    """Where particles lie in their micrographs, in pixels from its first row and column; cryoSPARC has fractions."""
+    """Where particles lie in their micrographs, in pixels from the first row and column as RELION counts them.
+
+    cryoSPARC has fractions, y from the last row (docs/conventions.md, 5).
+    """
     if not all(fields.has(f"location/{name}") for name in ("center_x_frac", "center_y_frac", "micrograph_shape")):
         return None
-    shape = fields.numbers("location/micrograph_shape", 2)  # (y, x)
-    place = [fields.numbers(f"location/center_{axis}_frac") * shape[:, i] for axis, i in (("x", 1), ("y", 0))]
-    return torch.from_numpy(np.stack(place, 1))
+    rows, columns = fields.numbers("location/micrograph_shape", 2).T
+    x, y = fields.numbers("location/center_x_frac"), fields.numbers("location/center_y_frac")
+    return torch.from_numpy(np.stack([x * columns, (1 - y) * rows], 1))
 
 
 def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
@@ -591,20 +595,13 @@ def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bo
     return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + odd.abs().max())).any()) or bool(bent.even.any())
 
 
-def _positions(fields: _Fields) -> Tensor | None:
-    """Where the boxes lie in their micrographs, in Å; None where that is not said, or the same of all.
-
-    y is that of RELION, which counts from the other end, as do the shifts.
-    """
-    names = ("center_x_frac", "center_y_frac", "micrograph_shape", "micrograph_psize_A")
+def _positions(fields: _Fields, coordinates: Tensor | None) -> Tensor | None:
+    """Where the boxes lie in their micrographs, in Å; None where that is not said, or is the same of all."""
     named = fields.has("location/micrograph_uid") or fields.has("location/micrograph_path")
-    if not named or not all(fields.has(f"location/{name}") for name in names):
+    if coordinates is None or not named or not fields.has("location/micrograph_psize_A"):
         return None
-    fraction = np.stack([fields.numbers(f"location/{name}") for name in names[:2]], 1)
-    extent = fields.numbers("location/micrograph_shape", 2)[:, ::-1] * fields.numbers(f"location/{names[3]}")[:, None]
-    fraction[:, 1] = 1 - fraction[:, 1]
-    place = fraction * extent
-    return None if (place == place[0]).all() else torch.from_numpy(np.ascontiguousarray(place))
+    place = coordinates * torch.from_numpy(fields.numbers("location/micrograph_psize_A"))[:, None]
+    return None if bool((place == place[0]).all()) else place
 
 
 def _sources(fields: _Fields) -> NDArray[np.uint64] | None:
