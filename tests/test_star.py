@@ -95,6 +95,14 @@ def test_quotes_are_those_of_relion(tmp_path):
     assert quote("data_raw/a'b.mrc") == b"data_raw/a'b.mrc"  # RELION before 4.0 knows no quotes
 
 
+@pytest.mark.parametrize("mark", ["'", '"'])
+def test_a_row_that_begins_with_a_quote_and_a_blank_is_a_row(tmp_path, mark):
+    """It is no empty line of a spreadsheet."""
+    table = particles(tmp_path, PLAIN.replace("1@a.mrcs", f"{mark} 1@a.mrcs{mark}"))
+    assert table.text("_rlnImageName")[0] == " 1@a.mrcs"
+    assert len(table) == len(ROWS)
+
+
 def test_pairs_are_a_table_of_one_row(tmp_path):
     text = "data_particles\n_rlnImageName 1@a.mrcs\n\n_rlnMicrographName 'm 1.mrc' # remark\n_rlnDefocusU  2.5\t\n"
     assert values(particles(tmp_path, text)) == [["1@a.mrcs", "m 1.mrc", "2.5"]]

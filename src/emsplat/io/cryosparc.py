@@ -74,6 +74,7 @@ def read_cs(
     notes += doubts(path, optics)
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
     source = _sources(fields)
+    sign = _sign(fields)
     found = find_stacks(names, path, datadir, required=need_stacks)
     coordinates = _coordinates(fields)
     micrograph = next(
@@ -99,7 +100,7 @@ def read_cs(
         expanded_from=None if source is None else torch.from_numpy(source.view(np.int64)),
         position=_positions(fields, coordinates),
         warnings=(*fields.notes, *notes, *found.notes),
-        sign=_sign(fields),
+        sign=sign,
         folders=found.folders,
         coordinates=coordinates,
     )

@@ -295,7 +295,7 @@ def _read_table(path: Path, content: bytes, name: str, start: int, stop: int) ->
         words = content[at:end].split()
         first = words[0].strip(b"\"'") if words else b""
         is_loop, is_tag = first.rstrip(b",;").lower() == b"loop_", first.startswith(b"_")
-        if not first or first.startswith(b"#"):
+        if _is_padding(words) or first.startswith(b"#"):
             at = end + 1
         elif is_loop and first[-1:] in b",;":
             raise _unexpected(path, content, at, "cells separated by commas or semicolons instead of tabs or blanks")
@@ -331,7 +331,7 @@ def _read_loop(path: Path, content: bytes, name: str, at: int, stop: int) -> tup
         numbered = len(words) < 2 or words[1].lstrip(b"\"'").startswith(b"#") or _is_padding(words[1:])
         if first.startswith(b"_") and (numbered or not tags):
             tags.append(_tag(path, content, at, first, tags))
-        elif first and not first.startswith(b"#"):
+        elif not _is_padding(words) and not first.startswith(b"#"):
             break
         at = end + 1
     if not tags:
