@@ -310,8 +310,8 @@ class ReconstructConfig(InputConfig):
     given too."""
 
     growth: int | None = None
-    """One-pass: how often the number of Gaussians may grow by half, each time only if the cross-validated FSC
-    gains by it."""
+    """One-pass: how often the number of Gaussians may grow by half, each time unless the cross-validated FSC
+    loses by it, beyond its error."""
 
     independent_halves: bool = False
     """One-pass: let no number pass between the half-sets; the course of the fits is fixed beforehand."""

@@ -1,17 +1,17 @@
 """Fitting Gaussians to accumulated statistics: the two halves in step, then all particles on the same course.
 
-How many Gaussians to take is judged by the mean cross-validated FSC: a stage with more of them is kept if it gains more
-than could be chance, and enough to matter. The gain and its error are all that passes between the halves, as the FSC
-does in RELION's prior. Without a judge the course is fixed beforehand and nothing passes.
+The mean cross-validated FSC judges a stage with more Gaussians: it is kept unless it has made the halves worse by more
+than could be chance. The gain and its error are all that passes between the halves, as the FSC does in RELION's prior.
+Without a judge the course is fixed beforehand and nothing passes.
 
-Rounding is not the same on every machine and with every number of threads, and a fit carries it into the fourth digit
-of the score. So nothing is decided that close: a stage has its epochs, whichever of the last happens to score best.
+The burden of proof lies with the smaller number. More Gaussians seldom harm, since their width is bounded, and the full
+map, of twice the data, gains where the halves no longer do. Gains that chance or rounding could reverse are common,
+losses beyond chance are not: so threads, machines and half-sets agree on the course.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,9 +28,8 @@ from emsplat.project import voxelize
 _COARSE = 0.25  # of the epochs of the first stage
 _FIRST = 2 / 3  # of the epochs where stages follow: what is to be split need not have converged
 _LATER = 0.5  # of the epochs, and of the rate: later stages start from a model that is nearly right
-_SURE = 2.0  # standard errors by which one model must be better than another to count as better
-_WORTH = 2e-3  # the least difference of scores that matters
-_CONVERGED = 3e-4  # relative; an epoch that lowers the loss by less ends a stage that nobody judges
+_SURE = 3.0  # standard errors by which a stage must have lost to be taken back
+_HARM = 2e-3  # the least loss of score that matters
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Stage:
 
 @dataclass
 class VolumeFit:
-    """One set of particles being fitted. ``model`` is the best so far; ``state`` the last step."""
+    """One set of particles being fitted. ``model`` is that of the last stage kept; ``state`` the last step."""
 
     name: str
     equations: NormalEquations
@@ -65,7 +64,7 @@ class VolumeFit:
         return voxelize(self.state.model(), self.equations.grid)
 
     @torch.no_grad()
-    def best_volume(self) -> Tensor:
+    def kept_volume(self) -> Tensor:
         """The map of ``model`` on the whole box."""
         return voxelize(self.model(), self.equations.grid)
 
@@ -88,32 +87,38 @@ def fit_course(
     """Fits in step, and yields after each step of each fit.
 
     Given ``stages`` are followed. Otherwise the course is found, and ``stages`` filled: a first stage of ``plan``, then
-    up to ``growth`` stages with half as many Gaussians more and half the rate, as long as the judge finds the gain in
-    score to exceed two of its standard errors and 0.002. Should the score of a stage fall by as much, it ends at its
-    best epoch. Without a judge there is one stage, which ends when an epoch lowers the loss by less than 3e-4 of
-    itself.
+    up to ``growth`` stages with half as many Gaussians more and half the rate. One that lowers the score by more than
+    three of its standard errors and 0.002 is taken back and is the last. Without a judge there is one stage.
     """
     following = bool(stages)
-    planned = [stage.epochs for stage in stages] or stage_epochs(plan.epochs, growth if judge is not None else 0)
+    if following or len(fits) != 2:
+        judge = None
+    planned = [stage.epochs for stage in stages if stage.kept]
+    planned = planned or stage_epochs(plan.epochs, growth if judge is not None else 0)
     epochs_before = 0
     for number, epochs in enumerate(planned):
-        if following and not stages[number].kept:
-            break
         if number:
             # The step counter goes on from the stage before, as it will where the course is followed.
             for one in fits:
                 one.state = State.begin(grow(one.model, one.objective), epochs_before * one.objective.steps_per_epoch)
         rate = plan.learning_rate * (_LATER if number else 1.0)
-        part = Plan(epochs, rate, plan.decay, first=epochs_before)
-        length, scores = yield from _stage(fits, part, None if following else judge, follow=following)
+        running = [fit(one.state, one.objective, Plan(epochs, rate, plan.decay, first=epochs_before)) for one in fits]
+        scores: list[tuple[int, float]] = []
+        for epoch in range(epochs_before + 1, epochs_before + epochs + 1):
+            for one, states in zip(fits, running, strict=True):
+                for _ in range(one.objective.steps_per_epoch):
+                    one.state = next(states)
+                    yield one
+            # Before the fine steps nothing holds the high shells.
+            if judge is not None and fits[0].state.step >= fits[0].objective.coarse_steps:
+                scores.append((epoch, judge.score((fits[0].volume(), fits[1].volume()))))
         if not following:
-            stage = _judged(fits, judge, length, scores, first=number == 0)
-            stages.append(stage)
-            if not stage.kept:
+            stages.append(_judged(fits, judge, epochs, scores, first=number == 0))
+            if not stages[-1].kept:
                 break
         for one in fits:
             one.model = one.state.model.copy()
-        epochs_before += length
+        epochs_before += epochs
     for one in fits:
         one.state.step = epochs_before * one.objective.steps_per_epoch
 
@@ -121,7 +126,7 @@ def fit_course(
 def _judged(
     fits: Sequence[VolumeFit],
     judge: CrossValidation | None,
-    length: int,
+    epochs: int,
     scores: list[tuple[int, float]],
     *,
     first: bool,
@@ -129,47 +134,9 @@ def _judged(
     """What a stage has brought: the last states against the models of the stage before."""
     count = round(sum(len(one.state.model) for one in fits) / len(fits))
     if judge is None or not scores:
-        return Stage(count, length)
-    now = (fits[0].volume(), fits[1].volume())
-    score = judge.score(now)
+        return Stage(count, epochs)
     if first:
-        return Stage(count, length, score, scores=tuple(scores))
-    gain, error = judge.gain((fits[0].best_volume(), fits[1].best_volume()), now)
-    return Stage(count, length, score, gain, error, _better(gain, error), tuple(scores))
-
-
-def _better(gain: float, error: float) -> bool:
-    return gain > max(_SURE * error, _WORTH)
-
-
-def _stage(
-    fits: Sequence[VolumeFit], plan: Plan, judge: CrossValidation | None, *, follow: bool
-) -> Generator[VolumeFit, None, tuple[int, list[tuple[int, float]]]]:
-    """One stage; returns how many epochs it had and the score after each epoch judged."""
-    running = [fit(one.state, one.objective, plan) for one in fits]
-    before, top = math.inf, -math.inf
-    best: tuple[int, tuple[Tensor, Tensor], list[GaussianField]] | None = None
-    scores: list[tuple[int, float]] = []
-    for epoch in range(1, plan.epochs + 1):
-        for one, states in zip(fits, running, strict=True):
-            for _ in range(one.objective.steps_per_epoch):
-                one.state = next(states)
-                yield one
-        if judge is not None and len(fits) == 2:
-            if fits[0].state.step < fits[0].objective.coarse_steps:
-                continue  # nothing holds the high shells yet
-            now = (fits[0].volume(), fits[1].volume())
-            score = judge.score(now)
-            scores.append((plan.first + epoch, score))
-            if best is None or score > top:
-                top, best = score, (epoch, now, [one.state.model.copy() for one in fits])
-            elif _better(*judge.gain(now, best[1])):
-                for one, model in zip(fits, best[2], strict=True):
-                    one.state.model = model
-                return best[0], scores
-        elif not follow:
-            loss = sum(float(one.state.terms["loss"]) for one in fits)
-            if before - loss < _CONVERGED * abs(loss):
-                return epoch, scores
-            before = loss
-    return plan.epochs, scores
+        return Stage(count, epochs, scores[-1][1], scores=tuple(scores))
+    gain, error = judge.gain((fits[0].kept_volume(), fits[1].kept_volume()), (fits[0].volume(), fits[1].volume()))
+    kept = gain >= -max(_SURE * error, _HARM)
+    return Stage(count, epochs, scores[-1][1], gain, error, kept, tuple(scores))

@@ -487,12 +487,9 @@ def _fit_volumes(
         label = " and ".join(one.name for one in fits)
         total = _course_steps(settings, stages) * len(fits)
         with log.progress(label, total, unit="steps") as update, interruptible() as stop:
-            done, last = 0, dict[str, int]()
+            done = 0
             for one in fit_course(fits, plan, settings.growth, judge if len(fits) == 2 else None, stages):
                 done += 1
-                if one.state.step <= last.get(one.name, 0):  # back to the best epoch of the stage before
-                    history.rewind(one.name, one.state.step - 1)
-                last[one.name] = one.state.step
                 history.add(one.name, one.state, VolumeObjective.steps_per_epoch, one.equations.particles)
                 update(min(done, total), f"{len(one.state.model):,} Gaussians{history.loss}")
                 if stop:
@@ -518,7 +515,7 @@ def _fit_volumes(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
             + ("" if stage.score is None else f", mean cross-validated FSC {stage.score:.4f}")
             + ("" if stage.gain is None else f", gain {stage.gain:.4f} ± {stage.gain_error:.4f}")
-            + ("" if stage.kept else " (not beyond its error and worth it: not kept)")
+            + ("" if stage.kept else " (worse beyond its error: taken back)")
         )
     return models, about
 

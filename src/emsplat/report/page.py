@@ -382,7 +382,10 @@ def stages(run: Path) -> str:
     keys = [key for key in words.STAGES if any(key in stage for stage in course)]
     rows = [tuple("not judged" if stage.get(key) is None else _text(stage[key]) for key in keys) for stage in course]
     head = [words.STAGES[key] for key in keys]
-    note = "Gaussians are added in stages, each kept if the cross-validated FSC gains by it: the data decide."
+    note = (
+        "Gaussians are added in stages. A stage is taken back if it lowers the mean cross-validated FSC by more than "
+        "three standard errors and 0.002; a gain within its error, of either sign, is kept."
+    )
     return (_grid(head, rows) + _note(note)) * bool(rows)
 
 
@@ -392,7 +395,7 @@ def scores(run: Path) -> str:
         return ""
     return _plot(plots.plot_scores(run), "Score against epoch") + _note(
         "The mean over all shells of the cross-validated FSC after each epoch, stages one after another; 1 would be "
-        "the truth. It rises and levels off; where it fell, the fit went back to the best epoch."
+        "the truth. It rises and levels off; a slight fall at the end is chance or the beginning of fitted noise."
     )
 
 
