@@ -277,9 +277,8 @@ def test_a_command_in_hard_surroundings(particles, tmp_path):
     assert f"{summary['seconds']:.0f} s in all" in said
     # The particles have no symmetry: said at the start, at the end and in the report, and exit code 1.
     assert done.returncode == 1
-    warnings = [line for line in said.splitlines() if line.startswith("Warning: symmetry D3")]
-    assert len(warnings) == 2
-    assert "--force" in warnings[1]
+    assert len([line for line in said.splitlines() if line.startswith(("Warning: symmetry D3", "  symmetry D3"))]) == 2
+    assert said.splitlines()[-1].startswith("exit code 1: not of symmetry D3, and --force")
     assert summary["symmetry"]["verdict"] == "wrong"
     assert any(text.startswith("symmetry D3") for text in summary["warnings"])
     # Nor does another assessment forget it.
@@ -293,7 +292,8 @@ def test_symmetry_that_is_meant(particles, tmp_path):
     summary = backproject(words, particles, tmp_path / "run", log)
     assert summary["symmetry"]["verdict"] == "wrong"
     assert exit_code(summary) == 0
-    assert log.stream.getvalue().rstrip().splitlines()[-1].startswith("Warning: symmetry C2")
+    assert "warnings of this run:\n  symmetry C2: " in log.stream.getvalue()
+    assert "exit code" not in log.stream.getvalue()
     assert exit_code({**summary, "options": {"force": False}}) == 1
     assert exit_code({**summary, "symmetry": None}) == 0
 

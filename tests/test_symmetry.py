@@ -213,6 +213,6 @@ def test_check_and_log(particles, tmp_path, capsys):
     run = ["backproject", str(particles["D3"]), "-o", str(tmp_path / "run"), "--symmetry"]
     assert main([*run, "D3"]) == 0
     assert "\nsymmetry D3: agreement" in capsys.readouterr().out
-    assert main([*run, "D4", "--overwrite"]) == 0
+    assert main([*run, "D4", "--overwrite"]) == 1
     assert "Warning: symmetry D4" in capsys.readouterr().out
     assert "symmetry D4" in (Path(tmp_path) / "run" / "summary.json").read_text()
