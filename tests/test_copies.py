@@ -1,6 +1,8 @@
 """Copies of an image: known over files and links, never in both half-sets, counted once."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +91,71 @@ def test_an_image_is_known_over_spellings_and_links(stack, poses, tmp_path):
     # Stacks that are not there go by their names.
     absent = star(tmp_path / "absent.star", ["a/s.mrcs", "a/./s.mrcs", "b/s.mrcs"], [1, 1, 1], poses[:3])
     assert image_numbers(read_star(absent, need_stacks=False)).tolist() == [0, 0, 1]
+
+
+def test_an_image_is_known_over_hard_links_of_several_files(stack, poses, tmp_path):
+    other = tmp_path / "again.mrcs"
+    shutil.copy(stack, tmp_path / "one.mrcs")
+    os.link(tmp_path / "one.mrcs", other)
+    one = star(tmp_path / "a.star", tmp_path / "one.mrcs", range(8), poses[:8], RandomSubset=[1] * 8)
+    two = star(tmp_path / "b.star", other, range(8), poses[:8], RandomSubset=[2] * 8)
+    table = read_table(ChoiceConfig(merge=(two,)), one)
+    assert copies(table, "C1").rows == 8
+    with pytest.raises(InputError, match="16 of 16 rows name an image that is in both"):
+        settle_halves(table, 0)
+
+
+def test_a_particle_is_known_before_something_was_subtracted(stack, poses, tmp_path):
+    """Each copy of an expanded set has an image of its own then, with the same noise."""
+    names = [f"{row // 2 + 1:06d}@Extract/x.mrcs" for row in range(8)]
+    one = star(tmp_path / "a.star", stack, range(8), poses[:8], ImageOriginalName=names, RandomSubset=[1, 2] * 4)
+    with pytest.raises(InputError, match=r"8 of 8 rows name a particle .* in both"):
+        settle_halves(read_table(ChoiceConfig(), one), 0)
+    half = settle_halves(replace(read_table(ChoiceConfig(), one), half=None), 0)
+    assert torch.equal(half[::2], half[1::2])
+    unknown = star(
+        tmp_path / "b.star", stack, range(8), poses[:8], ImageOriginalName=["None"] * 8, RandomSubset=[1, 2] * 4
+    )
+    assert copies(read_table(ChoiceConfig(), unknown), "C1").crossing == 0
+
+
+def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_path):
+    """Jobs that write particles into new stacks keep their uid."""
+    shutil.copy(stack, tmp_path / "restacked.mrcs")
+    halves = torch.tensor([1, 2] * 4)
+    files = []
+    for name, file, half in (("a", stack, halves), ("b", tmp_path / "restacked.mrcs", 3 - halves)):
+        table = read_star(star(tmp_path / f"{name}.star", file, range(8), poses[:8]))
+        uid = torch.arange(8) + 2**60
+        for kind, numbers in ((name, uid), (f"{name}_counted", torch.arange(8))):
+            files.append(tmp_path / f"{kind}.cs")
+            write_cs(files[-1], replace(table, uid=numbers), half)
+    one, counted, two, other = files
+    with pytest.raises(InputError, match=r"16 of 16 rows name a particle .* in both"):
+        settle_halves(read_table(ChoiceConfig(merge=(two,)), one), 0)
+    assert copies(read_table(ChoiceConfig(merge=(other,)), counted), "C1").crossing == 0
+
+
+def test_one_micrograph_however_its_name_is_spelled(stack, poses, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "there.mrc").touch()
+    names = [
+        "m/there.mrc",
+        "./m/there.mrc",
+        str(tmp_path / "m/there.mrc"),
+        "m//there.mrc",
+        "m/gone.mrc",
+        "./m/gone.mrc",
+    ]
+    table = read_table(ChoiceConfig(), star(tmp_path / "a.star", stack, range(6), poses[:6], MicrographName=names))
+    assert table.micrograph.tolist() == [0, 0, 0, 0, 1, 1]
+    assert table.micrograph_names == ("m/there.mrc", "m/gone.mrc")
+
+
+def test_coordinates_that_are_none_are_places_that_are_not_known(stack, poses, tmp_path):
+    columns = {"MicrographName": ["m.mrc"] * 4, "CoordinateX": ["nan", 10, 900, "-nan"], "CoordinateY": [5, 10, 900, 5]}
+    table = read_star(star(tmp_path / "a.star", stack, range(4), poses[:4], **columns))
+    assert torch.isfinite(table.position).all(1).tolist() == [False, True, True, False]
 
 
 def test_linked_rows_are_connected_over_others():

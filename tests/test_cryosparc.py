@@ -198,7 +198,7 @@ def test_symmetry_copies_stay_in_one_half(folder):
     assert any("symmetry-expanded" in text for text in found.warnings)
     unsplit = read(folder, table(**{"sym_expand/src_uid": source, "alignments3D/split": None}))
     assert unsplit.half is None
-    assert unsplit.expanded_from.tolist() == source.tolist()
+    assert unsplit.origin.tolist() == source.tolist()
     drawn = settle_halves(unsplit, 0)
     assert drawn[::2].tolist() == drawn[1::2].tolist()
     assert set(drawn.tolist()) == {1, 2}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -253,6 +255,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         image=image,
         particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
         micrograph_names=tuple(dict.fromkeys(micrographs)),
+        origin=_before(particles, found.folders),
         position=_positions(particles, optics, pixel_size, row_of_group[group]),
         warnings=(*notes, *shift_notes, *doubts(path, ctf_values), *found.notes),
         folders=found.folders,
@@ -370,8 +373,24 @@ def _positions(
         if optics is not None and optics.has(name):
             pixel_size = optics.numbers(name)[row]
             break
-    pixels = np.stack([particles.numbers(f"Coordinate{axis}") for axis in "XY"], 1)
+    # Nothing but the search for neighbours asks for them: what is no number is a place that is not known.
+    pixels = np.stack([particles.table.numbers(f"_rlnCoordinate{axis}") for axis in "XY"], 1)
+    pixels[~(np.abs(pixels) <= _LARGEST).all(1)] = np.nan
     return None if (pixels == pixels[0]).all() else torch.from_numpy(pixels * pixel_size[:, None])
+
+
+def _before(particles: _Block, folders: Sequence[Path]) -> Tensor | None:
+    """Equal numbers for rows that were one image before something was subtracted from it (rlnImageOriginalName); -1
+    where that is not said. Names of two projects, which start from different folders, give different numbers."""
+    if not particles.has("ImageOriginalName"):
+        return None
+    number_of: dict[str, int] = {}
+    for name in dict.fromkeys(particles.text("ImageOriginalName")):
+        index, at, file = name.partition("@")
+        text = f"{folders[0] if folders else ''} {index.lstrip('0')} {os.path.normpath(file)}"
+        digest = hashlib.blake2b(os.fsencode(text), digest_size=7).digest()
+        number_of[name] = int.from_bytes(digest, "little") if at else -1
+    return torch.tensor([number_of[name] for name in particles.text("ImageOriginalName")])
 
 
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
