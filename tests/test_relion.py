@@ -419,6 +419,16 @@ def test_images_in_focus_are_said(folder):
     assert "the defocus of 2 of 4 particles is 0" in warning
 
 
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1e-4, "the defocus of all particles is 1.6 or less and is taken in Å"), (-1, "as overfocus")]
+)
+def test_defocus_of_another_unit_or_sign_is_said(folder, factor, words):
+    rows = [row.split() for row in ROWS]
+    scaled = [[*row[:2], *(f"{factor * float(value):.6f}" for value in row[2:4]), *row[4:]] for row in rows]
+    (warning,) = remarks(read_star(write(folder, OPTICS + particles([" ".join(row) for row in scaled]))))
+    assert words in warning
+
+
 def test_an_empty_line_among_the_rows_is_said(folder):
     (warning,) = remarks(read_star(write(folder, change("8@a", "\n8@a"))))
     assert "RELION reads only the 2 rows before it" in warning

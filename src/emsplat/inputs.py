@@ -33,6 +33,8 @@ def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = Tru
     Raises:
         InputError: a file cannot be read, or nothing is left.
     """
+    if config.datadir is not None and not config.datadir.is_dir():
+        raise InputError(f"--datadir {config.datadir}: no such folder; expected the one that image paths start from")
     first = read_particles(
         particles,
         datadir=config.datadir,

@@ -155,6 +155,7 @@ class _Fields:
             raise InputError(f"{path}: holds no particles; expected at least one")
         self._others: list[tuple[Path, Array, Array]] = []
         self.notes: list[str] = []
+        self._named = bool(passthrough)  # and then the first that has a field is meant
         # A link to the file of a job has its passthrough files beside its target.
         near = dict.fromkeys((path.absolute().parent, path.resolve().parent)) if not passthrough else {}
         beside = [p for folder in near for p in sorted(folder.glob("*passthrough_particles*.cs"))]
@@ -193,13 +194,20 @@ class _Fields:
         """A column as it is in the file."""
         if name in (self._own.dtype.names or ()):
             return np.asarray(self._own[name])
-        for other, data, rows in self._others:
-            if name in (data.dtype.names or ()):
-                note = f"{self.path}: fields that it lacks are taken from {other}"
-                if note not in self.notes:
-                    self.notes.append(note)
-                return np.asarray(data[name][rows])
-        raise InputError(f"{self.path}: no field {name}; {_remedy(name)}")
+        having = [(other, data[name][rows]) for other, data, rows in self._others if name in (data.dtype.names or ())]
+        if not having:
+            raise InputError(f"{self.path}: no field {name}; {_remedy(name)}")
+        other, values = having[0]
+        for another, others in having[1:] if not self._named else []:
+            if values.dtype.kind != others.dtype.kind or not np.array_equal(values, others):
+                raise InputError(
+                    f"{self.path}: {name} may be that of {other} or of {another}, which differ; name the one that is "
+                    "meant with --passthrough"
+                )
+        note = f"{self.path}: fields that it lacks are taken from {other}"
+        if note not in self.notes:
+            self.notes.append(note)
+        return np.asarray(values)
 
     def text(self, name: str) -> list[str]:
         values = self.raw(name)

@@ -230,6 +230,8 @@ def _perfect(count: int) -> Aberrations:
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
 
 
+_SMALL_DEFOCUS = 100.0  # Å, below which no set of images is
+
 # kV, mm and a fraction; other units lie far outside
 _POSSIBLE = {
     "voltage": (1.0, 1e4, "in kV"),
@@ -258,9 +260,20 @@ def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
 def doubts(path: Path, optics: Optics) -> list[str]:
     """What a CTF says that may be meant, but seldom is."""
     count = int(((optics.defocus_u == 0) & (optics.defocus_v == 0)).sum())
-    if not count:
-        return []
-    return [
-        f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
-        "focus; where it was never estimated, take the file of a job after CTF estimation"
-    ]
+    if count:
+        return [
+            f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
+            "focus; where it was never estimated, take the file of a job after CTF estimation"
+        ]
+    largest = float(optics.defocus_u.abs().max())
+    if largest < _SMALL_DEFOCUS:
+        return [
+            f"{path}: the defocus of all particles is {largest:.3g} or less and is taken in Å; where that is µm, as "
+            "other programs have it, multiply the columns by 10,000"
+        ]
+    if bool((optics.defocus_u + optics.defocus_v < 0).all()):
+        return [
+            f"{path}: the defocus of all particles is below 0, and is taken as overfocus; where it is underfocus with "
+            "the sign of another program, turn the sign of the columns round"
+        ]
+    return []
