@@ -221,6 +221,12 @@ def test_rows_without_a_half_follow_their_copies(stack, poses, tmp_path):
         assert [int((merged.half == half).sum()) for half in (1, 2)] == [13, 13]
 
 
+def test_all_rows_without_a_half_may_be_copies(stack, poses, tmp_path):
+    one = star(tmp_path / "a.star", stack, range(4), poses[:4], RandomSubset=[1, 2, 1, 2])
+    two = star(tmp_path / "b.star", stack, range(4), poses[:4])
+    assert settle_halves(read_table(ChoiceConfig(merge=(two,)), one), 0).tolist() == [1, 2, 1, 2] * 2
+
+
 def test_drawing_keeps_copies_and_places_together():
     alone = torch.zeros(40, dtype=torch.int64)
     image = torch.arange(40) // 2
@@ -394,6 +400,16 @@ def test_subsets_find_images_through_links(stack, poses, tmp_path):
     named = star(tmp_path / "away" / "sub.star", "/elsewhere/job1/t.mrcs", [1], poses[:1])
     named.write_text(named.read_text().replace("/elsewhere/", ""))
     assert read_table(ChoiceConfig(subset=named), tmp_path / "two.star").row.tolist() == [5]
+
+
+def test_a_subset_that_names_fewer_rows_than_images_have_is_told(stack, poses, tmp_path):
+    rows = [0, 0, 1, 1, 2, 2]
+    whole = star(tmp_path / "a.star", stack, rows, poses[:6])
+    part = star(tmp_path / "b.star", stack, rows[::2], poses[:3])
+    table = read_table(ChoiceConfig(subset=part), whole)
+    assert len(table) == 6
+    assert any("names 3 rows, and 6 of" in text for text in table.warnings)
+    assert not any("names 6 rows" in text for text in read_table(ChoiceConfig(subset=whole), whole).warnings)
 
 
 def test_preprocess_writes_an_image_once(stack, poses, tmp_path):

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import euler_to_matrix, random_rotations
+from emsplat.geometry import euler_to_matrix, random_rotations, symmetry_group
+from emsplat.inputs import flip_hand
 from emsplat.io.mrc import writing_stack
-from emsplat.io.particles import read_particles
+from emsplat.io.particles import read_particles, write_used
 from emsplat.io.relion import read_star, rewrite_star, write_particles_star
+from emsplat.io.star import read_star_file
+from emsplat.io.table import merge_tables
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Grid, Optics, Poses
 
 
@@ -427,6 +430,20 @@ def test_defocus_of_another_unit_or_sign_is_said(folder, factor, words):
     scaled = [[*row[:2], *(f"{factor * float(value):.6f}" for value in row[2:4]), *row[4:]] for row in rows]
     (warning,) = remarks(read_star(write(folder, OPTICS + particles([" ".join(row) for row in scaled]))))
     assert words in warning
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_priors_follow_the_hand(folder, files):
+    """Local searches of RELION start from them."""
+    path = write(folder, OPTICS + particles([f"{row} 90 5" for row in ROWS], f"{COLUMNS} AngleTiltPrior Other"))
+    table = flip_hand(merge_tables([read_star(path)] * files), symmetry_group("C1"))
+    write_used(table, folder / "flipped.star", None)
+    written = read_star_file(folder / "flipped.star").table("particles")
+    assert written.text("_rlnOther") == ["5"] * 4 * files
+    if files == 1:
+        assert written.text("_rlnAngleTiltPrior") == written.text("_rlnAngleTilt")
+    else:
+        assert not written.has("_rlnAngleTiltPrior")
 
 
 def test_an_empty_line_among_the_rows_is_said(folder):

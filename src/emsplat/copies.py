@@ -148,6 +148,8 @@ def settle_halves(table: ParticleTable, seed: int) -> Int[Tensor, " p"]:
             one, two = (_holds(labels, half == number) for number in (1, 2))
             half = torch.where((half == 0) & (one != two), torch.where(one, 1, 2), half)
     rest = (half == 0).nonzero()[:, 0]
+    if not len(rest):
+        return half
     totals = [int((half == number).sum()) for number in (1, 2)]
     drawn = draw_halves(table.micrograph[rest], seed, same[rest], [place[rest] for place in places], totals)
     return half.index_copy(0, rest, drawn)

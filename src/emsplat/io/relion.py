@@ -579,7 +579,9 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
     if table.mirrored:
         angles = torch.rad2deg(matrix_to_euler(table.poses.rotation)).T.tolist()
         names = ("AngleRot", "AngleTilt", "AnglePsi")
-        columns |= {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
+        turned = {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
+        # Priors of the other hand would lead local searches astray; where there are none RELION takes the angles.
+        columns |= turned | {f"{name}Prior": turned[name] for name in names if particles.has(f"{name}Prior")}
     if optics is None:
         recorded, rows = _recorded_alike(table.optics, table.groups, table.optics_group)
         columns["OpticsGroup"] = [str(number + 1) for number in recorded.tolist()]
@@ -608,7 +610,10 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
     if new_images or optics is None:
         require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
-            columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
+            origins = [f"{value:.7f}" for value in values.tolist()]
+            columns[f"Origin{axis}Angst"] = origins
+            if new_images and particles.has(f"Origin{axis}PriorAngst"):
+                columns[f"Origin{axis}PriorAngst"] = origins
     _rewrite(file, target, table.row, half, columns, groups)
 
 
@@ -722,7 +727,11 @@ def write_table(
     named = table.micrograph_names
     micrographs = [named[n] for n in table.micrograph.tolist()] if named else None
     places_of = {} if table.coordinates is None else dict(zip("XY", table.coordinates.T.tolist(), strict=True))
-    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | dict(more or {})
+    # Those of the other hand, or of other images, would lead local searches astray.
+    stale = {"AngleRotPrior", "AngleTiltPrior", "AnglePsiPrior"} if table.mirrored else set()
+    stale |= {"OriginXPriorAngst", "OriginYPriorAngst"} if folder is not None else set()
+    more = {name: texts for name, texts in (more or {}).items() if name not in stale}
+    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | more
     _write_particles(
         path,
         names,
