@@ -113,6 +113,9 @@ def test_a_particle_is_known_before_something_was_subtracted(stack, poses, tmp_p
         settle_halves(read_table(ChoiceConfig(), one), 0)
     half = settle_halves(replace(read_table(ChoiceConfig(), one), half=None), 0)
     assert torch.equal(half[::2], half[1::2])
+    away = star(tmp_path / "away" / "a.star", tmp_path / "gone.mrcs", range(8), poses[:8], ImageOriginalName=names)
+    projects = [read_star(path, need_stacks=False).origin for path in (one, away)]
+    assert not set(projects[0].tolist()) & set(projects[1].tolist())
     unknown = star(
         tmp_path / "b.star", stack, range(8), poses[:8], ImageOriginalName=["None"] * 8, RandomSubset=[1, 2] * 4
     )

@@ -381,13 +381,15 @@ def _positions(
 
 def _before(particles: _Block, folders: Sequence[Path]) -> Tensor | None:
     """Equal numbers for rows that were one image before something was subtracted from it (rlnImageOriginalName); -1
-    where that is not said. Names of two projects, which start from different folders, give different numbers."""
+    where that is not said. Names of two projects, which start from different folders, give different numbers; where
+    images have absolute names, the folder of the file stands for the project."""
     if not particles.has("ImageOriginalName"):
         return None
+    project = next((folder for folder in folders if folder.parent != folder), particles.path.absolute().parent)
     number_of: dict[str, int] = {}
     for name in dict.fromkeys(particles.text("ImageOriginalName")):
         index, at, file = name.partition("@")
-        text = f"{folders[0] if folders else ''} {index.lstrip('0')} {os.path.normpath(file)}"
+        text = f"{project} {index.lstrip('0')} {os.path.normpath(file)}"
         digest = hashlib.blake2b(os.fsencode(text), digest_size=7).digest()
         number_of[name] = int.from_bytes(digest, "little") if at else -1
     return torch.tensor([number_of[name] for name in particles.text("ImageOriginalName")])
