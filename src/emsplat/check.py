@@ -163,8 +163,10 @@ def _defocus(table: ParticleTable) -> Tensor:
 
 def _counts(table: ParticleTable) -> Item:
     micrographs = len(torch.unique(table.micrograph))
-    units = counted(micrographs, "micrograph or group", "micrographs or groups")
-    text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} from {units}"
+    units = "from " + counted(micrographs, "micrograph or group", "micrographs or groups")
+    if not table.micrograph_names and micrographs == len(table):
+        units = "from micrographs that are not known"
+    text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} {units}"
     return Item("particles", "wrong" if len(table) < 4 else "ok", text)
 
 

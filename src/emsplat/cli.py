@@ -253,7 +253,7 @@ def fsc(
                 + ("" if between is None else f", {between:.2f} Å (interpolated)")
             )
     found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
-    text = "never reached" if found is None else spacing(found, 2 * grid.pixel_size)
+    text = "never reached" if found is None else spacing(found, grid.nyquist)
     print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
         columns: dict[str, list[Any]] = {

@@ -337,7 +337,7 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             "too few particles); they are left empty, not amplified: see the sampling in the report"
         )
     found = resolution(curve, 0.143)
-    text = "nowhere above" if found is None else f"{verdict.spacing(found, 2 * stack.grid.pixel_size)} at"
+    text = "nowhere above" if found is None else f"{verdict.spacing(found, stack.grid.nyquist)} at"
     log.line(f"classical half maps in the mask: {text} FSC 0.143; Fourier voxels measured: {covered:.1%}")
     return Classical(equations, raw, mask, validation, found, evident)
 
@@ -518,7 +518,7 @@ def _fit_volumes(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
             + ("" if stage.score is None else f", mean cross-validated FSC {stage.score:.4f}")
             + ("" if stage.gain is None else f", gain {stage.gain:.4f} ± {stage.gain_error:.4f}")
-            + ("" if stage.kept else " (too little to be sure or to matter: not kept)")
+            + ("" if stage.kept else " (no clear gain: not kept)")
         )
     return models, about
 
@@ -853,7 +853,7 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
 
 def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
     how = "drawn particle by particle"
-    if len(torch.unique(table.micrograph)) > 1:
+    if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
         how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
     if table.half is None:
         return f"re{how}" if config.redraw_halves else how
