@@ -98,6 +98,7 @@ def test_a_stack_that_is_not_finished_does_not_appear(tmp_path):
 
 
 def test_a_map_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "nowhere").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         write_map(tmp_path / "nowhere" / "map.mrc", torch.zeros(4, 4, 4), 1.0)
 

@@ -525,6 +525,7 @@ def test_rewriting_replaces_half_sets_and_leaves_the_other_tables(folder):
 
 def test_a_file_can_be_rewritten_in_place_or_not_at_all(folder):
     source = write(folder, OPTICS + particles())
+    (folder / "nowhere").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         rewrite_star(source, folder / "nowhere" / "out.star", torch.arange(4), torch.ones(4, dtype=torch.int64))
     rewrite_star(source, source, torch.arange(3), torch.tensor([1, 2, 1]))
