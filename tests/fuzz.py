@@ -737,7 +737,9 @@ def _not_finite(value: Any) -> str:
     if isinstance(value, tuple):
         return next(filter(None, map(_not_finite, value)), "")
     if is_dataclass(value):
-        return next(filter(None, (_not_finite(getattr(value, field.name)) for field in fields(value))), "")
+        # A place that is not known is NaN.
+        names = [field.name for field in fields(value) if field.name != "position"]
+        return next(filter(None, (_not_finite(getattr(value, name)) for name in names)), "")
     return "values that are not finite" if isinstance(value, float) and not math.isfinite(value) else ""
 
 

@@ -71,7 +71,8 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     assert "FSC 0.143 unmasked: better than 8.00 Å, the limit of the pixel size: it never falls" in printed
     assert "last shell before the drop" not in printed
     assert "are the same map" in printed
-    assert "cryoDRGN" in printed
+    assert "cryoDRGN's rule (other shells, last crossing; not comparable): 8.00 Å or finer" in printed
+    assert "mean over shells 1 to 16, unmasked: 1.0000" in printed
     assert "shell" in printed
     assert main(["fsc", str(truth), str(truth), *words]) == 2  # a density is no mask: values outside 0 to 1
     assert "mask" in capsys.readouterr().err
@@ -81,7 +82,9 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     written = (tmp_path / "fsc.star").read_text()
     assert "rlnFourierShellCorrelationMaskedMaps" in written
     assert "rlnFourierShellCorrelationCorrected" in written
-    assert "corrected" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "corrected" in printed
+    assert "mean over shells 1 to 16, masked: 1.0000" in printed
 
 
 @pytest.mark.report

@@ -1,6 +1,8 @@
 """Copies of an image: known over files and links, never in both half-sets, counted once."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +93,74 @@ def test_an_image_is_known_over_spellings_and_links(stack, poses, tmp_path):
     assert image_numbers(read_star(absent, need_stacks=False)).tolist() == [0, 0, 1]
 
 
+def test_an_image_is_known_over_hard_links_of_several_files(stack, poses, tmp_path):
+    other = tmp_path / "again.mrcs"
+    shutil.copy(stack, tmp_path / "one.mrcs")
+    os.link(tmp_path / "one.mrcs", other)
+    one = star(tmp_path / "a.star", tmp_path / "one.mrcs", range(8), poses[:8], RandomSubset=[1] * 8)
+    two = star(tmp_path / "b.star", other, range(8), poses[:8], RandomSubset=[2] * 8)
+    table = read_table(ChoiceConfig(merge=(two,)), one)
+    assert copies(table, "C1").rows == 8
+    with pytest.raises(InputError, match="16 of 16 rows name an image that is in both"):
+        settle_halves(table, 0)
+
+
+def test_a_particle_is_known_before_something_was_subtracted(stack, poses, tmp_path):
+    """Each copy of an expanded set has an image of its own then, with the same noise."""
+    names = [f"{row // 2 + 1:06d}@Extract/x.mrcs" for row in range(8)]
+    one = star(tmp_path / "a.star", stack, range(8), poses[:8], ImageOriginalName=names, RandomSubset=[1, 2] * 4)
+    with pytest.raises(InputError, match=r"8 of 8 rows name a particle .* in both"):
+        settle_halves(read_table(ChoiceConfig(), one), 0)
+    half = settle_halves(replace(read_table(ChoiceConfig(), one), half=None), 0)
+    assert torch.equal(half[::2], half[1::2])
+    away = star(tmp_path / "away" / "a.star", tmp_path / "gone.mrcs", range(8), poses[:8], ImageOriginalName=names)
+    projects = [read_star(path, need_stacks=False).origin for path in (one, away)]
+    assert not set(projects[0].tolist()) & set(projects[1].tolist())
+    unknown = star(
+        tmp_path / "b.star", stack, range(8), poses[:8], ImageOriginalName=["None"] * 8, RandomSubset=[1, 2] * 4
+    )
+    assert copies(read_table(ChoiceConfig(), unknown), "C1").crossing == 0
+
+
+def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_path):
+    """Jobs that write particles into new stacks keep their uid."""
+    shutil.copy(stack, tmp_path / "restacked.mrcs")
+    halves = torch.tensor([1, 2] * 4)
+    files = []
+    for name, file, half in (("a", stack, halves), ("b", tmp_path / "restacked.mrcs", 3 - halves)):
+        table = read_star(star(tmp_path / f"{name}.star", file, range(8), poses[:8]))
+        uid = torch.arange(8) + 2**60
+        for kind, numbers in ((name, uid), (f"{name}_counted", torch.arange(8))):
+            files.append(tmp_path / f"{kind}.cs")
+            write_cs(files[-1], replace(table, uid=numbers), half)
+    one, counted, two, other = files
+    with pytest.raises(InputError, match=r"16 of 16 rows name a particle .* in both"):
+        settle_halves(read_table(ChoiceConfig(merge=(two,)), one), 0)
+    assert copies(read_table(ChoiceConfig(merge=(other,)), counted), "C1").crossing == 0
+
+
+def test_one_micrograph_however_its_name_is_spelled(stack, poses, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "there.mrc").touch()
+    names = [
+        "m/there.mrc",
+        "./m/there.mrc",
+        str(tmp_path / "m/there.mrc"),
+        "m//there.mrc",
+        "m/gone.mrc",
+        "./m/gone.mrc",
+    ]
+    table = read_table(ChoiceConfig(), star(tmp_path / "a.star", stack, range(6), poses[:6], MicrographName=names))
+    assert table.micrograph.tolist() == [0, 0, 0, 0, 1, 1]
+    assert table.micrograph_names == ("m/there.mrc", "m/gone.mrc")
+
+
+def test_coordinates_that_are_none_are_places_that_are_not_known(stack, poses, tmp_path):
+    columns = {"MicrographName": ["m.mrc"] * 4, "CoordinateX": ["nan", 10, 900, "-nan"], "CoordinateY": [5, 10, 900, 5]}
+    table = read_star(star(tmp_path / "a.star", stack, range(4), poses[:4], **columns))
+    assert torch.isfinite(table.position).all(1).tolist() == [False, True, True, False]
+
+
 def test_linked_rows_are_connected_over_others():
     one, other = torch.tensor([7, 7, 3, 4, 5]), torch.tensor([1, 2, 2, 9, 8])
     assert linked(one, other).tolist() == [0, 0, 0, 1, 2]
@@ -152,6 +222,12 @@ def test_rows_without_a_half_follow_their_copies(stack, poses, tmp_path):
         said = merged.table.half > 0
         assert torch.equal(merged.half[said], merged.table.half[said])
         assert [int((merged.half == half).sum()) for half in (1, 2)] == [13, 13]
+
+
+def test_all_rows_without_a_half_may_be_copies(stack, poses, tmp_path):
+    one = star(tmp_path / "a.star", stack, range(4), poses[:4], RandomSubset=[1, 2, 1, 2])
+    two = star(tmp_path / "b.star", stack, range(4), poses[:4])
+    assert settle_halves(read_table(ChoiceConfig(merge=(two,)), one), 0).tolist() == [1, 2, 1, 2] * 2
 
 
 def test_drawing_keeps_copies_and_places_together():
@@ -327,6 +403,16 @@ def test_subsets_find_images_through_links(stack, poses, tmp_path):
     named = star(tmp_path / "away" / "sub.star", "/elsewhere/job1/t.mrcs", [1], poses[:1])
     named.write_text(named.read_text().replace("/elsewhere/", ""))
     assert read_table(ChoiceConfig(subset=named), tmp_path / "two.star").row.tolist() == [5]
+
+
+def test_a_subset_that_names_fewer_rows_than_images_have_is_told(stack, poses, tmp_path):
+    rows = [0, 0, 1, 1, 2, 2]
+    whole = star(tmp_path / "a.star", stack, rows, poses[:6])
+    part = star(tmp_path / "b.star", stack, rows[::2], poses[:3])
+    table = read_table(ChoiceConfig(subset=part), whole)
+    assert len(table) == 6
+    assert any("names 3 rows, and 6 of" in text for text in table.warnings)
+    assert not any("names 6 rows" in text for text in read_table(ChoiceConfig(subset=whole), whole).warnings)
 
 
 def test_preprocess_writes_an_image_once(stack, poses, tmp_path):

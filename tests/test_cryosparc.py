@@ -140,6 +140,20 @@ def test_passthrough_is_joined_on_uid(folder):
         read(folder, kept, passthrough=[folder / "other.cs"])
 
 
+def test_passthrough_files_that_differ_are_an_error_unless_named(folder):
+    whole = table()
+    kept = {name: whole[name] for name in whole if name == "uid" or name.startswith(("alignments3D", "blob"))}
+    passed = {name: whole[name] for name in whole if name == "uid" or name.startswith("ctf")}
+    one, two = (folder / f"J{number}_passthrough_particles.cs" for number in (2, 3))
+    for path in (one, two):
+        write(path, passed)
+    assert "J2_passthrough" in read(folder, kept).warnings[0]  # the same in both
+    write(two, passed | {"ctf/df1_A": passed["ctf/df1_A"] + 500})
+    with pytest.raises(InputError, match=r"ctf/df1_A may be that of .*J2_.* or of .*J3_.*, which differ"):
+        read(folder, kept)
+    assert read(folder, kept, passthrough=[two]).optics.defocus_u[0] == whole["ctf/df1_A"][0] + 500
+
+
 def without_alignment(**extra):
     return {name: v for name, v in table().items() if not name.startswith("alignments3D")} | extra
 
@@ -198,7 +212,7 @@ def test_symmetry_copies_stay_in_one_half(folder):
     assert any("symmetry-expanded" in text for text in found.warnings)
     unsplit = read(folder, table(**{"sym_expand/src_uid": source, "alignments3D/split": None}))
     assert unsplit.half is None
-    assert unsplit.expanded_from.tolist() == source.tolist()
+    assert unsplit.origin.tolist() == source.tolist()
     drawn = settle_halves(unsplit, 0)
     assert drawn[::2].tolist() == drawn[1::2].tolist()
     assert set(drawn.tolist()) == {1, 2}

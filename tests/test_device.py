@@ -38,7 +38,7 @@ from emsplat.objective import ImageObjective, VolumeObjective
 from emsplat.one_pass import VolumeFit, fit_course
 from emsplat.particles import estimate_noise, open_table
 from emsplat.reconstruct import backproject, reconstruct
-from emsplat.run_folder import Interrupted
+from emsplat.run_folder import Interrupted, StopRequest
 from emsplat.types import PREMULTIPLIED, Aberrations, Batch, Grid, Optics, Poses
 from virtual_device import on_device, synchronisations
 
@@ -446,8 +446,8 @@ def stopped_after(monkeypatch, seconds):
     """Every batch or step looks like a late one, so that there is a checkpoint; the run is stopped after some."""
     left = iter(range(seconds))
 
-    class Stop:
-        def is_set(self):
+    class Stop(StopRequest):
+        def __bool__(self):
             return next(left, None) is None
 
     @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from emsplat.cli import main
 from emsplat.errors import OutputError
-from emsplat.io.files import json_text, number_text, require_finite
+from emsplat.io.files import json_text, number_text, replacing, require_finite
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import StackFile, write_map, writing_stack
 from emsplat.io.pickles import write_arrays
@@ -152,3 +152,16 @@ def test_float16_where_it_holds_the_images(tmp_path, images, fits):
     out = np.empty((3, 16, 16), np.float32)
     StackFile(path).read_into(out, range(3), range(3))
     assert np.abs(out - values.numpy()).max() <= 2**-11 * float(values.abs().max())
+
+
+def test_the_folder_of_a_file_is_made(tmp_path):
+    with replacing(tmp_path / "a" / "b" / "x.txt") as temporary:
+        temporary.write_text("whole")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["x.txt"]
+
+
+def test_a_file_where_a_folder_should_be_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.txt", tmp_path / "file" / "deeper" / "x.txt"):
+        with pytest.raises(OutputError, match=r"x\.txt: cannot be written"), replacing(path) as temporary:
+            temporary.write_text("whole")

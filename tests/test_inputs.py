@@ -280,3 +280,8 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
     one, several, truth = (_lowpass(volume, 4.0) for volume in (one, several, truth))
     assert likeness(several, one) > 0.98
     assert likeness(several, truth) > likeness(one, truth) - 0.01
+
+
+def test_a_datadir_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--datadir .*/none: no such folder"):
+        read_table(SourceConfig(datadir=tmp_path / "none"), tmp_path / "p.star")

@@ -98,6 +98,7 @@ def test_a_stack_that_is_not_finished_does_not_appear(tmp_path):
 
 
 def test_a_map_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "nowhere").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         write_map(tmp_path / "nowhere" / "map.mrc", torch.zeros(4, 4, 4), 1.0)
 
@@ -397,6 +398,24 @@ def test_signed_and_unsigned_bytes(tmp_path, order, header, fields, expected, sa
     np.testing.assert_array_equal(read_all(stack), expected)
     for warnings in (found.warnings, stack.warnings):
         assert (len(warnings), said is None or said in warnings[0]) == (0 if said is None else 1, True)
+
+
+def test_bytes_in_the_other_byte_order_without_a_stamp(tmp_path):
+    """Mode 0 is the same in both orders, axes are not."""
+    path = write_bytes(tmp_path, ">", OF_SIGNED)
+    content = path.read_bytes()
+    path.write_bytes(content[:212] + bytes(4) + content[216:])
+    np.testing.assert_array_equal(read_stored_map(path).volume, SIGNED)
+    np.testing.assert_array_equal(read_all(StackFile(path)), SIGNED)
+
+
+def test_cells_with_other_angles_are_told(tmp_path):
+    path = tmp_path / "map.mrc"
+    write_map(path, torch.ones(4, 4, 4), 1.5)
+    with mrcfile.mmap(path, mode="r+") as file:
+        file.header.cellb = (90, 90, 120)
+    (warning,) = read_stored_map(path).warnings
+    assert "the angles of its cell are 90, 90, 120 degrees; 90 were assumed" in warning
 
 
 def test_bytes_below_128_need_no_word(tmp_path):

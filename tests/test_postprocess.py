@@ -97,6 +97,13 @@ def test_too_coarse_for_a_b_factor_is_said(tmp_path, capsys):
     assert block(run, "guinier") is None
 
 
+def test_a_resolution_at_the_limit_of_the_pixels_is_a_bound(tmp_path, capsys):
+    halves = tuple(TRUTH + noise(0) + 0.5 * noise(seed) for seed in (1, 2))  # FSC 0.8 in every shell that noise fills
+    run = write_run(tmp_path / "run", halves=halves, raw=None)
+    assert main(["postprocess", str(run)]) == 0
+    assert "resolution 4.00 Å or finer (corrected half-map FSC)" in capsys.readouterr().out
+
+
 def test_noise_is_refused(tmp_path, capsys):
     run = write_run(tmp_path / "run", halves=(noise(1), noise(2)), raw=None)
     assert main(["postprocess", str(run)]) == 2

@@ -206,6 +206,7 @@ def test_names_and_missing_files(tmp_path):
         read_gaussians(tmp_path / "map.mrc")
     with pytest.raises(OutputError, match=r"ends in \.ply"):
         convert_model(tmp_path / "none.cif", tmp_path / "map.mrc")
+    (tmp_path / "nowhere").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         written(tmp_path / "nowhere")
 

@@ -488,3 +488,19 @@ def test_full_disk_is_one_line(particles, tmp_path, monkeypatch, capsys):
     assert "No space left on device" in error
     assert error.count("\n") == 1
     assert not list((tmp_path / "run").glob("*.mrc")) + list((tmp_path / "run").glob(".*.part"))
+
+
+def test_a_stack_without_micrographs_is_drawn_particle_by_particle(tmp_path, capsys):
+    """And what the terminal says of pixels that carry no more than the data: a bound, as in the summary."""
+    config = SimulateConfig(box=16, pixel_size=8.0, particles=80, snr=10.0, atoms=300)
+    star = simulate(config, None, tmp_path / "made")
+    assert main(["convert", str(star), str(tmp_path / "new" / "poses.pkl")]) == 0
+    files = InputConfig(poses=tmp_path / "new" / "poses.pkl", ctf=tmp_path / "new" / "ctf.pkl")
+    words = ["--poses", str(files.poses), "--ctf", str(files.ctf), "--metadata-only"]
+    assert main(["check", str(star.with_suffix(".mrcs")), *words]) in (0, 1)
+    assert "80 in 1 stack from micrographs that are not known" in capsys.readouterr().out
+    summary = backproject(files, star.with_suffix(".mrcs"), tmp_path / "run")
+    assert summary["input"]["half_sets_from"] == "drawn particle by particle"
+    printed = capsys.readouterr().out
+    assert "particles.mrcs in 1 stack\n" in printed
+    assert "classical half maps in the mask: 16.00 Å or finer at FSC 0.143" in printed

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import euler_to_matrix, random_rotations
+from emsplat.geometry import euler_to_matrix, random_rotations, symmetry_group
+from emsplat.inputs import flip_hand
 from emsplat.io.mrc import writing_stack
-from emsplat.io.particles import read_particles
+from emsplat.io.particles import read_particles, write_used
 from emsplat.io.relion import read_star, rewrite_star, write_particles_star
+from emsplat.io.star import read_star_file
+from emsplat.io.table import merge_tables
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Grid, Optics, Poses
 
 
@@ -419,6 +422,30 @@ def test_images_in_focus_are_said(folder):
     assert "the defocus of 2 of 4 particles is 0" in warning
 
 
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1e-4, "the defocus of all particles is 1.6 or less and is taken in Å"), (-1, "as overfocus")]
+)
+def test_defocus_of_another_unit_or_sign_is_said(folder, factor, words):
+    rows = [row.split() for row in ROWS]
+    scaled = [[*row[:2], *(f"{factor * float(value):.6f}" for value in row[2:4]), *row[4:]] for row in rows]
+    (warning,) = remarks(read_star(write(folder, OPTICS + particles([" ".join(row) for row in scaled]))))
+    assert words in warning
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_priors_follow_the_hand(folder, files):
+    """Local searches of RELION start from them."""
+    path = write(folder, OPTICS + particles([f"{row} 90 5" for row in ROWS], f"{COLUMNS} AngleTiltPrior Other"))
+    table = flip_hand(merge_tables([read_star(path)] * files), symmetry_group("C1"))
+    write_used(table, folder / "flipped.star", None)
+    written = read_star_file(folder / "flipped.star").table("particles")
+    assert written.text("_rlnOther") == ["5"] * 4 * files
+    if files == 1:
+        assert written.text("_rlnAngleTiltPrior") == written.text("_rlnAngleTilt")
+    else:
+        assert not written.has("_rlnAngleTiltPrior")
+
+
 def test_an_empty_line_among_the_rows_is_said(folder):
     (warning,) = remarks(read_star(write(folder, change("8@a", "\n8@a"))))
     assert "RELION reads only the 2 rows before it" in warning
@@ -498,6 +525,7 @@ def test_rewriting_replaces_half_sets_and_leaves_the_other_tables(folder):
 
 def test_a_file_can_be_rewritten_in_place_or_not_at_all(folder):
     source = write(folder, OPTICS + particles())
+    (folder / "nowhere").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         rewrite_star(source, folder / "nowhere" / "out.star", torch.arange(4), torch.ones(4, dtype=torch.int64))
     rewrite_star(source, source, torch.arange(3), torch.tensor([1, 2, 1]))

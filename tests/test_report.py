@@ -27,7 +27,7 @@ from scipy.ndimage import gaussian_filter
 from emsplat.assess.fsc import crossing, last_crossing, resolution
 from emsplat.errors import InputError
 from emsplat.io.ply import read_ply, write_ply
-from emsplat.report import figures, plots, read, surface, verdict, write_report
+from emsplat.report import figures, page, plots, read, surface, verdict, write_report
 from emsplat.report.words import CURVE_NAMES
 from emsplat.types import Curve, Grid
 
@@ -377,6 +377,17 @@ def test_each_kind_of_run_has_its_own_words(
         assert expected in body, expected
     for absent in unsaid:
         assert absent not in body, absent
+
+
+def test_tables_of_the_page_give_bounds_at_the_limit_of_the_pixels(tmp_path: Path) -> None:
+    nyquist = 2 * PIXEL_SIZE
+    local = {"half_maps": {"median": nyquist, "p95": 7.5}, "window": 25.0}
+    directional = {"conical_best": nyquist, "conical_worst": 7.5, "band": [30.0, nyquist]}
+    summary = SUMMARY | {"local_resolution": local, "directional": directional}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for table in (page.local_resolution_table(tmp_path), page.directional_table(tmp_path)):
+        assert table.count("7.08 Å or finer") == 1
+        assert "7.50 Å<" in table
 
 
 def test_terminal_says_what_the_page_says() -> None:

@@ -27,7 +27,7 @@ from emsplat.io.particles import is_star
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
-from emsplat.progress import data_size, duration
+from emsplat.progress import counted, data_size, duration
 from emsplat.report.verdict import spacing
 from emsplat.run_folder import write_text
 from emsplat.symmetry import examine_symmetry
@@ -163,7 +163,10 @@ def _defocus(table: ParticleTable) -> Tensor:
 
 def _counts(table: ParticleTable) -> Item:
     micrographs = len(torch.unique(table.micrograph))
-    text = f"{len(table):,} in {len(table.stacks):,} stacks from {micrographs:,} micrographs or groups"
+    units = "from " + counted(micrographs, "micrograph or group", "micrographs or groups")
+    if not table.micrograph_names and micrographs == len(table):
+        units = "from micrographs that are not known"
+    text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} {units}"
     return Item("particles", "wrong" if len(table) < 4 else "ok", text)
 
 
@@ -305,7 +308,7 @@ def _helpful_folder(file: str, source: Path) -> Path | None:
 def _headers(stack: ParticleStack) -> Item:
     kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
     table = stack.table
-    return Item("images", "ok", f"{len(table.stacks):,} stacks found, {say_folders(table.folders)}; {kinds}")
+    return Item("images", "ok", f"{counted(len(table.stacks), 'stack')} found, {say_folders(table.folders)}; {kinds}")
 
 
 def _cost(stack: ParticleStack) -> Item:

@@ -44,7 +44,7 @@ def reconstruct(
     Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
-        particles: RELION STAR file (3.0 or newer).
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
         output: Run folder.
     """
     from emsplat.reconstruct import exit_code
@@ -63,7 +63,7 @@ def backproject(
     Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
-        particles: RELION STAR file (3.0 or newer).
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
         output: Run folder.
     """
     from emsplat.reconstruct import backproject as run
@@ -173,7 +173,7 @@ def nulltest(
     Exit code 1 if it does not.
 
     Args:
-        particles: RELION STAR file (3.0 or newer).
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
         output: Folder for the tests and their table.
     """
     from emsplat.nulltest import null_test
@@ -218,6 +218,7 @@ def fsc(
     from emsplat.assessment import RunMaps, read_mask, read_pair, shell_curves
     from emsplat.io.relion import write_fsc_star
     from emsplat.progress import Log
+    from emsplat.report.verdict import spacing
     from emsplat.types import Curve
 
     log = Log()
@@ -235,7 +236,8 @@ def fsc(
         values = "  ".join(f"{float(curve.value[shell]):13.4f}" for curve in curves.values())
         print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
     main = curves.get("masked", curves["unmasked"])
-    print(f"mean over shells 1 to {grid.size // 2}: {float(main.value[1:].mean()):.4f}")
+    label = "masked" if "masked" in curves else "unmasked"
+    print(f"mean over shells 1 to {grid.size // 2}, {label}: {float(curves[label].value[1:].mean()):.4f}")
     for label in [label for label in curves if label != "random phases"]:
         for threshold in (0.143, 0.5):
             found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
@@ -251,7 +253,7 @@ def fsc(
                 + ("" if between is None else f", {between:.2f} Å (interpolated)")
             )
     found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
-    text = "never reached" if found is None else f"{found:.2f} Å"
+    text = "never reached" if found is None else spacing(found, grid.nyquist)
     print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
         columns: dict[str, list[Any]] = {

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
-from emsplat.io.paths import group_equal, real_paths
+from emsplat.io.paths import file_numbers, real_paths
 from emsplat.io.table import ParticleTable
 
 SAME_PLACE = 20.0  # Å, as programs that remove duplicates take it
@@ -113,7 +113,7 @@ def image_numbers(table: ParticleTable) -> Int[Tensor, " p"]:
 
     A stack that is not there is known by its name as written.
     """
-    file = group_equal(real_paths(table.stacks))[table.stack]
+    file = file_numbers(table.stacks)[table.stack]
     return _counted(file * (int(table.image.max()) + 1) + table.image)
 
 
@@ -148,6 +148,8 @@ def settle_halves(table: ParticleTable, seed: int) -> Int[Tensor, " p"]:
             one, two = (_holds(labels, half == number) for number in (1, 2))
             half = torch.where((half == 0) & (one != two), torch.where(one, 1, 2), half)
     rest = (half == 0).nonzero()[:, 0]
+    if not len(rest):
+        return half
     totals = [int((half == number).sum()) for number in (1, 2)]
     drawn = draw_halves(table.micrograph[rest], seed, same[rest], [place[rest] for place in places], totals)
     return half.index_copy(0, rest, drawn)
@@ -160,10 +162,13 @@ def _refuse_crossing(table: ParticleTable, same: Int[Tensor, " p"], half: Int[Te
     first = int(both.nonzero()[0])
     other = int(((same == same[first]) & (half > 0) & (half != half[first])).nonzero()[0])
     name = f"{int(table.image[first]) + 1}@{table.stacks[int(table.stack[first])]}"
+    image = image_numbers(table)
+    known = bool(image[first] == image[other])
+    what = "an image" if known else "a particle (by its uid, or by its image before it was expanded or subtracted from)"
     raise InputError(
-        f"{table.name}: half-sets cross: {int(both.sum()):,} of {len(both):,} rows name an image that is in both, the "
+        f"{table.name}: half-sets cross: {int(both.sum()):,} of {len(both):,} rows name {what} that is in both, the "
         f"first is {name} ({table.place(first)}, and {table.place(other)}); its noise would be compared with itself. "
-        "Draw new half-sets with --redraw-halves, or keep the first row of each image with --unique"
+        f"Draw new half-sets with --redraw-halves{', or keep the first row of each image with --unique' * known}"
     )
 
 
@@ -295,11 +300,13 @@ def _known_groups() -> list[str]:
 
 
 def _same_particle(table: ParticleTable, image: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
-    """Equal numbers for rows of one image, or of one particle before it was expanded, where the file says so."""
-    origin = table.expanded_from
+    """Equal numbers for rows of one image, or of one particle before it was expanded, extracted again or subtracted
+    from, where the files say so."""
+    origin = table.origin
     if origin is None:
         return image
-    return linked(image, torch.where(origin == -1, -2 - torch.arange(len(origin)), origin))
+    alone = int(image.max()) + 1 + torch.arange(len(origin))
+    return linked(image, torch.where(origin == -1, alone, int(alone[-1]) + 1 + _counted(origin)))
 
 
 def _places(table: ParticleTable) -> list[Int[Tensor, " p"]]:

@@ -33,6 +33,8 @@ def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = Tru
     Raises:
         InputError: a file cannot be read, or nothing is left.
     """
+    if config.datadir is not None and not config.datadir.is_dir():
+        raise InputError(f"--datadir {config.datadir}: no such folder; expected the one that image paths start from")
     first = read_particles(
         particles,
         datadir=config.datadir,
@@ -95,7 +97,8 @@ def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
 def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
     """A subset of all particles, of these one class, of these each image once, of these the first."""
     if config.subset is not None:
-        table = table.take(_listed(config.subset, table, config.datadir))
+        rows, said = _listed(config.subset, table, config.datadir)
+        table = replace(table.take(rows), warnings=(*table.warnings, *said))
     if config.particle_class is not None:
         if table.particle_class is None:
             raise InputError(f"{table.name}: not every file has classes (rlnClassNumber); leave --class out")
@@ -114,8 +117,9 @@ def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
     return table
 
 
-def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> Int[Tensor, " q"]:
-    """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), or particles (.star, .cs)."""
+def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int[Tensor, " q"], list[str]]:
+    """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), or particles (.star, .cs); and what is
+    assumed."""
     kind = path.suffix.lower()
     if kind in (".star", ".cs"):
         return _same_images(path, table, datadir)
@@ -133,10 +137,10 @@ def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> Int[Tenso
         raise InputError(f"{path}: expected row numbers from 0 to {len(table) - 1}, the particles of {table.name}")
     if len(np.unique(rows)) < len(rows):
         raise InputError(f"{path}: names a row twice; expected each once")
-    return torch.from_numpy(rows)
+    return torch.from_numpy(rows), []
 
 
-def _same_images(path: Path, table: ParticleTable, datadir: Path | None) -> Int[Tensor, " q"]:
+def _same_images(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int[Tensor, " q"], list[str]]:
     """Rows whose image a metadata file names, in the order of the table; the rest of that file is not looked at.
 
     An image is known by its number and its stack. The stack is the file that is found from there, links followed; where
@@ -162,7 +166,12 @@ def _same_images(path: Path, table: ParticleTable, datadir: Path | None) -> Int[
     found = np.flatnonzero(np.isin((table.stack * span + table.image).numpy(), np.array(wanted, np.int64)))
     if not len(found):
         raise InputError(f"{path}: names none of the images of {table.name}; expected a selection of these particles")
-    return torch.from_numpy(found)
+    said = [
+        f"{path}: names {len(index):,} rows, and {len(found):,} of {table.name} show their images; all of these are "
+        "taken, where single rows of repeated images are meant give their numbers (.txt), or that file in place of the "
+        "particles"
+    ]
+    return torch.from_numpy(found), said if len(found) > len(index) else []
 
 
 def flip_hand(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> ParticleTable:

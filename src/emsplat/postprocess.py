@@ -18,6 +18,7 @@ from emsplat.io.relion import write_fsc_star
 from emsplat.naming import link_results
 from emsplat.process import threads
 from emsplat.progress import Log
+from emsplat.report.verdict import spacing
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
 
@@ -99,7 +100,7 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
     write_fsc_star(run / "postprocess.star", {name: str(value) for name, value in about.items()}, columns, plot)
     title = "emsplat half maps, masked and corrected"
     write_text(run / "postprocess_fsc.xml", fsc_xml(corrected, title))
-    log.line(f"resolution {found:.2f} Å ({source}), sharpened with a B factor of {b_factor:.1f} Å²")
+    log.line(f"resolution {spacing(found, grid.nyquist)} ({source}), sharpened with a B factor of {b_factor:.1f} Å²")
     if line is not None:
         log.line(
             f"  the signal in the images falls by {line.line_b_factor:.1f} Å² in these shells, a protein with B = 0 by "

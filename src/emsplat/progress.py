@@ -114,6 +114,11 @@ class Log:
         return update
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 stack", "1,200 stacks"; ``many`` where the plural is not the noun and an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def data_size(count: float) -> str:
     """Bytes as "13 MB" or "2.4 GB" (10^6, 10^9), never rounded to nothing."""
     if count < 1e6:

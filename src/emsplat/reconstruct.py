@@ -66,7 +66,7 @@ from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course, stage_epochs
 from emsplat.particles import ParticleStack, estimate_noise
 from emsplat.process import describe_threads, threads
-from emsplat.progress import Log, data_size, peak_memory
+from emsplat.progress import Log, counted, data_size, peak_memory
 from emsplat.project import voxelize
 from emsplat.report import verdict
 from emsplat.residuals import write_residuals
@@ -337,7 +337,7 @@ def _accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log
             "too few particles); they are left empty, not amplified: see the sampling in the report"
         )
     found = resolution(curve, 0.143)
-    text = "nowhere above" if found is None else f"{found:.2f} Å at"
+    text = "nowhere above" if found is None else f"{verdict.spacing(found, stack.grid.nyquist)} at"
     log.line(f"classical half maps in the mask: {text} FSC 0.143; Fourier voxels measured: {covered:.1%}")
     return Classical(equations, raw, mask, validation, found, evident)
 
@@ -515,7 +515,7 @@ def _fit_volumes(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
             + ("" if stage.score is None else f", mean cross-validated FSC {stage.score:.4f}")
             + ("" if stage.gain is None else f", gain {stage.gain:.4f} ± {stage.gain_error:.4f}")
-            + ("" if stage.kept else " (worse beyond its error: taken back)")
+            + ("" if stage.kept else " (worse: taken back)")
         )
     return models, about
 
@@ -822,7 +822,9 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
-    log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {len(table.stacks)} stacks")
+    log.line(
+        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {counted(len(table.stacks), 'stack')}"
+    )
     log.line(f"  {say_folders(table.folders)}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
@@ -847,9 +849,12 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
 
 
 def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
+    how = "drawn particle by particle"
+    if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
+        how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
     if table.half is None:
-        return "redrawn per micrograph" if config.redraw_halves else "drawn per micrograph"
-    return "input" if bool((table.half > 0).all()) else "input, the rest drawn per micrograph"
+        return f"re{how}" if config.redraw_halves else how
+    return "input" if bool((table.half > 0).all()) else f"input, the rest {how}"
 
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:

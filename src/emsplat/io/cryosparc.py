@@ -39,6 +39,7 @@ _CARRIED = {
     *("location/micrograph_psize_A", "location/center_x_frac", "location/center_y_frac"),
 }
 _TOO_MANY = 10**9  # images of a stack, pixels of a box
+_COUNTED = 2**48
 _SIGNS = (-1.0, 1.0)
 _TOMOGRAPHY = re.compile(r"(sub)?tomo|tilt_?series", re.IGNORECASE)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -77,6 +78,7 @@ def read_cs(
     sign = _sign(fields)
     found = find_stacks(names, path, datadir, required=need_stacks)
     coordinates = _coordinates(fields)
+    uid = torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None
     micrograph = next(
         (fields.text(name) for name in ("location/micrograph_uid", "location/micrograph_path") if fields.has(name)),
         names,
@@ -96,8 +98,8 @@ def read_cs(
         image=torch.from_numpy(index),
         particle_class=particle_class,
         micrograph_names=_micrograph_names(fields, micrograph),
-        uid=torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None,
-        expanded_from=None if source is None else torch.from_numpy(source.view(np.int64)),
+        uid=uid,
+        origin=_drawn(uid) if source is None else torch.from_numpy(source.view(np.int64)),
         position=_positions(fields, coordinates),
         warnings=(*fields.notes, *notes, *found.notes),
         sign=sign,
@@ -153,6 +155,7 @@ class _Fields:
             raise InputError(f"{path}: holds no particles; expected at least one")
         self._others: list[tuple[Path, Array, Array]] = []
         self.notes: list[str] = []
+        self._named = bool(passthrough)  # and then the first that has a field is meant
         # A link to the file of a job has its passthrough files beside its target.
         near = dict.fromkeys((path.absolute().parent, path.resolve().parent)) if not passthrough else {}
         beside = [p for folder in near for p in sorted(folder.glob("*passthrough_particles*.cs"))]
@@ -191,13 +194,20 @@ class _Fields:
         """A column as it is in the file."""
         if name in (self._own.dtype.names or ()):
             return np.asarray(self._own[name])
-        for other, data, rows in self._others:
-            if name in (data.dtype.names or ()):
-                note = f"{self.path}: fields that it lacks are taken from {other}"
-                if note not in self.notes:
-                    self.notes.append(note)
-                return np.asarray(data[name][rows])
-        raise InputError(f"{self.path}: no field {name}; {_remedy(name)}")
+        having = [(other, data[name][rows]) for other, data, rows in self._others if name in (data.dtype.names or ())]
+        if not having:
+            raise InputError(f"{self.path}: no field {name}; {_remedy(name)}")
+        other, values = having[0]
+        for another, others in having[1:] if not self._named else []:
+            if values.dtype.kind != others.dtype.kind or not np.array_equal(values, others):
+                raise InputError(
+                    f"{self.path}: {name} may be that of {other} or of {another}, which differ; name the one that is "
+                    "meant with --passthrough"
+                )
+        note = f"{self.path}: fields that it lacks are taken from {other}"
+        if note not in self.notes:
+            self.notes.append(note)
+        return np.asarray(values)
 
     def text(self, name: str) -> list[str]:
         values = self.raw(name)
@@ -613,6 +623,12 @@ def _sources(fields: _Fields) -> NDArray[np.uint64] | None:
     if not _identify(uid):
         raise InputError(f"{fields.path}: sym_expand/src_uid has type {uid.dtype}; expected one integer per particle")
     return uid.astype(np.uint64)
+
+
+def _drawn(uid: Tensor | None) -> Tensor | None:
+    """The uid where it is cryoSPARC's, drawn from 64 bits and kept by jobs that write a particle into another stack;
+    None where it was counted, and means another particle in another file."""
+    return None if uid is None or bool((uid.abs() < _COUNTED).all()) else uid
 
 
 def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.uint64] | None) -> Tensor | None:

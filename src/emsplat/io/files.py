@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,24 @@ from emsplat.errors import OutputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when the block ends well, and goes when it does not.
+    """A temporary name beside ``path`` that takes its place when the block ends well, and goes when it does not. The
+    folder is made where there is none.
 
     Raises:
-        OutputError: the file cannot be written (disk full, no permission, no such folder).
+        OutputError: the file cannot be written (disk full, no permission, a file where a folder should be).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder with -o"
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def require_finite(path: Path, name: str, values: Any) -> None:

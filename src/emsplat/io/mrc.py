@@ -95,6 +95,7 @@ class _Header:
     offset: int  # bytes before the data
     voxel: NDArray[np.float64]  # (x, y, z) in Å, 0 where not said
     origin: Origin
+    angles: NDArray[np.float64]  # of the cell in degrees, 0 where not said
     volumes: int  # in a stack of volumes, else 1
     images: bool  # sections are images
     signed: bool | None  # whether bytes are; None where IMOD's stamp does not say
@@ -178,6 +179,7 @@ def _parse(path: Path, raw: bytes, expected: str) -> _Header:
         _HEADER_BYTES + extended,
         voxel,
         _origin(header, axes, voxel),
+        np.array(header["cellb"].item(), float),
         volumes,
         images=axes[2] == 3 and depth == 1 < shape[0],
         signed=bool(flags & _IMOD_SIGNED) if imod else None,
@@ -188,10 +190,12 @@ def _parse(path: Path, raw: bytes, expected: str) -> _Header:
 
 
 def _in_byte_order(raw: bytes) -> NDArray[Any]:
-    """The header in the byte order of the machine stamp, or in the other one where only that gives a known mode."""
+    """The header in the byte order of the machine stamp, or in the other one where only that gives a known mode and
+    axes; mode 0 is the same in both."""
     orders = "><" if raw[212:214] == b"\x11\x11" else "<>"
     headers = [np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order), 1).reshape(()) for order in orders]
-    return next((header for header in headers if int(header["mode"]) in {*_MODES, *_NO_DENSITY}), headers[0])
+    known = [header for header in headers if int(header["mode"]) in {*_MODES, *_NO_DENSITY}]
+    return next((header for header in known if 0 <= int(header["mapc"]) <= 3), (known or headers)[0])
 
 
 def _origin(header: NDArray[Any], axes: tuple[int, int, int], voxel: NDArray[np.float64]) -> Origin:
@@ -269,6 +273,9 @@ def read_stored_map(path: Path) -> StoredMap:
             _check_map(header)
             data = np.fromfile(path, header.dtype, math.prod(header.shape), offset=header.offset)
     said = header.warnings
+    if header.angles.any() and (np.abs(header.angles - 90) > 0.1).any():
+        angles = ", ".join(f"{angle:.4g}" for angle in header.angles)
+        said += (f"the angles of its cell are {angles} degrees; 90 were assumed, resample the map if that is meant",)
     if header.dtype.itemsize == 1:
         signed, more = _signed_bytes(header, data.view(np.uint8))
         said, data = (*said, *more), data.view(np.int8 if signed else np.uint8)

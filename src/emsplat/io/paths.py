@@ -45,6 +45,18 @@ def real_paths(paths: Iterable[Path]) -> list[str]:
     return real
 
 
+def file_numbers(paths: Sequence[Path]) -> Int[Tensor, " n"]:
+    """Equal numbers for paths of one file, over symbolic and hard links; a file that is not there goes by its path."""
+    keys = []
+    for path in real_paths(paths):
+        try:
+            status = os.stat(path)
+            keys.append(f"{status.st_dev} {status.st_ino}")
+        except (OSError, ValueError):
+            keys.append(path)
+    return group_equal(keys)
+
+
 def existing_files(names: Sequence[str], source: Path) -> list[str | None]:
     """Where files named in a metadata file lie, links followed, and None for those that are not there.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -253,6 +255,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         image=image,
         particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
         micrograph_names=tuple(dict.fromkeys(micrographs)),
+        origin=_before(particles, found.folders),
         position=_positions(particles, optics, pixel_size, row_of_group[group]),
         warnings=(*notes, *shift_notes, *doubts(path, ctf_values), *found.notes),
         folders=found.folders,
@@ -370,8 +373,26 @@ def _positions(
         if optics is not None and optics.has(name):
             pixel_size = optics.numbers(name)[row]
             break
-    pixels = np.stack([particles.numbers(f"Coordinate{axis}") for axis in "XY"], 1)
+    # Nothing but the search for neighbours asks for them: what is no number is a place that is not known.
+    pixels = np.stack([particles.table.numbers(f"_rlnCoordinate{axis}") for axis in "XY"], 1)
+    pixels[~(np.abs(pixels) <= _LARGEST).all(1)] = np.nan
     return None if (pixels == pixels[0]).all() else torch.from_numpy(pixels * pixel_size[:, None])
+
+
+def _before(particles: _Block, folders: Sequence[Path]) -> Tensor | None:
+    """Equal numbers for rows that were one image before something was subtracted from it (rlnImageOriginalName); -1
+    where that is not said. Names of two projects, which start from different folders, give different numbers; where
+    images have absolute names, the folder of the file stands for the project."""
+    if not particles.has("ImageOriginalName"):
+        return None
+    project = next((folder for folder in folders if folder.parent != folder), particles.path.absolute().parent)
+    number_of: dict[str, int] = {}
+    for name in dict.fromkeys(particles.text("ImageOriginalName")):
+        index, at, file = name.partition("@")
+        text = f"{project} {index.lstrip('0')} {os.path.normpath(file)}"
+        digest = hashlib.blake2b(os.fsencode(text), digest_size=7).digest()
+        number_of[name] = int.from_bytes(digest, "little") if at else -1
+    return torch.tensor([number_of[name] for name in particles.text("ImageOriginalName")])
 
 
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
@@ -560,7 +581,9 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
     if table.mirrored:
         angles = torch.rad2deg(matrix_to_euler(table.poses.rotation)).T.tolist()
         names = ("AngleRot", "AngleTilt", "AnglePsi")
-        columns |= {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
+        turned = {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
+        # Priors of the other hand would lead local searches astray; where there are none RELION takes the angles.
+        columns |= turned | {f"{name}Prior": turned[name] for name in names if particles.has(f"{name}Prior")}
     if optics is None:
         recorded, rows = _recorded_alike(table.optics, table.groups, table.optics_group)
         columns["OpticsGroup"] = [str(number + 1) for number in recorded.tolist()]
@@ -589,7 +612,10 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
     if new_images or optics is None:
         require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
-            columns[f"Origin{axis}Angst"] = [f"{value:.7f}" for value in values.tolist()]
+            origins = [f"{value:.7f}" for value in values.tolist()]
+            columns[f"Origin{axis}Angst"] = origins
+            if new_images and particles.has(f"Origin{axis}PriorAngst"):
+                columns[f"Origin{axis}PriorAngst"] = origins
     _rewrite(file, target, table.row, half, columns, groups)
 
 
@@ -703,7 +729,11 @@ def write_table(
     named = table.micrograph_names
     micrographs = [named[n] for n in table.micrograph.tolist()] if named else None
     places_of = {} if table.coordinates is None else dict(zip("XY", table.coordinates.T.tolist(), strict=True))
-    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | dict(more or {})
+    # Those of the other hand, or of other images, would lead local searches astray.
+    stale = {"AngleRotPrior", "AngleTiltPrior", "AnglePsiPrior"} if table.mirrored else set()
+    stale |= {"OriginXPriorAngst", "OriginYPriorAngst"} if folder is not None else set()
+    more = {name: texts for name, texts in (more or {}).items() if name not in stale}
+    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | more
     _write_particles(
         path,
         names,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class ParticleTable:
     particle_class: Int[Tensor, " p"] | None = None
     micrograph_names: tuple[str, ...] = ()  # of each number in ``micrograph``; empty when not known
     uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
-    expanded_from: Int[Tensor, " p"] | None = None  # uid before symmetry expansion, -1 where not said
+    origin: Int[Tensor, " p"] | None = None  # equal for rows of one particle, over files; -1 where not said
     position: Float[Tensor, "p 2"] | None = None  # of the box in the micrograph, Å (x, y); NaN where not said
     warnings: tuple[str, ...] = ()
     sign: float = 1.0  # factor that makes protein bright
@@ -87,7 +88,7 @@ class ParticleTable:
             particle_class=None if self.particle_class is None else self.particle_class[rows],
             uid=None if self.uid is None else self.uid[rows],
             coordinates=None if self.coordinates is None else self.coordinates[rows],
-            expanded_from=None if self.expanded_from is None else self.expanded_from[rows],
+            origin=None if self.origin is None else self.origin[rows],
             position=None if self.position is None else self.position[rows],
         )
 
@@ -98,9 +99,11 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
     Raises:
         InputError: images of different contrast.
     """
-    if len(tables) == 1:
-        return tables[0]
     first = tables[0]
+    if len(tables) == 1:
+        micrograph, known = _micrographs(tables)
+        # Where stacks stand for micrographs there are no names to be had.
+        return replace(first, micrograph=micrograph, micrograph_names=known if first.micrograph_names else ())
     other = next((table for table in tables if table.sign != first.sign), None)
     if other is not None:
         raise InputError(
@@ -147,7 +150,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         micrograph_names=micrograph_names,
         uid=optional("uid", None),
         coordinates=torch.cat([c for c in places if c is not None]) if all(c is not None for c in places) else None,
-        expanded_from=None if all(table.expanded_from is None for table in tables) else _origins(tables),
+        origin=optional("origin", -1),
         position=None if all(table.position is None for table in tables) else _positions(tables),
         warnings=tuple(warning for table in tables for warning in table.warnings),
         sign=first.sign,
@@ -156,11 +159,11 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
 
 
 def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tuple[str, ...]]:
-    """The micrographs of several tables with one number for each, and their names, empty where some have none.
+    """The micrographs of tables with one number for each, and their names, empty where some have none.
 
-    One that is found is known by its file, links followed, another by its name: two projects may then share a number,
-    which keeps particles together that might have been parted, and costs nothing else. Where a table has no names and
-    stacks stand for micrographs, these do so here.
+    One that is found is known by its file, links followed, another by its name, however that is spelled: two projects
+    may then share a number, which keeps particles together that might have been parted, and costs nothing else. Where a
+    table has no names and stacks stand for micrographs, these do so here.
     """
     entries: list[tuple[str | None, str | None]] = []  # name and file
     start = []
@@ -181,21 +184,15 @@ def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tu
     for place, (name, file) in enumerate(entries):
         if name is not None and file is not None:
             number[place] = of_file.setdefault(file, place)
-            of_name.setdefault(name, number[place])
+            of_name.setdefault(os.path.normpath(name), number[place])
     for place, (name, file) in enumerate(entries):
         if file is None:
-            number[place] = place if name is None else of_name.setdefault(name, place)
+            number[place] = place if name is None else of_name.setdefault(os.path.normpath(name), place)
     kept = {first: count for count, first in enumerate(dict.fromkeys(number))}
     lookup = torch.tensor([kept[first] for first in number])
     names_kept = tuple(entries[first][0] or "" for first in kept)
     merged = torch.cat([lookup[table.micrograph + offset] for table, offset in zip(tables, start, strict=True)])
     return merged, names_kept if all(names_kept) else ()
-
-
-def _origins(tables: Sequence[ParticleTable]) -> Int[Tensor, " p"]:
-    """The uid of each particle before it was expanded, its own where it was not."""
-    missing = [table.row.new_full((len(table),), -1) if table.uid is None else table.uid for table in tables]
-    return torch.cat([m if t.expanded_from is None else t.expanded_from for t, m in zip(tables, missing, strict=True)])
 
 
 def _positions(tables: Sequence[ParticleTable]) -> Float[Tensor, "p 2"]:
@@ -233,6 +230,8 @@ def _perfect(count: int) -> Aberrations:
     return Aberrations(torch.eye(2, dtype=torch.float64).repeat(count, 1, 1), none, none)
 
 
+_SMALL_DEFOCUS = 100.0  # Å, below which no set of images is
+
 # kV, mm and a fraction; other units lie far outside
 _POSSIBLE = {
     "voltage": (1.0, 1e4, "in kV"),
@@ -261,9 +260,20 @@ def refuse_impossible(path: Path, optics: Optics, names: Sequence[str]) -> None:
 def doubts(path: Path, optics: Optics) -> list[str]:
     """What a CTF says that may be meant, but seldom is."""
     count = int(((optics.defocus_u == 0) & (optics.defocus_v == 0)).sum())
-    if not count:
-        return []
-    return [
-        f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
-        "focus; where it was never estimated, take the file of a job after CTF estimation"
-    ]
+    if count:
+        return [
+            f"{path}: the defocus of {count:,} of {len(optics):,} particles is 0, and their images are taken to be in "
+            "focus; where it was never estimated, take the file of a job after CTF estimation"
+        ]
+    largest = float(optics.defocus_u.abs().max())
+    if largest < _SMALL_DEFOCUS:
+        return [
+            f"{path}: the defocus of all particles is {largest:.3g} or less and is taken in Å; where that is µm, as "
+            "other programs have it, multiply the columns by 10,000"
+        ]
+    if bool((optics.defocus_u + optics.defocus_v < 0).all()):
+        return [
+            f"{path}: the defocus of all particles is below 0, and is taken as overfocus; where it is underfocus with "
+            "the sign of another program, turn the sign of the columns round"
+        ]
+    return []

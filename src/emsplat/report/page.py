@@ -271,8 +271,10 @@ def local_resolution_table(run: Path) -> str:
     kinds = {name: values for name, values in kinds.items() if values}
     if not kinds:
         return _absent("local_resolution")
+    nyquist = verdict.nyquist_of(summary)
     rows = [
-        (text, *(_angstrom(values.get(key)) for values in kinds.values())) for key, text in words.PERCENTILES.items()
+        (text, *(_angstrom(values.get(key), nyquist) for values in kinds.values()))
+        for key, text in words.PERCENTILES.items()
     ]
     window = found.get("window")
     note = f"Within windows of {_angstrom(window)}, inside the mask." if window is not None else ""
@@ -313,7 +315,7 @@ def directional_table(run: Path) -> str:
             case [low, high] if key == "band":
                 text = f"{_angstrom(low)} to {_angstrom(high)}".replace(" Å to", " to")
             case _ if key in ("conical_best", "conical_worst"):
-                text = _angstrom(value)
+                text = _angstrom(value, verdict.nyquist_of(summary))
             case _:
                 text = f"{value:.3f}" if isinstance(value, float) else _text(value)
         rows.append((name, text, meaning))
@@ -604,8 +606,10 @@ def _cell(text: str) -> str:
     return f"<td{look}>{html.escape(text)}</td>"
 
 
-def _angstrom(value: object) -> str:
-    return f"{value:.2f} Å" if isinstance(value, int | float) and math.isfinite(value) else "not given"
+def _angstrom(value: object, nyquist: float | None = None) -> str:
+    """A length in Å; with ``nyquist`` a resolution, which is a bound there."""
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return verdict.spacing(value, nyquist) if known else "not given"
 
 
 def _text(value: object) -> str:
