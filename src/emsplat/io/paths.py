@@ -60,10 +60,10 @@ def file_numbers(paths: Sequence[Path]) -> Int[Tensor, " n"]:
 def existing_files(names: Sequence[str], source: Path) -> list[str | None]:
     """Where files named in a metadata file lie, links followed, and None for those that are not there.
 
-    Looked for in the folder of ``source``, its parents, and as written; a folder that many share is looked for once.
+    Looked for from the folders that the names of stacks start from, and as written; a folder that many share is looked
+    for once.
     """
-    folder = source.absolute().parent
-    roots = [*map(str, (folder, *folder.parents)), ""]
+    roots = [*_folders_of(source), ""]
     places: dict[str, list[str]] = {}
     found = list[str | None]()
     for name in names:
