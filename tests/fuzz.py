@@ -738,7 +738,7 @@ def _not_finite(value: Any) -> str:
         return next(filter(None, map(_not_finite, value)), "")
     if is_dataclass(value):
         # A place that is not known is NaN.
-        names = [field.name for field in fields(value) if field.name != "position"]
+        names = [field.name for field in fields(value) if field.name not in ("coordinates", "micrograph_pixel_size")]
         return next(filter(None, (_not_finite(getattr(value, name)) for name in names)), "")
     return "values that are not finite" if isinstance(value, float) and not math.isfinite(value) else ""
 

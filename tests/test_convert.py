@@ -16,7 +16,7 @@ from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.star import read_star_file
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import OpticsGroup, ParticleTable, merge_tables
 from emsplat.types import PREMULTIPLIED, Aberrations, Gaussians, Grid, Optics, Poses
 
 COUNT = 24
@@ -324,6 +324,28 @@ def test_coordinates_of_cryosparc(tmp_path, capsys):
     assert read_star_file(tmp_path / "q.star").table("optics").numbers("_rlnMicrographOriginalPixelSize").tolist() == [
         0.5
     ]
+
+
+def test_merged_files_keep_coordinates_of_either(tmp_path, capsys):
+    """Pixels of the micrograph from a STAR file and from fractions of a .cs file; an unknown one is no error there."""
+    table = make(tmp_path)
+    write_cs(tmp_path / "p.cs", table, table.half)
+    data = np.load(tmp_path / "p.cs")
+    names = ("center_x_frac", "center_y_frac", "micrograph_psize_A")
+    more = [(f"location/{name}", "<f4") for name in names] + [("location/micrograph_shape", "<u4", (2,))]
+    wide = np.zeros(COUNT, [*data.dtype.descr, *more])
+    for name in data.dtype.names:
+        wide[name] = data[name]
+    wide["location/micrograph_shape"], wide["location/center_x_frac"] = [4000, 6000], np.linspace(0.1, 0.9, COUNT)
+    wide["location/micrograph_psize_A"], wide["location/center_x_frac"][1] = 0.5, np.nan
+    with (tmp_path / "q.cs").open("wb") as file:
+        np.save(file, wide)
+    alone = read_particles(tmp_path / "q.cs", need_stacks=False)
+    assert torch.isfinite(alone.position).all(1).tolist() == [i != 1 for i in range(COUNT)]
+    torch.testing.assert_close(alone.position[0], torch.tensor([0.1 * 6000, 4000.0]).double() * 0.5)
+    merged = merge_tables([alone, replace(table, coordinates=torch.ones(COUNT, 2).double())])
+    assert torch.isfinite(merged.coordinates).all(1).sum() == 2 * COUNT - 1
+    assert torch.isfinite(merged.position).all(1).sum() == COUNT - 1  # of a STAR file without a pixel size
 
 
 def test_no_micrograph_is_made_up(tmp_path, capsys):

@@ -201,6 +201,8 @@ def test_bad_tables_are_refused_by_name(folder, text, message):
 
 
 def test_missing_file_and_half_sets(folder):
+    with pytest.raises(InputError, match=r"is a folder; expected .*name the file in it"):
+        read_star(folder)
     with pytest.raises(InputError, match="no such file"):
         read_star(folder / "none.star")
     rows = [f"{row} {half}" for row, half in zip(ROWS, (1, 2, 3, 1), strict=True)]

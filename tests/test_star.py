@@ -39,6 +39,7 @@ SPELLINGS = {
     "NA in empty cells": PLAIN.replace("loop_", "loop_ NA NA").replace("data_p", "data_p").replace("#3", "#3 NA"),
     "title above": "Sheet 1\tof 3\n\n_rlnX 5\nloop_\n1 2 3\n" + PLAIN,
     "quoted cells": QUOTED.replace("m1.mrc", '"m1.mrc"').replace("-3e2", '"-3e2"'),
+    "numbers glued to names": PLAIN.replace(" #", "#"),
     "quoted names": PLAIN.replace("_rlnImageName #1", '"_rlnImageName #1"'),
     "no newline at the end": PLAIN.rstrip("\n"),
     "control Z of DOS": PLAIN + "\x1a",

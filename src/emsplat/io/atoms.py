@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.errors import InputError
+from emsplat.io.files import require_file
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ def reading(path: Path) -> Iterator[None]:
     Raises:
         InputError: the file is missing, or is neither PDB nor mmCIF.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected an atomic model in PDB or mmCIF format")
+    require_file(path, "an atomic model in PDB or mmCIF format")
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
-from emsplat.io.files import replacing, require_finite
+from emsplat.io.files import replacing, require_file, require_finite
 from emsplat.io.paths import Names, find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
 from emsplat.types import Aberrations, Optics, Poses
@@ -77,7 +77,7 @@ def read_cs(
     source = _sources(fields)
     sign = _sign(fields)
     found = find_stacks(names, path, datadir, required=need_stacks)
-    coordinates = _coordinates(fields)
+    coordinates, micrograph_pixel_size = _coordinates(fields)
     uid = torch.from_numpy(fields.raw("uid").astype(np.uint64).view(np.int64)) if _is_whole(fields, "uid") else None
     micrograph = next(
         (fields.text(name) for name in ("location/micrograph_uid", "location/micrograph_path") if fields.has(name)),
@@ -100,11 +100,11 @@ def read_cs(
         micrograph_names=_micrograph_names(fields, micrograph),
         uid=uid,
         origin=_drawn(uid) if source is None else torch.from_numpy(source.view(np.int64)),
-        position=_positions(fields, coordinates),
         warnings=(*fields.notes, *notes, *found.notes),
         sign=sign,
         folders=found.folders,
         coordinates=coordinates,
+        micrograph_pixel_size=micrograph_pixel_size,
     )
 
 
@@ -220,8 +220,8 @@ class _Fields:
                 raise InputError(f"{self.path}: {name} is not UTF-8 text ({error}); repair the file") from error
         return [str(value) for value in values.tolist()]
 
-    def numbers(self, name: str, *inner: int, default: float | None = None) -> NDArray[np.float64]:
-        """A numeric column with ``inner`` values per particle (0: any number of them); every value is finite."""
+    def numbers(self, name: str, *inner: int, default: float | None = None, finite: bool = True) -> NDArray[np.float64]:
+        """A numeric column with ``inner`` values per particle (0: any number of them), every value ``finite``."""
         if default is not None and not self.has(name):
             return np.full((len(self), *inner), default)
         raw = self.raw(name)
@@ -234,7 +234,7 @@ class _Fields:
         with np.errstate(invalid="ignore", over="ignore"):  # not a number, or too large a one: refused below
             values = raw.astype(np.float64)
         bad = np.flatnonzero(~(np.abs(values) <= _LARGEST).reshape(len(values), -1).all(1))
-        if len(bad):
+        if finite and len(bad):
             raise InputError(
                 f"{self.path}, row {bad[0] + 1}: {name} is {raw[bad[0]]}; expected finite numbers, repair the file or "
                 "leave the particle out"
@@ -262,8 +262,7 @@ def _identify(uid: Array) -> bool:
 
 
 def _read(path: Path) -> Array:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a cryoSPARC .cs file")
+    require_file(path, "a cryoSPARC .cs file")
     try:
         with path.open("rb") as file:
             start = file.read(12)
@@ -423,7 +422,7 @@ def _optics_groups(
     microscope = [values.numpy() for values in (optics.voltage, optics.cs, optics.amplitude_contrast)]
     bent = optics.aberrations
     bends = [] if bent is None else [*bent.magnification.reshape(-1, 4).numpy().T, *bent.odd.numpy().T]
-    original = fields.numbers("location/micrograph_psize_A", default=0.0)
+    original = np.nan_to_num(fields.numbers("location/micrograph_psize_A", default=0.0, finite=False), posinf=0.0)
     keys = np.stack([exposure, pixel_size.round(5), box, *microscope, original, *bends], axis=1)
     unique, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     names = fields.text(_GROUP_NAME) if fields.has(_GROUP_NAME) else [f"exp_group_{int(number)}" for number in exposure]
@@ -434,16 +433,23 @@ def _optics_groups(
     return group.reshape(-1).astype(np.int64), groups
 
 
-def _coordinates(fields: _Fields) -> Tensor | None:
-    """Where particles lie in their micrographs, in pixels from the first row and column as RELION counts them.
+def _coordinates(fields: _Fields) -> tuple[Tensor | None, Tensor | None]:
+    """Where particles lie in their micrographs, in pixels from the first row and column as RELION counts them, and the
+    size of these pixels in Å; None where that is not said.
 
-    cryoSPARC has fractions, y from the last row (docs/conventions.md, 5).
+    cryoSPARC has fractions, y from the last row (docs/conventions.md, 5). What is no number is a place that is not
+    known.
     """
     if not all(fields.has(f"location/{name}") for name in ("center_x_frac", "center_y_frac", "micrograph_shape")):
-        return None
-    rows, columns = fields.numbers("location/micrograph_shape", 2).T
-    x, y = fields.numbers("location/center_x_frac"), fields.numbers("location/center_y_frac")
-    return torch.from_numpy(np.stack([x * columns, (1 - y) * rows], 1))
+        return None, None
+    rows, columns = fields.numbers("location/micrograph_shape", 2, finite=False).T
+    x, y = (fields.numbers(f"location/center_{axis}_frac", finite=False) for axis in "xy")
+    pixels = np.stack([x * columns, (1 - y) * rows], 1)
+    pixels[~(np.abs(pixels) <= _LARGEST).all(1)] = np.nan
+    named = fields.has("location/micrograph_uid") or fields.has("location/micrograph_path")
+    size = fields.numbers("location/micrograph_psize_A", default=0.0, finite=False)
+    size[~((size > 0) & (size <= _LARGEST))] = np.nan
+    return torch.from_numpy(pixels), torch.from_numpy(size) if named else None
 
 
 def _micrograph_names(fields: _Fields, keys: Sequence[str]) -> tuple[str, ...]:
@@ -604,15 +610,6 @@ def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bo
     rest = odd - pad(beam_tilt(mrad, optics.voltage, optics.cs), (0, odd.shape[1] - 6))
     tilt = 1e7 * optics.cs[:, None] * torch.sin(1e-3 * mrad)
     return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + odd.abs().max())).any()) or bool(bent.even.any())
-
-
-def _positions(fields: _Fields, coordinates: Tensor | None) -> Tensor | None:
-    """Where the boxes lie in their micrographs, in Å; None where that is not said, or is the same of all."""
-    named = fields.has("location/micrograph_uid") or fields.has("location/micrograph_path")
-    if coordinates is None or not named or not fields.has("location/micrograph_psize_A"):
-        return None
-    place = coordinates * torch.from_numpy(fields.numbers("location/micrograph_psize_A"))[:, None]
-    return None if bool((place == place[0]).all()) else place
 
 
 def _sources(fields: _Fields) -> NDArray[np.uint64] | None:

@@ -1,5 +1,5 @@
-"""Writing files so that nothing is lost and everything can be read: complete or not at all, finite, for whom the user
-shares files with."""
+"""Files: refused in one line where they are not there, and written so that nothing is lost and everything can be read:
+complete or not at all, finite, for whom the user shares files with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from emsplat.errors import OutputError
+from emsplat.errors import InputError, OutputError
+
+
+def require_file(path: Path, expected: str) -> None:
+    """Refuses a path that is no file.
+
+    Raises:
+        InputError: it is a folder, or there is nothing; ``expected`` says what should be there.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected {expected}, name the file in it")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected {expected}")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emsplat.errors import InputError
-from emsplat.io.files import replacing, require_finite
+from emsplat.io.files import replacing, require_file, require_finite
 
 _VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -52,8 +52,7 @@ def load_arrays(path: Path) -> Any:
     Raises:
         InputError: it is missing, damaged, or asks for anything else; nothing of it has run.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a pickle of cryoDRGN")
+    require_file(path, "a pickle of cryoDRGN")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pickletools' about escape sequences

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.geometry import quaternion_to_matrix
-from emsplat.io.files import replacing, require_finite
+from emsplat.io.files import replacing, require_file, require_finite
 from emsplat.types import Gaussians, Grid
 
 _NAMES = (
@@ -72,6 +72,7 @@ def read_ply(path: Path) -> tuple[Gaussians, Grid | None]:
     Raises:
         InputError: no such file, not a PLY that emsplat wrote, cut short, or numbers that are not finite.
     """
+    require_file(path, "a PLY file of Gaussians")
     try:
         content = path.read_bytes()
     except OSError as error:

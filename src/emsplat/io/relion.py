@@ -240,6 +240,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
     shift, shift_notes = _origins(particles, optics, pixel_size)
     found, image = _images(particles, path, datadir, need_stacks)
     micrographs = particles.text("MicrographName") if particles.has("MicrographName") else []
+    coordinates, micrograph_pixel_size = _coordinates(particles, optics, pixel_size, row_of_group[group])
     return ParticleTable(
         sources=(path,),
         source=torch.zeros(count, dtype=torch.int64),
@@ -256,7 +257,8 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         particle_class=torch.from_numpy(particles.integers("ClassNumber")) if particles.has("ClassNumber") else None,
         micrograph_names=tuple(dict.fromkeys(micrographs)),
         origin=_before(particles, found.folders),
-        position=_positions(particles, optics, pixel_size, row_of_group[group]),
+        coordinates=coordinates,
+        micrograph_pixel_size=micrograph_pixel_size,
         warnings=(*notes, *shift_notes, *doubts(path, ctf_values), *found.notes),
         folders=found.folders,
     )
@@ -360,15 +362,13 @@ def _old_pixel_size(particles: _Block) -> float:
     return float(sizes[0])
 
 
-def _positions(
+def _coordinates(
     particles: _Block, optics: _Block | None, pixel_size: NDArray[np.float64], row: NDArray[np.int64]
-) -> Tensor | None:
-    """Where the boxes lie in their micrographs, in Å; None where that is not said, or is the same of all.
-
-    rlnCoordinateX and Y are in pixels of the micrograph, whose size the optics table tells.
-    """
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where the boxes lie in their micrographs, in pixels, and the pixel size of those, which the optics table tells;
+    None where that is not said."""
     if not all(particles.has(name) for name in ("MicrographName", "CoordinateX", "CoordinateY")):
-        return None
+        return None, None
     for name in ("MicrographPixelSize", "MicrographOriginalPixelSize"):
         if optics is not None and optics.has(name):
             pixel_size = optics.numbers(name)[row]
@@ -376,7 +376,7 @@ def _positions(
     # Nothing but the search for neighbours asks for them: what is no number is a place that is not known.
     pixels = np.stack([particles.table.numbers(f"_rlnCoordinate{axis}") for axis in "XY"], 1)
     pixels[~(np.abs(pixels) <= _LARGEST).all(1)] = np.nan
-    return None if (pixels == pixels[0]).all() else torch.from_numpy(pixels * pixel_size[:, None])
+    return torch.from_numpy(pixels), torch.from_numpy(pixel_size)
 
 
 def _before(particles: _Block, folders: Sequence[Path]) -> Tensor | None:
@@ -728,12 +728,13 @@ def write_table(
     names = _new_names(path, table, folder) if written is None else _kept_names(path, table, written)
     named = table.micrograph_names
     micrographs = [named[n] for n in table.micrograph.tolist()] if named else None
-    places_of = {} if table.coordinates is None else dict(zip("XY", table.coordinates.T.tolist(), strict=True))
+    place = table.coordinates
+    places_of = {} if place is None or not bool(torch.isfinite(place).all()) else dict(zip("XY", place.T, strict=True))
     # Those of the other hand, or of other images, would lead local searches astray.
     stale = {"AngleRotPrior", "AngleTiltPrior", "AnglePsiPrior"} if table.mirrored else set()
     stale |= {"OriginXPriorAngst", "OriginYPriorAngst"} if folder is not None else set()
     more = {name: texts for name, texts in (more or {}).items() if name not in stale}
-    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values] for axis, values in places_of.items()} | more
+    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values.tolist()] for axis, values in places_of.items()} | more
     _write_particles(
         path,
         names,

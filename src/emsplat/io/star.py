@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emsplat.errors import InputError
-from emsplat.io.files import replacing
+from emsplat.io.files import replacing, require_file
 
 _BOM = b"\xef\xbb\xbf"
 _WIDE = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, what spreadsheets call Unicode
@@ -208,8 +208,7 @@ def _word(value: str | bytes) -> bytes:
 
 
 def _content(path: Path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a RELION STAR file of particles")
+    require_file(path, "a RELION STAR file of particles")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -340,7 +339,7 @@ def _read_loop(path: Path, content: bytes, name: str, at: int, stop: int) -> tup
 
 
 def _tag(path: Path, content: bytes, at: int, word: bytes, tags: Sequence[str]) -> str:
-    tag = word.rstrip(b",;").decode()
+    tag = re.sub(rb"#\d+$", b"", word.rstrip(b",;")).decode()  # its number may be glued to it
     if tag in tags:
         raise _unexpected(path, content, at, f"a second column {tag.removeprefix('_')}")
     return tag

@@ -52,10 +52,10 @@ class ParticleTable:
     micrograph_names: tuple[str, ...] = ()  # of each number in ``micrograph``; empty when not known
     uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
     origin: Int[Tensor, " p"] | None = None  # equal for rows of one particle, over files; -1 where not said
-    position: Float[Tensor, "p 2"] | None = None  # of the box in the micrograph, Å (x, y); NaN where not said
+    coordinates: Float[Tensor, "p 2"] | None = None  # (x, y) of the box in pixels of the micrograph; NaN where not said
+    micrograph_pixel_size: Float[Tensor, " p"] | None = None  # Å, of the coordinates; NaN where not said
     warnings: tuple[str, ...] = ()
     sign: float = 1.0  # factor that makes protein bright
-    coordinates: Float[Tensor, "p 2"] | None = None  # (x, y) in pixels of the micrograph; STAR files keep their text
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
     left_out: int = 0  # rows that repeated an image and were left out for it
@@ -67,6 +67,16 @@ class ParticleTable:
     def name(self) -> str:
         """The files that the particles come from, for messages."""
         return " + ".join(map(str, self.sources))
+
+    @property
+    def position(self) -> Float[Tensor, "p 2"] | None:
+        """Where the boxes lie in their micrographs, (x, y) in Å, NaN where that is not said; None where it is said of
+        none, or is the same of all."""
+        if self.coordinates is None or self.micrograph_pixel_size is None:
+            return None
+        place = self.coordinates * self.micrograph_pixel_size[:, None]
+        known = place[torch.isfinite(place).all(1)]
+        return None if not len(known) or bool((known == known[0]).all()) else place
 
     def place(self, particle: int) -> str:
         """The file and row of a particle, for messages."""
@@ -87,9 +97,9 @@ class ParticleTable:
             image=self.image[rows],
             particle_class=None if self.particle_class is None else self.particle_class[rows],
             uid=None if self.uid is None else self.uid[rows],
-            coordinates=None if self.coordinates is None else self.coordinates[rows],
             origin=None if self.origin is None else self.origin[rows],
-            position=None if self.position is None else self.position[rows],
+            coordinates=None if self.coordinates is None else self.coordinates[rows],
+            micrograph_pixel_size=None if self.micrograph_pixel_size is None else self.micrograph_pixel_size[rows],
         )
 
 
@@ -116,13 +126,15 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         start = [sum(counts[:i]) for i in range(len(counts))]
         return torch.cat([getattr(table, name) + offset for table, offset in zip(tables, start, strict=True)])
 
-    def optional(name: str, missing: int | None) -> Tensor | None:
+    def optional(name: str, missing: int | float | None) -> Tensor | None:
         """A column that tables may lack: filled up, or given up where nothing can stand for it."""
         columns = [getattr(table, name) for table in tables]
         if all(column is None for column in columns) or (missing is None and any(column is None for column in columns)):
             return None
+        like = next(column for column in columns if column is not None)
         filled = [
-            t.row.new_full((len(t),), missing or 0) if c is None else c for t, c in zip(tables, columns, strict=True)
+            like.new_full((len(t), *like.shape[1:]), missing or 0) if c is None else c
+            for t, c in zip(tables, columns, strict=True)
         ]
         return torch.cat(filled)
 
@@ -132,7 +144,6 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         names = (group.name if number == 1 else f"{group.name}_{number}" for number in itertools.count(1))
         groups.append(replace(group, name=next(name for name in names if name not in taken)))
     micrograph, micrograph_names = _micrographs(tables)
-    places = [table.coordinates for table in tables]
     return ParticleTable(
         sources=tuple(path for table in tables for path in table.sources),
         source=numbers("source", [len(table.sources) for table in tables]),
@@ -149,9 +160,9 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         particle_class=optional("particle_class", None),
         micrograph_names=micrograph_names,
         uid=optional("uid", None),
-        coordinates=torch.cat([c for c in places if c is not None]) if all(c is not None for c in places) else None,
         origin=optional("origin", -1),
-        position=None if all(table.position is None for table in tables) else _positions(tables),
+        coordinates=optional("coordinates", torch.nan),
+        micrograph_pixel_size=optional("micrograph_pixel_size", torch.nan),
         warnings=tuple(warning for table in tables for warning in table.warnings),
         sign=first.sign,
         folders=tuple(dict.fromkeys(folder for table in tables for folder in table.folders)),
@@ -193,12 +204,6 @@ def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tu
     names_kept = tuple(entries[first][0] or "" for first in kept)
     merged = torch.cat([lookup[table.micrograph + offset] for table, offset in zip(tables, start, strict=True)])
     return merged, names_kept if all(names_kept) else ()
-
-
-def _positions(tables: Sequence[ParticleTable]) -> Float[Tensor, "p 2"]:
-    return torch.cat(
-        [torch.full((len(t), 2), torch.nan).double() if t.position is None else t.position for t in tables]
-    )
 
 
 def _joined(parts: Sequence[Optics]) -> Optics:
