@@ -34,7 +34,7 @@ def files(particles, tmp_path_factory):
     """The truth as each kind of file: on another grid, as Gaussians and as pseudo-atoms, in other grey values."""
     folder = tmp_path_factory.mktemp("starts")
     truth, _ = read_map(particles.parent / "truth.mrc")
-    gaussians = start_model(truth, GRID, settings_of(QUICK), GRID.pixel_size)()
+    gaussians = start_model(truth, GRID, settings_of(QUICK), GRID.pixel_size).gaussians()
     wide = Gaussians(gaussians.mean, gaussians.covariance + 9 * torch.eye(3), 1e4 * gaussians.amplitude)
     write_gaussians(folder / "model.ply", wide, GRID)
     for name in ("model.cif", "model.pdb.gz"):

@@ -42,6 +42,7 @@ from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
 from emsplat.copies import Copies, copies, image_marks, mixed_classes
+from emsplat.density import fit_doubling
 from emsplat.device import (
     choose_device,
     device_name,
@@ -243,7 +244,9 @@ def _reconstruct(
     for name, volume in classical.raw.items():
         write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
     with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
-        examples = write_residuals(stack, {number: models[name]() for name, number in _HALVES.items()}, output)
+        examples = write_residuals(
+            stack, {number: models[name].gaussians() for name, number in _HALVES.items()}, output
+        )
     return _finish(
         log,
         output,
@@ -644,7 +647,7 @@ def _fit_images(
         noise = noise / ramp(grid.size).to(noise.device)
     assert settings.batch != "auto"  # noqa: S101 (`_with_batch`)
     objective = ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
-    plan = Plan(settings.epochs, settings.learning_rate, settings.decay, settings.split_after)
+    plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     total = plan.epochs * len(stack)
     saved = next((path for path in (finished, checkpoint) if config.resume and path.is_file()), None)
     if saved is not None:
@@ -660,7 +663,7 @@ def _fit_images(
     start_state, first = state, state.step
     with log.progress(name, total, _images_seen(first, objective)) as update, interruptible() as stop:
         last_save = time.monotonic()
-        for state in fit(start_state, objective, plan):
+        for state in fit_doubling(start_state, objective, plan, settings.split_after):
             seen = _images_seen(state.step, objective)
             history.add(name, state, objective.steps_per_epoch, seen)
             update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}{history.loss}")
@@ -807,7 +810,7 @@ def _map_name(name: str) -> str:
 
 def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> None:
     with torch.no_grad():
-        gaussians = model()
+        gaussians = model.gaussians()
         write_map(output / _map_name(name), voxelize(gaussians, grid), grid.pixel_size)
         write_ply(
             output / f"run_{name}.ply",

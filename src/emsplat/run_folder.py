@@ -139,7 +139,7 @@ class History:
         self._pending = []
         self.recent = next((row[4] for row in reversed(self._rows) if row[0] == name), math.nan)
 
-    def add(self, name: str, state: State, steps_per_epoch: int, images: int) -> None:
+    def add(self, name: str, state: State[Any], steps_per_epoch: int, images: int) -> None:
         self._pending.append(state.terms["loss"])
         if state.step % steps_per_epoch == 0 or len(self._pending) == self._EVERY:
             self.recent = float(torch.stack(self._pending).mean())

@@ -7,7 +7,7 @@ through softplus, quaternions are normalised.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from emsplat.geometry import quaternion_to_matrix
-from emsplat.types import Gaussians
+from emsplat.models.base import ParameterGroup, Saved
+from emsplat.types import Batch, Gaussians, Poses
 
+KIND = "gaussians"
 PARAMETERS = ("mean", "scale", "quaternion", "amplitude")
 
 
@@ -43,7 +45,7 @@ class GaussianField(torch.nn.Module):
     """N Gaussians as optimisable parameters.
 
     ``mean`` (g, 3), ``scale`` (g, 3) or (g, 1) when isotropic, ``quaternion`` (g, 4; w, x, y, z) and ``amplitude``
-    (g) are raw: `forward` gives the mixture in Å. A model that must not rotate, or whose Gaussians are round, keeps
+    (g) are raw: `gaussians` gives the mixture in Å. A model that must not rotate, or whose Gaussians are round, keeps
     its quaternions at identity and does not offer them to the optimiser.
     """
 
@@ -79,8 +81,8 @@ class GaussianField(torch.nn.Module):
         """Integrals of the Gaussians: unit * softplus(raw)."""
         return self.bounds.unit * functional.softplus(self.amplitude)
 
-    def forward(self) -> Gaussians:
-        """The mixture in Å: covariance R S² Rᵀ (GEM eq. 4)."""
+    def gaussians(self, batch: Batch | None = None) -> Gaussians:
+        """The mixture in Å, the same for every particle: covariance R S² Rᵀ (GEM eq. 4)."""
         scale = self.scales()
         if self.rotation:
             axes = quaternion_to_matrix(self.quaternion) * scale[:, None, :]
@@ -88,6 +90,19 @@ class GaussianField(torch.nn.Module):
         else:
             covariance = torch.diag_embed(scale**2)
         return Gaussians(self.bounds.length * self.mean, covariance, self.amplitudes())
+
+    def poses(self, batch: Batch) -> Poses:
+        """Those of the batch."""
+        return batch.poses
+
+    def groups(self) -> list[ParameterGroup]:
+        """All raw parameters at one rate (cryoSplat, 4.1)."""
+        return [ParameterGroup({name: own for name, own in self.named_parameters() if own.requires_grad})]
+
+    def state(self) -> Saved:
+        """The raw parameters, from which `read_gaussian_field` makes the model again."""
+        numbers = {"rotation": self.rotation, "bounds": asdict(self.bounds)}
+        return Saved(KIND, numbers, {name: getattr(self, name).detach() for name in PARAMETERS})
 
     def with_unit(self, unit: float) -> GaussianField:
         """The same raw parameters with amplitudes in another unit."""
@@ -138,6 +153,19 @@ class GaussianField(torch.nn.Module):
             changed = chosen.reshape(-1, *[1] * (before.dim() - 1))
             raw[name] = torch.cat([torch.where(changed, first[name], before), second[name][chosen]])
         return GaussianField(**raw, bounds=self.bounds, rotation=self.rotation)
+
+
+def read_gaussian_field(saved: Saved) -> GaussianField:
+    """The model that `GaussianField.state` describes.
+
+    Raises:
+        KeyError, TypeError, ValueError: it describes another.
+    """
+    if saved.kind != KIND:
+        raise ValueError(f"a model of kind {saved.kind!r}; expected {KIND!r}")
+    tensors = {name: saved.tensors[name] for name in PARAMETERS}
+    bounds = Bounds(**saved.numbers["bounds"])
+    return GaussianField(**tensors, bounds=bounds, rotation=saved.numbers["rotation"])
 
 
 def raw_scale(scale: Tensor, bounds: Bounds) -> Tensor:
