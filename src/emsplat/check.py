@@ -16,7 +16,7 @@ from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
-from emsplat.copies import copies, mixed_classes
+from emsplat.copies import copies, mixed_classes, settle_halves
 from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
@@ -76,7 +76,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         _views(table, group),
     ]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
-    items += _repeated(table, config.symmetry)
+    items += _repeated(table, config)
     stack: ParticleStack | None = None
     if config.metadata_only:
         items.append(Item("images", "ok", "not looked at (--metadata-only)"))
@@ -263,22 +263,27 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
     return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
 
 
-def _repeated(table: ParticleTable, symmetry: str) -> list[Item]:
-    found, items = copies(table, symmetry), []
+def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
+    symmetry, items = config.symmetry, list[Item]()
+    found = copies(table, symmetry)
+    if not found.crossing:
+        found = copies(table, symmetry, settle_halves(table, config.seed))
     if table.left_out:
         items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
     if found.crossing:
-        text = f"{found.text}; {found.crossing:,} rows are of images in both half-sets: --redraw-halves or --unique"
-        items.append(Item("repeated images", "wrong", text))
+        said = f"{found.crossing:,} rows are of images or particles in both half-sets"
+        items.append(Item("repeated images", "wrong", f"{found.text}; {said}: --redraw-halves, or perhaps --unique"))
     elif found.expansion:
         twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
         items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))
-    elif found.rows:
-        text = f"{found.text}; they stay in one half-set and count once, --unique leaves them out"
+    elif found.text:
+        said = "they stay in one half-set and count once where their poses agree, --unique leaves them out"
+        text = f"{found.text}; {said}"
         items.append(Item("repeated images", "look", text))
     if found.close:
         share = found.close / len(table)
-        items.append(Item("repeated particles", "wrong" if share > _CLOSE else "look", found.near))
+        verdict = "wrong" if share > _CLOSE and not found.drawn else "look"
+        items.append(Item("repeated particles", verdict, found.near))
     return items
 
 
