@@ -742,3 +742,18 @@ def test_an_empty_list_of_rows_is_refused_in_our_words(stack, poses, tmp_path):
         warnings.simplefilter("error")
         with pytest.raises(InputError, match=r"rows\.txt: expected row numbers from 0 to 3"):
             read_table(config, path)
+
+
+def test_too_few_different_particles_are_told(stack, poses, tmp_path, capsys):
+    same = star(tmp_path / "a.star", stack, [0] * 6, poses[:6])
+    with pytest.raises(InputError, match=r"half-set 2 has 0 particles.* 6 rows show 1 different particle; .*--merge"):
+        open_stack(SourceConfig(), same)
+    assert main(["check", str(same), "--metadata-only"]) == 2
+    assert "6 in 1 stack from 1 micrograph or group, which show 1; expected at least 4" in capsys.readouterr().out
+    one = star(tmp_path / "b.star", stack, range(6), poses[:6], RandomSubset=[1] * 6)
+    with pytest.raises(InputError, match=r"half-set 2 has 0 particles; .*--redraw-halves.*--merge"):
+        open_stack(SourceConfig(), one)
+    assert sorted(open_stack(SourceConfig(redraw_halves=True), one).half.tolist()) == [1, 1, 1, 2, 2, 2]
+    three = star(tmp_path / "c.star", stack, range(3), poses[:3])
+    with pytest.raises(InputError, match=r"c\.star: 3 particles; expected at least 4, .*--first"):
+        open_stack(SourceConfig(), three)

@@ -16,7 +16,7 @@ from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
-from emsplat.copies import copies, mixed_classes, settle_halves
+from emsplat.copies import copies, mixed_classes, particle_numbers, settle_halves
 from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
@@ -33,6 +33,7 @@ from emsplat.run_folder import write_text
 from emsplat.symmetry import examine_symmetry
 from emsplat.types import Grid
 
+_FEWEST = 4  # different particles, for two half-sets
 _SAMPLE = 2000  # particles of the quick look
 _VOXELS = 64  # at most, across its map
 _SECONDS = 20.0
@@ -167,7 +168,13 @@ def _counts(table: ParticleTable) -> Item:
     if not table.micrograph_names and micrographs == len(table):
         units = "from micrographs that are not known"
     text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} {units}"
-    return Item("particles", "wrong" if len(table) < 4 else "ok", text)
+    different = int(particle_numbers(table).max()) + 1
+    if different < _FEWEST:
+        same = f", which show {different}" if different < len(table) else ""
+        return Item(
+            "particles", "wrong", f"{text}{same}; expected at least {_FEWEST} different ones, 2 in each half-set"
+        )
+    return Item("particles", "ok", text)
 
 
 def _classes(table: ParticleTable) -> list[Item]:
@@ -182,7 +189,8 @@ def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
     one, two = (int((table.half == number).sum()) for number in (1, 2))
     if min(one, two) < 2:
-        return Item("half-sets", "wrong", f"{one:,} and {two:,}; expected at least 2 in each")
+        text = f"{one:,} and {two:,}; expected at least 2 in each: --redraw-halves draws new ones"
+        return Item("half-sets", "wrong", text)
     return Item(
         "half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} and {two:,}, of the file"
     )
@@ -265,9 +273,11 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
 
 def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
     symmetry, items = config.symmetry, list[Item]()
-    found = copies(table, symmetry)
-    if not found.crossing:
-        found = copies(table, symmetry, settle_halves(table, config.seed))
+    try:
+        half: Tensor | None = settle_halves(table, config.seed)
+    except InputError:  # told with the rest
+        half = table.half
+    found = copies(table, symmetry, half)
     if table.left_out:
         items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
     if found.crossing:

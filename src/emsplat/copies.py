@@ -126,7 +126,7 @@ def copies(table: ParticleTable, symmetry: str, half: Int[Tensor, " p"] | None =
     tried as the one that the set was expanded by."""
     half = table.half if half is None else half
     image = image_numbers(table)
-    same = _same_particle(table, image)
+    same = particle_numbers(table, image)
     images, particles = int(image.max()) + 1, int(same.max()) + 1
     crossing = close = 0
     if half is not None:
@@ -146,6 +146,18 @@ def image_numbers(table: ParticleTable) -> Int[Tensor, " p"]:
     """
     file = file_numbers(table.stacks)[table.stack]
     return _counted(file * (int(table.image.max()) + 1) + table.image)
+
+
+def particle_numbers(table: ParticleTable, image: Int[Tensor, " p"] | None = None) -> Int[Tensor, " p"]:
+    """Equal numbers for rows of one image, or of one particle before it was expanded, extracted again or subtracted
+    from, where the files say so. ``image`` is `image_numbers` where that is known. Counted from 0 in order of
+    appearance."""
+    image = image_numbers(table) if image is None else image
+    origin = table.origin
+    if origin is None:
+        return image
+    alone = int(image.max()) + 1 + torch.arange(len(origin))
+    return linked(image, torch.where(origin == -1, alone, int(alone[-1]) + 1 + _counted(origin)))
 
 
 def image_marks(table: ParticleTable) -> Int[Tensor, "i 3"]:
@@ -200,7 +212,7 @@ def unique_rows(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Int[Tens
     """
     image = image_numbers(table)
     first = torch.zeros(len(table), dtype=torch.bool).index_fill(0, _firsts(image), True)
-    same = _same_particle(table, image)
+    same = particle_numbers(table, image)
     several = (torch.bincount(same)[same] > 1).nonzero()[:, 0]
     if len(several):
         kind = _counted(_pose_classes(same[several], table.poses.rotation[several], group))
@@ -216,7 +228,7 @@ def settle_halves(table: ParticleTable, seed: int) -> Int[Tensor, " p"]:
         InputError: the half-sets of the file part copies of an image.
     """
     image = image_numbers(table)
-    same, place = _same_particle(table, image), _places(table)
+    same, place = particle_numbers(table, image), _places(table)
     half = torch.zeros_like(same) if table.half is None else table.half
     _refuse_crossing(table, same, half)
     if not bool((half == 0).any()):
@@ -311,7 +323,7 @@ def shares(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Float[Tensor,
     than to that of another element. Where no group is known that would be too much, since neighbours of a helix lie 20°
     to 30° apart.
     """
-    same = _same_particle(table, image_numbers(table))
+    same = particle_numbers(table)
     rows = (torch.bincount(same)[same] > 1).nonzero()[:, 0]
     if not len(rows):
         return None
@@ -403,16 +415,6 @@ def _known_groups() -> list[str]:
     sizes = {f"{kind}{n}": n * order for n in range(2, _HIGHEST_FOLD + 1) for kind, order in (("C", 1), ("D", 2))}
     sizes |= {"T": 12, "O": 24, "I1": 60, "I2": 60, "I3": 60, "I4": 60}
     return sorted(sizes, key=sizes.__getitem__)
-
-
-def _same_particle(table: ParticleTable, image: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
-    """Equal numbers for rows of one image, or of one particle before it was expanded, extracted again or subtracted
-    from, where the files say so."""
-    origin = table.origin
-    if origin is None:
-        return image
-    alone = int(image.max()) + 1 + torch.arange(len(origin))
-    return linked(image, torch.where(origin == -1, alone, int(alone[-1]) + 1 + _counted(origin)))
 
 
 def _places(table: ParticleTable) -> Int[Tensor, " p"]:
