@@ -282,7 +282,11 @@ def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
         items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
     if found.crossing:
         said = f"{found.crossing:,} rows are of images or particles in both half-sets"
-        items.append(Item("repeated images", "wrong", f"{found.text}; {said}: --redraw-halves, or perhaps --unique"))
+        items.append(
+            Item(
+                "repeated images", "wrong", f"{found.text}; {said}: --redraw-halves, or --unique where that leaves one"
+            )
+        )
     elif found.expansion:
         twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
         items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))

@@ -42,10 +42,10 @@ _LARGEST_UNIT = 1 / 3  # of all particles that go to one half together
 _FEW = 5000  # copies whose poses tell how a set was expanded
 _EXPANDED = 0.95  # of the copies' poses that differ by elements of one group
 _HIGHEST_FOLD = 24
-_MOST_POSES = 120  # of one image that are told apart; no point group but cyclic ones of no use has as many elements
+_MOST_POSES = 120  # of one image that are told apart; point groups of particles have at most 60 elements
 _CROWD = 16  # particles in a square of 14 Å: picks do not lie so, dummy coordinates do
 _NAMED = 6  # classes in a message
-_ODD = 0x9E3779B97F4A7C15
+_ODD = 0x9E3779B97F4A7C15  # large, so that marks of neighbours of two stacks do not meet
 _FARTHEST = 1e6  # Å; no micrograph is as wide
 
 
@@ -56,7 +56,7 @@ class Copies:
     images: int  # that are different
     rows: int  # that name an image which an earlier row names
     again: int  # further images that show a particle of an earlier row
-    crossing: int  # rows whose image is in both half-sets of the file
+    crossing: int  # rows whose particle is in both half-sets
     close: int  # rows with another particle within `SAME_PLACE` in the other half-set
     drawn: bool  # the half-sets are not those of the file
     expansion: str | None  # point group whose elements turn copies into each other
@@ -169,7 +169,6 @@ def image_marks(table: ParticleTable) -> Int[Tensor, "i 3"]:
     """
     number = table.image.numpy().astype(np.uint64)
     columns = [
-        # A large odd factor, so that neighbours of two stacks do not meet.
         np.array([_digest(text) for text in texts], np.uint64)[table.stack.numpy()] + number * np.uint64(_ODD)
         for texts in (real_paths(table.stacks), [_file_of(path) for path in table.stacks])
     ]
@@ -276,8 +275,8 @@ def draw_halves(
 
     Units are dealt out in random order, each to the half that has fewer particles; ``totals`` are there already. A unit
     with more than a third of all rows would leave the halves unlike: of a single micrograph, or a stack that stands
-    for many, rows of one ``place`` and of one image stay together, or if these are as many
-    again, rows of one image alone.
+    for many, rows of one ``place`` and of one image stay together, or if these are as many again, rows of one image
+    alone.
     """
     image = torch.arange(len(micrograph)) if image is None else image
     near = image if place is None else linked(image, place)
