@@ -16,7 +16,7 @@ from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
-from emsplat.copies import copies, mixed_classes, particle_numbers, settle_halves
+from emsplat.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
@@ -273,11 +273,9 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
 
 def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
     symmetry, items = config.symmetry, list[Item]()
-    try:
-        half: Tensor | None = settle_halves(table, config.seed)
-    except InputError:  # told with the rest
-        half = table.half
-    found = copies(table, symmetry, half)
+    found = copies(table, symmetry)
+    if not found.crossing:
+        found = copies(with_halves(table, config.seed), symmetry)
     if table.left_out:
         items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
     if found.crossing:

@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -121,10 +121,10 @@ def mixed_classes(table: ParticleTable) -> str:
     return ""
 
 
-def copies(table: ParticleTable, symmetry: str, half: Int[Tensor, " p"] | None = None) -> Copies:
-    """Counts what is repeated, with half-sets (default: those of the table); ``symmetry`` is the first group that is
-    tried as the one that the set was expanded by."""
-    half = table.half if half is None else half
+def copies(table: ParticleTable, symmetry: str) -> Copies:
+    """Counts what is repeated, with the half-sets of the table; ``symmetry`` is the first group that is tried as the
+    one that the set was expanded by."""
+    half = table.half
     image = image_numbers(table)
     same = particle_numbers(table, image)
     images, particles = int(image.max()) + 1, int(same.max()) + 1
@@ -134,9 +134,8 @@ def copies(table: ParticleTable, symmetry: str, half: Int[Tensor, " p"] | None =
         crossing = int(both.sum())
         close = int((_beside_other_half(table, half) & ~both).sum())
     expansion, turned = _expansion(same, table.poses.rotation, symmetry)
-    return Copies(
-        images, len(image) - images, images - particles, crossing, close, table.half is None, expansion, turned
-    )
+    drawn = table.half_of_file is None
+    return Copies(images, len(image) - images, images - particles, crossing, close, drawn, expansion, turned)
 
 
 def image_numbers(table: ParticleTable) -> Int[Tensor, " p"]:
@@ -218,6 +217,17 @@ def unique_rows(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Int[Tens
         later = torch.ones(len(several), dtype=torch.bool).index_fill(0, _firsts(kind), False)
         first[several[later]] = False
     return first.nonzero()[:, 0]
+
+
+def with_halves(table: ParticleTable, seed: int) -> ParticleTable:
+    """With the half-sets of `settle_halves`, and which of them were drawn.
+
+    Raises:
+        InputError: the half-sets of the file part copies of an image.
+    """
+    told = table.half_of_file
+    drawn = torch.ones(len(table), dtype=torch.bool) if told is None else told == 0
+    return replace(table, half=settle_halves(table, seed), drawn=drawn)
 
 
 def settle_halves(table: ParticleTable, seed: int) -> Int[Tensor, " p"]:

@@ -292,7 +292,7 @@ def _open(
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
     log.line(f"  {said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
+    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half)
     _write_config(config, particles, output, settings)
     symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
     if symmetry is not None:
@@ -750,7 +750,7 @@ def _finish(
     write_text(output / "summary.json", json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
-        table = replace(stack.table, half=stack.half).take(stack.rows)
+        table = stack.table.take(stack.rows)
         name_results(output, config.naming, with_boxes(table), log)
     if exit_code(summary):
         log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
@@ -820,7 +820,7 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
 
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
-    halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
+    halves = [int((stack.half == h).sum()) for h in (1, 2)]
     log.line(
         f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {counted(len(table.stacks), 'stack')}"
     )
@@ -834,7 +834,7 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     )
     seed = "" if _half_sets_from(table, config) == "input" else f", seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
-    _say_copies(log, copies(table, config.symmetry, stack.half), table, config)
+    _say_copies(log, copies(table, config.symmetry), table, config)
     if text := mixed_classes(table):
         log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
@@ -851,9 +851,10 @@ def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
     how = "drawn particle by particle"
     if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
         how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
-    if table.half is None:
+    half = table.half_of_file
+    if half is None:
         return f"re{how}" if config.redraw_halves else how
-    return "input" if bool((table.half > 0).all()) else f"input, the rest {how}"
+    return "input" if bool((half > 0).all()) else f"input, the rest {how}"
 
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
@@ -906,13 +907,13 @@ def _warn_of_shared_start(log: Log, init: str) -> None:
 
 def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config: InputConfig) -> dict[str, Any]:
     table = stack.table
-    found = copies(table.take(stack.rows), config.symmetry, stack.half[stack.rows])  # type: ignore[index]
+    found = copies(table.take(stack.rows), config.symmetry)
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
         "file": str(particles),
         "particles": len(stack),
-        "half_sets": [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)],  # type: ignore[index]
+        "half_sets": [int((stack.half == h).sum()) for h in (1, 2)],
         "half_sets_from": _half_sets_from(table, config),
         "images": found.images,
         "repeated_rows": found.rows,
