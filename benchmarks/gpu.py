@@ -35,7 +35,8 @@ from emsplat.fourier import irfft, rfft, shift_phase
 from emsplat.io.particles import read_particles
 from emsplat.io.relion import write_particles_star
 from emsplat.kernels import backend
-from emsplat.model import Bounds, from_gaussians, from_map
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import from_gaussians, from_map
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.particles import ImageFiles, ParticleStack, estimate_noise, open_particles
 from emsplat.progress import Log

@@ -17,7 +17,7 @@ FLOORS = [
     {"project", "ctf", "assess"},
     {"io"},
     {"copies"},
-    {"model", "particles"},
+    {"models", "particles"},
     {"accumulate", "config", "start"},
     {"objective", "report", "inputs", "naming", "symmetry"},
     {"fit", "density"},

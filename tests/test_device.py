@@ -33,7 +33,8 @@ from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.geometry import random_rotations
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import read_particles
-from emsplat.model import PARAMETERS, Bounds, ball
+from emsplat.models.gaussians import PARAMETERS, Bounds
+from emsplat.models.starts import ball
 from emsplat.objective import ImageObjective, VolumeObjective
 from emsplat.one_pass import VolumeFit, fit_course
 from emsplat.particles import estimate_noise, open_table

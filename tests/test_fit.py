@@ -9,7 +9,8 @@ from emsplat.errors import EmsplatError, InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.fourier import shell_index
 from emsplat.geometry import random_rotations
-from emsplat.model import Bounds, ball
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import ball
 from emsplat.objective import ImageObjective, error_and_gradient, noise_weight, squared_error
 from emsplat.project import project
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses

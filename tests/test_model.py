@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from emsplat.model import Bounds, GaussianField, ball, from_gaussians, from_map, inverse_softplus, uniform
+from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
+from emsplat.models.starts import ball, from_gaussians, from_map, uniform
 from emsplat.project import voxelize
 from emsplat.types import Gaussians, Grid
 

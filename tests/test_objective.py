@@ -9,7 +9,8 @@ from emsplat import objective as module
 from emsplat.ctf import ctf
 from emsplat.fourier import frequencies, hermitian_weight, shell_index, shift_phase
 from emsplat.geometry import random_rotations
-from emsplat.model import Bounds, ball
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import ball
 from emsplat.objective import ImageObjective, error_and_gradient, noise_weight, squared_error
 from emsplat.project import project
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses

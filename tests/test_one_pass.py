@@ -13,7 +13,8 @@ from emsplat.density import grow, missing_power
 from emsplat.fit import Plan, State, fit
 from emsplat.fourier import rfft, shell_index
 from emsplat.io.mrc import read_map
-from emsplat.model import Bounds, GaussianField, from_map, inverse_softplus
+from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
+from emsplat.models.starts import from_map
 from emsplat.objective import VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, fit_course
 from emsplat.particles import open_particles

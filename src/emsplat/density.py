@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emsplat.model import GaussianField
+from emsplat.models.gaussians import GaussianField
 from emsplat.objective import VolumeObjective
 from emsplat.types import Gaussians
 

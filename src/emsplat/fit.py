@@ -18,7 +18,7 @@ from torch import Tensor
 from emsplat.device import CPU
 from emsplat.errors import EmsplatError, InputError
 from emsplat.io.tensors import write_tensors
-from emsplat.model import PARAMETERS, Bounds, GaussianField
+from emsplat.models.gaussians import PARAMETERS, Bounds, GaussianField
 from emsplat.objective import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -15,7 +15,7 @@ from emsplat.accumulate import NormalEquations, mean_per_shell
 from emsplat.ctf import Observed, in_image, observe
 from emsplat.errors import InputError
 from emsplat.fourier import crop, frequencies, hermitian_weight, is_smooth, shell_index
-from emsplat.model import GaussianField
+from emsplat.models.gaussians import GaussianField
 from emsplat.particles import ParticleStack
 from emsplat.project import CUTOFF, project, voxelize
 from emsplat.types import Batch, Gaussians, Grid, Poses

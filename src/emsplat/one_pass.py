@@ -21,7 +21,7 @@ from emsplat.accumulate import NormalEquations
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.density import grow
 from emsplat.fit import Plan, State, fit
-from emsplat.model import GaussianField
+from emsplat.models.gaussians import GaussianField
 from emsplat.objective import VolumeObjective
 from emsplat.project import voxelize
 

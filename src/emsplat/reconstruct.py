@@ -59,7 +59,8 @@ from emsplat.io.particles import write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
 from emsplat.io.table import ParticleTable
-from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
+from emsplat.models.gaussians import Bounds, GaussianField
+from emsplat.models.starts import ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course, stage_epochs
