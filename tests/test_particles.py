@@ -119,7 +119,7 @@ def test_half_sets_of_the_file_are_honoured(tmp_path):
     assert sorted(one.rows.tolist() + two.rows.tolist()) == list(range(COUNT))
     assert set(rows_of(one.batches(8, seed=0)).tolist()) == set(one.rows.tolist())
     lonely = open_particles(make(tmp_path, half=torch.tensor([1] * 39 + [2])))
-    with pytest.raises(InputError, match="half-set 2 has 1 particles; expected at least 2"):
+    with pytest.raises(InputError, match="half-set 2 has 1 particle; expected at least 2"):
         lonely.only(2)
 
 
@@ -289,7 +289,7 @@ def test_optics_groups_of_several_pixel_sizes(tmp_path):
 
 
 def test_too_few_particles(tmp_path):
-    with pytest.raises(InputError, match="2 particles; expected at least 2 in each"):
+    with pytest.raises(InputError, match="2 particles; expected at least 4, which are 2 in each half-set; take"):
         open_particles(make(tmp_path, torch.randn(2, 16, 16)))
 
 

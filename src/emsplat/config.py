@@ -124,7 +124,8 @@ class ChoiceConfig:
 
     unique: bool = False
     """Only the first row of each image (among those that --subset and --class leave): copies, and the further poses of
-    a symmetry-expanded set, are left out."""
+    a symmetry-expanded set, are left out. So are further images of a particle, by uid or rlnImageOriginalName, under
+    the same pose."""
 
     first: int | None = None
     """Only the first so many particles (of those that the options above leave)."""

@@ -60,7 +60,7 @@ def convert(
         )
     table = with_boxes(table)
     found = copies(table, config.symmetry)
-    if found.rows:
+    if found.text:
         say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half
     if half is not None and not bool((half > 0).all()):

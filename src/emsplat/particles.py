@@ -18,7 +18,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emsplat.copies import first_rows, image_numbers, settle_halves, shares
+from emsplat.copies import first_rows, image_numbers, particle_numbers, shares, with_halves
 from emsplat.ctf import flipped_from_multiplied
 from emsplat.device import CPU, Lane
 from emsplat.errors import InputError
@@ -27,6 +27,7 @@ from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.particles import read_particles
 from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.progress import counted
 from emsplat.types import PHASE_FLIPPED, Batch, Grid, Optics, Poses
 
 _OPEN_STACKS = 64
@@ -245,9 +246,15 @@ class ParticleStack:
         """
         chosen = self.take((self.half == half).nonzero()[:, 0])
         if len(chosen) < 2:
+            text = f"{self.table.name}: half-set {half} has {counted(len(chosen), 'particle')}; expected at least 2"
+            if self.table.half_of_file is not None:
+                raise InputError(
+                    f"{text} in each; draw new half-sets with --redraw-halves, or add the other half with --merge"
+                )
+            different = int(particle_numbers(self.table).max()) + 1
             raise InputError(
-                f"{self.table.name}: half-set {half} has {len(chosen)} particles; expected at least 2 in each half, "
-                "add particles or remove the column rlnRandomSubset to have new halves drawn"
+                f"{text}: copies stay in one half, and {len(self.table):,} rows show "
+                f"{counted(different, 'different particle')}; take a file with more, or add one with --merge"
             )
         return chosen
 
@@ -256,12 +263,12 @@ class ParticleStack:
         several files whose file has none. Copies of an image share a half, and where their poses agree one weight.
 
         Raises:
-            InputError: the half-sets of the file part copies of an image.
+            InputError: the half-sets of the file part copies of an image, or one has fewer than two particles.
         """
-        told = self.table.half_of_file
-        drawn = torch.ones(len(self.table), dtype=torch.bool) if told is None else told == 0
-        settled = replace(self.table, half=settle_halves(self.table, seed), drawn=drawn)
-        return replace(self, table=settled, share=shares(self.table, self.symmetry))
+        settled = replace(self, table=with_halves(self.table, seed), share=shares(self.table, self.symmetry))
+        for number in (1, 2):
+            settled.only(number)
+        return settled
 
     def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
         """One epoch in random order, every image presented with a random symmetry-equivalent pose.
@@ -510,7 +517,10 @@ def open_table(
     """
     elements = symmetry_group(symmetry)
     if len(table) < 4:
-        raise InputError(f"{table.name}: {len(table)} particles; expected at least 2 in each of two halves")
+        raise InputError(
+            f"{table.name}: {counted(len(table), 'particle')}; expected at least 4, which are 2 in each half-set; take "
+            "a file with more, or leave out what chooses so few (--first, --subset, --class, --unique)"
+        )
     files = ImageFiles(table)
     disk = _grids(table, files, trust_star_pixel_size)
     table = replace(table, warnings=(*table.warnings, *files.remarks()))

@@ -19,7 +19,6 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tomli_w
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +40,7 @@ from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
-from emsplat.copies import Copies, copies, image_marks, mixed_classes
+from emsplat.copies import Copies, copies, image_marks, marks_in, mixed_classes
 from emsplat.density import fit_doubling
 from emsplat.device import (
     choose_device,
@@ -363,18 +362,18 @@ def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
             if not all(map(len, own)):
                 log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
             for one, other in product(held[name], own):
-                if again := len(np.intersect1d(one[1], other, assume_unique=True)):
+                if again := len(marks_in(other, one[1])):
                     log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
             held[name] += [(str(folder), images) for images in own]
     for first, second in product(*held.values()):
-        if len(np.intersect1d(first[1], second[1], assume_unique=True)):
+        if len(marks_in(first[1], second[1])):
             raise InputError(
                 f"{first[0]}, half1, and {second[0]}, half2, hold the same images; their noise would be compared with "
                 "itself. Make the sums again with half-sets that agree, or from other particles"
             )
 
 
-def _images_of(stack: ParticleStack) -> Int[Tensor, " i"]:
+def _images_of(stack: ParticleStack) -> Int[Tensor, "i 3"]:
     return image_marks(stack.table.take(stack.rows))
 
 
@@ -864,7 +863,7 @@ def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
     if table.left_out:
-        log.line(f"  {table.left_out:,} rows that name an image again are left out (--unique)")
+        log.line(f"  {table.left_out:,} rows that show an image or particle again are left out (--unique)")
     if found.expansion:
         log.line(f"  {found.text}; copies share a half-set")
         if config.symmetry.upper() != "C1":
@@ -872,7 +871,7 @@ def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConf
                 f"the set is {found.text}; --symmetry {config.symmetry} does that again and adds nothing: leave it "
                 "out, or leave the copies out with --unique"
             )
-    elif found.rows:
+    elif found.text:
         log.warn(
             f"{found.text}; they share a half-set and count once where their poses agree, --unique leaves them out"
         )
@@ -922,6 +921,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
         "half_sets_from": _half_sets_from(table, config),
         "images": found.images,
         "repeated_rows": found.rows,
+        "repeated_particles": found.again,
         "left_out_rows": table.left_out,
         "symmetry_expanded": found.expansion,
         "close_to_other_half": found.close,

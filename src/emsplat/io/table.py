@@ -181,9 +181,10 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
 def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tuple[str, ...]]:
     """The micrographs of tables with one number for each, and their names, empty where some have none.
 
-    One that is found is known by its file, links followed, another by its name, however that is spelled: two projects
-    may then share a number, which keeps particles together that might have been parted, and costs nothing else. Where a
-    table has no names and stacks stand for micrographs, these do so here.
+    One that is found is known by its file, links followed, another by its name, however that is spelled, and by the
+    whole name of one that its own ends with, if that has a folder: two projects may then share a number, which keeps
+    particles together that might have been parted, and costs nothing else. Where a table has no names and stacks stand
+    for micrographs, these do so here.
     """
     entries: list[tuple[str | None, str | None]] = []  # name and file
     start = []
@@ -201,18 +202,34 @@ def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tu
     number: list[int] = [-1] * len(entries)
     of_file: dict[str, int] = {}
     of_name: dict[str, int] = {}
+    of_tail: dict[str, int] = {}
+    gone: list[tuple[list[str], int]] = []
     for place, (name, file) in enumerate(entries):
-        if name is not None and file is not None:
+        if name is None:
+            number[place] = place
+        elif file is None:
+            gone.append((_tails(name), place))
+        else:
             number[place] = of_file.setdefault(file, place)
-            of_name.setdefault(os.path.normpath(name), number[place])
-    for place, (name, file) in enumerate(entries):
-        if file is None:
-            number[place] = place if name is None else of_name.setdefault(os.path.normpath(name), place)
+            whole, *others = _tails(name)
+            of_name.setdefault(whole, number[place])
+            for tail in others:
+                of_tail.setdefault(tail, number[place])
+    for (whole, *others), place in sorted(gone, key=lambda one: len(one[0])):  # short names first, in order
+        known = (of_name.get(name) for name in (whole, *others))
+        number[place] = next((found for found in known if found is not None), of_tail.get(whole, place))
+        of_name.setdefault(whole, number[place])
     kept = {first: count for count, first in enumerate(dict.fromkeys(number))}
     lookup = torch.tensor([kept[first] for first in number])
     names_kept = tuple(entries[first][0] or "" for first in kept)
     merged = torch.cat([lookup[table.micrograph + offset] for table, offset in zip(tables, start, strict=True)])
     return merged, names_kept if all(names_kept) else ()
+
+
+def _tails(name: str) -> list[str]:
+    """A name, and what it ends with that has a folder, longest first; absolute or not."""
+    parts = os.path.normpath(name).lstrip("/").split("/")
+    return ["/".join(parts[start:]) for start in range(max(1, len(parts) - 1))]
 
 
 def _joined(parts: Sequence[Optics]) -> Optics:
