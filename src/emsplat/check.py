@@ -182,10 +182,8 @@ def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
     one, two = (int((table.half == number).sum()) for number in (1, 2))
     if min(one, two) < 2:
-        return Item("half-sets", "wrong", f"{one:,} and {two:,}; expected at least 2 in each")
-    return Item(
-        "half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} and {two:,}, of the file"
-    )
+        return Item("half-sets", "wrong", f"{one:,} + {two:,}; expected at least 2 in each")
+    return Item("half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} + {two:,}: of the file")
 
 
 def _optics(table: ParticleTable) -> list[Item]:

@@ -218,7 +218,7 @@ def fsc(
     from emsplat.assessment import RunMaps, read_mask, read_pair, shell_curves
     from emsplat.io.relion import write_fsc_star
     from emsplat.progress import Log
-    from emsplat.report.verdict import spacing
+    from emsplat.report.verdict import LIMIT, is_nyquist, spacing
     from emsplat.types import Curve
 
     log = Log()
@@ -236,16 +236,14 @@ def fsc(
         values = "  ".join(f"{float(curve.value[shell]):13.4f}" for curve in curves.values())
         print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
     main = curves.get("masked", curves["unmasked"])
+    at_limit = f"{spacing(grid.nyquist, grid.nyquist)}, {LIMIT}"
     label = "masked" if "masked" in curves else "unmasked"
     print(f"mean over shells 1 to {grid.size // 2}, {label}: {float(curves[label].value[1:].mean()):.4f}")
     for label in [label for label in curves if label != "random phases"]:
         for threshold in (0.143, 0.5):
             found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
             if never_falls(curves[label], threshold):
-                print(
-                    f"FSC {threshold} {label}: better than {found:.2f} Å, the limit of the pixel size: it never falls, "
-                    "the boxes are sampled too coarsely to tell"
-                )
+                print(f"FSC {threshold} {label}: {at_limit}: the curve never falls to {threshold}")
                 continue
             print(
                 f"FSC {threshold} {label}: "
@@ -253,7 +251,7 @@ def fsc(
                 + ("" if between is None else f", {between:.2f} Å (interpolated)")
             )
     found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
-    text = "never reached" if found is None else spacing(found, grid.nyquist)
+    text = "never reached" if found is None else at_limit if is_nyquist(found, grid.nyquist) else spacing(found)
     print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
         columns: dict[str, list[Any]] = {

@@ -70,7 +70,16 @@ from emsplat.progress import Log, counted, data_size, peak_memory
 from emsplat.project import voxelize
 from emsplat.report import verdict
 from emsplat.residuals import write_residuals
-from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
+from emsplat.run_folder import (
+    History,
+    check_same_run,
+    interruptible,
+    is_finished,
+    plain,
+    prepare_folder,
+    read_summary,
+    write_text,
+)
 from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
 from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
@@ -180,8 +189,11 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the sums so far.
     """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.threads):
-        return _backproject(config, particles, output, log or Log())
+        return _backproject(config, particles, output, log)
 
 
 def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
@@ -209,8 +221,11 @@ def reconstruct(
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.threads):
-        return _reconstruct(config, particles, output, log or Log(), altered)
+        return _reconstruct(config, particles, output, log, altered)
 
 
 def _reconstruct(
@@ -262,7 +277,7 @@ def _reconstruct(
 
 def exit_code(summary: dict[str, Any]) -> int:
     """1 where the particles do not have the symmetry of the run and ``force`` does not say that this is meant."""
-    symmetry = summary["symmetry"]
+    symmetry = summary.get("symmetry")
     return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
@@ -300,6 +315,28 @@ def _open(
         (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
     log.parts["start"] = round(log.seconds, 2)
     return stack, skipped, symmetry
+
+
+def _finished(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do.
+
+    Raises:
+        InputError: the folder holds no such run.
+    """
+    if not config.resume:
+        return None
+    check_same_run(config, particles, output)
+    summary = read_summary(output)
+    if not is_finished(summary):
+        return None
+    log.line(
+        f"{output}: this run is finished, nothing is left to resume and nothing was done; `emsplat report` draws its "
+        "page again, --overwrite starts anew"
+    )
+    for text in verdict.lines(summary):
+        log.line(text)
+    _say_results(log, output)
+    return summary
 
 
 def _write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
@@ -833,7 +870,8 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
     )
-    seed = "" if _half_sets_from(table, config) == "input" else f", seed {config.seed}"
+    known = table.half is not None and bool((table.half > 0).all())
+    seed = "" if known else f", seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
     _say_copies(log, copies(table, config.symmetry), table, config)
     if text := mixed_classes(table):
@@ -854,7 +892,7 @@ def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
         how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
     if table.half is None:
         return f"re{how}" if config.redraw_halves else how
-    return "input" if bool((table.half > 0).all()) else f"input, the rest {how}"
+    return "of the file" if bool((table.half > 0).all()) else f"of the file, the rest {how}"
 
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
@@ -936,9 +974,13 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    for text in [*verdict.lines(summary), *_said_again(summary)]:
+    for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
+    _say_results(log, output)
+
+
+def _say_results(log: Log, output: Path) -> None:
     for what, name in (
         ("map", "run_class001.mrc"),
         ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
@@ -948,7 +990,6 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         log.line(f"  {what}: {output / name}")
 
 
-def _said_again(summary: dict[str, Any]) -> list[str]:
-    """The warnings of a run again at its end, beside the numbers that they concern; not those that just went by."""
-    found = [text for text in dict.fromkeys(summary["warnings"]) if text not in summary["assessment"]["warnings"]]
-    return ["warnings of this run:", *(f"  {text}" for text in found)] if found else []
+def _said_again(warnings: list[str]) -> list[str]:
+    """All warnings of a run again at its end, beside the numbers that they concern."""
+    return ["warnings of this run:", *(f"  {text}" for text in dict.fromkeys(warnings))] if warnings else []

@@ -145,5 +145,6 @@ def _low_resolution(path: Path, grid: Grid) -> Float[Tensor, "z y x"]:
     start = map_coordinates(smooth, points, order=1, mode="constant")
     highest = float(start.max())
     if not highest > 0:
-        raise InputError(f"{path}: has no density above 0; expected a map with bright protein")
+        dark = "; it is inverted, multiply it by -1" if float(start.min()) < 0 else "; it is empty"
+        raise InputError(f"{path}: has no density above 0; expected a map with bright protein{dark}")
     return torch.from_numpy(np.where(start > _SURROUNDINGS * highest, start, 0.0).astype(np.float32))

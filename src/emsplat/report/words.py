@@ -133,7 +133,7 @@ DECISIVE = ("cross_validated", "reported")  # those that have to be silent for t
 LABELS = {
     "file": "particle file",
     "half_sets": "half-sets",
-    "half_sets_from": "half-sets are those of",
+    "half_sets_from": "half-sets are",
     "optics_groups": "optics groups",
     "box": "box (px)",
     "pixel_size": "pixel size",
