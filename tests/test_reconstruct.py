@@ -328,7 +328,7 @@ def test_resume_refuses_another_run(finished, particles):
     output, _ = finished
     with pytest.raises(InputError, match=r"was run with another .*epochs.*config\.toml"):
         reconstruct(dataclasses.replace(QUICK, resume=True, epochs=3), particles, output)
-    with pytest.raises(InputError, match="was run with another .*recipe"):
+    with pytest.raises(InputError, match=r"was run with another .*recipe"):
         backproject(InputConfig(resume=True), particles, output)
 
 

@@ -23,7 +23,7 @@ from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_images, read_table
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import is_star
+from emsplat.io.particles import count_stacks, is_star, lost_stacks
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
@@ -65,7 +65,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
-    missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
+    missing = [] if config.metadata_only else lost_stacks(table)
     items = [
         _counts(table),
         _half_sets(table, config),
@@ -75,6 +75,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         _shifts(table),
         _views(table, group),
     ]
+    items += [Item("metadata", "ok", note) for note in table.notes]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
     items += _repeated(table, config.symmetry)
     stack: ParticleStack | None = None
@@ -166,7 +167,7 @@ def _counts(table: ParticleTable) -> Item:
     units = "from " + counted(micrographs, "micrograph or group", "micrographs or groups")
     if not table.micrograph_names and micrographs == len(table):
         units = "from micrographs that are not known"
-    text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} {units}"
+    text = f"{len(table):,} in {counted(count_stacks(table), 'stack')} {units}"
     return Item("particles", "wrong" if len(table) < 4 else "ok", text)
 
 
@@ -281,7 +282,7 @@ def _repeated(table: ParticleTable, symmetry: str) -> list[Item]:
 
 
 def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:
-    text = f"{len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; "
+    text = f"missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is {missing[0]}; "
     found = _helpful_folder(missing[0], table.sources[0])
     if found is not None:
         text += f"--datadir {found} would find it"
@@ -306,7 +307,7 @@ def _helpful_folder(file: str, source: Path) -> Path | None:
 def _headers(stack: ParticleStack) -> Item:
     kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
     table = stack.table
-    return Item("images", "ok", f"{counted(len(table.stacks), 'stack')} found, {say_folders(table.folders)}; {kinds}")
+    return Item("images", "ok", f"{counted(count_stacks(table), 'stack')} found, {say_folders(table.folders)}; {kinds}")
 
 
 def _cost(stack: ParticleStack) -> Item:

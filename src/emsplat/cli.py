@@ -84,9 +84,12 @@ def simulate(
         model: mmCIF or PDB file (may be gzipped).
         output: Folder for particles.mrcs, particles.star and truth.mrc.
     """
+    from emsplat.io.paths import say_start
     from emsplat.simulate import simulate as run
 
-    print(f"particles: {run(config, model, output)}")
+    star = run(config, model, output)
+    print(f"particles: {star}")
+    print(f"  {say_start(star, output / 'particles.mrcs')}")
 
 
 def check(
@@ -236,7 +239,8 @@ def fsc(
         values = "  ".join(f"{float(curve.value[shell]):13.4f}" for curve in curves.values())
         print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
     main = curves.get("masked", curves["unmasked"])
-    at_limit = f"{spacing(grid.nyquist, grid.nyquist)}, {LIMIT}"
+    finest = 1 / float(main.frequency[-1])
+    at_limit = f"{spacing(finest, finest)}, {LIMIT}"
     label = "masked" if "masked" in curves else "unmasked"
     print(f"mean over shells 1 to {grid.size // 2}, {label}: {float(curves[label].value[1:].mean()):.4f}")
     for label in [label for label in curves if label != "random phases"]:
@@ -251,7 +255,7 @@ def fsc(
                 + ("" if between is None else f", {between:.2f} Å (interpolated)")
             )
     found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
-    text = "never reached" if found is None else at_limit if is_nyquist(found, grid.nyquist) else spacing(found)
+    text = "never reached" if found is None else at_limit if is_nyquist(found, finest) else spacing(found)
     print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
         columns: dict[str, list[Any]] = {

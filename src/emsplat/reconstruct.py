@@ -56,7 +56,7 @@ from emsplat.fourier import shell_index
 from emsplat.inputs import open_stack, with_boxes
 from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import write_used
+from emsplat.io.particles import count_stacks, write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
 from emsplat.io.table import ParticleTable
@@ -777,6 +777,7 @@ def _finish(
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
+        "notes": list(stack.table.notes),
         "assessment": {"warnings": log.warnings[told:]},
         **({} if altered is None else {"altered": altered}),
     }
@@ -860,9 +861,11 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
     log.line(
-        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {counted(len(table.stacks), 'stack')}"
+        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in "
+        + counted(count_stacks(table.take(stack.rows)), "stack")
     )
-    log.line(f"  {say_folders(table.folders)}")
+    for text in (say_folders(table.folders), *table.notes):
+        log.line(f"  {text}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
@@ -959,7 +962,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
         "symmetry_expanded": found.expansion,
         "close_to_other_half": found.close,
         "optics_groups": len(table.groups),
-        "stacks": len(table.stacks),
+        "stacks": count_stacks(table.take(stack.rows)),
         "image_folders": [str(folder) for folder in table.folders],
         "micrographs": len(torch.unique(table.micrograph[stack.rows])),
         "box": stack.grid.size,

@@ -128,6 +128,7 @@ NULL_MEASURES = {
     "reported": "reported by the run",
 }
 DECISIVE = ("cross_validated", "reported")  # those that have to be silent for the test to pass
+SILENT = "Silent: no resolution, or none finer than the test leaves true (the spacing that is expected)."
 
 # Keys of summary.json in words, and those that have a place of their own in the page.
 LABELS = {
