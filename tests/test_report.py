@@ -797,8 +797,11 @@ def test_surfaces_of_noise_stay_small() -> None:
 
 def test_flat_map_has_no_surface() -> None:
     flat = read.Volume(np.zeros((16, 16, 16), np.float32), 1.0)
-    with pytest.raises(InputError, match="no level has a surface"):
+    with pytest.raises(InputError, match=r"no level has a surface.*is it empty\?"):
         surface.make_surface(flat, None, None, Path("run"))
+    dark = -np.pad(np.ones((8, 8, 8), np.float32), 4)
+    with pytest.raises(InputError, match=r"is it inverted \(protein dark\)\?"):
+        surface.make_surface(read.Volume(dark, 1.0), None, None, Path("run"))
 
 
 def test_slider_shows_one_level_at_a_time(run: Path, no_rendering: None) -> None:

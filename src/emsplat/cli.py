@@ -218,7 +218,7 @@ def fsc(
     import torch
 
     from emsplat.assess.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
-    from emsplat.assessment import RunMaps, read_mask, read_pair, shell_curves
+    from emsplat.assessment import RunMaps, are_opposite, read_mask, read_pair, say_opposite, shell_curves
     from emsplat.io.relion import write_fsc_star
     from emsplat.progress import Log
     from emsplat.report.verdict import LIMIT, is_nyquist, spacing
@@ -230,6 +230,8 @@ def fsc(
     curves = {"unmasked": fsc_curve(first, second, grid)}
     if torch.equal(first, second) or float(curves["unmasked"].value[1:].min()) > 1 - _SAME:
         log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")
+    if are_opposite(curves["unmasked"]):
+        log.warn(say_opposite(str(a), str(b)))
     if soft is not None:
         table, _ = shell_curves(RunMaps(grid, (first, second), None, None, soft))
         for label in ("masked", "corrected", "random phases"):
