@@ -381,12 +381,16 @@ def test_bad_input_leaves_nothing_behind(particles, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_noise_alone_has_no_resolution(simulated, tmp_path):
+def test_noise_alone_has_no_resolution(simulated, tmp_path, capsys):
     star = simulated(box=48, pixel_size=3.0, particles=600, snr=0.05, noise_only=True, seed=0)
     summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
     assert set(summary["resolution"].values()) == {None}
     assert any("no particle" in warning for warning in summary["warnings"])
     assert summary["evident"] is False
+    # The warnings at the end are those of the whole run: the assessment's stand there too.
+    end = capsys.readouterr().out.partition("warnings of this run:\n")[2]
+    assert summary["assessment"]["warnings"]
+    assert all(f"  {warning}\n" in end for warning in summary["warnings"])
 
 
 def test_inverted_images_are_noticed(particles, tmp_path, capsys):

@@ -871,7 +871,8 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
         log.line(f"  several kinds of images are put on the grid of most of them; others: {kinds}")
     log.line(
-        f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
+        f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
+        f"{config.symmetry}"
     )
     known = table.half is not None and bool((table.half > 0).all())
     seed = "" if known else f", seed {config.seed}"
