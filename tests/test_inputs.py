@@ -263,7 +263,7 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
     truth = read_map(particles.parent / "truth.mrc")[0]
     table = read_star(particles)
     source = open_stack(SourceConfig(), particles)
-    raw = source._files.read(torch.arange(400))
+    raw = source.files.read(torch.arange(400))
     from emsplat.particles import resample
 
     grids = [Grid(32, 4.0), Grid(28, 128 / 28), Grid(24, 128 / 24)]

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emsplat.copies import image_marks
-from emsplat.ctf import observe
+from emsplat.ctf import in_image, observe
 from emsplat.device import CPU
 from emsplat.errors import InputError
 from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index, sum_by_shell
@@ -408,7 +408,7 @@ def accumulate(
             weighted.mul_(batch.share[:, None, None])
         numerator = seen.spectrum.mul_(weighted)
         weight = weighted.mul_(seen.transfer)
-        statistics.insert(numerator, weight, batch.poses.rotation, grid, symmetry)
+        statistics.insert(numerator, weight, in_image(batch.poses.rotation, batch.optics), grid, symmetry)
         statistics.particles += len(batch)
         yield statistics
 

@@ -99,11 +99,12 @@ def copies(table: ParticleTable, symmetry: str) -> Copies:
     image = image_numbers(table)
     images = int(image.max()) + 1
     crossing = close = 0
-    if table.half is not None:
+    half = table.half_of_file
+    if half is not None:
         same = _same_particle(table, image)
-        crossing = int(_in_both(same, table.half).sum())
+        crossing = int(_in_both(same, half).sum())
         places = _places(table)
-        close = int((_in_both(linked(same, *places), table.half) & ~_in_both(same, table.half)).sum()) if places else 0
+        close = int((_in_both(linked(same, *places), half) & ~_in_both(same, half)).sum()) if places else 0
     expansion, turned = _expansion(image, table.poses.rotation, symmetry)
     return Copies(images, len(image) - images, crossing, close, expansion, turned)
 

@@ -149,7 +149,7 @@ def _choose(stack: ParticleStack, count: int) -> ParticleStack:
     """Evenly spread particles, as many of each half."""
     if count < 4:
         raise InputError(f"--particles {count}: expected at least 4, two in each half-set")
-    half = stack.half[stack.rows]  # type: ignore[index]
+    half = stack.half
     places = []
     for number in (1, 2):
         own = (half == number).nonzero()[:, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emsplat.accumulate import NormalEquations, mean_per_shell
-from emsplat.ctf import Observed, observe
+from emsplat.ctf import Observed, in_image, observe
 from emsplat.errors import InputError
 from emsplat.fourier import crop, frequencies, hermitian_weight, is_smooth, shell_index
 from emsplat.model import GaussianField
@@ -117,7 +117,7 @@ class ImageObjective:
     def loss(self, gaussians: Gaussians, batch: Batch) -> Float[Tensor, ""]:
         """`squared_error` of a batch; on the CPU the transforms of a few images at a time: they stay in the cache."""
         grid = self.stack.grid
-        centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
+        centred = Poses(in_image(batch.poses.rotation, batch.optics), torch.zeros_like(batch.poses.shift))
         projection = project(gaussians, centred, grid, cutoff=self.cutoff)
         on_cpu = projection.device.type == "cpu"
         few = max(1, _CACHED_PIXELS // grid.size**2) if on_cpu else max(1, len(projection))

@@ -85,6 +85,7 @@ from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
+_OF_THE_FILE = "of the file"
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
 _DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
 _FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
@@ -308,7 +309,7 @@ def _open(
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
     log.line(f"  {said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
+    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half)
     _write_config(config, particles, output, settings)
     symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
     if symmetry is not None:
@@ -789,7 +790,7 @@ def _finish(
     write_text(output / "summary.json", json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
-        table = replace(stack.table, half=stack.half).take(stack.rows)
+        table = stack.table.take(stack.rows)
         name_results(output, config.naming, with_boxes(table), log)
     if exit_code(summary):
         log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
@@ -859,7 +860,7 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
 
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
-    halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
+    halves = [int((stack.half == h).sum()) for h in (1, 2)]
     log.line(
         f"emsplat {__version__}: {len(stack):,} particles of {table.name} in "
         + counted(count_stacks(table.take(stack.rows)), "stack")
@@ -874,9 +875,9 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
         f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
         f"{config.symmetry}"
     )
-    known = table.half is not None and bool((table.half > 0).all())
-    seed = "" if known else f", seed {config.seed}"
-    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
+    how = _half_sets_from(table, config)
+    seed = "" if how == _OF_THE_FILE else f", seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
     _say_copies(log, copies(table, config.symmetry), table, config)
     if text := mixed_classes(table):
         log.warn(text)
@@ -894,9 +895,10 @@ def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
     how = "drawn particle by particle"
     if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
         how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
-    if table.half is None:
+    half = table.half_of_file
+    if half is None:
         return f"re{how}" if config.redraw_halves else how
-    return "of the file" if bool((table.half > 0).all()) else f"of the file, the rest {how}"
+    return _OF_THE_FILE if bool((half > 0).all()) else f"{_OF_THE_FILE}, the rest {how}"
 
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
@@ -955,7 +957,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
     return {
         "file": str(particles),
         "particles": len(stack),
-        "half_sets": [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)],  # type: ignore[index]
+        "half_sets": [int((stack.half == h).sum()) for h in (1, 2)],
         "half_sets_from": _half_sets_from(table, config),
         "images": found.images,
         "repeated_rows": found.rows,

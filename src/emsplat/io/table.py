@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -48,6 +48,7 @@ class ParticleTable:
     stacks: tuple[Path, ...]  # each file once; absolute, or as written where it is missing
     stack: Int[Tensor, " p"]  # index into stacks
     image: Int[Tensor, " p"]  # 0-based index in the stack
+    drawn: Bool[Tensor, " p"] | None = None  # whether the half is not the file's; None: of none
     particle_class: Int[Tensor, " p"] | None = None
     micrograph_names: tuple[str, ...] = ()  # of each number in ``micrograph``; empty when not known
     uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
@@ -63,6 +64,13 @@ class ParticleTable:
 
     def __len__(self) -> int:
         return len(self.poses)
+
+    @property
+    def half_of_file(self) -> Int[Tensor, " p"] | None:
+        """The half-sets as the files have them: 0 where one was drawn, None where all were."""
+        if self.half is None or self.drawn is None:
+            return self.half
+        return None if bool(self.drawn.all()) else torch.where(self.drawn, 0, self.half)
 
     @property
     def name(self) -> str:
@@ -93,6 +101,7 @@ class ParticleTable:
             optics=self.optics[rows],
             optics_group=self.optics_group[rows],
             half=None if self.half is None else self.half[rows],
+            drawn=None if self.drawn is None else self.drawn[rows],
             micrograph=self.micrograph[rows],
             stack=self.stack[rows],
             image=self.image[rows],
