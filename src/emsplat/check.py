@@ -23,7 +23,7 @@ from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_images, read_table
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import is_star
+from emsplat.io.particles import count_stacks, is_star, lost_stacks
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
@@ -66,7 +66,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
-    missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
+    missing = [] if config.metadata_only else lost_stacks(table)
     items = [
         _counts(table),
         _half_sets(table, config),
@@ -76,6 +76,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         _shifts(table),
         _views(table, group),
     ]
+    items += [Item("metadata", "ok", note) for note in table.notes]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
     items += _repeated(table, config)
     stack: ParticleStack | None = None
@@ -167,7 +168,7 @@ def _counts(table: ParticleTable) -> Item:
     units = "from " + counted(micrographs, "micrograph or group", "micrographs or groups")
     if not table.micrograph_names and micrographs == len(table):
         units = "from micrographs that are not known"
-    text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} {units}"
+    text = f"{len(table):,} in {counted(count_stacks(table), 'stack')} {units}"
     different = int(particle_numbers(table).max()) + 1
     if different < _FEWEST:
         same = f", which show {different}" if different < len(table) else ""
@@ -189,11 +190,9 @@ def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
     one, two = (int((table.half == number).sum()) for number in (1, 2))
     if min(one, two) < 2:
-        text = f"{one:,} and {two:,}; expected at least 2 in each: --redraw-halves draws new ones"
+        text = f"{one:,} + {two:,}; expected at least 2 in each: --redraw-halves draws new ones"
         return Item("half-sets", "wrong", text)
-    return Item(
-        "half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} and {two:,}, of the file"
-    )
+    return Item("half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} + {two:,}: of the file")
 
 
 def _optics(table: ParticleTable) -> list[Item]:
@@ -300,7 +299,7 @@ def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
 
 
 def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:
-    text = f"{len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; "
+    text = f"missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is {missing[0]}; "
     found = _helpful_folder(missing[0], table.sources[0])
     if found is not None:
         text += f"--datadir {found} would find it"
@@ -325,7 +324,7 @@ def _helpful_folder(file: str, source: Path) -> Path | None:
 def _headers(stack: ParticleStack) -> Item:
     kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
     table = stack.table
-    return Item("images", "ok", f"{counted(len(table.stacks), 'stack')} found, {say_folders(table.folders)}; {kinds}")
+    return Item("images", "ok", f"{counted(count_stacks(table), 'stack')} found, {say_folders(table.folders)}; {kinds}")
 
 
 def _cost(stack: ParticleStack) -> Item:

@@ -241,7 +241,7 @@ class InputConfig(SourceConfig):
     """Remove the results of an earlier run from the output folder first."""
 
     resume: bool = False
-    """Go on with the interrupted run in the output folder."""
+    """Go on with the interrupted run in the output folder; a finished one is left as it is."""
 
     force: bool = False
     """Exit with 0 also where the particles do not have the symmetry that is asked for."""

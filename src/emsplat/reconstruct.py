@@ -56,7 +56,7 @@ from emsplat.fourier import shell_index
 from emsplat.inputs import open_stack, with_boxes
 from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import write_used
+from emsplat.io.particles import count_stacks, write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
 from emsplat.io.table import ParticleTable
@@ -71,12 +71,22 @@ from emsplat.progress import Log, counted, data_size, peak_memory
 from emsplat.project import voxelize
 from emsplat.report import verdict
 from emsplat.residuals import write_residuals
-from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
+from emsplat.run_folder import (
+    History,
+    check_same_run,
+    interruptible,
+    is_finished,
+    plain,
+    prepare_folder,
+    read_summary,
+    write_text,
+)
 from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
 from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
+_OF_THE_FILE = "of the file"
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
 _DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
 _FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
@@ -181,8 +191,11 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the sums so far.
     """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.threads):
-        return _backproject(config, particles, output, log or Log())
+        return _backproject(config, particles, output, log)
 
 
 def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
@@ -210,8 +223,11 @@ def reconstruct(
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.threads):
-        return _reconstruct(config, particles, output, log or Log(), altered)
+        return _reconstruct(config, particles, output, log, altered)
 
 
 def _reconstruct(
@@ -265,7 +281,7 @@ def _reconstruct(
 
 def exit_code(summary: dict[str, Any]) -> int:
     """1 where the particles do not have the symmetry of the run and ``force`` does not say that this is meant."""
-    symmetry = summary["symmetry"]
+    symmetry = summary.get("symmetry")
     return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
@@ -303,6 +319,28 @@ def _open(
         (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
     log.parts["start"] = round(log.seconds, 2)
     return stack, skipped, symmetry
+
+
+def _finished(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do.
+
+    Raises:
+        InputError: the folder holds no such run.
+    """
+    if not config.resume:
+        return None
+    check_same_run(config, particles, output)
+    summary = read_summary(output)
+    if not is_finished(summary):
+        return None
+    log.line(
+        f"{output}: this run is finished, nothing is left to resume and nothing was done; `emsplat report` draws its "
+        "page again, --overwrite starts anew"
+    )
+    for text in verdict.lines(summary):
+        log.line(text)
+    _say_results(log, output)
+    return summary
 
 
 def _write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
@@ -743,6 +781,7 @@ def _finish(
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
+        "notes": list(stack.table.notes),
         "assessment": {"warnings": log.warnings[told:]},
         **({} if altered is None else {"altered": altered}),
     }
@@ -826,18 +865,22 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
     halves = [int((stack.half == h).sum()) for h in (1, 2)]
     log.line(
-        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {counted(len(table.stacks), 'stack')}"
+        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in "
+        + counted(count_stacks(table.take(stack.rows)), "stack")
     )
-    log.line(f"  {say_folders(table.folders)}")
+    for text in (say_folders(table.folders), *table.notes):
+        log.line(f"  {text}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
         log.line(f"  several kinds of images are put on the grid of most of them; others: {kinds}")
     log.line(
-        f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
+        f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
+        f"{config.symmetry}"
     )
-    seed = "" if _half_sets_from(table, config) == "input" else f", seed {config.seed}"
-    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
+    how = _half_sets_from(table, config)
+    seed = "" if how == _OF_THE_FILE else f", seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
     _say_copies(log, copies(table, config.symmetry), table, config)
     if text := mixed_classes(table):
         log.warn(text)
@@ -858,7 +901,7 @@ def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
     half = table.half_of_file
     if half is None:
         return f"re{how}" if config.redraw_halves else how
-    return "input" if bool((half > 0).all()) else f"input, the rest {how}"
+    return _OF_THE_FILE if bool((half > 0).all()) else f"{_OF_THE_FILE}, the rest {how}"
 
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
@@ -926,7 +969,7 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
         "symmetry_expanded": found.expansion,
         "close_to_other_half": found.close,
         "optics_groups": len(table.groups),
-        "stacks": len(table.stacks),
+        "stacks": count_stacks(table.take(stack.rows)),
         "image_folders": [str(folder) for folder in table.folders],
         "micrographs": len(torch.unique(table.micrograph[stack.rows])),
         "box": stack.grid.size,
@@ -941,9 +984,13 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    for text in [*verdict.lines(summary), *_said_again(summary)]:
+    for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
+    _say_results(log, output)
+
+
+def _say_results(log: Log, output: Path) -> None:
     for what, name in (
         ("map", "run_class001.mrc"),
         ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
@@ -953,7 +1000,6 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         log.line(f"  {what}: {output / name}")
 
 
-def _said_again(summary: dict[str, Any]) -> list[str]:
-    """The warnings of a run again at its end, beside the numbers that they concern; not those that just went by."""
-    found = [text for text in dict.fromkeys(summary["warnings"]) if text not in summary["assessment"]["warnings"]]
-    return ["warnings of this run:", *(f"  {text}" for text in found)] if found else []
+def _said_again(warnings: list[str]) -> list[str]:
+    """All warnings of a run again at its end, beside the numbers that they concern."""
+    return ["warnings of this run:", *(f"  {text}" for text in dict.fromkeys(warnings))] if warnings else []

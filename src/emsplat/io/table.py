@@ -56,6 +56,7 @@ class ParticleTable:
     coordinates: Float[Tensor, "p 2"] | None = None  # (x, y) of the box in pixels of the micrograph; NaN where not said
     micrograph_pixel_size: Float[Tensor, " p"] | None = None  # Å, of the coordinates; NaN where not said
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what was read from where, to be said once and no cause for concern
     sign: float = 1.0  # factor that makes protein bright
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
@@ -173,6 +174,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         coordinates=optional("coordinates", torch.nan),
         micrograph_pixel_size=optional("micrograph_pixel_size", torch.nan),
         warnings=tuple(warning for table in tables for warning in table.warnings),
+        notes=tuple(dict.fromkeys(note for table in tables for note in table.notes)),
         sign=first.sign,
         folders=tuple(dict.fromkeys(folder for table in tables for folder in table.folders)),
     )
