@@ -36,7 +36,7 @@ def exact_sums(spectra, weights, rotation, images, grid):
     """b and K by summing exponentials: the definition. ``images`` is the grid of the images."""
     ky, kx = frequencies(images)
     kx, ky = kx.expand(images.size, -1), ky.expand(-1, images.size // 2 + 1)
-    limit = 0.5 / max(images.pixel_size, grid.pixel_size)
+    limit = (0.5 - 1e-6) / max(images.pixel_size, grid.pixel_size)  # what is on the edge is out, however it is rounded
     inside = kx**2 + ky**2 < limit**2
     twice = torch.where(kx == 0, 1.0, 2.0)[inside].double()
     points = torch.stack([kx, ky], -1)[inside].double()

@@ -186,8 +186,8 @@ def test_a_strange_value_changes_no_other_row(good, tmp_path, row, column, token
         others = torch.arange(COUNT) != row
         for a, b in ((batch, whole), (batch.poses, whole.poses), (batch.optics, whole.optics)):
             for name, value in vars(a[others]).items():
-                if isinstance(value, torch.Tensor):
-                    assert torch.equal(value, getattr(b[others], name))
+                if isinstance(value, torch.Tensor):  # to rounding: vectors of numbers are worked out together
+                    torch.testing.assert_close(value, getattr(b[others], name))
 
 
 @settings(max_examples=100, suppress_health_check=HEALTH)

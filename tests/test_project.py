@@ -50,6 +50,13 @@ def moved(gaussians, device):
     return Gaussians(*(t.to(device) for t in (gaussians.mean, gaussians.covariance, gaussians.amplitude)))
 
 
+def rounding(size, dtype=torch.float32):
+    """Bound on the relative error of what is splatted: places of up to size / 2 pixels are rounded, and an error of
+    them counts against the smallest scale, 0.6 pixels. Twenty roundings, which do not all point the same way:
+    turning, shifting, inverting, the exponential, sums."""
+    return 20 * torch.finfo(dtype).eps * (size / 2) / 0.6
+
+
 def assert_gradients_agree(got, expected, error):
     for a, b in zip(got, expected, strict=True):
         a, b = a.double().flatten(), b.double().flatten()
@@ -63,11 +70,11 @@ def test_project_forward(instruction_set, size):
     g, p = mixture(40, grid), poses(3)
     expected = reference.project(g, p, grid)
     got = project(g, p, grid, cutoff=WIDE)
-    assert (got - expected).norm() <= 5e-6 * expected.norm()
+    assert (got - expected).norm() <= rounding(size) * expected.norm()
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_project_gradient(instruction_set, dtype, error):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_project_gradient(instruction_set, dtype):
     grid = Grid(38, 1.3)
     g, p = mixture(60, grid, dtype), poses(4, dtype)
     cotangent = torch.randn(4, 38, 38, generator=torch.Generator().manual_seed(2), dtype=dtype)
@@ -80,7 +87,7 @@ def test_project_gradient(instruction_set, dtype, error):
         return reference.project(Gaussians(m, s, a), Poses(r, t), grid)
 
     expected = gradients(slow, [leaf.double() for leaf in leaves], cotangent.double())
-    assert_gradients_agree(gradients(fast, leaves, cotangent), expected, error)
+    assert_gradients_agree(gradients(fast, leaves, cotangent), expected, rounding(grid.size, dtype))
 
 
 def each(count, gaussians, grid, dtype=torch.float32):
@@ -171,11 +178,11 @@ def test_voxelize_forward(instruction_set, size):
     g = mixture(30, grid)
     expected = reference.voxelize(g, grid)
     got = voxelize(g, grid, cutoff=WIDE)
-    assert (got - expected).norm() <= 5e-6 * expected.norm()
+    assert (got - expected).norm() <= rounding(size) * expected.norm()
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_voxelize_gradient(instruction_set, dtype, error):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_voxelize_gradient(instruction_set, dtype):
     grid = Grid(20, 1.3)
     g = mixture(40, grid, dtype)
     cotangent = torch.randn(20, 20, 20, generator=torch.Generator().manual_seed(2), dtype=dtype)
@@ -186,7 +193,7 @@ def test_voxelize_gradient(instruction_set, dtype, error):
         cotangent.double(),
     )
     got = gradients(lambda m, s, a: voxelize(Gaussians(m, s, a), grid, cutoff=WIDE), leaves, cotangent)
-    assert_gradients_agree(got, expected, error)
+    assert_gradients_agree(got, expected, rounding(grid.size, dtype))
 
 
 def test_gradcheck_in_float64():
@@ -215,7 +222,7 @@ def test_footprint_cut_stays_within_its_bound(instruction_set):
         missing = full - project(g, p, grid, cutoff=cutoff)
         bound = math.exp(-(cutoff**2) / 2)
         assert missing.max() <= bound * full.max() * (1 + 1e-4)
-        assert missing.min() >= -1e-6 * full.max()
+        assert missing.min() >= -rounding(grid.size) * full.max()
         assert missing.sum() <= bound * full.sum() * 1.02
 
 
@@ -226,7 +233,7 @@ def test_sum_over_z_of_voxelize_is_project_at_identity(device):
     inside = Gaussians(*(t[g.mean.abs().amax(1) < 13] for t in (g.mean, g.covariance, g.amplitude)))
     flat = voxelize(inside, grid, cutoff=WIDE).sum(0)
     image = project(inside, identity, grid, cutoff=WIDE)[0]
-    assert (flat - image).norm() <= 1e-5 * image.norm()
+    assert (flat - image).norm() <= rounding(grid.size) * image.norm()
 
 
 def test_mass_is_conserved(device):

@@ -133,7 +133,8 @@ def test_wrong_symmetry_fails_until_it_is_said_to_be_meant(project):
 
 @pytest.mark.slow
 def test_abort_and_continue(project):
-    words = ("--growth", "0", "--epochs", "400", "--gaussians", "3000", "--decay", "1.0")
+    # More epochs than any machine gets through before it is told to stop.
+    words = ("--growth", "0", "--epochs", "1000000", "--gaussians", "3000", "--decay", "1.0")
     with (project / JOB / "run.out").open("a") as out:
         process = subprocess.Popen(command("--in_parts", PARTICLES, *words, "--j", "1"), cwd=project, stdout=out)
         try:
@@ -149,7 +150,7 @@ def test_abort_and_continue(project):
     assert run(project, *words[:-4], "--gaussians", "2000", "--decay", "1.0") == 2
     assert "another gaussians" in (project / JOB / "run.err").read_text()
     (project / JOB / "config.toml").write_text(
-        (project / JOB / "config.toml").read_text().replace("epochs = 400", "epochs = 1")
+        (project / JOB / "config.toml").read_text().replace("epochs = 1000000", "epochs = 1")
     )
     assert run(project, "--growth", "0", "--epochs", "1", *words[4:]) == 0
     assert endings(project) == {"RELION_JOB_EXIT_SUCCESS"}
