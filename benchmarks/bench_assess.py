@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from common import best_time, save
-from emsplat.assess.directional import conical_fsc, direction_grid, slice_correlation
-from emsplat.assess.fsc import fsc
-from emsplat.assess.local_resolution import local_cross_validated, local_resolution, windowed_fsc
 from emsplat.config import ReconstructConfig, SimulateConfig
-from emsplat.progress import Log
-from emsplat.reconstruct import reconstruct
+from emsplat.measures.directional import conical_fsc, direction_grid, slice_correlation
+from emsplat.measures.fsc import fsc
+from emsplat.measures.local_resolution import local_cross_validated, local_resolution, windowed_fsc
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.simulate import simulate
 from emsplat.report import write_report
-from emsplat.simulate import simulate
+from emsplat.run.log import Log
 from emsplat.types import Grid
 
 

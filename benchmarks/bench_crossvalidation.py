@@ -23,17 +23,17 @@ import numpy as np
 import torch
 
 from common import save
-from emsplat.assess.crossvalidate import CrossValidation
-from emsplat.assess.fsc import fsc
-from emsplat.assess.mask import solvent_mask
 from emsplat.config import ReconstructConfig, SimulateConfig
-from emsplat.fourier import shell_index, shell_radius
-from emsplat.geometry import symmetry_group
 from emsplat.io.atoms import Atoms
 from emsplat.io.mrc import read_map
-from emsplat.progress import Log
-from emsplat.reconstruct import reconstruct
-from emsplat.simulate import procedural_protein, simulate, truth_map
+from emsplat.maths.fourier import shell_index, shell_radius
+from emsplat.maths.groups import symmetry_group
+from emsplat.measures.crossvalidate import CrossValidation
+from emsplat.measures.fsc import fsc
+from emsplat.measures.mask import solvent_mask
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.simulate import procedural_protein, simulate, truth_map
+from emsplat.run.log import Log
 from emsplat.types import Grid
 
 # Name, file, chains (None: all), pixel size in Å of a box of 96.

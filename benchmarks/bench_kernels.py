@@ -12,14 +12,15 @@ import torch
 
 from common import Grid, best_time, globule, random_poses, save
 from emsplat import _native
-from emsplat.fit import Plan, State, fit
+from emsplat.fitting.images import ImageObjective
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Plan, State
+from emsplat.imaging.project import project
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_particles_star
 from emsplat.kernels import reference
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
-from emsplat.objective import ImageObjective
-from emsplat.particles import open_particles
-from emsplat.project import project
+from emsplat.particles.open import open_particles
 from emsplat.types import Gaussians, Optics, Poses
 
 CASES = [(256, 30_000, 1.5), (256, 30_000, 1.0), (256, 10_000, 2.0), (256, 2_048, 4.0), (128, 10_000, 1.2)]

@@ -15,16 +15,18 @@ from pathlib import Path
 import torch
 
 from common import save
-from emsplat.accumulate import accumulate, begin, equations_of
 from emsplat.config import ReconstructConfig, SimulateConfig
-from emsplat.fit import Plan, State, fit
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Plan, State
+from emsplat.fitting.volume import VolumeObjective
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import from_map
-from emsplat.objective import VolumeObjective
-from emsplat.particles import estimate_noise, open_particles
-from emsplat.progress import Log
-from emsplat.reconstruct import reconstruct
-from emsplat.simulate import simulate
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.open import open_particles
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.simulate import simulate
+from emsplat.run.log import Log
+from emsplat.sums.statistics import accumulate, begin, equations_of
 
 
 def report(rows, **row):

@@ -16,8 +16,8 @@ from common import random_poses, save
 from emsplat.config import PreprocessConfig
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_particles_star
-from emsplat.preprocess import preprocess
-from emsplat.progress import Log
+from emsplat.programs.preprocess import preprocess
+from emsplat.run.log import Log
 from emsplat.types import Grid, Optics
 
 GRID = Grid(256, 1.0)

@@ -15,14 +15,14 @@ import gemmi
 import numpy as np
 
 from common import save
-from emsplat.assess.fsc import crossing, fsc_curve
-from emsplat.assess.mask import solvent_mask
 from emsplat.config import ReconstructConfig, SimulateConfig
 from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
-from emsplat.progress import Log
-from emsplat.reconstruct import reconstruct
-from emsplat.simulate import place_atoms, simulate, truth_map
+from emsplat.measures.fsc import crossing, fsc_curve
+from emsplat.measures.mask import solvent_mask
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.simulate import place_atoms, simulate, truth_map
+from emsplat.run.log import Log
 
 
 def score(path, truth, grid, mask):

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from common import best_time, random_poses, save
-from emsplat.check import check
 from emsplat.config import CheckConfig
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import read_star, write_particles_star
-from emsplat.particles import open_particles
+from emsplat.particles.open import open_particles
+from emsplat.programs.check import check
 from emsplat.types import Grid, Optics, Poses
 
 COUNT, GRID = 100_000, Grid(256, 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from emsplat.geometry import random_rotations
+from emsplat.maths.geometry import random_rotations
 from emsplat.types import Gaussians, Grid, Poses
 
 RESULTS = Path(__file__).parent / "results"

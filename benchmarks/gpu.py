@@ -26,23 +26,29 @@ import torch
 
 import roofline
 from common import globule, random_poses, save
-from emsplat import reconstruct as programme
-from emsplat.accumulate import FourierStatistics, accumulate, begin
 from emsplat.config import ReconstructConfig, SimulateConfig
-from emsplat.ctf import observe
-from emsplat.fit import Plan, State, fit
-from emsplat.fourier import irfft, rfft, shift_phase
+from emsplat.fitting.images import ImageObjective
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Plan, State
+from emsplat.fitting.volume import VolumeObjective, support_size
+from emsplat.imaging.ctf import observe
+from emsplat.imaging.project import project, voxelize
 from emsplat.io.particles import read_particles
 from emsplat.io.relion import write_particles_star
 from emsplat.kernels import backend
+from emsplat.maths.fourier import irfft, rfft, shift_phase
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import from_gaussians, from_map
-from emsplat.objective import ImageObjective, VolumeObjective, support_size
-from emsplat.particles import ImageFiles, ParticleStack, estimate_noise, open_particles
-from emsplat.progress import Log
-from emsplat.project import project, voxelize
-from emsplat.simulate import random_halves, random_optics, simulate
-from emsplat.simulate import random_poses as simulated_poses
+from emsplat.particles.images import ImageFiles
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.open import open_particles
+from emsplat.particles.stack import ParticleStack
+from emsplat.programs import opening
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.simulate import random_halves, random_optics, simulate
+from emsplat.programs.simulate import random_poses as simulated_poses
+from emsplat.run.log import Log
+from emsplat.sums.statistics import FourierStatistics, accumulate, begin
 from emsplat.types import Batch, Gaussians, Grid
 
 COUNTS = (2_048, 10_000, 30_000, 50_000, 500_000)
@@ -352,8 +358,8 @@ def whole(bench):
         star, stack = scene(Path(name), images, grid, bench.device)
         config = ReconstructConfig(gaussians=200 if bench.smoke else 30_000, device=bench.device.type)
         start = time.perf_counter()
-        with mock.patch.object(programme, "open_stack", return_value=stack):
-            summary = programme.reconstruct(config, star, Path(name) / "run", Log(sys.stderr))
+        with mock.patch.object(opening, "open_stack", return_value=stack):
+            summary = reconstruct(config, star, Path(name) / "run", Log(sys.stderr))
         seconds = time.perf_counter() - start
         log = (Path(name) / "run" / "run.log").read_text()
     fits = {key: value["seconds"] for key, value in summary["fits"].items()}

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emsplat.assess.sharpening import PROTEIN_FREQUENCIES
-from emsplat.fourier import rfft, shell_index
 from emsplat.io.atoms import Atoms, read_atoms
-from emsplat.simulate import place_atoms, truth_map
+from emsplat.maths.fourier import rfft, shell_index
+from emsplat.measures.sharpening import PROTEIN_FREQUENCIES
+from emsplat.programs.simulate import place_atoms, truth_map
 from emsplat.types import Grid
 
 PIXEL = 0.9  # Å: Nyquist at 1.8 Å

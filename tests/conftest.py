@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # Shapes in signatures are checked while the tests run.
-_CHECKED = ("assess", "ctf", "fourier", "geometry", "io", "kernels.reference", "models", "project")
+_CHECKED = ("imaging", "io", "kernels.reference", "maths", "measures", "models")
 install_import_hook([f"emsplat.{name}" for name in _CHECKED], "beartype.beartype")
 
 settings.register_profile("emsplat", deadline=None, derandomize=True)
@@ -69,7 +69,7 @@ def simulated(tmp_path_factory):
     Keywords are those of `SimulateConfig`. Each set of particles is simulated once for all tests.
     """
     from emsplat.config import SimulateConfig
-    from emsplat.simulate import simulate
+    from emsplat.programs.simulate import simulate
 
     made = {}
 

@@ -45,12 +45,13 @@ import numpy as np
 import torch
 
 from emsplat.errors import InputError
-from emsplat.fit import State, load_checkpoint, save_checkpoint
-from emsplat.geometry import random_rotations
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.state import State
 from emsplat.io.mrc import StackFile, read_stored_map, write_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.relion import write_particles_star
+from emsplat.maths.geometry import random_rotations
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball
 from emsplat.types import Grid, Optics, Poses

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emsplat.accumulate import equations_of
-from emsplat.ctf import beam_tilt, ctf, ctf_at, in_image, observe, zernike, zernike_phase
-from emsplat.fourier import frequencies, irfft
-from emsplat.geometry import random_rotations
+from emsplat.fitting.images import ImageObjective
+from emsplat.imaging.ctf import beam_tilt, ctf, ctf_at, in_image, observe, zernike, zernike_phase
+from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_table
 from emsplat.io.table import OpticsGroup, ParticleTable
-from emsplat.objective import ImageObjective
-from emsplat.particles import open_particles
-from emsplat.project import voxelize
+from emsplat.maths.fourier import frequencies, irfft
+from emsplat.maths.geometry import random_rotations
+from emsplat.particles.open import open_particles
+from emsplat.sums.statistics import equations_of
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Aberrations, Gaussians, Grid, Optics, Poses
 
 GRID = Grid(32, 2.0)

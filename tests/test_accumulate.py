@@ -6,24 +6,19 @@ import finufft
 import pytest
 import torch
 
-from emsplat import accumulate as module
-from emsplat.accumulate import (
-    FourierStatistics,
-    NormalEquations,
-    accumulate,
-    begin,
-    contrast,
-    equations_of,
-)
-from emsplat.assess.fsc import fsc_curve
-from emsplat.ctf import ctf, observe
 from emsplat.errors import InputError
-from emsplat.fourier import frequencies, irfft, rfft, shell_index
-from emsplat.geometry import random_rotations
+from emsplat.fitting.volume import VolumeObjective
+from emsplat.imaging.ctf import ctf, observe
+from emsplat.imaging.project import project, voxelize
 from emsplat.io.mrc import read_map
-from emsplat.objective import VolumeObjective
-from emsplat.particles import estimate_noise, open_particles
-from emsplat.project import project, voxelize
+from emsplat.maths.fourier import frequencies, irfft, rfft, shell_index
+from emsplat.maths.geometry import random_rotations
+from emsplat.measures.fsc import fsc_curve
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.open import open_particles
+from emsplat.sums import statistics as module
+from emsplat.sums.equations import NormalEquations, contrast
+from emsplat.sums.statistics import FourierStatistics, accumulate, begin, equations_of
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
 
@@ -46,7 +41,7 @@ def exact_sums(spectra, weights, rotation, images, grid):
         z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
         return torch.stack([x, y, z], -1).reshape(-1, 3)
 
-    voxels, lags = positions(grid.size), positions(module._kernel_size(grid.size))
+    voxels, lags = positions(grid.size), positions(module.kernel_size(grid.size))
     linear, kernel = torch.zeros(len(voxels)).double(), torch.zeros(len(lags)).double()
     for spectrum, weight, turn in zip(spectra, weights, rotation.double(), strict=True):
         k = points @ turn[:2]
@@ -55,7 +50,7 @@ def exact_sums(spectra, weights, rotation, images, grid):
         linear += torch.cos(phase) @ value.real - torch.sin(phase) @ value.imag
         kernel += torch.cos(2 * torch.pi * lags @ k.T) @ (weight[inside].double() * twice)
     shape = (grid.size,) * 3
-    return linear.reshape(shape), kernel.reshape((module._kernel_size(grid.size),) * 3)
+    return linear.reshape(shape), kernel.reshape((module.kernel_size(grid.size),) * 3)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +304,7 @@ def test_octahedral_views_in_the_plane_of_the_lattice():
 
 def test_empty_equations_solve_to_nothing():
     size = 16
-    kernel = module._kernel_size(size)
+    kernel = module.kernel_size(size)
     empty = NormalEquations(Grid(size, 1.0), torch.zeros((size,) * 3), torch.zeros((kernel,) * 3), 0)
     assert float(empty.solve().abs().max()) == 0
     assert empty.coverage() == 0

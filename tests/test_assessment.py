@@ -10,16 +10,19 @@ import pytest
 import torch
 from gemmi import cif
 
-from emsplat.assess.mask import spherical_mask
-from emsplat.assessment import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, assess, read_run, shell_curves
+from emsplat.assessment.assess import assess
+from emsplat.assessment.curves import shell_curves
+from emsplat.assessment.maps import read_run
 from emsplat.cli import main
 from emsplat.config import AssessConfig
 from emsplat.errors import InputError
+from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
-from emsplat.progress import Log
-from emsplat.project import voxelize
+from emsplat.measures.mask import spherical_mask
 from emsplat.report import verdict
+from emsplat.run.files import BACKPROJECTIONS, FULL_MAP, HALF_MAPS
+from emsplat.run.log import Log
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 2.0)

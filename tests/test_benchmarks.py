@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import emsplat.project
+import emsplat.imaging.project
 import gpu as benchmark
 import roofline
 import virtual_device
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def bench(virtual_gpu, monkeypatch):
     monkeypatch.setattr(benchmark, "STEPS", 0.0)
     monkeypatch.setattr(benchmark.Scene, "noise", 1.0)
-    monkeypatch.setattr(benchmark, "backend", emsplat.project.backend)
+    monkeypatch.setattr(benchmark, "backend", emsplat.imaging.project.backend)
     loops = roofline.Loops(134, 33, 53)
     monkeypatch.setattr(roofline, "splat_loops", lambda name: loops)  # the compiler has a test of its own
     return benchmark.Bench(virtual_device.DEVICE, roofline.H100, [], smoke=True)
@@ -42,8 +42,8 @@ def test_images_made_on_a_device_give_back_their_mixture(bench):
 
 @pytest.mark.slow
 def test_a_whole_run_of_images_made_on_a_device(bench, monkeypatch):
-    monkeypatch.setattr(benchmark.programme, "choose_device", lambda wanted: (bench.device, "a device"))
-    monkeypatch.setattr(benchmark.programme.report, "write_report", lambda run: None)
+    monkeypatch.setattr(benchmark.opening, "choose_device", lambda wanted: (bench.device, "a device"))
+    monkeypatch.setattr("emsplat.report.write_report", lambda run: None)
     benchmark.whole(bench)
     assert bench.rows[-1]["seconds"] > 0
 

@@ -12,10 +12,10 @@ import torch
 
 from emsplat.cli import main
 from emsplat.config import SimulateConfig
+from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
 from emsplat.io.relion import read_star
-from emsplat.project import voxelize
 from emsplat.types import Gaussians, Grid
 
 

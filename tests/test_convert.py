@@ -9,7 +9,6 @@ import torch
 from gemmi import cif
 
 from emsplat.cli import main
-from emsplat.geometry import random_rotations
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.gaussians import read_gaussians, write_gaussians
 from emsplat.io.mrc import writing_stack
@@ -17,6 +16,7 @@ from emsplat.io.particles import read_particles
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.star import read_star_file
 from emsplat.io.table import OpticsGroup, ParticleTable, merge_tables
+from emsplat.maths.geometry import random_rotations
 from emsplat.types import PREMULTIPLIED, Aberrations, Gaussians, Grid, Optics, Poses
 
 COUNT = 24

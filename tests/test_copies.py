@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from emsplat.accumulate import begin, equations_of, held_images
-from emsplat.assess.fsc import fsc_curve
 from emsplat.cli import main
 from emsplat.config import ChoiceConfig, InputConfig, PreprocessConfig, SimulateConfig, SourceConfig
-from emsplat.copies import (
+from emsplat.errors import InputError
+from emsplat.fitting.images import ImageObjective
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.mrc import StackFile, writing_stack
+from emsplat.io.relion import read_star, write_table
+from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
+from emsplat.maths.groups import symmetry_group
+from emsplat.measures.fsc import fsc_curve
+from emsplat.particles.choose import open_stack, read_table
+from emsplat.particles.copies import (
     _places,
     copies,
     draw_halves,
@@ -28,18 +35,12 @@ from emsplat.copies import (
     settle_halves,
     shares,
 )
-from emsplat.errors import InputError
-from emsplat.geometry import axis_rotation, matrix_to_euler, random_rotations, symmetry_group
-from emsplat.inputs import open_stack, read_table
-from emsplat.io.cryosparc import write_cs
-from emsplat.io.mrc import StackFile, writing_stack
-from emsplat.io.relion import read_star, write_table
-from emsplat.nulltest import _write
-from emsplat.objective import ImageObjective
-from emsplat.preprocess import preprocess
-from emsplat.progress import Log
-from emsplat.reconstruct import backproject
-from emsplat.simulate import simulate
+from emsplat.programs.nulltest import _write
+from emsplat.programs.preprocess import preprocess
+from emsplat.programs.reconstruct import backproject
+from emsplat.programs.simulate import simulate
+from emsplat.run.log import Log
+from emsplat.sums.statistics import begin, equations_of, held_images
 from emsplat.types import Gaussians, Grid, Poses
 
 GRID = Grid(16, 4.0)

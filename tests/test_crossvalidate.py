@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from emsplat.assess.crossvalidate import CrossValidation, _smooth, independent_coefficients
-from emsplat.assess.fsc import fsc
-from emsplat.assess.mask import spherical_mask
-from emsplat.fourier import frequencies, irfft, rfft
-from emsplat.geometry import symmetry_group
+from emsplat.maths.fourier import frequencies, irfft, rfft
+from emsplat.maths.groups import symmetry_group
+from emsplat.measures.crossvalidate import CrossValidation, _smooth, independent_coefficients
+from emsplat.measures.fsc import fsc
+from emsplat.measures.mask import spherical_mask
 from emsplat.types import Grid
 
 GRID = Grid(48, 2.0)

@@ -21,8 +21,8 @@ from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles
 from emsplat.io.pickles import load_arrays
 from emsplat.io.relion import read_star
-from emsplat.progress import Log
-from emsplat.reconstruct import backproject
+from emsplat.programs.reconstruct import backproject
+from emsplat.run.log import Log
 from test_cryosparc import write as write_cs
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from emsplat.copies import settle_halves
 from emsplat.errors import InputError
 from emsplat.io.cryosparc import read_cs
+from emsplat.particles.copies import settle_halves
 
 POSE = [0.337507, 0.927292, 1.621109]  # docs/conventions.md: (rot, tilt, psi) = (30, 50, 70)°
 MATRIX = [[-0.279454, 0.923721, -0.262003], [-0.694109, -0.005813, 0.719846], [0.663414, 0.383022, 0.642788]]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from emsplat.ctf import ctf, ctf_at, electron_wavelength
-from emsplat.fourier import frequencies
+from emsplat.imaging.ctf import ctf, ctf_at, electron_wavelength
+from emsplat.maths.fourier import frequencies
 from emsplat.types import Grid, Optics
 
 

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emsplat.errors import InputError
-from emsplat.geometry import random_rotations
 from emsplat.io.mrc import read_map, write_map, writing_stack
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.relion import write_particles_star
-from emsplat.particles import open_particles
+from emsplat.maths.geometry import random_rotations
+from emsplat.particles.open import open_particles
 from emsplat.types import Grid, Optics, Poses
 
 COUNT = 6

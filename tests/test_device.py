@@ -21,25 +21,30 @@ import pytest
 import torch
 
 from emsplat import device
-from emsplat import reconstruct as programme
-from emsplat.accumulate import accumulate, begin, contrast, equations_of, relative_gain
-from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.config import InputConfig, ReconstructConfig
-from emsplat.ctf import observe
-from emsplat.density import fit_doubling, grow
 from emsplat.device import choose_device, fits_memory, within_memory
-from emsplat.errors import EmsplatError, InputError
-from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
-from emsplat.geometry import random_rotations
+from emsplat.errors import EmsplatError, InputError, Interrupted
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.course import VolumeFit, fit_course
+from emsplat.fitting.growth import fit_doubling, grow
+from emsplat.fitting.images import ImageObjective
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Plan, State
+from emsplat.fitting.volume import VolumeObjective
+from emsplat.imaging.ctf import observe
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import read_particles
+from emsplat.maths.geometry import random_rotations
+from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.models.gaussians import PARAMETERS, Bounds
 from emsplat.models.starts import ball
-from emsplat.objective import ImageObjective, VolumeObjective
-from emsplat.one_pass import VolumeFit, fit_course
-from emsplat.particles import estimate_noise, open_table
-from emsplat.reconstruct import backproject, reconstruct
-from emsplat.run_folder import Interrupted, StopRequest
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.open import open_table
+from emsplat.programs import classical, image_engine, opening, volume_engine
+from emsplat.programs.reconstruct import backproject, reconstruct
+from emsplat.run.stop import StopRequest
+from emsplat.sums.equations import contrast, relative_gain
+from emsplat.sums.statistics import accumulate, begin, equations_of
 from emsplat.types import PREMULTIPLIED, Aberrations, Batch, Grid, Optics, Poses
 from virtual_device import on_device, synchronisations
 
@@ -192,7 +197,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import virtual_device
 from emsplat.io.particles import read_particles
-from emsplat.particles import ImageFiles, open_table
+from emsplat.particles.images import ImageFiles
+from emsplat.particles.open import open_table
 read = ImageFiles.read
 ImageFiles.read = lambda *inputs: time.sleep(0.5) or read(*inputs)  # one thread waits for the other
 batches = open_table(read_particles(Path(sys.argv[1]))).on(virtual_device.make()).sequential(2)
@@ -394,7 +400,7 @@ QUICK = {
 
 def on(monkeypatch, chosen):
     """Lets runs choose this device."""
-    monkeypatch.setattr(programme, "choose_device", lambda wanted: (chosen, f"device: {chosen}"))
+    monkeypatch.setattr(opening, "choose_device", lambda wanted: (chosen, f"device: {chosen}"))
 
 
 def likeness(one, other, name):
@@ -455,7 +461,8 @@ def stopped_after(monkeypatch, seconds):
     def interruptible():
         yield Stop()
 
-    monkeypatch.setattr(programme, "interruptible", interruptible)
+    for module in (classical, image_engine, volume_engine):
+        monkeypatch.setattr(module, "interruptible", interruptible)
 
 
 @pytest.mark.slow

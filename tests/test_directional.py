@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from emsplat.assess.directional import (
+from emsplat.errors import InputError
+from emsplat.maths.geometry import random_rotations
+from emsplat.maths.groups import symmetry_group
+from emsplat.measures.directional import (
     Directions,
     conical_fsc,
     conical_resolution,
@@ -15,9 +18,7 @@ from emsplat.assess.directional import (
     slice_correlation,
     view_histogram,
 )
-from emsplat.assess.fsc import fsc
-from emsplat.errors import InputError
-from emsplat.geometry import random_rotations, symmetry_group
+from emsplat.measures.fsc import fsc
 from emsplat.types import Grid
 
 SIZE = 64

@@ -15,7 +15,8 @@ from emsplat.io.files import json_text, number_text, replacing, require_finite
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import StackFile, write_map, writing_stack
 from emsplat.io.pickles import write_arrays
-from emsplat.io.relion import write_fsc_star, write_particles_star
+from emsplat.io.relion import write_particles_star
+from emsplat.run.fsc_star import write_fsc_star
 from emsplat.types import Gaussians, Grid, Optics, Poses
 
 GRID = Grid(8, 2.0)

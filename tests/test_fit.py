@@ -4,16 +4,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emsplat.ctf import ctf
-from emsplat.density import fit_doubling
 from emsplat.errors import EmsplatError, InputError
-from emsplat.fit import Plan, State, load_checkpoint, save_checkpoint
-from emsplat.fourier import shell_index
-from emsplat.geometry import random_rotations
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.growth import fit_doubling
+from emsplat.fitting.images import ImageObjective, noise_weight
+from emsplat.fitting.objective import error_and_gradient, squared_error
+from emsplat.fitting.state import Plan, State
+from emsplat.imaging.ctf import ctf
+from emsplat.imaging.project import project
+from emsplat.maths.fourier import shell_index
+from emsplat.maths.geometry import random_rotations
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball
-from emsplat.objective import ImageObjective, error_and_gradient, noise_weight, squared_error
-from emsplat.project import project
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
 GRID = Grid(24, 2.0)

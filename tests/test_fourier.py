@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from emsplat.fourier import crop, frequencies, hermitian_weight, irfft, rfft, shell_index, shift_phase
+from emsplat.maths.fourier import crop, frequencies, hermitian_weight, irfft, rfft, shell_index, shift_phase
 from emsplat.types import Grid
 
 

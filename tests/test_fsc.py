@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from emsplat.assess.fsc import (
+from emsplat.errors import InputError
+from emsplat.maths.fourier import shell_index
+from emsplat.measures.fsc import (
     PROTEIN_VOLUME,
     common_grid,
     corrected_fsc,
@@ -24,9 +26,7 @@ from emsplat.assess.fsc import (
     randomise_phases,
     resolution,
 )
-from emsplat.assess.mask import spherical_mask
-from emsplat.errors import InputError
-from emsplat.fourier import shell_index
+from emsplat.measures.mask import spherical_mask
 from emsplat.types import Curve, Grid
 
 SIZES = [10, 11]

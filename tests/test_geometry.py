@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emsplat.errors import InputError
-from emsplat.geometry import (
+from emsplat.maths.geometry import (
     axis_rotation,
     euler_to_matrix,
     matrix_to_euler,
@@ -16,8 +16,8 @@ from emsplat.geometry import (
     principal_axes,
     quaternion_to_matrix,
     random_rotations,
-    symmetry_group,
 )
+from emsplat.maths.groups import symmetry_group
 
 ANGLE = st.floats(-360, 360)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from emsplat.accumulate import FourierStatistics, _window_polynomials
-from emsplat.geometry import random_rotations
 from emsplat.kernels import cpu, reference
+from emsplat.maths.geometry import random_rotations
+from emsplat.sums.statistics import FourierStatistics
+from emsplat.sums.window import _window_polynomials
 from emsplat.types import Gaussians, Grid, Poses
 from test_project import WIDE, assert_gradients_agree, each, mixture, poses, rounding
 

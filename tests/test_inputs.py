@@ -9,19 +9,20 @@ import pytest
 import torch
 from gemmi import cif
 
-from emsplat.accumulate import _lowpass, equations_of
 from emsplat.cli import main
 from emsplat.config import SourceConfig
 from emsplat.errors import InputError
-from emsplat.geometry import symmetry_group
-from emsplat.inputs import flip_hand, open_stack, read_table
+from emsplat.imaging.project import project
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import count_stacks
 from emsplat.io.pickles import write_arrays
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.table import OpticsGroup
-from emsplat.project import project
+from emsplat.maths.groups import symmetry_group
+from emsplat.particles.choose import flip_hand, open_stack, read_table
+from emsplat.sums.equations import _lowpass
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Gaussians, Grid, Poses
 
 
@@ -160,7 +161,7 @@ def test_flipped_poses_project_the_mirrored_molecule(symbol):
     count, grid = len(mean), Grid(48, 2.0)
     shape = 9 * torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
     amplitude = torch.arange(1.0, 6.0, dtype=torch.float64).repeat(len(group))
-    from emsplat.geometry import random_rotations
+    from emsplat.maths.geometry import random_rotations
 
     poses = Poses(random_rotations(4, rng), 3 * torch.randn(4, 2, generator=rng, dtype=torch.float64))
     table = replace(_bare(4), poses=poses)
@@ -264,7 +265,7 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
     table = read_star(particles)
     source = open_stack(SourceConfig(), particles)
     raw = source.files.read(torch.arange(400))
-    from emsplat.particles import resample
+    from emsplat.particles.resample import resample
 
     grids = [Grid(32, 4.0), Grid(28, 128 / 28), Grid(24, 128 / 24)]
     rows = torch.arange(400) % 3

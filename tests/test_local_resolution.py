@@ -6,15 +6,10 @@ import mrcfile
 import pytest
 import torch
 
-from emsplat.assess.local_resolution import _band_products as band_products
-from emsplat.assess.local_resolution import _ratio as ratio
-from emsplat.assess.local_resolution import (
-    default_window,
-    local_cross_validated,
-    local_resolution,
-    windowed_fsc,
-)
 from emsplat.errors import InputError
+from emsplat.measures.local_resolution import _band_products as band_products
+from emsplat.measures.local_resolution import _ratio as ratio
+from emsplat.measures.local_resolution import default_window, local_cross_validated, local_resolution, windowed_fsc
 from emsplat.types import Grid
 
 GRID = Grid(96, 2.0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from emsplat.accumulate import equations_of
-from emsplat.assess.mask import check_mask, solvent_mask, spherical_mask
 from emsplat.errors import InputError
 from emsplat.io.mrc import read_map
-from emsplat.particles import open_particles
+from emsplat.measures.mask import check_mask, solvent_mask, spherical_mask
+from emsplat.particles.open import open_particles
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from emsplat.imaging.project import voxelize
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
 from emsplat.models.starts import ball, from_gaussians, from_map, uniform
-from emsplat.project import voxelize
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(32, 2.0)

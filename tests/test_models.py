@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from emsplat.ctf import ctf
 from emsplat.errors import InputError
-from emsplat.fit import Optimiser, Plan, State, fit, load_checkpoint, save_checkpoint
-from emsplat.geometry import axis_rotation, random_rotations
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.images import ImageObjective
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Optimiser, Plan, State
+from emsplat.imaging.ctf import ctf
+from emsplat.imaging.project import project
+from emsplat.maths.geometry import axis_rotation, random_rotations
 from emsplat.models.base import ParameterGroup, Saved, rows_of
 from emsplat.models.gaussians import Bounds, read_gaussian_field
 from emsplat.models.starts import ball
-from emsplat.objective import ImageObjective
-from emsplat.project import project
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
 GRID = Grid(24, 2.0)

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emsplat.assessment import RunMaps
+from emsplat.assessment.maps import RunMaps
 from emsplat.cli import main
-from emsplat.fourier import randomise_phases, shell_index
-from emsplat.nulltest import Outcome
-from emsplat.nulltest import _noise_like as noise_like
-from emsplat.nulltest import _report as report_table
-from emsplat.nulltest import _without_radial_part as without_radial_part
-from emsplat.nulltest import _write as write_altered
-from emsplat.particles import open_particles
-from emsplat.progress import Log
+from emsplat.maths.fourier import randomise_phases, shell_index
+from emsplat.particles.open import open_particles
+from emsplat.programs.nulltest import Outcome
+from emsplat.programs.nulltest import _noise_like as noise_like
+from emsplat.programs.nulltest import _report as report_table
+from emsplat.programs.nulltest import _without_radial_part as without_radial_part
+from emsplat.programs.nulltest import _write as write_altered
 from emsplat.report.page import null_tests
+from emsplat.run.log import Log
 from emsplat.types import Grid
 
 MEASURES = ("half_map_masked", "half_map_corrected", "backprojection_masked", "cross_validated", "reported")

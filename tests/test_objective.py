@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from emsplat import objective as module
-from emsplat.ctf import ctf
-from emsplat.fourier import frequencies, hermitian_weight, shell_index, shift_phase
-from emsplat.geometry import random_rotations
+from emsplat.fitting import images as module
+from emsplat.fitting.images import ImageObjective, noise_weight
+from emsplat.fitting.objective import error_and_gradient, squared_error
+from emsplat.imaging.ctf import ctf
+from emsplat.imaging.project import project
+from emsplat.maths.fourier import frequencies, hermitian_weight, shell_index, shift_phase
+from emsplat.maths.geometry import random_rotations
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball
-from emsplat.objective import ImageObjective, error_and_gradient, noise_weight, squared_error
-from emsplat.project import project
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
 GRID = Grid(32, 2.0)

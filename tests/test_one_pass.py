@@ -6,19 +6,21 @@ import math
 import pytest
 import torch
 
-from emsplat.accumulate import NormalEquations, equations_of, mean_per_shell
-from emsplat.assess.crossvalidate import CrossValidation
-from emsplat.assess.mask import solvent_mask
-from emsplat.density import grow, missing_power
-from emsplat.fit import Plan, State, fit
-from emsplat.fourier import rfft, shell_index
+from emsplat.fitting.course import Stage, VolumeFit, fit_course
+from emsplat.fitting.growth import grow, missing_power
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Plan, State
+from emsplat.fitting.volume import VolumeObjective, support_size
+from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map
+from emsplat.maths.fourier import rfft, shell_index
+from emsplat.measures.crossvalidate import CrossValidation
+from emsplat.measures.mask import solvent_mask
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
 from emsplat.models.starts import from_map
-from emsplat.objective import VolumeObjective, support_size
-from emsplat.one_pass import Stage, VolumeFit, fit_course
-from emsplat.particles import open_particles
-from emsplat.project import voxelize
+from emsplat.particles.open import open_particles
+from emsplat.sums.equations import NormalEquations, mean_per_shell
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
 GRID = Grid(16, 2.0)
@@ -286,7 +288,7 @@ def test_without_a_judge_the_number_of_epochs_is_fixed(halves):
 def test_fit_is_better_than_the_classical_map(halves):
     stack, equations, judge = halves
     truth, _ = read_map(stack.table.stacks[0].parent / "truth.mrc")
-    from emsplat.assess.fsc import fsc
+    from emsplat.measures.fsc import fsc
 
     fits = run(begin(equations, 600), Plan(8, 2e-2, 0.75), 1, judge, [])
     for one, part in zip(fits, equations, strict=True):

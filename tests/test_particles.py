@@ -10,12 +10,15 @@ import mrcfile
 import pytest
 import torch
 
-from emsplat.copies import draw_halves
 from emsplat.errors import InputError
-from emsplat.geometry import random_rotations, symmetry_group
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_particles_star
-from emsplat.particles import estimate_noise, is_bad, open_particles
+from emsplat.maths.geometry import random_rotations
+from emsplat.maths.groups import symmetry_group
+from emsplat.particles.background import is_bad
+from emsplat.particles.copies import draw_halves
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.open import open_particles
 from emsplat.types import Grid, Optics, Poses
 
 COUNT, GRID = 40, Grid(16, 2.0)
@@ -215,8 +218,8 @@ LARGE = """
 import sys
 from pathlib import Path
 import torch
-from emsplat.particles import open_particles
-from emsplat.progress import peak_memory
+from emsplat.particles.open import open_particles
+from emsplat.run.log import peak_memory
 stack = open_particles(Path(sys.argv[1]))
 batches = stack.sequential(50)
 next(batches)

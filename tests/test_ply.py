@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import quaternion_to_matrix
 from emsplat.io.ply import read_ply, write_ply
+from emsplat.maths.geometry import quaternion_to_matrix
 from emsplat.types import Grid
 
 COUNT, GRID = 5, Grid(64, 3.54)

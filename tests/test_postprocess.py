@@ -6,10 +6,10 @@ import pytest
 import torch
 from gemmi import cif
 
-from emsplat.assess.fsc import fsc
-from emsplat.assess.sharpening import guinier
 from emsplat.cli import main
 from emsplat.io.mrc import read_map
+from emsplat.measures.fsc import fsc
+from emsplat.measures.sharpening import guinier
 from test_assessment import GRID, MODELS, RAW, TRUTH, lowpass, noise, write_run
 
 

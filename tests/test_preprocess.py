@@ -6,12 +6,15 @@ import pytest
 import torch
 from gemmi import cif
 
-from emsplat.accumulate import _lowpass, equations_of
 from emsplat.cli import main
-from emsplat.fourier import crop, irfft, rfft
 from emsplat.io.mrc import StackFile, read_map
 from emsplat.io.relion import read_star
-from emsplat.particles import background, open_particles, resample, resampled_grid
+from emsplat.maths.fourier import crop, irfft, rfft
+from emsplat.particles.background import background
+from emsplat.particles.open import open_particles
+from emsplat.particles.resample import resample, resampled_grid
+from emsplat.sums.equations import _lowpass
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
 

@@ -18,9 +18,11 @@ from emsplat import process
 from emsplat.config import AssessConfig, InputConfig
 from emsplat.errors import InputError, Interrupted
 from emsplat.process import Granted, granted_cores, run, started
-from emsplat.progress import Log, data_size, duration
-from emsplat.reconstruct import backproject, exit_code, reassess
-from emsplat.run_folder import interruptible
+from emsplat.programs.assess import reassess
+from emsplat.programs.finish import exit_code
+from emsplat.programs.reconstruct import backproject
+from emsplat.run.log import Log, data_size, duration
+from emsplat.run.stop import interruptible
 
 NOWHERE = (Path("/nowhere/cgroup"), Path("/nowhere"))
 
@@ -131,7 +133,7 @@ import emsplat.cli, emsplat.relion_job
 assert [f for f in warnings.filters if f not in filters and "emsplat" in str(f)] == []
 assert state() == before
 from emsplat.config import InputConfig
-from emsplat.reconstruct import backproject
+from emsplat.programs.reconstruct import backproject
 backproject(InputConfig(threads=2), Path(sys.argv[1]), Path("run"))
 import matplotlib
 assert matplotlib.rcParams["font.size"] == 30 and matplotlib.rcParams["text.usetex"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from emsplat import _native
-from emsplat.geometry import axis_rotation, random_rotations
+from emsplat.imaging.project import CUTOFF, project, voxelize
 from emsplat.kernels import reference
-from emsplat.project import CUTOFF, project, voxelize
+from emsplat.maths.geometry import axis_rotation, random_rotations
 from emsplat.types import Gaussians, Grid, Poses
 
 WIDE = 9.0  # footprint at which cutting is below the rounding of either dtype
@@ -264,7 +264,7 @@ def test_rotating_object_and_pose_together_changes_nothing():
 
 def test_point_lands_where_the_convention_says(device):
     # docs/conventions.md: Euler (30, 50, 70)°, point (20, -10, 5) Å, origin (3, -4) Å -> (-19.136, -6.225) Å.
-    from emsplat.geometry import euler_to_matrix
+    from emsplat.maths.geometry import euler_to_matrix
 
     grid = Grid(64, 1.0)
     point = Gaussians(torch.tensor([[20.0, -10.0, 5.0]]), 4 * torch.eye(3)[None], torch.ones(1))

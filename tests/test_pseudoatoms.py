@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from emsplat import report
-from emsplat.assess.fsc import fsc_curve
 from emsplat.cli import main
 from emsplat.config import ReconstructConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import quaternion_to_matrix
+from emsplat.imaging.project import voxelize
 from emsplat.io.atoms import read_atoms
 from emsplat.io.gaussians import convert_model, read_gaussians, write_gaussians
 from emsplat.io.mrc import read_map
 from emsplat.io.ply import read_ply
 from emsplat.io.pseudoatoms import gaussians_of, read_pseudoatoms, write_pseudoatoms
-from emsplat.project import voxelize
-from emsplat.reconstruct import reconstruct
-from emsplat.simulate import place_atoms, truth_map
+from emsplat.maths.geometry import quaternion_to_matrix
+from emsplat.measures.fsc import fsc_curve
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.simulate import place_atoms, truth_map
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 3.54)

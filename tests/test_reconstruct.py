@@ -18,20 +18,21 @@ import pytest
 import torch
 from gemmi import cif
 
-from emsplat.assess.fsc import crossing, fsc_curve
-from emsplat.assess.mask import spherical_mask
 from emsplat.cli import main
 from emsplat.config import RECIPES, InputConfig, ReconstructConfig, SimulateConfig
-from emsplat.errors import InputError, OutputError
+from emsplat.errors import InputError, Interrupted, OutputError
+from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map, write_map
 from emsplat.io.ply import read_ply
-from emsplat.progress import Log
-from emsplat.project import voxelize
-from emsplat.reconstruct import backproject, reconstruct, settings_of
+from emsplat.measures.fsc import crossing, fsc_curve
+from emsplat.measures.mask import spherical_mask
+from emsplat.programs.reconstruct import backproject, reconstruct
+from emsplat.programs.settings import settings_of
+from emsplat.programs.simulate import simulate
 from emsplat.report import verdict
 from emsplat.report.verdict import Kind, kind_of
-from emsplat.run_folder import Interrupted, check_same_run
-from emsplat.simulate import simulate
+from emsplat.run.folder import check_same_run
+from emsplat.run.log import Log
 from emsplat.types import Grid
 
 QUICK = ReconstructConfig(epochs=2, gaussians=400)
@@ -149,7 +150,7 @@ def test_a_half_map_depends_on_its_own_half_only(config, particles, tmp_path):
 
 KILLED_AT_STEP_30 = """
 import os, signal, sys
-import emsplat.reconstruct as programme
+import emsplat.programs.image_engine as programme
 from emsplat.__main__ import main
 save = programme.save_checkpoint
 def save_and_kill(path, state):
@@ -520,7 +521,7 @@ def test_experimental_particles(shared_data, tmp_path):
     reconstruct(config, shared_data / "bgal" / "particles.star", tmp_path / "run")
     volume, grid = read_map(tmp_path / "run" / "run_class001.mrc")
     from emsplat.io.atoms import read_atoms
-    from emsplat.simulate import place_atoms, truth_map
+    from emsplat.programs.simulate import place_atoms, truth_map
 
     atoms = place_atoms(read_atoms(shared_data / "bgal" / "8bk7_in_map_frame.cif.gz"), grid, keep_frame=True)
     mask, _ = read_map(shared_data / "bgal" / "mask_soft.mrc")

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import euler_to_matrix, random_rotations, symmetry_group
-from emsplat.inputs import flip_hand
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles, write_used
 from emsplat.io.relion import read_star, rewrite_star, write_particles_star
 from emsplat.io.star import read_star_file
 from emsplat.io.table import merge_tables
+from emsplat.maths.geometry import euler_to_matrix, random_rotations
+from emsplat.maths.groups import symmetry_group
+from emsplat.particles.choose import flip_hand
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Grid, Optics, Poses
 
 

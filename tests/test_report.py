@@ -24,9 +24,9 @@ from matplotlib.image import imread
 from plotly.offline import get_plotlyjs
 from scipy.ndimage import gaussian_filter
 
-from emsplat.assess.fsc import crossing, last_crossing, resolution
 from emsplat.errors import InputError
 from emsplat.io.ply import read_ply, write_ply
+from emsplat.measures.fsc import crossing, last_crossing, resolution
 from emsplat.report import figures, page, plots, read, surface, verdict, write_report
 from emsplat.report.words import CURVE_NAMES
 from emsplat.types import Curve, Grid

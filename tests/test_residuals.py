@@ -6,11 +6,11 @@ import mrcfile
 import pytest
 import torch
 
+from emsplat.assessment.residuals import write_residuals
 from emsplat.config import ReconstructConfig
-from emsplat.particles import open_particles
-from emsplat.progress import Log
-from emsplat.reconstruct import reconstruct
-from emsplat.residuals import write_residuals
+from emsplat.particles.open import open_particles
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.run.log import Log
 from emsplat.types import Gaussians
 
 

@@ -6,12 +6,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from emsplat.assess.fsc import fsc_curve
-from emsplat.assess.mask import spherical_mask
-from emsplat.assess.sharpening import fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
 from emsplat.errors import InputError
-from emsplat.fourier import irfft, rfft, shell_index
-from emsplat.simulate import place_atoms, procedural_protein, truth_map
+from emsplat.maths.fourier import irfft, rfft, shell_index
+from emsplat.measures.fsc import fsc_curve
+from emsplat.measures.mask import spherical_mask
+from emsplat.measures.sharpening import fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
+from emsplat.programs.simulate import place_atoms, procedural_protein, truth_map
 from emsplat.types import Curve, Grid
 
 GRID = Grid(48, 1.5)

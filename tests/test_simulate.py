@@ -14,14 +14,14 @@ import scipy.spatial
 import torch
 from torch import Tensor
 
-from emsplat import fourier
 from emsplat.config import SimulateConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import euler_to_matrix
 from emsplat.io.atoms import Atoms, read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.io.relion import read_star
-from emsplat.simulate import (
+from emsplat.maths import fourier
+from emsplat.maths.geometry import euler_to_matrix
+from emsplat.programs.simulate import (
     check_fits,
     clean_images,
     form_factor,

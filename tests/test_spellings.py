@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from emsplat.accumulate import equations_of
 from emsplat.config import InputConfig, SimulateConfig
-from emsplat.inputs import open_stack
 from emsplat.io.star import read_star_file
-from emsplat.simulate import simulate
+from emsplat.particles.choose import open_stack
+from emsplat.programs.simulate import simulate
+from emsplat.sums.statistics import equations_of
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,18 @@ import mrcfile
 import pytest
 import torch
 
-from emsplat.assess.fsc import crossing, fsc_curve
 from emsplat.config import ReconstructConfig, SimulateConfig
 from emsplat.errors import InputError
+from emsplat.imaging.project import voxelize
 from emsplat.io.atoms import read_atoms
 from emsplat.io.gaussians import convert_model, read_gaussians, write_gaussians
 from emsplat.io.mrc import read_map, write_map
-from emsplat.project import voxelize
-from emsplat.reconstruct import reconstruct, settings_of, start_model
-from emsplat.simulate import place_atoms, simulate, truth_map
-from emsplat.start import check_start, read_start, start_remarks
+from emsplat.measures.fsc import crossing, fsc_curve
+from emsplat.models.start_files import check_start, read_start, start_remarks
+from emsplat.programs.begin import start_model
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.settings import settings_of
+from emsplat.programs.simulate import place_atoms, simulate, truth_map
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(32, 4.0)

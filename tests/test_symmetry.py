@@ -10,13 +10,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emsplat.assessment.symmetry import (
+    FAILS,
+    HOLDS,
+    AxisTest,
+    _finer,
+    _half,
+    _turned,
+    _whole,
+    examine_symmetry,
+    name_axis,
+)
 from emsplat.config import SimulateConfig
-from emsplat.fourier import irfft, rfft
-from emsplat.geometry import axis_rotation, generators, matrix_to_euler, random_rotations, symmetry_group
 from emsplat.io.relion import read_star, rewrite_star
-from emsplat.particles import open_particles
-from emsplat.simulate import procedural_protein, simulate
-from emsplat.symmetry import FAILS, HOLDS, AxisTest, _finer, _half, _turned, _whole, examine_symmetry, name_axis
+from emsplat.maths.fourier import irfft, rfft
+from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
+from emsplat.maths.groups import generators, symmetry_group
+from emsplat.particles.open import open_particles
+from emsplat.programs.simulate import procedural_protein, simulate
 
 
 def write_model(path, symbol):
@@ -167,7 +178,7 @@ def test_particles_of_an_experiment(shared_data):
 
 @given(st.sampled_from(["C1", "C2", "C7", "D2", "D5", "T", "O", "I1", "I3"]))
 def test_generators_generate(symbol):
-    from emsplat.geometry import _close
+    from emsplat.maths.groups import _close
 
     group = symmetry_group(symbol)
     few = generators(group)

@@ -206,14 +206,22 @@ def _shim():
 
         return run
 
-    names = ("project", "project_gradient", "voxelize", "voxelize_gradient", "insert")
+    names = (
+        "project",
+        "project_gradient",
+        "project_each",
+        "project_each_gradient",
+        "voxelize",
+        "voxelize_gradient",
+        "insert",
+    )
     return SimpleNamespace(**{name: call(name) for name in names})
 
 
 def install(monkeypatch):
     """The device with kernels, for the length of a test."""
-    import emsplat.accumulate
-    import emsplat.project
+    import emsplat.imaging.project
+    import emsplat.sums.statistics
     from emsplat.kernels import backend
 
     device, shim = make(), _shim()
@@ -221,8 +229,8 @@ def install(monkeypatch):
     def chosen(wanted):
         return shim if wanted.type == NAME else backend(wanted)
 
-    monkeypatch.setattr(emsplat.project, "backend", chosen)
-    monkeypatch.setattr(emsplat.accumulate, "backend", chosen)
+    monkeypatch.setattr(emsplat.imaging.project, "backend", chosen)
+    monkeypatch.setattr(emsplat.sums.statistics, "backend", chosen)
     return device
 
 

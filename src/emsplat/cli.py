@@ -22,7 +22,7 @@ from emsplat.config import (
 )
 from emsplat.errors import EmsplatError, InputError
 from emsplat.process import started
-from emsplat.progress import Log
+from emsplat.run.log import Log
 
 _FSC_COLUMNS = {
     "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
@@ -47,8 +47,8 @@ def reconstruct(
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
         output: Run folder.
     """
-    from emsplat.reconstruct import exit_code
-    from emsplat.reconstruct import reconstruct as run
+    from emsplat.programs.finish import exit_code
+    from emsplat.programs.reconstruct import reconstruct as run
 
     return exit_code(run(config, particles, output, _log()))
 
@@ -66,8 +66,8 @@ def backproject(
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
         output: Run folder.
     """
-    from emsplat.reconstruct import backproject as run
-    from emsplat.reconstruct import exit_code
+    from emsplat.programs.finish import exit_code
+    from emsplat.programs.reconstruct import backproject as run
 
     return exit_code(run(config, particles, output, _log()))
 
@@ -85,7 +85,7 @@ def simulate(
         output: Folder for particles.mrcs, particles.star and truth.mrc.
     """
     from emsplat.io.paths import say_start
-    from emsplat.simulate import simulate as run
+    from emsplat.programs.simulate import simulate as run
 
     star = run(config, model, output)
     print(f"particles: {star}")
@@ -107,9 +107,9 @@ def check(
         output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json.
         json: Print the result as one JSON object.
     """
-    from emsplat.check import check as work
-    from emsplat.check import describe, exit_code
     from emsplat.io.files import json_text
+    from emsplat.programs.check import check as work
+    from emsplat.programs.check import describe, exit_code
 
     result = work(config, particles, output)
     print(json_text(result) if json else describe(result))
@@ -130,7 +130,7 @@ def convert(
         particles: Particles, as for `emsplat reconstruct`, or Gaussians or an atomic model.
         output: File to write, by its ending. For cryoDRGN poses.pkl, beside which ctf.pkl is written.
     """
-    from emsplat.convert import convert as run
+    from emsplat.programs.convert import convert as run
 
     files = run(config, particles, output, say=print)
     print(f"written: {' and '.join(map(str, files))}")
@@ -147,7 +147,7 @@ def preprocess(
         particles: Particles, as for `emsplat reconstruct`.
         output: Folder for particles.mrcs and particles.star.
     """
-    from emsplat.preprocess import preprocess as run
+    from emsplat.programs.preprocess import preprocess as run
 
     run(config, particles, output, _log())
 
@@ -161,7 +161,7 @@ def assess(
     Args:
         run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
     """
-    from emsplat.reconstruct import reassess as work
+    from emsplat.programs.assess import reassess as work
 
     work(run, config, _log())
 
@@ -179,7 +179,7 @@ def nulltest(
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
         output: Folder for the tests and their table.
     """
-    from emsplat.nulltest import null_test
+    from emsplat.programs.nulltest import null_test
 
     return 0 if null_test(config, particles, output, _log()) else 1
 
@@ -193,7 +193,7 @@ def postprocess(
     Args:
         run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
     """
-    from emsplat.postprocess import postprocess as work
+    from emsplat.programs.postprocess import postprocess as work
 
     work(run, config, _log())
 
@@ -217,11 +217,12 @@ def fsc(
     """
     import torch
 
-    from emsplat.assess.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
-    from emsplat.assessment import RunMaps, are_opposite, read_mask, read_pair, say_opposite, shell_curves
-    from emsplat.io.relion import write_fsc_star
-    from emsplat.progress import Log
+    from emsplat.assessment.curves import shell_curves
+    from emsplat.assessment.maps import RunMaps, are_opposite, read_mask, read_pair, say_opposite
+    from emsplat.measures.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
     from emsplat.report.verdict import LIMIT, is_nyquist, spacing
+    from emsplat.run.fsc_star import write_fsc_star
+    from emsplat.run.log import Log
     from emsplat.types import Curve
 
     log = Log()
@@ -283,9 +284,9 @@ def voxelize(
         box: Box size in pixels; default: the one the model was fitted on.
         pixel_size: Pixel size in Å; default: the one the model was fitted on.
     """
+    from emsplat.imaging.project import voxelize as run
     from emsplat.io.gaussians import read_gaussians
     from emsplat.io.mrc import write_map
-    from emsplat.project import voxelize as run
     from emsplat.types import Grid
 
     given = None if box is None or pixel_size is None else Grid(box, pixel_size)

@@ -23,8 +23,8 @@ from emsplat.config import ReconstructConfig
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.io.files import replacing
 from emsplat.process import Stopped, started
-from emsplat.progress import Log
-from emsplat.run_folder import check_same_run, read_summary
+from emsplat.run.folder import check_same_run, read_summary
+from emsplat.run.log import Log
 
 _ABORT = "RELION_JOB_ABORT_NOW"
 _ENDINGS = ("SUCCESS", "FAILURE", "ABORTED")
@@ -101,7 +101,7 @@ def job(
             print(f"{o}: the run is finished; its files are listed for RELION again")
             write_nodes(o, in_parts)
             return
-    from emsplat.reconstruct import reconstruct
+    from emsplat.programs.reconstruct import reconstruct
 
     reconstruct(config, in_parts, o, Log(began=started()))
     _require_symmetry(o, force=config.force)

@@ -16,8 +16,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import pad
 
-from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
+from emsplat.imaging.ctf import beam_tilt
 from emsplat.io.files import replacing, require_file, require_finite
 from emsplat.io.paths import Names, find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from emsplat import __version__
 from emsplat.errors import InputError, OutputError
-from emsplat.geometry import principal_axes
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.pseudoatoms import MMCIF, PDB, read_pseudoatoms, suffix_of, write_pseudoatoms
+from emsplat.maths.geometry import principal_axes
 from emsplat.types import Gaussians, Grid
 
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.geometry import quaternion_to_matrix
 from emsplat.io.files import replacing, require_file, require_finite
+from emsplat.maths.geometry import quaternion_to_matrix
 from emsplat.types import Gaussians, Grid
 
 _NAMES = (

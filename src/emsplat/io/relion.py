@@ -16,15 +16,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emsplat import __version__
-from emsplat.ctf import beam_tilt
 from emsplat.errors import InputError
-from emsplat.geometry import euler_to_matrix, matrix_to_euler
-from emsplat.io.files import number_text, require_finite
+from emsplat.imaging.ctf import beam_tilt
+from emsplat.io.files import require_finite
 from emsplat.io.mrc import count_sections
 from emsplat.io.paths import Names, Stacks, find_stacks, group_equal
-from emsplat.io.star import StarFile, Table, Words, pairs, read_star_file, write_star_file
+from emsplat.io.star import StarFile, Table, Words, read_star_file, write_star_file
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
+from emsplat.maths.geometry import euler_to_matrix, matrix_to_euler
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
 
 _PIXEL_SIZES = ("ImagePixelSize", "MicrographPixelSize", "MicrographOriginalPixelSize")
@@ -839,24 +838,3 @@ def _recorded_alike(
             table |= {name: f"{value:.9g}" for name, value in zip(_MAGNIFICATION, matrix, strict=True)}
         tables.append(table)
     return recorded.reshape(-1), tables
-
-
-def write_fsc_star(
-    path: Path,
-    general: Mapping[str, str],
-    columns: Mapping[str, Sequence[float | int]],
-    guinier: Mapping[str, Sequence[float | int]] | None = None,
-) -> None:
-    """Tables in the style of RELION's postprocess.star: pairs in data_general, curves in data_fsc and data_guinier."""
-    blocks: list[bytes | tuple[str, Mapping[str, Sequence[str] | Words]]] = [
-        pairs("general", {f"_{name}": value for name, value in {"emsplatVersion": __version__, **general}.items()})
-    ]
-    for table, curves in (("fsc", columns), ("guinier", guinier or {})):
-        if curves:
-            # What is undefined, as a curve beyond the end of the data, is unknown: "?", no number.
-            texts = (
-                [number_text(v, ".6f", "?") if isinstance(v, float) else str(v) for v in values]
-                for values in curves.values()
-            )
-            blocks.append((table, dict(zip((f"_{name}" for name in curves), texts, strict=True))))
-    write_star_file(path, blocks)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from emsplat.geometry import quaternion_to_matrix
+from emsplat.maths.geometry import quaternion_to_matrix
 from emsplat.models.base import ParameterGroup, Saved
 from emsplat.types import Batch, Gaussians, Poses
 

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from emsplat.geometry import principal_axes
+from emsplat.maths.geometry import principal_axes
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus, raw_scale, unturned
 from emsplat.types import Gaussians, Grid
 

@@ -1,0 +1,108 @@
+"""The verdict on a reconstruction, from its run folder alone.
+
+Half maps, back-projections and mask in; FSC curves, local resolution, resolution by direction and the numbers of
+summary.json out. `emsplat.assess` holds the measures, this module what is asked of a run: which maps, in which mask,
+and which of the answers can be believed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emsplat.assessment.curves import measure_shells
+from emsplat.assessment.directions import directions
+from emsplat.assessment.maps import FIRST_SHELLS, RunMaps, given_mask, is_evident, read_run
+from emsplat.config import AssessConfig
+from emsplat.io.mrc import write_map
+from emsplat.io.relion import read_rotations
+from emsplat.maths.groups import symmetry_group
+from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated, local_resolution
+from emsplat.run.fsc_star import write_fsc_star
+from emsplat.run.log import Log
+from emsplat.types import Grid
+
+_LOCAL = "local_resolution.mrc"
+_LOCAL_HALF_MAPS = "local_resolution_half_maps.mrc"
+
+
+def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None, symmetry: str) -> dict[str, Any]:
+    """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
+
+    ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
+    "evident" (whether it shows), "resolution" (Å, None where undefined), "limit" (the finest spacing in Å that pixels
+    carry, the names of the resolutions that reach it, whose curves never fall, and whether the cross-validated curve
+    ends above its threshold where the data do), "masking", "local_resolution" and "directional" for summary.json.
+
+    Raises:
+        InputError: through `read_run`; the reference has another grid; the window does not fit the box.
+    """
+    maps = read_run(run, log=log)
+    grid = maps.grid
+    mask = given_mask(config, grid, log, maps.origin)
+    if mask is not None:
+        maps = replace(maps, mask=mask)
+        write_map(run / "mask.mrc", mask, grid.pixel_size)
+    evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
+    columns, found, with_data, masking = measure_shells(maps, config, log)
+    if not evident:
+        found, with_data = dict.fromkeys(found), False
+        log.warn(
+            "the two half-sets, classically back-projected, do not agree beyond the first "
+            f"{FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
+            "resolution is given"
+        )
+    general = {name: str(value) for name, value in found.items() if not isinstance(value, list)}
+    write_fsc_star(run / "fsc.star", {**general, "emsplatResolutionRule": "RELION"}, columns)
+    result = {
+        "evident": evident,
+        "resolution": found,
+        "limit": _limit(found, grid) | {"ends_with_data": with_data},
+        "masking": masking,
+        "local_resolution": None,
+        "directional": None,
+    }
+    for stale in (_LOCAL, _LOCAL_HALF_MAPS, "directions.csv"):
+        (run / stale).unlink(missing_ok=True)
+    if evident:
+        result["local_resolution"] = _local(run, maps, found, config)
+        fine = found["cross_validated"] or found["backprojection_masked"] or grid.nyquist
+        star = run / "run_data.star"
+        rotation = read_rotations(star) if star.is_file() else None
+        result["directional"] = directions(run, maps, fine, rotation, symmetry_group(symmetry))
+    return result
+
+
+def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Which resolutions are no more than the end of the curve."""
+    finest = grid.length / (grid.size // 2)
+    reached = [name for name, value in found.items() if isinstance(value, float) and value < finest * (1 + 1e-9)]
+    return {"nyquist": finest, "reached_by": reached}
+
+
+def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig) -> dict[str, Any] | None:
+    grid = maps.grid
+    window = config.window or min(default_window(found["backprojection_masked"]), grid.length / 2)
+    if config.window is None and window < 4 * grid.pixel_size:
+        return None
+
+    def write(name: str, local: LocalResolution) -> dict[str, float] | None:
+        # Outside the mask the coarsest value inside, so that no surface turns fine by interpolation. Where the maps say
+        # nothing they have no detail that the window could see.
+        inside = maps.mask > 0.01
+        known = local.volume.nan_to_num(local.window, posinf=local.window)
+        volume = torch.where(inside, known, known[inside].max())
+        write_map(run / name, volume, grid.pixel_size)
+        return local.summary(maps.mask)
+
+    half_maps = local_resolution(*maps.halves, grid, window=window)
+    if maps.raw is None:
+        return {"half_maps": write(_LOCAL, half_maps), "cross_validated": None, "window": round(window, 2)}
+    return {
+        "half_maps": write(_LOCAL_HALF_MAPS, half_maps),
+        "cross_validated": write(_LOCAL, local_cross_validated(maps.halves, maps.raw, grid, window=window)),
+        "window": round(window, 2),
+    }

@@ -1,0 +1,1 @@
+"""Fitting: objectives, the loop, checkpoints, growth and the course of the one-pass engine."""

@@ -1,0 +1,1 @@
+"""How a microscope shows a mixture: projection and the contrast transfer function."""

@@ -1,0 +1,1 @@
+"""Mathematics: Fourier transforms, rotations, point groups."""

@@ -1,0 +1,1 @@
+"""Measures of maps: FSC, masks, cross-validation, local and directional resolution, sharpening."""

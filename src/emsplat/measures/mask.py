@@ -1,0 +1,103 @@
+"""Masks: volumes with values in [0, 1] on the grid of a map."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from emsplat.errors import InputError
+from emsplat.maths.fourier import frequencies, irfft, rfft
+from emsplat.types import Grid
+
+
+def spherical_mask(grid: Grid, diameter: float, edge: float) -> Float[Tensor, "z y x"]:
+    """A soft sphere about the centre ``size // 2``, float32.
+
+    1 up to ``diameter`` / 2 Å from the centre; then ½ + ½ cos(π d / edge) at d Å further out (RELION); 0 from
+    d = ``edge`` Å on.
+    ``edge`` = 0 gives a hard sphere.
+
+    Raises:
+        InputError: the diameter is not positive or the edge is negative.
+    """
+    if not (diameter > 0 and edge >= 0):
+        raise InputError(
+            f"spherical mask: diameter {diameter:g} Å and edge {edge:g} Å; expected diameter > 0 and "
+            f"edge >= 0; a diameter near the particle's, at most the box of {grid.length:g} Å, is usual"
+        )
+    square = ((torch.arange(grid.size) - grid.size // 2) * grid.pixel_size) ** 2
+    radius = (square[:, None, None] + square[:, None] + square).sqrt()
+    outside = radius - diameter / 2
+    if edge == 0:
+        return (outside <= 0).float()
+    return 0.5 + 0.5 * torch.cos(math.pi / edge * outside.clamp(0, edge))
+
+
+def solvent_mask(
+    volume: Float[Tensor, "z y x"],
+    grid: Grid,
+    diameter: float,
+    *,
+    lowpass: float = 15.0,
+    extend: float = 4.0,
+    edge: float = 8.0,
+) -> Float[Tensor, "z y x"]:
+    """A soft mask around the particle in a map, float32 in [0, 1].
+
+    The map is low-passed (Gaussian, half amplitude at ``lowpass`` Å or 4 voxels) and cut at the larger of: half of
+    Otsu's threshold above the surroundings; three standard deviations of the surroundings above them. Components of at
+    least 5 % of the largest stay, holes are filled, the region grows by ``extend`` Å (at least a voxel), and a raised
+    cosine of ``edge`` Å (at least 3 voxels) follows. Nothing lies beyond ``diameter`` Å and its own edge. Where nothing
+    exceeds the threshold the mask is the sphere of that diameter.
+    """
+    size = grid.size
+    extend, edge = max(extend, grid.pixel_size), max(edge, 3 * grid.pixel_size)
+    diameter = min(diameter, grid.length - 2 * edge)
+    sphere = spherical_mask(grid, diameter, edge)
+    kz, ky, kx = frequencies(grid, 3)
+    width = max(lowpass, 4 * grid.pixel_size)
+    low = irfft(rfft(volume, 3) * torch.exp(-math.log(2) * width**2 * (kx**2 + ky**2 + kz**2)), 3).numpy()
+    axis = (np.arange(size) - size // 2) / size
+    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
+    around = low[(radius > 0.42) & (radius < 0.5)]
+    mean, inside = float(around.mean()), radius * grid.length < diameter / 2
+    level = mean + max(0.5 * (_otsu(low[inside]) - mean), 3 * float(around.std()))
+    label, found = ndimage.label((low > level) & inside)
+    if not found:
+        return sphere
+    sizes = np.bincount(label.ravel())
+    sizes[0] = 0
+    region = ndimage.binary_fill_holes((sizes >= 0.05 * sizes.max())[label])
+    distance = ndimage.distance_transform_edt(~region) * grid.pixel_size - extend
+    soft = 0.5 + 0.5 * np.cos(np.pi * np.clip(distance / edge, 0, 1))
+    return torch.from_numpy(soft.astype(np.float32)) * sphere
+
+
+def _otsu(values: NDArray[np.float32]) -> float:
+    """The threshold that parts values into two classes of the largest variance between them (Otsu 1979)."""
+    count, edges = np.histogram(values, 256)
+    centre = 0.5 * (edges[1:] + edges[:-1])
+    below, total = np.cumsum(count), np.cumsum(count * centre)
+    between = (total[-1] * below / below[-1] - total) ** 2 / np.maximum(below * (below[-1] - below), 1)
+    return float(centre[between.argmax()])
+
+
+def check_mask(mask: Float[Tensor, "z y x"], name: str) -> Float[Tensor, "z y x"]:
+    """A mask as it can be used: values from 0 to 1, excursions of at most 1e-3 (interpolation) clipped.
+
+    Raises:
+        InputError: values beyond that, none above one half, or not a number.
+    """
+    low, high = float(mask.min()), float(mask.max()) + 0.0  # not -0
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        remedy = "is it inverted? Then multiply it by -1" if high <= 1e-3 else "threshold or rescale it"
+        raise InputError(f"{name}: mask with values from {low:.4g} to {high:.4g}; expected 0 to 1; {remedy}")
+    if high <= 0.5:
+        raise InputError(f"{name}: mask without a voxel above 0.5; expected 1 inside the particle; lower its threshold")
+    return mask.clamp(0, 1)

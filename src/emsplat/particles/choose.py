@@ -1,0 +1,192 @@
+"""Which particles: what the options of a command say about files, choice, hand and grid."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emsplat.config import ChoiceConfig, ImagesConfig, SourceConfig
+from emsplat.errors import InputError
+from emsplat.io.mrc import StackFile
+from emsplat.io.particles import image_keys, read_particles
+from emsplat.io.paths import find_stacks, real_paths
+from emsplat.io.pickles import load_arrays
+from emsplat.io.table import ParticleTable, merge_tables
+from emsplat.maths.groups import symmetry_group
+from emsplat.particles.copies import unique_rows
+from emsplat.particles.open import open_table
+from emsplat.particles.stack import ParticleStack
+from emsplat.types import Poses
+
+_MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
+_HALF_TURN = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
+
+
+def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+    """The particles that the options describe: files merged, some of them chosen, in the hand asked for, without the
+    half-sets of the files where new ones are wanted.
+
+    Raises:
+        InputError: a file cannot be read, or nothing is left.
+    """
+    if config.datadir is not None and not config.datadir.is_dir():
+        raise InputError(f"--datadir {config.datadir}: no such folder; expected the one that image paths start from")
+    first = read_particles(
+        particles,
+        datadir=config.datadir,
+        poses=config.poses,
+        ctf=config.ctf,
+        passthrough=config.passthrough,
+        need_stacks=need_stacks,
+    )
+    more = [read_particles(path, datadir=config.datadir, need_stacks=need_stacks) for path in config.merge]
+    table = _choose(config, merge_tables([first, *more]))
+    if isinstance(config, SourceConfig) and config.redraw_halves:
+        table = replace(table, half=None)
+    return flip_hand(table, symmetry_group(config.symmetry)) if config.flip_hand else table
+
+
+def with_boxes(table: ParticleTable) -> ParticleTable:
+    """With the boxes that only the stacks know, where these are there."""
+    groups = list(table.groups)
+    for number, group in enumerate(groups):
+        rows = (table.optics_group == number).nonzero()[:1, 0]
+        if group.box is None and len(rows):
+            stack = table.stacks[int(table.stack[rows[0]])]
+            if stack.is_file():
+                file = StackFile(stack)
+                groups[number] = replace(group, box=file.box)
+                file.close()
+    return replace(table, groups=tuple(groups))
+
+
+def open_images(
+    config: ImagesConfig, table: ParticleTable, *, finer: bool = False, recentre: bool | None = None
+) -> ParticleStack:
+    """The images of a table as the options describe them; ``finer`` and ``recentre`` as in `open_table`.
+
+    Raises:
+        InputError: through `open_table`.
+    """
+    return open_table(
+        table,
+        symmetry=config.symmetry,
+        invert=config.invert,
+        diameter=config.diameter,
+        trust_star_pixel_size=config.trust_star_pixel_size,
+        box=config.box,
+        pixel_size=config.pixel_size,
+        finer=finer,
+        recentre=recentre,
+    )
+
+
+def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
+    """The particles that the options describe, with half-sets.
+
+    Raises:
+        InputError: through `read_table` and `open_table`.
+    """
+    return open_images(config, read_table(config, particles)).with_halves(config.seed)
+
+
+def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
+    """A subset of all particles, of these one class, of these each image or particle once, of these the first."""
+    if config.subset is not None:
+        rows, said = _listed(config.subset, table, config.datadir)
+        table = replace(table.take(rows), warnings=(*table.warnings, *said))
+    if config.particle_class is not None:
+        if table.particle_class is None:
+            raise InputError(f"{table.name}: not every file has classes (rlnClassNumber); leave --class out")
+        found = (table.particle_class == config.particle_class).nonzero()[:, 0]
+        if not len(found):
+            there = ", ".join(map(str, torch.unique(table.particle_class).tolist()[:20]))
+            raise InputError(f"{table.name}: no particle of class {config.particle_class}; there are {there}")
+        table = table.take(found)
+    if config.unique:
+        rows = unique_rows(table, symmetry_group(config.symmetry))
+        table = replace(table.take(rows), left_out=len(table) - len(rows))
+    if config.first is not None:
+        if config.first < 1:
+            raise InputError(f"--first {config.first}: expected at least 1")
+        table = table.take(torch.arange(min(config.first, len(table))))
+    return table
+
+
+def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int[Tensor, " q"], list[str]]:
+    """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), or particles (.star, .cs); and what is
+    assumed."""
+    kind = path.suffix.lower()
+    if kind in (".star", ".cs"):
+        return _same_images(path, table, datadir)
+    if kind == ".pkl":
+        numbers = np.asarray(load_arrays(path))
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "loadtxt: input contained no data")  # refused below
+                numbers = np.load(path, allow_pickle=False) if kind == ".npy" else np.loadtxt(path, ndmin=1)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}); expected row numbers from 0, one per line, or a .star or .cs file"
+            ) from error
+    rows = numbers.astype(np.int64) if numbers.dtype.kind in "fiu" and np.isfinite(numbers).all() else np.zeros(0)
+    if rows.ndim != 1 or not len(rows) or (rows != numbers).any() or rows.min() < 0 or rows.max() >= len(table):
+        raise InputError(f"{path}: expected row numbers from 0 to {len(table) - 1}, the particles of {table.name}")
+    if len(np.unique(rows)) < len(rows):
+        raise InputError(f"{path}: names a row twice; expected each once")
+    return torch.from_numpy(rows), []
+
+
+def _same_images(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int[Tensor, " q"], list[str]]:
+    """Rows whose image a metadata file names, in the order of the table; the rest of that file is not looked at.
+
+    An image is known by its number and its stack. The stack is the file that is found from there, links followed; where
+    that is none of the table's, as after a move, it goes by its name, and where several folders hold a stack of that
+    name, by as much of the path as the file gives.
+    """
+    index, names = zip(*image_keys(path), strict=True)
+    own = list(dict.fromkeys(names))
+    files: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
+    for number, (stack, file) in enumerate(zip(table.stacks, real_paths(table.stacks), strict=True)):
+        files.setdefault(file, []).append(number)
+        alike.setdefault(stack.name, []).append(number)
+    meant = {}
+    stacks = find_stacks(own, path, datadir, required=False)
+    named = real_paths(stacks.paths[number] for number in stacks.stack.tolist())
+    for name, file in zip(own, named, strict=True):
+        same, parts = alike.get(Path(name).name, []), Path(name.lstrip("/")).parts
+        within = [number for number in same if table.stacks[number].parts[-len(parts) :] == parts]
+        meant[name] = files.get(file) or (same if len(same) == 1 else within)
+    span = max(int(table.image.max()), *index) + 1
+    wanted = [stack * span + image for image, name in zip(index, names, strict=True) for stack in meant[name]]
+    found = np.flatnonzero(np.isin((table.stack * span + table.image).numpy(), np.array(wanted, np.int64)))
+    if not len(found):
+        raise InputError(f"{path}: names none of the images of {table.name}; expected a selection of these particles")
+    said = [
+        f"{path}: names {len(index):,} rows, and {len(found):,} of {table.name} show their images; all of these are "
+        "taken, where single rows of repeated images are meant give their numbers (.txt), or that file in place of the "
+        "particles"
+    ]
+    return torch.from_numpy(found), said if len(found) > len(index) else []
+
+
+def flip_hand(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> ParticleTable:
+    """The same images as projections of the mirrored molecule, which they are as well (docs/conventions.md, 2).
+
+    The map is mirrored in z through its centre, A' = F A F. Where the symmetry group does not allow that without a
+    change of setting, it is mirrored in all three axes, which every group allows: a half turn about z more.
+    """
+    rotation = _MIRROR @ table.poses.rotation @ _MIRROR
+    mirrored = _MIRROR @ group @ _MIRROR
+    distance = (mirrored[:, None] - group).flatten(2).norm(dim=2).min(1).values
+    if float(distance.max()) > 1e-6:
+        rotation = rotation @ _HALF_TURN
+    return replace(table, poses=Poses(rotation, table.poses.shift), mirrored=not table.mirrored)

@@ -1,0 +1,187 @@
+"""One pass over the particles: sums, classical maps, mask, cross-validation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emsplat.assessment.maps import given_mask, is_evident, particle_mask
+from emsplat.config import InputConfig
+from emsplat.errors import InputError
+from emsplat.io.mrc import write_map
+from emsplat.measures.crossvalidate import CrossValidation
+from emsplat.measures.fsc import resolution
+from emsplat.particles.copies import image_marks, marks_in
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.stack import ParticleStack
+from emsplat.report import verdict
+from emsplat.run.files import HALVES
+from emsplat.run.log import Log
+from emsplat.run.stop import interruptible
+from emsplat.sums.equations import NormalEquations, combined, contrast, relative_gain
+from emsplat.sums.statistics import accumulate, begin, held_images
+from emsplat.types import Curve, Grid
+
+_DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
+
+
+@dataclass(frozen=True)
+class Classical:
+    """What one pass over the particles gives: equations and unregularised maps of the halves and of all, a mask.
+
+    The equations are on the device of the run, the maps on the CPU.
+    """
+
+    equations: dict[str, NormalEquations]
+    raw: dict[str, Tensor]
+    mask: Tensor
+    validation: CrossValidation
+    resolution: float | None  # Å, half maps in the mask at 0.143
+    evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
+
+
+def accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> Classical:
+    """One pass over the particles; the full set is the sum of the halves."""
+    _check_added(stack, config, log)
+    equations = {name: _accumulate_half(name, stack, config, output, log) for name in HALVES}
+    equations["class001"] = equations["half1"] + equations["half2"]
+    solved = {name: part.solve() for name, part in equations.items()}
+    raw = {name: volume.cpu() for name, volume in solved.items()}
+    brightness = contrast(raw["class001"])
+    if brightness < -0.5:
+        log.warn(
+            f"the classical map is dark in the centre ({brightness:.1f} standard deviations): the contrast of the "
+            "images seems to be the opposite of what was assumed, try "
+            + ("without --invert" if stack.sign < 0 else "--invert")
+        )
+    evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
+    mask = given_mask(config, stack.grid, log)
+    if mask is None:
+        mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
+    write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
+    validation = CrossValidation(
+        (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
+    )
+    curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
+    covered = equations["class001"].coverage()
+    if covered < 0.97:
+        log.warn(
+            f"{1 - covered:.0%} of the Fourier voxels within Nyquist are hardly measured (preferred orientations or "
+            "too few particles); they are left empty, not amplified: see the sampling in the report"
+        )
+    found = resolution(curve, 0.143)
+    text = "nowhere above" if found is None else f"{verdict.spacing(found, stack.grid.nyquist)} at"
+    log.line(f"classical half maps in the mask: {text} FSC 0.143; Fourier voxels measured: {covered:.1%}")
+    return Classical(equations, raw, mask, validation, found, evident)
+
+
+def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
+    """
+    Raises:
+        InputError: sums to be added hold images of the other half, or are not there.
+    """
+    if not config.add_statistics:
+        return
+    held = {name: [(stack.table.name, _images_of(stack.only(half)))] for name, half in HALVES.items()}
+    for folder in config.add_statistics:
+        for name in HALVES:
+            found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+            if not found:
+                raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+            own = [held_images(path) for path in found]
+            if not all(map(len, own)):
+                log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
+            for one, other in product(held[name], own):
+                if again := len(marks_in(other, one[1])):
+                    log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
+            held[name] += [(str(folder), images) for images in own]
+    for first, second in product(*held.values()):
+        if len(marks_in(first[1], second[1])):
+            raise InputError(
+                f"{first[0]}, half1, and {second[0]}, half2, hold the same images; their noise would be compared with "
+                "itself. Make the sums again with half-sets that agree, or from other particles"
+            )
+
+
+def _images_of(stack: ParticleStack) -> Int[Tensor, "i 3"]:
+    return image_marks(stack.table.take(stack.rows))
+
+
+def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> NormalEquations:
+    """The sums of one half, from where an interrupted run left them, with those of other runs."""
+    subset = stack.only(HALVES[name])
+    parts = []
+    start = time.monotonic()
+    with log.progress(name, len(subset)) as update:
+        for number, part in enumerate(subset.parts()):
+            saved = output / f"run_{name}_statistics{number or ''}.safetensors"
+            parts.append(_accumulate_part(name, part, stack.grid, saved, len(subset), config, update, log))
+    seconds = time.monotonic() - start
+    rate = "" if config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
+    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
+    for folder in config.add_statistics:
+        for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
+            other = begin(subset)
+            other.load(path, but={"particles"})
+            for part in subset.parts():
+                begin(part, stack.grid).check_addable(other, str(path))
+            parts.append(other.equations())
+            log.line(
+                f"{name}: {other.particles:,} particles added from {path}, grey values "
+                f"{relative_gain(parts[0], parts[-1]):.3f} times these"
+            )
+    return combined(parts)
+
+
+def _accumulate_part(
+    name: str,
+    part: ParticleStack,
+    grid: Grid,
+    saved: Path,
+    total: int,
+    config: InputConfig,
+    update: Callable[[int, str], None],
+    log: Log,
+) -> NormalEquations:
+    """The sums over particles of one box and pixel size."""
+    statistics = begin(part, grid)
+    if config.resume and saved.is_file():
+        statistics.load(saved)
+        done = f"{statistics.particles:,} of {len(part):,} particles were accumulated before"
+        if statistics.particles >= len(part):
+            log.line(f"resuming {name}: all {done}")
+            return statistics.equations()
+        log.line(f"resuming {name}: {done}")
+    start = last_save = time.monotonic()
+    with interruptible() as stop:
+        for _ in accumulate(statistics, part, estimate_noise(part)):
+            update(min(statistics.particles, total), "one pass over the particles")
+            if stop or time.monotonic() - last_save > config.checkpoint_every:
+                statistics.save(saved)
+                last_save = time.monotonic()
+            if stop:
+                raise stop.interruption(
+                    f"stopped after {statistics.particles:,} particles of {saved.stem}; go on with --resume"
+                )
+    # A run that is interrupted later finds them here; they go in the end.
+    if config.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
+        statistics.save(saved)
+    return statistics.equations()
+
+
+def ssnr_prior(fsc: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+    """1/SSNR of the full set per shell from the FSC of the half maps (Scheres 2012, as RELION uses it).
+
+    The SSNR of a half is FSC / (1 - FSC), that of both together twice as much. From the first shell below 0.143 on it
+    is taken as good as empty.
+    """
+    value = fsc.float().clamp(1e-3, 0.999)
+    below = torch.cumsum(fsc < 0.143, 0) > 0
+    return torch.where(below, torch.tensor(1e3), (1 - value) / (2 * value))

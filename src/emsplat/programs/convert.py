@@ -1,0 +1,110 @@
+"""Particle metadata, and Gaussians, from one program's format to another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from emsplat.config import ConvertConfig
+from emsplat.errors import InputError, OutputError
+from emsplat.io.cryodrgn import write_pickles
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.gaussians import convert_model, holds_gaussians
+from emsplat.io.particles import columns_kept, count_stacks, is_star, lost_stacks, write_used
+from emsplat.particles.choose import read_table, with_boxes
+from emsplat.particles.copies import copies
+from emsplat.run.log import counted
+from emsplat.types import Grid
+
+_KINDS = (".star", ".cs", ".pkl")
+
+
+def convert(
+    config: ConvertConfig, particles: Path, target: Path, say: Callable[[str], None] = lambda _: None
+) -> list[Path]:
+    """Writes particles as RELION's .star, cryoSPARC's .cs or cryoDRGN's .pkl, by the name of ``target``.
+
+    From STAR to STAR and from .cs to .cs all columns stay. For cryoDRGN two files are written, see `ctf_beside`; the
+    images are those of the source, in its order. What the target has no place for is said through ``say``.
+
+    Gaussians and atomic models (.ply, .cif, .pdb) become one another likewise; an atomic model is taken to lie in a map
+    of ``config.box`` and ``config.pixel_size`` with MRC origin 0.
+
+    Returns the files written.
+
+    Raises:
+        InputError: the particles cannot be read, or hold what the target cannot say.
+        OutputError: the target exists, or cannot be written.
+    """
+    kind = target.suffix.lower()
+    model = holds_gaussians(particles)
+    if kind not in _KINDS and not model:
+        raise InputError(f"{target}: expected a name that ends with {', '.join(_KINDS)}")
+    files = [target, ctf_beside(target)] if kind == ".pkl" else [target]
+    for path in files:
+        if path.exists() and not config.overwrite:
+            raise OutputError(f"{path}: exists; choose another name or add --overwrite")
+    if model:
+        given = None if config.box is None or config.pixel_size is None else Grid(config.box, config.pixel_size)
+        for warning in convert_model(particles, target, given):
+            say(f"look: {warning}")
+        return files
+    table = read_table(config, particles, need_stacks=False)
+    for text in (*table.notes, *(f"look: {warning}" for warning in table.warnings)):
+        say(text)
+    missing = lost_stacks(table)
+    if missing and kind != ".pkl":
+        say(
+            f"look: missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is "
+            f"{missing[0]}; their paths stay as they are and may not lead to them from {target.parent}; give the "
+            "folder that they start from with --datadir"
+        )
+    table = with_boxes(table)
+    found = copies(table, config.symmetry)
+    if found.text:
+        say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
+    half = table.half
+    if half is not None and not bool((half > 0).all()):
+        say("look: some of the files have no half-sets; the column is left out, a refinement will draw new ones")
+        half = None
+    kept, lost = columns_kept(table)
+    own = {is_star(path): ".star" if is_star(path) else path.suffix.lower() for path in table.sources}
+    if kind == ".star":
+        write_used(table, target, half)
+        if not table.micrograph_names and "MicrographName" not in kept and not is_star(table.sources[0]):
+            say(
+                "look: the micrographs are not known, rlnMicrographName is left out; without half-sets they are drawn "
+                "particle by particle, or per stack where there are several"
+            )
+    elif kind == ".cs":
+        write_cs(target, table, half, more=kept)
+        if kept and [*own.values()] == [".star"]:
+            say(
+                f"look: cryoSPARC has no fields for {_listed(kept, 'rln')}; they are kept as rln/..., which "
+                "`emsplat convert` puts back into a STAR file"
+            )
+    else:
+        lost = [*(f"rln{name}" for name in kept), *(f"rln{n}" if own.get(True) else n for n in lost)]
+        lost += ["half-sets"] if half is not None else []
+        lost += ["classes"] if table.particle_class is not None else []
+        lost += ["micrographs"] if table.micrograph_names else []
+        lost += ["B factors"] if bool(table.optics.b_factor.any()) else []
+        lost += ["scales"] if bool((table.optics.scale != 1).any()) else []
+        if lost:
+            say(f"look: cryoDRGN's pickles have no place for {_listed(lost)}; they are left out")
+        if table.sign < 0:
+            say("look: protein is dark in these images; give cryoDRGN --uninvert-data")
+        write_pickles(target, ctf_beside(target), table)
+    if lost and kind in (".star", ".cs") and [*own.values()] != [kind]:
+        say(f"look: a {kind} file has no place for {_listed(lost, 'rln' if own.get(True) else '')}; they are left out")
+    return files
+
+
+def _listed(names: Iterable[str], prefix: str = "") -> str:
+    return ", ".join(f"{prefix}{name}" for name in names)
+
+
+def ctf_beside(poses: Path) -> Path:
+    """The file for CTF parameters that goes with one for poses: ctf.pkl with poses.pkl, a_ctf.pkl with a.pkl."""
+    name = poses.name.replace("poses", "ctf") if "poses" in poses.name else f"{poses.stem}_ctf{poses.suffix}"
+    return poses.with_name(name)

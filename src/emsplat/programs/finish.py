@@ -1,0 +1,178 @@
+"""Verdict, summary and report of a run folder whose maps are written."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emsplat import report
+from emsplat.assessment.assess import assess
+from emsplat.assessment.symmetry import Finding
+from emsplat.config import AssessConfig, InputConfig
+from emsplat.device import (
+    device_name,
+    peak_device_memory,
+)
+from emsplat.fitting.course import Stage
+from emsplat.io.files import json_text
+from emsplat.io.mrc import write_map
+from emsplat.io.particles import count_stacks
+from emsplat.particles.choose import with_boxes
+from emsplat.particles.copies import copies
+from emsplat.particles.stack import ParticleStack
+from emsplat.programs.classical import Classical
+from emsplat.programs.opening import half_sets_from
+from emsplat.report import verdict
+from emsplat.run.aliases import name_results
+from emsplat.run.folder import check_same_run, is_finished, plain, read_summary, write_text
+from emsplat.run.log import Log, peak_memory
+from emsplat.sums.equations import sampling
+
+_PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 where the particles do not have the symmetry of the run and ``force`` does not say that this is meant."""
+    symmetry = summary.get("symmetry")
+    return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
+
+
+def found_finished(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do.
+
+    Raises:
+        InputError: the folder holds no such run.
+    """
+    if not config.resume:
+        return None
+    check_same_run(config, particles, output)
+    summary = read_summary(output)
+    if not is_finished(summary):
+        return None
+    log.line(
+        f"{output}: this run is finished, nothing is left to resume and nothing was done; `emsplat report` draws its "
+        "page again, --overwrite starts anew"
+    )
+    for text in verdict.lines(summary):
+        log.line(text)
+    _say_results(log, output)
+    return summary
+
+
+def finish(
+    log: Log,
+    output: Path,
+    stack: ParticleStack,
+    particles: Path,
+    skipped: list[int],
+    symmetry: Finding | None,
+    config: InputConfig,
+    settings: dict[str, Any],
+    classical: Classical,
+    fits: dict[str, Any],
+    stages: list[Stage],
+    examples: list[dict[str, Any]],
+    altered: str | None = None,
+) -> dict[str, Any]:
+    """Verdict, summary and report of a run folder whose maps are written."""
+    grid = stack.grid
+    write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
+    told = len(log.warnings)
+    with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
+        measured = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
+    if not config.keep_statistics:
+        for path in output.glob("run_half?_statistics*.safetensors"):
+            path.unlink()
+    summary = {
+        **measured,
+        "input": _describe(stack, particles, skipped, config),
+        "coverage": round(classical.equations["class001"].coverage(), 4),
+        "fits": fits,
+        "course": [{key: value for key, value in asdict(stage).items() if key != "scores"} for stage in stages],
+        "examples": examples,
+        "settings": settings,
+        "symmetry": None if symmetry is None else asdict(symmetry),
+        "options": plain(config),
+        "seconds_of_parts": log.parts,
+        "peak_memory_mb": round(peak_memory()),
+        "device": device_name(stack.device),
+        **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "warnings": log.warnings,
+        "notes": list(stack.table.notes),
+        "assessment": {"warnings": log.warnings[told:]},
+        **({} if altered is None else {"altered": altered}),
+    }
+    write_text(output / "summary.json", json_text(summary))
+    with log.part("report", "drawing the figures and the report"):
+        report.write_report(output)
+    # That of the whole nobody knows before the page is drawn.
+    summary["seconds"] = round(log.seconds, 1)
+    write_text(output / "summary.json", json_text(summary))
+    _conclude(log, summary, output)
+    if config.naming != "relion":
+        table = stack.table.take(stack.rows)
+        name_results(output, config.naming, with_boxes(table), log)
+    if exit_code(summary):
+        log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
+    return summary
+
+
+def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config: InputConfig) -> dict[str, Any]:
+    table = stack.table
+    found = copies(table.take(stack.rows), config.symmetry)
+    optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
+    defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
+    return {
+        "file": str(particles),
+        "particles": len(stack),
+        "half_sets": [int((stack.half == h).sum()) for h in (1, 2)],
+        "half_sets_from": half_sets_from(table, config),
+        "images": found.images,
+        "repeated_rows": found.rows,
+        "repeated_particles": found.again,
+        "left_out_rows": table.left_out,
+        "symmetry_expanded": found.expansion,
+        "close_to_other_half": found.close,
+        "optics_groups": len(table.groups),
+        "stacks": count_stacks(table.take(stack.rows)),
+        "image_folders": [str(folder) for folder in table.folders],
+        "micrographs": len(torch.unique(table.micrograph[stack.rows])),
+        "box": stack.grid.size,
+        "pixel_size": stack.grid.pixel_size,
+        "diameter": round(stack.diameter, 2),
+        "contrast": "inverted" if stack.sign < 0 else "bright protein",
+        "defocus_range": [round(float(defocus.min())), round(float(defocus.max()))],
+        "shift_rms": round(float(shift.square().sum(1).mean().sqrt()), 3),
+        "symmetry_elements": len(stack.symmetry),
+        "skipped_rows": skipped,
+    }
+
+
+def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
+    for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
+        log.line(text)
+    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
+    _say_results(log, output)
+
+
+def _say_results(log: Log, output: Path) -> None:
+    for what, name in (
+        ("map", "run_class001.mrc"),
+        ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
+        ("FSC", "fsc.star, fsc.png"),
+        ("report", "report.html"),
+    ):
+        log.line(f"  {what}: {output / name}")
+
+
+def _said_again(warnings: list[str]) -> list[str]:
+    """All warnings of a run again at its end, beside the numbers that they concern."""
+    return ["warnings of this run:", *(f"  {text}" for text in dict.fromkeys(warnings))] if warnings else []

@@ -1,0 +1,165 @@
+"""Particles and the run folder with what is known before the work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from emsplat import __version__
+from emsplat.assessment.maps import given_mask
+from emsplat.assessment.symmetry import Finding, examine_symmetry
+from emsplat.config import InputConfig
+from emsplat.device import (
+    choose_device,
+    forget_peak_memory,
+)
+from emsplat.io.particles import count_stacks, write_used
+from emsplat.io.paths import say_folders
+from emsplat.io.table import ParticleTable
+from emsplat.models.start_files import LOWPASS, is_shared, read_start, start_remarks, starts_from_gaussians
+from emsplat.particles.choose import open_stack, with_boxes
+from emsplat.particles.copies import Copies, copies, mixed_classes
+from emsplat.particles.stack import ParticleStack
+from emsplat.process import describe_threads
+from emsplat.programs.settings import Settings
+from emsplat.run.files import HALVES
+from emsplat.run.folder import plain, prepare_folder, write_text
+from emsplat.run.log import Log, counted, data_size
+from emsplat.sums.window import PADDING
+
+_OF_THE_FILE = "of the file"
+
+
+def open_run(
+    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
+) -> tuple[ParticleStack, list[int], Finding | None]:
+    """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
+    the work begins."""
+    device, said = choose_device(config.device)
+    forget_peak_memory(device)
+    stack = open_stack(config, particles).on(device)
+    for half in HALVES.values():
+        stack.only(half)
+    if not several_grids:
+        stack.require_one_grid()
+    given_mask(config, stack.grid)
+    for name in HALVES:
+        read_start(settings.get("init", "map"), stack.grid, name)
+    prepare_folder(config, particles, output)
+    log.keep_in(output / "run.log")
+    for warning in (*stack.table.warnings, *start_remarks(settings.get("init", "map"), stack.grid)):
+        log.warn(warning)
+    skipped: list[int] = []
+    if config.skip_bad:
+        stack, bad = stack.without_bad()
+        skipped = [row + 1 for row in stack.table.row[bad].tolist()]
+        if skipped:
+            log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
+    _introduce(log, stack, config)
+    log.line(f"  {said}")
+    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half)
+    write_config(config, particles, output, settings)
+    symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
+    if symmetry is not None:
+        (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
+    log.parts["start"] = round(log.seconds, 2)
+    return stack, skipped, symmetry
+
+
+def write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
+    about = {"program": f"emsplat {__version__}", "particles": str(particles)}
+    write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+
+
+def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
+    grid, table = stack.grid, stack.table
+    halves = [int((stack.half == h).sum()) for h in (1, 2)]
+    log.line(
+        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in "
+        + counted(count_stacks(table.take(stack.rows)), "stack")
+    )
+    for text in (say_folders(table.folders), *table.notes):
+        log.line(f"  {text}")
+    others = [own for own in dict.fromkeys(stack.grids) if own != grid]
+    if others:
+        kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
+        log.line(f"  several kinds of images are put on the grid of most of them; others: {kinds}")
+    log.line(
+        f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
+        f"{config.symmetry}"
+    )
+    how = half_sets_from(table, config)
+    seed = "" if how == _OF_THE_FILE else f", seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
+    _say_copies(log, copies(table, config.symmetry), table, config)
+    if text := mixed_classes(table):
+        log.warn(text)
+    said = "bright protein" if table.sign > 0 else "dark protein"
+    log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))
+    sums = 12 * (PADDING * grid.size) ** 3 / 2
+    read = data_size(len(stack) * grid.size**2 * 4)
+    log.line(
+        f"  one pass over {read} of images; {data_size(3 * sums)} of memory for the sums, "
+        f"{describe_threads(config.threads)}"
+    )
+
+
+def half_sets_from(table: ParticleTable, config: InputConfig) -> str:
+    how = "drawn particle by particle"
+    if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
+        how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
+    half = table.half_of_file
+    if half is None:
+        return f"re{how}" if config.redraw_halves else how
+    return _OF_THE_FILE if bool((half > 0).all()) else f"{_OF_THE_FILE}, the rest {how}"
+
+
+def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
+    if table.left_out:
+        log.line(f"  {table.left_out:,} rows that show an image or particle again are left out (--unique)")
+    if found.expansion:
+        log.line(f"  {found.text}; copies share a half-set")
+        if config.symmetry.upper() != "C1":
+            log.warn(
+                f"the set is {found.text}; --symmetry {config.symmetry} does that again and adds nothing: leave it "
+                "out, or leave the copies out with --unique"
+            )
+    elif found.text:
+        log.warn(
+            f"{found.text}; they share a half-set and count once where their poses agree, --unique leaves them out"
+        )
+    if found.close:
+        log.warn(found.near)
+
+
+def introduce_fit(log: Log, settings: Settings) -> None:
+    count = f"{settings.gaussians:,}" if settings.gaussians else "as many as needed"
+    if starts_from_gaussians(settings.init):
+        count = "those of the file"
+    log.line(f"  Gaussians: {count}, from {settings.init}; engine {settings.engine}")
+    if is_shared(settings.init):
+        _warn_of_shared_start(log, settings.init)
+    if settings.engine == "images":
+        size = "as many images as fit the memory" if settings.batch == "auto" else settings.batch
+        log.line(f"  {settings.epochs} epochs in batches of {size}")
+    elif settings.independent_halves:
+        log.line("  nothing passes between the half-sets")
+    else:
+        log.line("  the halves share one number per candidate: the mean cross-validated FSC")
+
+
+def _warn_of_shared_start(log: Log, init: str) -> None:
+    if starts_from_gaussians(init):
+        log.warn(
+            f"both half-sets start from {init}: their maps share what it holds and the data leave open, and their FSC "
+            "flatters; so does the cross-validated FSC where it was made from these particles (a name with half1 in it "
+            "gives each half its own file)"
+        )
+    else:
+        log.warn(
+            f"both half-sets start from {init}, low-passed at {LOWPASS:g} Å: what is coarser they share; go by the "
+            "cross-validated FSC"
+        )

@@ -1,0 +1,127 @@
+"""The run folder: made, checked, resumed; what a run writes down while it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from emsplat.config import InputConfig, ReconstructConfig
+from emsplat.errors import InputError, OutputError
+from emsplat.io.files import replacing
+
+
+def prepare_folder(config: InputConfig, particles: Path, output: Path) -> None:
+    """An empty folder, or with ``resume`` one that holds the same run. Files of a RELION job do not count and stay.
+
+    Raises:
+        OutputError: it holds something else.
+        InputError: it holds a run with other settings.
+    """
+    if config.resume:
+        check_same_run(config, particles, output)
+    elif output.exists() and (not output.is_dir() or _contents(output)):
+        if not config.overwrite:
+            raise OutputError(
+                f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
+            )
+        if not (output / "config.toml").is_file():
+            raise OutputError(
+                f"{output}: does not look like a run folder (no config.toml); --overwrite removes only those"
+            )
+        if particles.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
+        for path in _contents(output):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+
+
+# What RELION keeps in the folder of a job (RELION_*: how it ended, what it wrote), its pipeliner in hidden files.
+_RELION_FILES = (
+    "run.out",
+    "run.err",
+    "run.job",
+    "note.txt",
+    "job.star",
+    "continue_job.star",
+    "job_pipeline.star",
+    "default_pipeline.star",
+    "run_submit.script",
+    "RELION_*",
+    ".*",
+)
+
+
+def _contents(output: Path) -> list[Path]:
+    return [path for path in output.iterdir() if not any(path.match(pattern) for pattern in _RELION_FILES)]
+
+
+_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir", "force"}
+
+
+def check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
+    """
+    Raises:
+        InputError: the folder holds no run, or one of other particles or with other options.
+    """
+    import tomllib
+
+    try:
+        before = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{output}: no run to resume ({error}); start it without --resume") from error
+    # What the run does not say it had by default: it may be older than an option.
+    options = plain(type(config)()) | before.get("options", {})
+    now = json.loads(json.dumps(plain(config)))
+    changed = [
+        name for name in now.keys() | options.keys() if name not in _MAY_CHANGE and now.get(name) != options.get(name)
+    ]
+    if Path(before.get("particles", "")).absolute() != particles.absolute():
+        changed.append("particles")
+    if bool(before.get("settings")) != isinstance(config, ReconstructConfig):  # those of a fit
+        changed.append("command")
+    if changed:
+        raise InputError(
+            f"{output}: was run with another {', '.join(sorted(changed))}; resume with the same options, see "
+            f"{output / 'config.toml'}"
+        )
+
+
+def is_finished(summary: dict[str, Any]) -> bool:
+    """Whether a summary is that of a run which came to its end: the time of the whole is written last."""
+    return "seconds" in summary
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as TOML and JSON can hold it: without None, paths as text."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [simple(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: simple(value) for name, value in asdict(config).items() if value is not None}
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The numbers of a finished run; empty where there are none yet.
+
+    Raises:
+        InputError: summary.json cannot be read.
+    """
+    path = run / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected JSON; remove it to go on without") from error
+    return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,288 @@
+"""One pass over the particles: Fourier slices inserted into a grid, and what follows from the sums alone.
+
+With slices S_i, CTFs C_i and noise precision 1/σ², the images' negative log-likelihood of a map V is
+
+    ½ Σ_i |Y_i - C_i S_i V|² / σ² = ½ VᵀKV - bᵀV + const,   b = Σ S_iᵀ C_i Y_i / σ²,   K = Σ S_iᵀ C_i² S_i / σ².
+
+Known poses make K a convolution: its kernel K(τ) is the inverse transform of Σ C_i²/σ² placed on the slices. So b and
+K(τ) are all that any later step needs, and no image is looked at twice (`NormalEquations`).
+
+Off-grid points are spread over 4³ voxels of a grid 1.5 times as fine as the transform of the box, with a Kaiser-Bessel
+window (Jackson et al. 1991; width and shape after Beatty et al. 2005), and the window's own transform is divided out of
+b(x) and K(τ) afterwards. Against exact sums the error of b is below 0.4 % everywhere in the box, and that of K below
+1e-3 of its peak at lags up to half the box; beyond 0.6 of it, where only the ends of a particle that fills the
+box could meet, K is faded out (tests).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Complex, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from emsplat.device import CPU
+from emsplat.errors import InputError
+from emsplat.imaging.ctf import in_image, observe
+from emsplat.io.tensors import write_tensors
+from emsplat.kernels import backend
+from emsplat.maths.fourier import shell_index
+from emsplat.particles.copies import image_marks
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.stack import ParticleStack
+from emsplat.sums.equations import NormalEquations, centre, combined, kernel_size, synthesis
+from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
+from emsplat.types import Grid, Optics
+
+_BATCH = 64  # images; on a GPU as many as fill it
+_BATCH_GPU, _PIXELS_GPU = 256, 2**25
+
+
+class FourierStatistics:
+    """The sums of one set of particles, on the half space x >= 0 of a Fourier grid.
+
+    ``numerator`` and ``weight`` are (2R + 3, 2R + 3, R + 3), where ``side`` = 2R is ``PADDING`` times the box: plane z,
+    row y and column x stand for the frequencies z - R - 1, y - R - 1 and x - 1 in units of 1 / (padded box length).
+    ``particles`` counts the rows in the sums; ``about`` says what they are sums of, in terms that `load` compares, and
+    ``images`` which images they will hold when they are complete (`copies.image_marks`).
+    The sums are kept on ``device``.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        about: dict[str, str] | None = None,
+        device: torch.device = CPU,
+        images: Int[Tensor, "i 3"] | None = None,
+    ) -> None:
+        reach = math.ceil(PADDING * grid.size / 2)
+        shape = (2 * reach + 3, 2 * reach + 3, reach + 3)
+        self.grid = grid
+        self.side = 2 * reach
+        self.particles = 0
+        self.images = torch.zeros(0, 3, dtype=torch.int64) if images is None else images
+        self.about = {"box": str(grid.size), "pixel size": f"{grid.pixel_size:.4f}", **(about or {})}
+        if device.type == "cpu":
+            # NumPy asks the system for large pages, PyTorch does not: scattered writes are a third faster.
+            self.numerator = torch.from_numpy(np.zeros(shape, np.complex64))
+            self.weight = torch.from_numpy(np.zeros(shape, np.float32))
+        else:
+            self.numerator = torch.zeros(shape, dtype=torch.complex64, device=device)
+            self.weight = torch.zeros(shape, device=device)
+
+    def insert(
+        self,
+        numerator: Complex[Tensor, "p y k"],
+        weight: Float[Tensor, "p y k"],
+        rotation: Float[Tensor, "p 3 3"],
+        grid: Grid,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
+    ) -> None:
+        """Adds C Y/σ² and C²/σ² of centred transforms (origin at the centre pixel) of images on ``grid``, with
+        ``symmetry`` once under each of its elements.
+
+        Images may have another box and pixel size than the volume; what lies beyond either's Nyquist frequency is left
+        out.
+
+        Raises:
+            InputError: a value is not finite; nothing is added.
+        """
+        # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each. All that has
+        # to be known is asked for at once: a GPU is waited for once per call.
+        sums = [numerator.sum().abs(), weight.sum(), rotation.sum(), _stretch(rotation)]
+        *totals, stretch = torch.stack([value.double() for value in sums]).tolist()
+        for name, total in zip(("image", "weight", "pose"), totals, strict=True):
+            if not math.isfinite(total):
+                raise InputError(f"a {name} holds values that are not finite; look at its CTF, pose and noise spectrum")
+        # A hair less, so that no rounding carries a tap beyond the grid. Anisotropic magnification stretches slices.
+        radius = (0.5 - 1e-6) / stretch * min(grid.size, self.grid.size * grid.length / self.grid.length)
+        step = self.side / self.grid.size * self.grid.length / grid.length
+        kernels, polynomials = backend(weight.device), polynomials_on(weight.device)
+        for turned in (rotation,) if symmetry is None else (rotation @ element for element in symmetry):
+            kernels.insert(self.numerator, self.weight, numerator, weight, turned, polynomials, radius, step)
+
+    def merge(self, other: FourierStatistics) -> None:
+        """Adds the sums of other particles of the same kind.
+
+        Raises:
+            InputError: see `check_addable`.
+        """
+        self.check_addable(other, f"statistics of {other.particles} particles")
+        self.numerator.add_(other.numerator)
+        self.weight.add_(other.weight)
+        self.particles += other.particles
+        self.images = torch.cat([self.images, other.images[~torch.isin(other.images[:, 0], self.images[:, 0])]])
+        names = sorted([self.about.get("particles", ""), other.about.get("particles", "")])
+        self.about["particles"] = hashlib.sha256("+".join(names).encode()).hexdigest()[:16]
+
+    def check_addable(self, other: FourierStatistics, name: str) -> None:
+        """
+        Raises:
+            InputError: ``other`` differs in box, pixel size or symmetry, or has the same particles.
+        """
+        self._check(other.about, name, but={"particles"})
+        if other.about.get("particles") is not None and other.about["particles"] == self.about.get("particles"):
+            raise InputError(
+                f"{name}: sums of the same particles; adding them would count every particle twice, leave one out"
+            )
+
+    def _check(self, found: dict[str, str], name: str, but: set[str]) -> None:
+        for key in self.about.keys() - but:
+            if found.get(key) != self.about[key]:
+                raise InputError(
+                    f"{name}: made with another {key} ({found.get(key, 'not stated')}; expected {self.about[key]}); "
+                    "make them again with the same settings"
+                )
+
+    def save(self, path: Path) -> None:
+        """Writes the sums as safetensors, under a temporary name until they are complete."""
+        about = json.dumps({"particles": self.particles, "about": self.about})
+        sums = {"numerator": torch.view_as_real(self.numerator).cpu(), "weight": self.weight.cpu()}
+        write_tensors(path, {**sums, "images": self.images}, {"emsplat.statistics": about})
+
+    def load(self, path: Path, *, but: set[str] | None = None) -> None:
+        """Takes over saved sums.
+
+        Args:
+            path: What `save` wrote.
+            but: Names in ``about`` that need not agree; their values are taken over as well.
+
+        Raises:
+            InputError: damaged, not statistics of emsplat, or made with other settings.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                said = json.loads(file.metadata()["emsplat.statistics"])
+                found, particles = dict(said["about"]), int(said["particles"])
+                self._check(found, str(path), but or set())
+                numerator, weight = file.get_tensor("numerator"), file.get_tensor("weight")
+                images = _images_of(file)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
+        if numerator.shape != (*self.weight.shape, 2) or weight.shape != self.weight.shape:
+            raise InputError(f"{path}: sums of {tuple(weight.shape)}; expected {tuple(self.weight.shape)}")
+        torch.view_as_real(self.numerator).copy_(numerator)
+        self.weight.copy_(weight)
+        self.particles, self.about, self.images = particles, found, images
+
+    def equations(self) -> NormalEquations:
+        """b and K, with the window divided out."""
+        size = self.grid.size
+        linear = centre(synthesis(self.numerator), size)
+        kernel = centre(synthesis(self.weight), kernel_size(size))
+        for volume in (linear, kernel):
+            axis = np.arange(len(volume)) - len(volume) // 2
+            factor = 1 / window_transform(axis / self.side)
+            if volume is kernel:
+                lag = torch.from_numpy(np.abs(axis) / size).float()
+                factor *= 0.5 + 0.5 * torch.cos(torch.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
+            factor = factor.to(volume.device)
+            for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
+                volume *= factor.reshape(shape)
+        return NormalEquations(self.grid, linear, kernel, self.particles)
+
+
+def _stretch(rotation: Float[Tensor, "p 3 3"]) -> Float[Tensor, ""]:
+    """The largest factor by which the first two rows stretch a frequency of an image; 1 for rotations, which no further
+    rotation of the object changes."""
+    x, y = rotation[:, 0], rotation[:, 1]
+    xx, xy, yy = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
+    largest = 0.5 * (xx + yy) + torch.hypot(0.5 * (xx - yy), xy)  # eigenvalue of the rows' inner products
+    return largest.max().sqrt().clamp(min=1.0)
+
+
+def fingerprint(stack: ParticleStack) -> str:
+    """A short name of a list of particles with all that enters their sums but the grey values."""
+    table, rows = stack.table, stack.rows
+    digest = hashlib.sha256("\n".join(path.name for path in table.stacks).encode())
+    poses, optics = table.poses[rows], table.optics[rows]
+    columns = [table.stack[rows], table.image[rows], poses.rotation, poses.shift]
+    columns += [getattr(optics, f.name) for f in fields(Optics) if f.name != "aberrations"]
+    if (aberrations := optics.aberrations) is not None:
+        columns += [aberrations.magnification, aberrations.odd, aberrations.even]
+    for column in [column for column in columns if column is not None]:
+        digest.update(column.contiguous().numpy().tobytes())
+    digest.update(f"{stack.sign} {stack.diameter}".encode())
+    return digest.hexdigest()[:16]
+
+
+def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
+    """Empty sums for a stack, on its own grid or another, where its images come."""
+    elements = hashlib.sha256(stack.symmetry.numpy().round(6).tobytes()).hexdigest()[:8]
+    about = {"symmetry": f"{len(stack.symmetry)} elements, {elements}", "particles": fingerprint(stack)}
+    return FourierStatistics(grid or stack.grid, about, stack.device, image_marks(stack.table.take(stack.rows)))
+
+
+def held_images(path: Path) -> Int[Tensor, "i 3"]:
+    """Which images saved sums hold (`copies.image_marks`); none where an earlier version did not say.
+
+    Raises:
+        InputError: not statistics of emsplat, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _images_of(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
+
+
+def _images_of(file: Any) -> Int[Tensor, "i 3"]:
+    """Which images an open file of sums holds; earlier versions knew them by the paths of their stacks alone."""
+    if "images" not in file.keys():  # noqa: SIM118
+        return torch.zeros(0, 3, dtype=torch.int64)
+    images: Tensor = file.get_tensor("images")
+    if images.dtype != torch.int64 or images.shape[1:] not in ((), (3,)):
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}")
+    return images if images.dim() == 2 else torch.nn.functional.pad(images[:, None], (0, 2))
+
+
+def accumulate(
+    statistics: FourierStatistics, stack: ParticleStack, noise: Float[Tensor, "o s"]
+) -> Iterator[FourierStatistics]:
+    """Adds a stack's particles, each under every element of the symmetry, and yields after each batch.
+
+    Goes on where the sums left off (``statistics.particles``). ``noise`` is `estimate_noise` of the stack.
+
+    Raises:
+        InputError: an image, CTF or pose is not finite.
+    """
+    if statistics.particles >= len(stack):
+        return
+    grid = stack.grid
+    device = statistics.weight.device
+    shells = shell_index(grid.size, device=device)
+    precision = (shells <= grid.size // 2) / noise[:, shells.clamp(max=grid.size // 2)] / grid.size**2
+    rest = torch.arange(statistics.particles, len(stack))
+    symmetry = stack.symmetry.float().to(device)
+    size = _BATCH if device.type == "cpu" else min(_BATCH_GPU, max(1, _PIXELS_GPU // grid.size**2))
+    for batch in stack.take(rest).sequential(size):
+        seen = observe(batch, grid)
+        weighted = seen.transfer * precision[batch.optics_group]
+        if batch.share is not None:
+            weighted.mul_(batch.share[:, None, None])
+        numerator = seen.spectrum.mul_(weighted)
+        weight = weighted.mul_(seen.transfer)
+        statistics.insert(numerator, weight, in_image(batch.poses.rotation, batch.optics), grid, symmetry)
+        statistics.particles += len(batch)
+        yield statistics
+
+
+def equations_of(stack: ParticleStack, size: int | None = None) -> NormalEquations:
+    """The normal equations of a stack in one go; ``size`` < box gives the same box length at a coarser pixel."""
+    grid = stack.grid if size is None else Grid(size, stack.grid.length / size)
+    parts = []
+    for part in stack.parts():
+        statistics = begin(part, grid)
+        for _ in accumulate(statistics, part, estimate_noise(part)):
+            pass
+        parts.append(statistics.equations())
+    return combined(parts)
