@@ -16,7 +16,7 @@ from emsplat.fit import Plan, State, fit
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_particles_star
 from emsplat.kernels import reference
-from emsplat.model import Bounds, GaussianField, inverse_softplus
+from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
 from emsplat.objective import ImageObjective
 from emsplat.particles import open_particles
 from emsplat.project import project

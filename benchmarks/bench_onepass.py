@@ -18,7 +18,8 @@ from common import save
 from emsplat.accumulate import accumulate, begin, equations_of
 from emsplat.config import ReconstructConfig, SimulateConfig
 from emsplat.fit import Plan, State, fit
-from emsplat.model import Bounds, from_map
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import from_map
 from emsplat.objective import VolumeObjective
 from emsplat.particles import estimate_noise, open_particles
 from emsplat.progress import Log

@@ -35,7 +35,8 @@ from emsplat.fourier import irfft, rfft, shift_phase
 from emsplat.io.particles import read_particles
 from emsplat.io.relion import write_particles_star
 from emsplat.kernels import backend
-from emsplat.model import Bounds, from_gaussians, from_map
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import from_gaussians, from_map
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.particles import ImageFiles, ParticleStack, estimate_noise, open_particles
 from emsplat.progress import Log
@@ -294,7 +295,9 @@ def scene(folder, count, grid, device):
     table = read_particles(star, need_stacks=False)
     mixture = globule(20_000, grid, 0.01 * grid.size)
     Scene.mixture = Gaussians(*(t.to(device) for t in (mixture.mean, mixture.covariance, mixture.amplitude)))
-    return star, Scene(table, ImageFiles(table), grid, device=device)
+    rows, identity = torch.arange(count), torch.eye(3, dtype=torch.float64)[None]
+    kinds = {"grids": (grid,), "disk": (grid,), "rows": rows, "symmetry": identity, "diameter": 0.9 * grid.length}
+    return star, Scene(table, ImageFiles(table), grid, **kinds, device=device)
 
 
 def volume_fit(bench):
@@ -328,7 +331,7 @@ def volume_fit(bench):
     memory = bench.peak(converge)
     seconds, state = took[-1]
     with torch.no_grad():
-        found, truth = voxelize(state.model(), grid), voxelize(Scene.mixture, grid)
+        found, truth = voxelize(state.model.gaussians(), grid), voxelize(Scene.mixture, grid)
     bench.report(
         what="volume fit",
         box=size,

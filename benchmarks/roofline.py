@@ -92,7 +92,7 @@ def compiled(kernel, capability: int, **constants: int):
     from triton.compiler import ASTSource
 
     numbers = dict.fromkeys(("scale", "cutoff", "radius", "step"), "fp32")
-    counts = dict.fromkeys(("images", "gaussians", "parts", "per_program", "size", "box", "side"), "i32")
+    counts = dict.fromkeys(("images", "gaussians", "parts", "per_program", "apart", "size", "box", "side"), "i32")
     kinds = {name: (numbers | counts).get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
     options = {"num_warps": 1, "enable_fp_fusion": True}

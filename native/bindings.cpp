@@ -2,15 +2,21 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/complex.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
 #include <complex>
+#include <exception>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels.hpp"
@@ -40,17 +46,31 @@ const Kernels<float>& kernels() { return chosen->single; }
 template <>
 const Kernels<double>& kernels() { return chosen->twice; }
 
-// Runs work(task) for every task, each exactly once, on up to `threads` threads.
+// Runs work(task) for every task, each exactly once, on up to `threads` threads. The first exception of any of them ends
+// the work and is the caller's.
 template <class Work>
 void share(int tasks, int threads, Work&& work) {
     std::atomic<int> next{0};
-    auto loop = [&] {
-        for (int task = next++; task < tasks; task = next++) work(task);
+    std::exception_ptr failure;
+    std::once_flag failed;
+    auto loop = [&]() noexcept {
+        try {
+            for (int task = next++; task < tasks; task = next++) work(task);
+        } catch (...) {
+            std::call_once(failed, [&] { failure = std::current_exception(); });
+            next = tasks;
+        }
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < std::min(tasks, threads); ++i) others.emplace_back(loop);
+    others.reserve(size_t(std::max(threads, 1)));
+    try {
+        for (int i = 1; i < std::min(tasks, threads); ++i) others.emplace_back(loop);
+    } catch (const std::system_error&) {
+        // The system gives no more threads: those that there are do the work.
+    }
     loop();
     for (auto& thread : others) thread.join();
+    if (failure) std::rethrow_exception(failure);
 }
 
 template <class T>
@@ -59,13 +79,54 @@ template <class T>
 using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Array3 = nb::ndarray<const T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Array4 = nb::ndarray<const T, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 template <class T, int N>
 using Result = nb::ndarray<nb::numpy, T, nb::ndim<N>, nb::c_contig>;
 
+// Numbers on their way to Python.
+template <class T>
+using Numbers = std::unique_ptr<std::vector<T>>;
+
+template <class T>
+Numbers<T> numbers(size_t count) {
+    return std::make_unique<std::vector<T>>(count);
+}
+
 template <class T, int N>
-Result<T, N> adopt(std::vector<T>* data, const size_t (&shape)[N]) {
-    nb::capsule owner(data, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-    return Result<T, N>(data->data(), N, shape, owner);
+Result<T, N> adopt(Numbers<T> data, const size_t (&shape)[N]) {
+    nb::capsule owner(data.get(), [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+    return Result<T, N>(data.release()->data(), N, shape, owner);
+}
+
+// A mixture as it comes: a row of 3, 9 and 1 numbers for each Gaussian.
+template <class T>
+struct Rows {
+    const T *mean, *covariance, *amplitude;
+    size_t count;
+};
+
+template <class T>
+Rows<T> rows(const Array2<T>& mean, const Array3<T>& covariance, const Array1<T>& amplitude) {
+    const size_t n = mean.shape(0);
+    if (mean.shape(1) != 3 || covariance.shape(0) != n || covariance.shape(1) != 3 || covariance.shape(2) != 3 ||
+        amplitude.shape(0) != n)
+        throw std::invalid_argument("expected mean (g, 3), covariance (g, 3, 3), amplitude (g)");
+    return {mean.data(), covariance.data(), amplitude.data(), n};
+}
+
+// The mixtures of all images, one behind the other.
+template <class T>
+std::vector<Rows<T>> rows_of_each(const Array3<T>& mean, const Array4<T>& covariance, const Array2<T>& amplitude,
+                                  size_t images) {
+    const size_t n = mean.shape(1);
+    if (mean.shape(0) != images || mean.shape(2) != 3 || covariance.shape(0) != images || covariance.shape(1) != n ||
+        covariance.shape(2) != 3 || covariance.shape(3) != 3 || amplitude.shape(0) != images || amplitude.shape(1) != n)
+        throw std::invalid_argument("expected mean (p, g, 3), covariance (p, g, 3, 3), amplitude (p, g)");
+    std::vector<Rows<T>> out;
+    for (size_t p = 0; p < images; ++p)
+        out.push_back({mean.data() + 3 * n * p, covariance.data() + 9 * n * p, amplitude.data() + n * p, n});
+    return out;
 }
 
 // The mixture as columns; symmetric parts of the covariance.
@@ -74,17 +135,12 @@ struct Columns {
     std::vector<T> data;
     Mixture<T> mixture;
 
-    Columns(const Array2<T>& mean, const Array3<T>& covariance, const Array1<T>& amplitude) {
-        const size_t n = mean.shape(0);
-        if (mean.shape(1) != 3 || covariance.shape(0) != n || covariance.shape(1) != 3 || covariance.shape(2) != 3 ||
-            amplitude.shape(0) != n)
-            throw std::invalid_argument("expected mean (g, 3), covariance (g, 3, 3), amplitude (g)");
-        data.resize(COLUMNS * n);
-        const T *m = mean.data(), *s = covariance.data(), *a = amplitude.data();
+    explicit Columns(const Rows<T>& rows) : data(COLUMNS * rows.count) {
+        const size_t n = rows.count;
         for (size_t j = 0; j < n; ++j) {
-            const T* c = s + 9 * j;
-            const T row[COLUMNS] = {m[3 * j], m[3 * j + 1], m[3 * j + 2], c[0], (c[1] + c[3]) / 2, (c[2] + c[6]) / 2,
-                                    c[4], (c[5] + c[7]) / 2, c[8], a[j]};
+            const T *m = rows.mean + 3 * j, *c = rows.covariance + 9 * j;
+            const T row[COLUMNS] = {m[0], m[1], m[2], c[0], (c[1] + c[3]) / 2, (c[2] + c[6]) / 2,
+                                    c[4], (c[5] + c[7]) / 2, c[8], rows.amplitude[j]};
             for (int k = 0; k < COLUMNS; ++k) data[k * n + j] = row[k];
         }
         for (int k = 0; k < COLUMNS; ++k) mixture.column[k] = data.data() + k * n;
@@ -100,14 +156,22 @@ std::vector<T> padded(const T* source, size_t rows, size_t size, size_t stride) 
     return out;
 }
 
-// Gradient columns back to (mean, covariance, amplitude) in one array of 13 numbers per Gaussian.
 template <class T>
-std::vector<T>* gather(const std::vector<T>& columns, size_t n) {
-    auto* out = new std::vector<T>(13 * n);
+struct GradientColumns {
+    std::vector<T> data;
+    T* column[COLUMNS];
+
+    explicit GradientColumns(size_t count) : data(COLUMNS * count) {
+        for (int k = 0; k < COLUMNS; ++k) column[k] = data.data() + k * count;
+    }
+};
+
+// Gradient columns of Gaussians [first, last) back to (mean, covariance, amplitude), 13 numbers per Gaussian.
+template <class T>
+void gather(T* const* columns, size_t first, size_t last, T* out) {
     static const int order[13] = {MX, MY, MZ, SXX, SXY, SXZ, SXY, SYY, SYZ, SXZ, SYZ, SZZ, AMPLITUDE};
-    for (size_t j = 0; j < n; ++j)
-        for (int k = 0; k < 13; ++k) (*out)[13 * j + k] = columns[order[k] * n + j];
-    return out;
+    for (size_t j = first; j < last; ++j)
+        for (int k = 0; k < 13; ++k) out[13 * j + k] = columns[order[k]][j];
 }
 
 // Gaussians per task of a backward pass: does not depend on the number of threads, so neither does any sum.
@@ -124,73 +188,126 @@ std::vector<View<T>> views(const Array3<T>& rotation, const Array2<T>& shift, in
     return out;
 }
 
+// Draws rows [row0, row1) of an image of size x size pixels.
+template <class T>
+void draw(const Mixture<T>& mixture, const View<T>& view, int row0, int row1, T* image) {
+    const int size = view.size, stride = size + kernels<T>().lanes;
+    std::vector<T> band(size_t(row1 - row0) * stride);
+    kernels<T>().project(mixture, view, band.data(), stride, row0, row1);
+    for (int row = row0; row < row1; ++row)
+        std::copy_n(band.data() + size_t(row - row0) * stride, size, image + size_t(row) * size);
+}
+
 template <class T>
 Result<T, 3> project(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude, Array3<T> rotation, Array2<T> shift,
                      int size, double pixel_size, double cutoff, int threads) {
     const auto view = views<T>(rotation, shift, size, pixel_size, cutoff);
-    const size_t images = view.size();
-    auto* out = new std::vector<T>(images * size * size);
+    const auto given = rows(mean, covariance, amplitude);
+    const size_t images = view.size(), area = size_t(size) * size;
+    auto out = numbers<T>(images * area);
     {
         nb::gil_scoped_release unlocked;
-        const Columns<T> g(mean, covariance, amplitude);
-        const int stride = size + kernels<T>().lanes;
+        const Columns<T> g(given);
         const int bands = images >= size_t(threads) ? 1 : int((threads + images - 1) / std::max<size_t>(images, 1));
         share(int(images) * bands, threads, [&](int task) {
             const int p = task / bands, band = task % bands;
-            const int row0 = size * band / bands, row1 = size * (band + 1) / bands;
-            std::vector<T> image(size_t(row1 - row0) * stride);
-            kernels<T>().project(g.mixture, view[p], image.data(), stride, row0, row1);
-            for (int row = row0; row < row1; ++row)
-                std::copy_n(image.data() + size_t(row - row0) * stride, size,
-                            out->data() + (size_t(p) * size + row) * size);
+            draw(g.mixture, view[p], size * band / bands, size * (band + 1) / bands, out->data() + p * area);
         });
     }
     const size_t shape[3] = {images, size_t(size), size_t(size)};
-    return adopt<T, 3>(out, shape);
+    return adopt<T, 3>(std::move(out), shape);
 }
 
 template <class T>
-nb::tuple project_gradient(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude, Array3<T> rotation,
+Result<T, 3> project_each(Array3<T> mean, Array4<T> covariance, Array2<T> amplitude, Array3<T> rotation,
+                          Array2<T> shift, int size, double pixel_size, double cutoff, int threads) {
+    const auto view = views<T>(rotation, shift, size, pixel_size, cutoff);
+    const size_t images = view.size(), area = size_t(size) * size;
+    const auto given = rows_of_each(mean, covariance, amplitude, images);
+    auto out = numbers<T>(images * area);
+    {
+        nb::gil_scoped_release unlocked;
+        share(int(images), threads, [&](int p) {
+            const Columns<T> g(given[p]);
+            draw(g.mixture, view[p], 0, size, out->data() + p * area);
+        });
+    }
+    const size_t shape[3] = {images, size_t(size), size_t(size)};
+    return adopt<T, 3>(std::move(out), shape);
+}
+
+template <class T>
+void require_upstream(const Array3<T>& upstream, size_t images) {
+    if (upstream.shape(0) != images || upstream.shape(1) != upstream.shape(2))
+        throw std::invalid_argument("expected an upstream gradient (p, size, size)");
+}
+
+template <class T>
+std::pair<Result<T, 2>, Result<T, 2>> project_gradient(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude, Array3<T> rotation,
                            Array2<T> shift, Array3<T> upstream, double pixel_size, double cutoff, bool with_pose,
                            int threads) {
     const int size = int(upstream.shape(1));
     const auto view = views<T>(rotation, shift, size, pixel_size, cutoff);
-    const size_t images = view.size(), n = mean.shape(0);
-    if (upstream.shape(0) != images || upstream.shape(2) != size_t(size))
-        throw std::invalid_argument("expected an upstream gradient (p, size, size)");
-    std::vector<T>* gathered = nullptr;
-    auto* poses = new std::vector<T>(images * POSE_COLUMNS);
+    const auto given = rows(mean, covariance, amplitude);
+    const size_t images = view.size(), n = given.count;
+    require_upstream(upstream, images);
+    auto gathered = numbers<T>(13 * n), poses = numbers<T>(images * POSE_COLUMNS);
     {
         nb::gil_scoped_release unlocked;
-        const Columns<T> g(mean, covariance, amplitude);
+        const Columns<T> g(given);
         const int stride = size + kernels<T>().lanes;
         const auto images_padded = padded(upstream.data(), images * size, size, stride);
-        std::vector<T> gradient(COLUMNS * n);
-        T* columns[COLUMNS];
-        for (int k = 0; k < COLUMNS; ++k) columns[k] = gradient.data() + k * n;
         const int chunk = chunk_of(int(n)), tasks = (int(n) + chunk - 1) / chunk;
+        GradientColumns<T> gradient(n);
         std::vector<T> partial(with_pose ? size_t(tasks) * images * POSE_COLUMNS : 0);
         share(tasks, threads, [&](int task) {
             const int first = task * chunk, last = std::min(first + chunk, int(n));
             for (size_t p = 0; p < images; ++p)
                 kernels<T>().project_gradient(
-                    g.mixture, view[p], images_padded.data() + p * size * stride, stride, first, last, columns,
+                    g.mixture, view[p], images_padded.data() + p * size * stride, stride, first, last, gradient.column,
                     with_pose ? partial.data() + (size_t(task) * images + p) * POSE_COLUMNS : nullptr);
+            gather(gradient.column, first, last, gathered->data());
         });
         for (size_t i = 0; i < partial.size(); ++i) (*poses)[i % poses->size()] += partial[i];
-        gathered = gather(gradient, n);
     }
     const size_t shape[2] = {n, 13}, pose_shape[2] = {images, POSE_COLUMNS};
-    return nb::make_tuple(adopt<T, 2>(gathered, shape), adopt<T, 2>(poses, pose_shape));
+    return std::make_pair(adopt<T, 2>(std::move(gathered), shape), adopt<T, 2>(std::move(poses), pose_shape));
+}
+
+template <class T>
+std::pair<Result<T, 3>, Result<T, 2>> project_each_gradient(Array3<T> mean, Array4<T> covariance, Array2<T> amplitude, Array3<T> rotation,
+                                Array2<T> shift, Array3<T> upstream, double pixel_size, double cutoff, bool with_pose,
+                                int threads) {
+    const int size = int(upstream.shape(1));
+    const auto view = views<T>(rotation, shift, size, pixel_size, cutoff);
+    const size_t images = view.size(), n = mean.shape(1);
+    const auto given = rows_of_each(mean, covariance, amplitude, images);
+    require_upstream(upstream, images);
+    auto gathered = numbers<T>(images * 13 * n), poses = numbers<T>(images * POSE_COLUMNS);
+    {
+        nb::gil_scoped_release unlocked;
+        const int stride = size + kernels<T>().lanes;
+        share(int(images), threads, [&](int p) {
+            const Columns<T> g(given[p]);
+            const auto image = padded(upstream.data() + size_t(p) * size * size, size, size, stride);
+            GradientColumns<T> gradient(n);
+            kernels<T>().project_gradient(g.mixture, view[p], image.data(), stride, 0, int(n), gradient.column,
+                                          with_pose ? poses->data() + size_t(p) * POSE_COLUMNS : nullptr);
+            gather(gradient.column, 0, n, gathered->data() + size_t(p) * 13 * n);
+        });
+    }
+    const size_t shape[3] = {images, n, 13}, pose_shape[2] = {images, POSE_COLUMNS};
+    return std::make_pair(adopt<T, 3>(std::move(gathered), shape), adopt<T, 2>(std::move(poses), pose_shape));
 }
 
 template <class T>
 Result<T, 3> voxelize(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude, int size, double pixel_size,
                       double cutoff, int threads) {
-    auto* out = new std::vector<T>(size_t(size) * size * size);
+    const auto given = rows(mean, covariance, amplitude);
+    auto out = numbers<T>(size_t(size) * size * size);
     {
         nb::gil_scoped_release unlocked;
-        const Columns<T> g(mean, covariance, amplitude);
+        const Columns<T> g(given);
         const int stride = size + kernels<T>().lanes, slab = 4;
         share((size + slab - 1) / slab, threads, [&](int task) {
             const int z0 = task * slab, z1 = std::min(z0 + slab, size);
@@ -201,34 +318,34 @@ Result<T, 3> voxelize(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude,
         });
     }
     const size_t shape[3] = {size_t(size), size_t(size), size_t(size)};
-    return adopt<T, 3>(out, shape);
+    return adopt<T, 3>(std::move(out), shape);
 }
 
 template <class T>
 Result<T, 2> voxelize_gradient(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude, Array3<T> upstream,
                                double pixel_size, double cutoff, int threads) {
     const int size = int(upstream.shape(0));
-    const size_t n = mean.shape(0);
+    const auto given = rows(mean, covariance, amplitude);
+    const size_t n = given.count;
     if (upstream.shape(1) != size_t(size) || upstream.shape(2) != size_t(size))
         throw std::invalid_argument("expected an upstream gradient (size, size, size)");
-    std::vector<T>* gathered = nullptr;
+    auto gathered = numbers<T>(13 * n);
     {
         nb::gil_scoped_release unlocked;
-        const Columns<T> g(mean, covariance, amplitude);
+        const Columns<T> g(given);
         const int stride = size + kernels<T>().lanes;
         const auto volume = padded(upstream.data(), size_t(size) * size, size, stride);
-        std::vector<T> gradient(COLUMNS * n);
-        T* columns[COLUMNS];
-        for (int k = 0; k < COLUMNS; ++k) columns[k] = gradient.data() + k * n;
+        GradientColumns<T> gradient(n);
         const int chunk = chunk_of(int(n)), tasks = (int(n) + chunk - 1) / chunk;
         share(tasks, threads, [&](int task) {
-            kernels<T>().voxelize_gradient(g.mixture, T(pixel_size), size, T(cutoff), volume.data(), stride,
-                                           task * chunk, std::min((task + 1) * chunk, int(n)), columns);
+            const int first = task * chunk, last = std::min(first + chunk, int(n));
+            kernels<T>().voxelize_gradient(g.mixture, T(pixel_size), size, T(cutoff), volume.data(), stride, first,
+                                           last, gradient.column);
+            gather(gradient.column, first, last, gathered->data());
         });
-        gathered = gather(gradient, n);
     }
     const size_t shape[2] = {n, 13};
-    return adopt<T, 2>(gathered, shape);
+    return adopt<T, 2>(std::move(gathered), shape);
 }
 
 using Slots = nb::ndarray<std::complex<float>, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -260,10 +377,19 @@ void insert(Slots numerator, Weights weight, Spectra values, Array3<float> weigh
 
 template <class T>
 void bind(nb::module_& m) {
-    m.def("project", &project<T>);
-    m.def("project_gradient", &project_gradient<T>);
-    m.def("voxelize", &voxelize<T>);
-    m.def("voxelize_gradient", &voxelize_gradient<T>);
+    using nb::literals::operator""_a;
+    m.def("project", &project<T>, "mean"_a, "covariance"_a, "amplitude"_a, "rotation"_a, "shift"_a, "size"_a,
+          "pixel_size"_a, "cutoff"_a, "threads"_a);
+    m.def("project_each", &project_each<T>, "mean"_a, "covariance"_a, "amplitude"_a, "rotation"_a, "shift"_a, "size"_a,
+          "pixel_size"_a, "cutoff"_a, "threads"_a);
+    m.def("project_gradient", &project_gradient<T>, "mean"_a, "covariance"_a, "amplitude"_a, "rotation"_a, "shift"_a,
+          "upstream"_a, "pixel_size"_a, "cutoff"_a, "with_pose"_a, "threads"_a);
+    m.def("project_each_gradient", &project_each_gradient<T>, "mean"_a, "covariance"_a, "amplitude"_a, "rotation"_a,
+          "shift"_a, "upstream"_a, "pixel_size"_a, "cutoff"_a, "with_pose"_a, "threads"_a);
+    m.def("voxelize", &voxelize<T>, "mean"_a, "covariance"_a, "amplitude"_a, "size"_a, "pixel_size"_a, "cutoff"_a,
+          "threads"_a);
+    m.def("voxelize_gradient", &voxelize_gradient<T>, "mean"_a, "covariance"_a, "amplitude"_a, "upstream"_a,
+          "pixel_size"_a, "cutoff"_a, "threads"_a);
 }
 
 }  // namespace
@@ -272,19 +398,24 @@ NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of emsplat; see emsplat.kernels.cpu";
     bind<float>(m);
     bind<double>(m);
-    m.def("insert", &insert);
+    using nb::literals::operator""_a;
+    m.def("insert", &insert, "numerator"_a, "weight"_a, "values"_a, "weights"_a, "rotation"_a, "polynomials"_a,
+          "radius"_a, "step"_a, "threads"_a);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const auto* set : available()) names.emplace_back(set->name);
         return names;
     });
     m.def("instruction_set", [] { return std::string(chosen->name); });
-    m.def("use_instruction_set", [](const std::string& name) {
-        for (const auto* set : available())
-            if (name == set->name) {
-                chosen = set;
-                return;
-            }
-        throw std::invalid_argument("this processor or build has no instruction set called " + name);
-    });
+    m.def(
+        "use_instruction_set",
+        [](const std::string& name) {
+            for (const auto* set : available())
+                if (name == set->name) {
+                    chosen = set;
+                    return;
+                }
+            throw std::invalid_argument("this processor or build has no instruction set called " + name);
+        },
+        "name"_a);
 }

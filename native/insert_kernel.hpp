@@ -4,6 +4,14 @@
 // itself to the 4 x 4 x 4 voxels around that point. A point with x < 0 is replaced by its Hermitian mirror. Planes of
 // constant z are what threads share: in one row of a slice z is linear in kx, so the pixels that touch a slab of planes
 // are an interval that need not be searched for.
+#pragma once
+
+#include <stddef.h>
+
+#include "kernels.hpp"
+
+namespace emsplat {
+namespace {  // as everything in splat_kernels.hpp
 
 typedef float quad __attribute__((vector_size(16)));
 typedef float eight __attribute__((vector_size(32)));
@@ -85,3 +93,6 @@ void insert(const Slices& slices, const HalfSpace& space, int z0, int z1) {
         }
     }
 }
+
+}  // namespace
+}  // namespace emsplat

@@ -11,6 +11,7 @@
 // never pick, for all processors, a copy that was compiled for one.
 #include <math.h>
 
+#include "insert_kernel.hpp"
 #include "kernels.hpp"
 
 namespace emsplat {
@@ -439,8 +440,6 @@ void voxelize_gradient(const Mixture<T>& m, T pixel_size, int size, T cutoff, co
                     T(0.5) * w * scale2 * (pm[r][0] * p[0][q] + pm[r][1] * p[1][q] + pm[r][2] * p[2][q] - t0 * p[r][q]);
     }
 }
-
-#include "insert_kernel.hpp"
 
 template <class T>
 constexpr Kernels<T> table() {

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # Shapes in signatures are checked while the tests run.
-_CHECKED = ("assess", "ctf", "fourier", "geometry", "io", "kernels.reference", "model", "project")
+_CHECKED = ("assess", "ctf", "fourier", "geometry", "io", "kernels.reference", "models", "project")
 install_import_hook([f"emsplat.{name}" for name in _CHECKED], "beartype.beartype")
 
 settings.register_profile("emsplat", deadline=None, derandomize=True)

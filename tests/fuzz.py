@@ -51,7 +51,8 @@ from emsplat.io.mrc import StackFile, read_stored_map, write_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.relion import write_particles_star
-from emsplat.model import Bounds, ball
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import ball
 from emsplat.types import Grid, Optics, Poses
 
 COUNT = 3  # particles of a seed

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emsplat.accumulate import equations_of
-from emsplat.ctf import beam_tilt, ctf, ctf_at, observe, zernike, zernike_phase
+from emsplat.ctf import beam_tilt, ctf, ctf_at, in_image, observe, zernike, zernike_phase
 from emsplat.fourier import frequencies, irfft
 from emsplat.geometry import random_rotations
 from emsplat.io.mrc import writing_stack
@@ -90,6 +90,26 @@ def test_even_aberrations_and_magnification_in_the_ctf():
 def test_aberrations_of_a_perfect_image_change_nothing():
     none = Aberrations(torch.eye(2).double().repeat(3, 1, 1), torch.zeros(3, 6).double(), torch.zeros(3, 9).double())
     torch.testing.assert_close(ctf(optics(3, aberrations=none), GRID), ctf(optics(3), GRID), atol=1e-12, rtol=0)
+
+
+def test_magnification_acts_behind_the_pose():
+    """A turn of the particle comes first, then Mᵀ: points of the turned particle lie at Mᵀ times their places."""
+    turn, rotation = random_rotations(2, torch.Generator().manual_seed(4)).double()
+    points = values(20, 3, seed=6)
+    one = optics(1, aberrations=bend(1))
+    seen = in_image((turn @ rotation)[None], one)[0]
+    expected = (points @ rotation.T @ turn.T)[:, :2] @ MAGNIFICATION
+    torch.testing.assert_close((points @ seen.T)[:, :2], expected)
+    assert torch.equal(seen[2], (turn @ rotation)[2])
+    assert torch.equal(in_image(rotation[None], optics(1))[0], rotation)
+    torch.autograd.gradcheck(lambda matrix: in_image(matrix, one), rotation[None].requires_grad_())
+
+
+def test_poses_of_a_batch_are_rotations(tmp_path):
+    stack = write(tmp_path, bent=True, count=8)
+    batch = next(stack.sequential(8))
+    torch.testing.assert_close(batch.poses.rotation, stack.table.poses.rotation.float())
+    assert float((batch.optics.aberrations.magnification[0] - MAGNIFICATION).abs().max()) < 1e-6
 
 
 def mixture():

@@ -158,6 +158,10 @@ def test_reference(tmp_path):
     trusted[:2] = False
     off = (curves["emsplatCrossValidated"] - curves["emsplatReferenceMasked"])[trusted]
     assert float(off.abs().mean()) < 0.05
+    assert not measure(run, reference=tmp_path / "truth.mrc")[1]
+    write_map(tmp_path / "dark.mrc", -TRUTH, GRID.pixel_size)
+    _, (said,) = measure(run, reference=tmp_path / "dark.mrc")
+    assert "dark.mrc and run_class001.mrc have opposite contrast" in said
     (run / FULL_MAP).unlink()
     with pytest.raises(InputError, match=r"run_class001.mrc is missing"):
         measure(run, reference=tmp_path / "truth.mrc")
@@ -305,6 +309,16 @@ def test_masks_and_references_whose_headers_put_them_elsewhere_are_told(tmp_path
         put(run / name, nxstart=2)
     put(tmp_path / "truth.mrc", origin=(2 * GRID.pixel_size, 0.0, 0.0))
     assert not measure(run, **options)[1]
+
+
+def test_an_inverted_mask_is_asked_about(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_map(tmp_path / "negative.mrc", -MASK, GRID.pixel_size)
+    with pytest.raises(InputError, match=r"values from -1 to 0; expected 0 to 1; is it inverted"):
+        measure(run, mask=tmp_path / "negative.mrc")
+    write_map(tmp_path / "outside.mrc", 1 - MASK, GRID.pixel_size)
+    _, warnings = measure(run, mask=tmp_path / "outside.mrc")
+    assert any("is it inverted (0 on the particle)?" in text for text in warnings)
 
 
 def test_a_model_as_reference(tmp_path):

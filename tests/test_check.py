@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gemmi import cif
+from numpy.lib.recfunctions import repack_fields
 
 from emsplat.cli import main
-from emsplat.io.relion import rewrite_star
+from emsplat.io.cryosparc import write_cs
+from emsplat.io.relion import read_star, rewrite_star
 
 ITEMS = {"particles", "half-sets", "voltage", "pixel size", "defocus", "shifts", "orientations", "images"}
 
@@ -108,6 +110,31 @@ def test_missing_stacks_and_the_folder_that_would_help(particles, tmp_path, caps
     folder = tmp_path / "star" / "images"
     assert f"--datadir {folder} would find it" in items["images"]["text"]
     assert run(capsys, star, "--datadir", folder)[0] == 0
+
+
+def test_fields_from_a_passthrough_file_are_a_note(particles, tmp_path, capsys):
+    """Said once, in the run, its summary and the check, where it is no reason for a look."""
+    table = read_star(particles)
+    write_cs(tmp_path / "whole.cs", table, table.half)
+    whole = np.load(tmp_path / "whole.cs")
+    (tmp_path / "whole.cs").unlink()
+    names = whole.dtype.names
+    passed = ["uid", *(name for name in names if name.startswith("ctf/"))]
+    kept = [name for name in names if name not in passed[1:]]
+    for name, chosen in (("J1.cs", kept), ("J1_passthrough_particles.cs", passed)):
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, repack_fields(whole[chosen]))
+    code, _, items = run(capsys, tmp_path / "J1.cs")
+    note = f"{tmp_path / 'J1.cs'}: fields that it lacks are taken from {tmp_path / 'J1_passthrough_particles.cs'}"
+    assert code == 0
+    assert items["metadata"] == {"name": "metadata", "verdict": "ok", "text": note}
+    assert main(["backproject", str(tmp_path / "J1.cs"), "-o", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert said.count(note) == 1
+    assert f"\n  {note}\n" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["notes"] == [note]
+    assert note not in summary["warnings"]
 
 
 def test_metadata_only(particles, tmp_path, capsys):

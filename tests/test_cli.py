@@ -68,10 +68,13 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     words = ["--mask", str(truth), "-o", str(tmp_path / "fsc.star")]
     assert main(["fsc", str(truth), str(truth)]) == 0
     printed = capsys.readouterr().out
-    assert "FSC 0.143 unmasked: better than 8.00 Å, the limit of the pixel size: it never falls" in printed
+    assert "FSC 0.143 unmasked: 8.00 Å or finer, the limit of the pixel size: the curve never falls to 0.143" in printed
     assert "last shell before the drop" not in printed
     assert "are the same map" in printed
-    assert "cryoDRGN's rule (other shells, last crossing; not comparable): 8.00 Å or finer" in printed
+    assert (
+        "cryoDRGN's rule (other shells, last crossing; not comparable): 8.00 Å or finer, the limit of the pixel size\n"
+        in printed
+    )
     assert "mean over shells 1 to 16, unmasked: 1.0000" in printed
     assert "shell" in printed
     assert main(["fsc", str(truth), str(truth), *words]) == 2  # a density is no mask: values outside 0 to 1

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from emsplat.accumulate import equations_of
+from emsplat.accumulate import begin, equations_of, held_images
 from emsplat.assess.fsc import fsc_curve
 from emsplat.cli import main
 from emsplat.config import ChoiceConfig, InputConfig, PreprocessConfig, SimulateConfig, SourceConfig
-from emsplat.copies import copies, draw_halves, image_numbers, linked, mixed_classes, settle_halves
+from emsplat.copies import (
+    _places,
+    copies,
+    draw_halves,
+    image_marks,
+    image_numbers,
+    linked,
+    marks_in,
+    mixed_classes,
+    settle_halves,
+    shares,
+)
 from emsplat.errors import InputError
 from emsplat.geometry import axis_rotation, matrix_to_euler, random_rotations, symmetry_group
 from emsplat.inputs import open_stack, read_table
@@ -28,7 +40,7 @@ from emsplat.preprocess import preprocess
 from emsplat.progress import Log
 from emsplat.reconstruct import backproject
 from emsplat.simulate import simulate
-from emsplat.types import Gaussians, Grid
+from emsplat.types import Gaussians, Grid, Poses
 
 GRID = Grid(16, 4.0)
 IMAGES = 24
@@ -139,6 +151,93 @@ def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_pat
     assert copies(read_table(ChoiceConfig(merge=(other,)), counted), "C1").crossing == 0
 
 
+def restacked(tmp_path, stack, poses, count=8):
+    """Two .cs files with the same particles in two stacks, by uid."""
+    shutil.copy(stack, tmp_path / "restacked.mrcs")
+    files = []
+    for name, file in (("a", stack), ("b", tmp_path / "restacked.mrcs")):
+        table = read_star(star(tmp_path / f"{name}.star", file, range(count), poses[:count]))
+        files.append(tmp_path / f"{name}.cs")
+        write_cs(files[-1], replace(table, uid=torch.arange(count) + 2**60), None)
+    return files
+
+
+def test_a_particle_in_two_stacks_counts_once(stack, poses, tmp_path, capsys):
+    one, two = restacked(tmp_path, stack, poses)
+    table = read_table(ChoiceConfig(merge=(two,)), one)
+    found = copies(table, "C1")
+    assert (found.images, found.rows, found.again) == (16, 0, 8)
+    assert found.text == (
+        "8 images show a particle that an earlier row shows in another image (by uid or rlnImageOriginalName; "
+        "8 different particles)"
+    )
+    assert open_stack(SourceConfig(merge=(two,)), one).share.tolist() == [0.5] * 16
+    unique = read_table(ChoiceConfig(merge=(two,), unique=True), one)
+    assert (unique.source.tolist(), unique.row.tolist(), unique.left_out) == ([0] * 8, list(range(8)), 8)
+    assert main(["check", str(one), "--merge", str(two), "--metadata-only"]) == 1
+    assert "look  repeated images: 8 images show a particle that an earlier row shows" in capsys.readouterr().out
+    # Both in one file, with its own images beside them.
+    rows = [*range(10), 0, 9]
+    particle = torch.tensor(rows) % 4
+    names = [f"{number + 1:06d}@Extract/x.mrcs" for number in particle.tolist()]
+    path = star(tmp_path / "c.star", stack, rows, poses[particle], ImageOriginalName=names)
+    found = copies(read_star(path), "C1")
+    assert (found.images, found.rows, found.again) == (10, 2, 6)
+    assert read_table(ChoiceConfig(unique=True), path).row.tolist() == [0, 1, 2, 3]
+
+
+def test_copies_in_both_halves_may_be_left_out_where_one_of_them_stays(stack, poses, tmp_path):
+    names = [f"{row // 2 + 1:06d}@Extract/x.mrcs" for row in range(8)]
+    halves = {"ImageOriginalName": names, "RandomSubset": [1, 2] * 4}
+    alike = star(tmp_path / "a.star", stack, range(8), poses[torch.arange(8) // 2], **halves)
+    with pytest.raises(InputError, match=r"a particle .*--redraw-halves, or keep the first row of each with --unique"):
+        settle_halves(read_star(alike), 0)
+    assert settle_halves(read_table(ChoiceConfig(unique=True), alike), 0).tolist() == [1] * 4
+    turned = star(tmp_path / "b.star", stack, range(8), poses[:8], **halves)
+    with pytest.raises(InputError, match=r"--redraw-halves$"):
+        settle_halves(read_star(turned), 0)
+
+
+def test_subtracted_after_expansion_are_images_of_their_own(stack, poses, tmp_path):
+    """A part is left in each under another pose: they share noise and a half-set, not their weight."""
+    group = symmetry_group("D2")
+    turned = torch.cat([pose @ group for pose in poses[:6]])
+    names = [f"{row // 4 + 1}@Extract/x.mrcs" for row in range(24)]
+    path = star(tmp_path / "a.star", stack, range(24), turned, ImageOriginalName=names)
+    found = copies(read_star(path), "C1")
+    assert (found.images, found.rows, found.again, found.expansion) == (24, 0, 18, "D2")
+    assert found.text == (
+        "symmetry-expanded by D2: 6 particles in 24 rows, with images of their own (by uid or rlnImageOriginalName)"
+    )
+    particles = open_stack(SourceConfig(), path)
+    assert particles.share is None
+    assert torch.equal(particles.half, particles.half[torch.arange(24) // 4 * 4])
+    assert read_table(ChoiceConfig(unique=True), path).left_out == 0
+    # Where all poses are one by the symmetry that is asked for, so are they.
+    assert open_stack(SourceConfig(symmetry="D2"), path).share.tolist() == [0.25] * 24
+    assert read_table(ChoiceConfig(unique=True, symmetry="D2"), path).row.tolist() == list(range(0, 24, 4))
+    # One is left per particle by ordinary subtraction.
+    plain = star(tmp_path / "b.star", stack, range(6), poses[:6], ImageOriginalName=names[::4])
+    assert copies(read_star(plain), "C1").text == ""
+
+
+def test_marks_know_links_and_particles(stack, poses, tmp_path):
+    """As much of what an image is known by as another run, or another machine, can know."""
+    shutil.copy(stack, tmp_path / "one.mrcs")
+    os.link(tmp_path / "one.mrcs", tmp_path / "linked.mrcs")
+    one, linked_to = (
+        image_marks(read_star(star(tmp_path / f"{name}.star", tmp_path / f"{name}.mrcs", rows, poses[:4])))
+        for name, rows in (("one", range(4)), ("linked", range(2, 6)))
+    )
+    assert one.shape == (4, 3)
+    assert len(marks_in(one, linked_to)) == len(marks_in(linked_to, one)) == 2
+    first, second = (image_marks(read_table(ChoiceConfig(), path)) for path in restacked(tmp_path, stack, poses))
+    assert len(marks_in(first, second)) == 8
+    assert len(marks_in(one, first)) == 0
+    twice = image_marks(read_star(star(tmp_path / "t.star", stack, [0, 1, 0], poses[:3])))
+    assert len(twice) == 2
+
+
 def test_one_micrograph_however_its_name_is_spelled(stack, poses, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "there.mrc").touch()
@@ -153,6 +252,20 @@ def test_one_micrograph_however_its_name_is_spelled(stack, poses, tmp_path):
     table = read_table(ChoiceConfig(), star(tmp_path / "a.star", stack, range(6), poses[:6], MicrographName=names))
     assert table.micrograph.tolist() == [0, 0, 0, 0, 1, 1]
     assert table.micrograph_names == ("m/there.mrc", "m/gone.mrc")
+
+
+def test_micrographs_that_are_gone_go_by_the_end_of_their_names(stack, poses, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "there.mrc").touch()
+    first = ["/old/project/m/gone.mrc", "/other/project/m/gone.mrc", "/old/project/m/there.mrc", "am/gone.mrc"]
+    second = ["m/gone.mrc", "m/there.mrc", "gone.mrc", "project/m/gone.mrc"]
+    one = star(tmp_path / "a.star", stack, range(4), poses[:4], MicrographName=first)
+    two = star(tmp_path / "b.star", stack, range(4, 8), poses[4:8], MicrographName=second)
+    merged = read_table(ChoiceConfig(merge=(two,)), one)
+    assert merged.micrograph.tolist() == [0, 0, 1, 2, 0, 1, 3, 0]
+    assert merged.micrograph_names == ("m/gone.mrc", "m/there.mrc", "am/gone.mrc", "gone.mrc")
+    other_way = read_table(ChoiceConfig(merge=(one,)), two)
+    assert other_way.micrograph.tolist() == [0, 1, 2, 0, 0, 0, 1, 3]
 
 
 def test_coordinates_that_are_none_are_places_that_are_not_known(stack, poses, tmp_path):
@@ -189,7 +302,7 @@ def test_noise_in_both_halves_would_correlate(stack, poses, tmp_path):
     good = open_stack(SourceConfig(), path)
     assert parted(good) == 0
     bad = open_stack(SourceConfig(), path)
-    bad.half = torch.tensor([1, 2] * IMAGES)
+    bad = replace(bad, table=replace(bad.table, half=torch.tensor([1, 2] * IMAGES)))
 
     def likeness(particles):
         maps = [equations_of(particles.only(half)).solve() for half in (1, 2)]
@@ -219,8 +332,7 @@ def test_rows_without_a_half_follow_their_copies(stack, poses, tmp_path):
     for first, second in ((a, b), (b, a)):
         merged = open_stack(SourceConfig(merge=(second,)), first)
         assert parted(merged) == 0
-        said = merged.table.half > 0
-        assert torch.equal(merged.half[said], merged.table.half[said])
+        assert merged.half[~merged.table.drawn].tolist() == [1 + i % 2 for i in range(12)]
         assert [int((merged.half == half).sum()) for half in (1, 2)] == [13, 13]
 
 
@@ -237,10 +349,10 @@ def test_drawing_keeps_copies_and_places_together():
     assert half[::2].tolist() == half[1::2].tolist()
     assert int((half == 1).sum()) == 20
     place = torch.cat([torch.arange(20), torch.arange(20)])
-    half = draw_halves(alone, 0, torch.arange(40), [place])
+    half = draw_halves(alone, 0, torch.arange(40), place)
     assert half[:20].tolist() == half[20:].tolist()
     # Places that are the same of all mean nothing, nor do two stacks that stand for the micrographs of all.
-    assert sorted(torch.bincount(draw_halves(alone, 0, torch.arange(40), [alone])).tolist()) == [0, 20, 20]
+    assert sorted(torch.bincount(draw_halves(alone, 0, torch.arange(40), alone)).tolist()) == [0, 20, 20]
     half = draw_halves(torch.arange(40) // 20, 0)
     assert {tuple(half[part].unique().tolist()) for part in (slice(20), slice(20, 40))} == {(1, 2)}
 
@@ -290,6 +402,72 @@ def test_particles_picked_twice(stack, poses, tmp_path):
     assert copies(read_star(apart), "C1").close == 0
 
 
+def placed(table, x, y, micrograph=None):
+    """A table with the particles at these places (Å)."""
+    at = torch.stack([torch.as_tensor(x), torch.as_tensor(y)], 1).double()
+    own = torch.zeros(len(table), dtype=torch.int64) if micrograph is None else micrograph
+    return replace(
+        table, coordinates=at, micrograph_pixel_size=torch.ones(len(table)).double(), micrograph=own, half=None
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbours_are_those_within_twenty_angstroms(stack, poses, tmp_path, seed):
+    """Against all pairs."""
+    rng = torch.Generator().manual_seed(seed)
+    count = 200
+    table = read_star(
+        star(tmp_path / "p.star", tmp_path / "s.mrcs", range(count), poses[:1].expand(count, 3, 3)), need_stacks=False
+    )
+    micrograph = torch.randint(4, (count,), generator=rng)
+    at = 200 * torch.rand(count, 2, generator=rng).double()
+    at[0], at[1], micrograph[:2] = torch.tensor([500.0, 500.0]), torch.tensor([520.0, 500.0]), 0
+    table = placed(table, *at.T, micrograph)
+    half = 1 + torch.randint(2, (count,), generator=rng)
+    half[0], half[1] = 1, 2
+    near = (torch.cdist(at, at) <= 20) & (micrograph[:, None] == micrograph)
+    assert near[0, 1]
+    wanted = (near & (half[:, None] != half)).any(1)
+    assert copies(replace(table, half=half), "C1").close == int(wanted.sum())
+    reach = near
+    for _ in range(8):
+        reach = (reach.float() @ reach.float()) > 0
+    place = _places(table)
+    assert torch.equal(place[:, None] == place, reach)
+
+
+def test_a_crowd_in_one_place_ends(stack, poses, tmp_path):
+    """Dummy coordinates: all pairs of 20,000 would be 200,000,000."""
+    count = 20_000
+    table = read_star(star(tmp_path / "p.star", "s.mrcs", range(4), poses[:4]), need_stacks=False)
+    table = table.take(torch.arange(4).repeat(count // 4))
+    table = replace(table, image=torch.arange(count))
+    x = 1e-3 * torch.rand(count, generator=torch.Generator().manual_seed(0)).double()
+    x[-1] = 100.0
+    assert _places(placed(table, x, x)).tolist() == [0] * (count - 1) + [1]
+    assert copies(replace(placed(table, x, x), half=1 + torch.arange(count) % 2), "C1").close == count - 1
+
+
+def test_halves_that_part_neighbours_say_so(stack, poses, tmp_path, capsys):
+    """A chain of neighbours with more than a third of all is dealt out one by one."""
+    x = [15.0 * i for i in range(20)] + [1000.0, 2000, 3000, 4000]
+    columns = {"MicrographName": ["m.mrc"] * 24, "CoordinateX": x, "CoordinateY": [50] * 24}
+    path = star(tmp_path / "p.star", stack, range(24), poses, **columns)
+    table = read_star(path)
+    half = settle_halves(table, 0).tolist()
+    beside = sum(any(half[j] != half[i] for j in (i - 1, i + 1) if 0 <= j < 20) for i in range(20))
+    assert copies(replace(table, half=torch.tensor(half)), "C1").close == beside > 0
+    assert main(["check", str(path), "--metadata-only"]) == 1
+    said = f"look  repeated particles: {beside} particles lie within 20 Å of one of the other half-set"
+    assert said in capsys.readouterr().out
+    log = Log()
+    summary = backproject(InputConfig(), path, tmp_path / "run", log)
+    assert any(
+        text.startswith(f"{beside} particles lie within 20 Å") and "more than a third" in text for text in log.warnings
+    )
+    assert summary["input"]["close_to_other_half"] == beside
+
+
 def expanded(path, stack, poses, group, count=IMAGES, noise=0.0):
     """Every image under every element, its poses off by about ``noise`` degrees."""
     rng = np.random.default_rng(0)
@@ -300,7 +478,8 @@ def expanded(path, stack, poses, group, count=IMAGES, noise=0.0):
 
 
 @pytest.mark.parametrize(
-    ("symbol", "noise"), [("C2", 0.0), ("C7", 2.0), ("D2", 3.0), ("D3", 0.0), ("T", 1.0), ("I2", 2.0)]
+    ("symbol", "noise"),
+    [("C2", 0.0), ("C7", 2.0), ("D2", 3.0), ("D3", 0.0), ("T", 1.0), ("I2", 2.0), ("O", 4.0), ("I1", 4.0), ("C2", 9.0)],
 )
 def test_symmetry_expanded_sets_are_recognised(stack, poses, tmp_path, symbol, noise):
     path = expanded(tmp_path / "p.star", stack, poses, symmetry_group(symbol), 8, noise)
@@ -341,6 +520,34 @@ def test_expanded_sets_give_the_sums_of_the_symmetry(stack, poses, tmp_path):
             value = getattr(wanted, name)
             # The noise spectrum is that of 96 rows instead of 24 images: the same mean, summed in another order.
             torch.testing.assert_close(getattr(found, name), value, rtol=0, atol=1e-4 * float(value.abs().max()))
+
+
+def test_copies_of_an_expanded_set_that_were_refined_count_once(stack, poses, tmp_path):
+    """Local searches move a copy by up to 15°: still nearer to its own pose than to that of another element."""
+    group = symmetry_group("D2")
+    axes = torch.from_numpy(np.random.default_rng(1).normal(size=(96, 3)))
+    off = torch.from_numpy(np.stack([axis_rotation(axis, np.radians(13)) for axis in axes.numpy()]))
+    turned = torch.cat([pose @ group for pose in poses]) @ off
+    refined = read_star(star(tmp_path / "a.star", stack, np.repeat(range(24), 4), turned))
+    assert copies(refined, "C1").expansion == "D2"
+    assert shares(refined, group).tolist() == [0.25] * 96
+    assert shares(refined, group[:1]) is None
+    # So do two of a set without expansion only where they agree: neighbours of a helix would be lost otherwise.
+    turn = torch.from_numpy(axis_rotation([0.0, 0, 1], np.radians(22)))
+    helix = read_star(star(tmp_path / "b.star", stack, [*range(24)] * 2, torch.cat([poses, poses @ turn])))
+    assert copies(helix, "C1").expansion is None
+    assert shares(helix, group[:1]) is None
+
+
+def test_shares_of_an_image_with_many_poses_are_bounded(stack, poses, tmp_path):
+    """Each pose of few, and the rest as one."""
+    table = read_star(star(tmp_path / "p.star", "s.mrcs", [0] * 24, poses), need_stacks=False)
+    few = shares(table, torch.eye(3).double()[None])
+    assert few is None or float(few.sum()) <= 24
+    rotation = random_rotations(20_000, torch.Generator().manual_seed(3))
+    many = table.take(torch.zeros(20_000, dtype=torch.int64))
+    many = replace(many, poses=Poses(rotation, many.poses.shift))
+    assert float(shares(many, torch.eye(3).double()[None]).double().sum()) == pytest.approx(121, abs=1e-3)
 
 
 def test_copies_count_once(stack, poses, tmp_path):
@@ -497,3 +704,55 @@ def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path
     assert any("3 images" in text and "count twice" in text for text in log.warnings)
     with pytest.raises(InputError, match=r"half1, and .*half2, hold the same images"):
         backproject(add, other, tmp_path / "other")
+
+
+def test_added_sums_of_particles_in_another_stack_are_noticed(stack, poses, tmp_path):
+    one, two = restacked(tmp_path, stack, poses, 12)
+    backproject(InputConfig(keep_statistics=True), one, tmp_path / "one")
+    log = Log()
+    backproject(InputConfig(add_statistics=(tmp_path / "one",)), two, tmp_path / "same", log)
+    assert sum("6 images" in text and "count twice" in text for text in log.warnings) == 2
+    with pytest.raises(InputError, match=r"half1, and .*half2, hold the same images"):
+        backproject(
+            InputConfig(add_statistics=(tmp_path / "one",), redraw_halves=True, seed=1), two, tmp_path / "other"
+        )
+
+
+def test_sums_of_earlier_versions_know_their_images_by_path(stack, poses, tmp_path):
+    path = star(tmp_path / "a.star", stack, range(12), poses[:12])
+    sums = begin(open_stack(SourceConfig(), path))
+    marks = sums.images
+    sums.images = marks[:, 0].contiguous()
+    sums.save(tmp_path / "old.safetensors")
+    assert len(marks_in(held_images(tmp_path / "old.safetensors"), marks)) == 12
+    sums.load(tmp_path / "old.safetensors")
+    assert sums.images.shape == (12, 3)
+    sums.images = marks[:, :2].contiguous()
+    sums.save(tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match="not statistics of emsplat, or damaged"):
+        held_images(tmp_path / "bad.safetensors")
+
+
+def test_an_empty_list_of_rows_is_refused_in_our_words(stack, poses, tmp_path):
+    path = star(tmp_path / "a.star", stack, range(4), poses[:4])
+    (tmp_path / "rows.txt").write_text("")
+    config = ChoiceConfig(subset=tmp_path / "rows.txt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"rows\.txt: expected row numbers from 0 to 3"):
+            read_table(config, path)
+
+
+def test_too_few_different_particles_are_told(stack, poses, tmp_path, capsys):
+    same = star(tmp_path / "a.star", stack, [0] * 6, poses[:6])
+    with pytest.raises(InputError, match=r"half-set 2 has 0 particles.* 6 rows show 1 different particle; .*--merge"):
+        open_stack(SourceConfig(), same)
+    assert main(["check", str(same), "--metadata-only"]) == 2
+    assert "6 in 1 stack from 1 micrograph or group, which show 1; expected at least 4" in capsys.readouterr().out
+    one = star(tmp_path / "b.star", stack, range(6), poses[:6], RandomSubset=[1] * 6)
+    with pytest.raises(InputError, match=r"half-set 2 has 0 particles; .*--redraw-halves.*--merge"):
+        open_stack(SourceConfig(), one)
+    assert sorted(open_stack(SourceConfig(redraw_halves=True), one).half.tolist()) == [1, 1, 1, 2, 2, 2]
+    three = star(tmp_path / "c.star", stack, range(3), poses[:3])
+    with pytest.raises(InputError, match=r"c\.star: 3 particles; expected at least 4, .*--first"):
+        open_stack(SourceConfig(), three)

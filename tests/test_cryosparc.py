@@ -129,7 +129,9 @@ def test_passthrough_is_joined_on_uid(folder):
     write(folder / "J2_passthrough_particles.cs", passed)
     found = read(folder, kept)
     assert found.optics.defocus_u.tolist() == pytest.approx(whole["ctf/df1_A"].tolist())
-    assert "J2_passthrough_particles.cs" in found.warnings[0]
+    assert "J2_passthrough_particles.cs" in found.notes[0]
+    assert len(found.notes) == 1
+    assert not found.warnings
     (folder / "J2_passthrough_particles.cs").rename(folder / "other.cs")
     with pytest.raises(InputError, match="passthrough"):
         read(folder, kept)
@@ -147,7 +149,7 @@ def test_passthrough_files_that_differ_are_an_error_unless_named(folder):
     one, two = (folder / f"J{number}_passthrough_particles.cs" for number in (2, 3))
     for path in (one, two):
         write(path, passed)
-    assert "J2_passthrough" in read(folder, kept).warnings[0]  # the same in both
+    assert "J2_passthrough" in read(folder, kept).notes[0]  # the same in both
     write(two, passed | {"ctf/df1_A": passed["ctf/df1_A"] + 500})
     with pytest.raises(InputError, match=r"ctf/df1_A may be that of .*J2_.* or of .*J3_.*, which differ"):
         read(folder, kept)

@@ -26,14 +26,15 @@ from emsplat.accumulate import accumulate, begin, contrast, equations_of, relati
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.config import InputConfig, ReconstructConfig
 from emsplat.ctf import observe
-from emsplat.density import grow
+from emsplat.density import fit_doubling, grow
 from emsplat.device import choose_device, fits_memory, within_memory
 from emsplat.errors import EmsplatError, InputError
 from emsplat.fit import Plan, State, fit, load_checkpoint, save_checkpoint
 from emsplat.geometry import random_rotations
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import read_particles
-from emsplat.model import PARAMETERS, Bounds, ball
+from emsplat.models.gaussians import PARAMETERS, Bounds
+from emsplat.models.starts import ball
 from emsplat.objective import ImageObjective, VolumeObjective
 from emsplat.one_pass import VolumeFit, fit_course
 from emsplat.particles import estimate_noise, open_table
@@ -237,8 +238,8 @@ def test_sums_are_the_same_on_a_device(gpu, particles, tmp_path):
 BOUNDS = Bounds(40.0, 4.0, 2.0)
 
 
-def run(state, objective, plan):
-    *_, last = fit(state, objective, plan)
+def run(state, objective, plan, doubling=()):
+    *_, last = fit_doubling(state, objective, plan, doubling)
     return last
 
 
@@ -251,11 +252,11 @@ def test_a_fit_to_images_does_not_wait(gpu, particles, tmp_path):
     stack = opened(particles)
     noise = estimate_noise(stack)
     model = ball(50, stack.grid, BOUNDS, 0)
-    plan = Plan(2, 1e-2, 0.5, splits=(1,))
-    expected = run(State.begin(model.copy()), ImageObjective(stack, batch=20, seed=0, noise=noise), plan)
+    plan = Plan(2, 1e-2, 0.5)
+    expected = run(State.begin(model.copy()), ImageObjective(stack, batch=20, seed=0, noise=noise), plan, (1,))
     objective = ImageObjective(stack.on(gpu), batch=20, seed=0, noise=on_device(noise))
     run(State.begin(model.copy().to(gpu)), objective, Plan(1, 1e-2, 0.5))  # constants of the grid arrive
-    steps = fit(State.begin(model.copy().to(gpu)), objective, plan)
+    steps = fit_doubling(State.begin(model.copy().to(gpu)), objective, plan, (1,))
     for number in range(6):
         with synchronisations() as waits:
             state = next(steps)
@@ -270,7 +271,7 @@ def test_a_fit_to_images_does_not_wait(gpu, particles, tmp_path):
         data = stack.on(place)
         weight = noise if place.type == "cpu" else on_device(noise)
         begun = load_checkpoint(tmp_path / "half.safetensors", place)
-        resumed = run(begun, ImageObjective(data, batch=20, seed=0, noise=weight), plan)
+        resumed = run(begun, ImageObjective(data, batch=20, seed=0, noise=weight), plan, (1,))
         equal_models(resumed.model, expected.model)
 
 
@@ -481,10 +482,10 @@ def small_memory(monkeypatch, images):
     """Losses of more images than that run out of memory."""
     loss = ImageObjective.loss
 
-    def limited(self, gaussians, batch):
+    def limited(self, gaussians, batch, poses=None):
         if len(batch) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
-        return loss(self, gaussians, batch)
+        return loss(self, gaussians, batch, poses)
 
     monkeypatch.setattr(ImageObjective, "loss", limited)
 

@@ -16,7 +16,7 @@ from emsplat.accumulate import FourierStatistics, _window_polynomials
 from emsplat.geometry import random_rotations
 from emsplat.kernels import cpu, reference
 from emsplat.types import Gaussians, Grid, Poses
-from test_project import WIDE, assert_gradients_agree, mixture, poses, rounding
+from test_project import WIDE, assert_gradients_agree, each, mixture, poses, rounding
 
 gpu = pytest.importorskip("emsplat.kernels.gpu", reason="Triton is not installed", exc_type=ImportError)
 
@@ -85,6 +85,25 @@ def test_project_gradient(device, tile, size, count, views):
     assert all(torch.equal(one, other) for one, other in zip(got[:3], without[:3], strict=True))
     assert not without[3].any()
     assert not without[4].any()
+
+
+@pytest.mark.parametrize(("size", "count", "views"), [(16, 6, 3), (33, 4, 2)])
+def test_every_image_may_have_its_own_mixture(device, tile, size, count, views):
+    grid, g, p = Grid(size, 1.3), each(views, count, Grid(size, 1.3)), poses(views)
+    arguments = inputs(device, g, p)
+    got = gpu.project_each(*arguments, size, grid.pixel_size, WIDE)
+    assert relative(got, reference.project(g, p, grid)) < 5e-6
+    upstream = cotangent(views, size, size)
+
+    def slow(m, s, a, r, t):
+        return reference.project(Gaussians(m, s, a), Poses(r, t), grid)
+
+    leaves = [g.mean, g.covariance, g.amplitude, p.rotation, p.shift]
+    numbers = (upstream.to(device), grid.pixel_size, WIDE)
+    found = gpu.project_each_gradient(*arguments, *numbers, True)
+    assert_gradients_agree([t.cpu() for t in found], reference_gradients(slow, leaves, upstream), 1e-5)
+    without = gpu.project_each_gradient(*arguments, *numbers, False)
+    assert all(torch.equal(a, b) for a, b in zip(without[:3], found[:3], strict=True))
 
 
 @pytest.mark.parametrize(("size", "count"), [(8, 5), (13, 3)])

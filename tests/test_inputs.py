@@ -1,5 +1,6 @@
 """Which particles are taken, in which hand; and the same particles in every format give the same map."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from emsplat.geometry import symmetry_group
 from emsplat.inputs import flip_hand, open_stack, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import read_map, writing_stack
+from emsplat.io.particles import count_stacks
 from emsplat.io.pickles import write_arrays
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.table import OpticsGroup
@@ -121,6 +123,12 @@ def test_merged_files(particles, tmp_path):
     words = ["--merge", str(tmp_path / "b.star"), "-o", str(run)]
     assert main(["backproject", str(tmp_path / "a.star"), *words]) == 0
     assert len(read_star(run / "run_data.star")) == 400
+    # Both files name one stack, which counts once, and not where no particle is left of it.
+    assert count_stacks(merged) == 1
+    assert json.loads((run / "summary.json").read_text())["input"]["stacks"] == 1
+    other = replace(table, stacks=(*table.stacks, tmp_path / "other.mrcs"))
+    assert count_stacks(other) == 1
+    assert count_stacks(replace(other, stack=other.image % 2)) == 2
 
 
 def test_merged_star_files_keep_the_columns_that_they_share(particles, tmp_path):
@@ -255,7 +263,7 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
     truth = read_map(particles.parent / "truth.mrc")[0]
     table = read_star(particles)
     source = open_stack(SourceConfig(), particles)
-    raw = source._files.read(torch.arange(400))
+    raw = source.files.read(torch.arange(400))
     from emsplat.particles import resample
 
     grids = [Grid(32, 4.0), Grid(28, 128 / 28), Grid(24, 128 / 24)]

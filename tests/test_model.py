@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from emsplat.model import Bounds, GaussianField, ball, from_gaussians, from_map, inverse_softplus, uniform
+from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
+from emsplat.models.starts import ball, from_gaussians, from_map, uniform
 from emsplat.project import voxelize
 from emsplat.types import Gaussians, Grid
 
@@ -31,16 +32,16 @@ def test_inverse_softplus():
 
 def test_ball_is_cryosplat_s_start():
     model = ball(4000, GRID, BOX, seed=1)
-    assert model().mean.std(0).tolist() == pytest.approx([0.075 * 64] * 3, rel=0.05)
+    assert model.gaussians().mean.std(0).tolist() == pytest.approx([0.075 * 64] * 3, rel=0.05)
     torch.testing.assert_close(model.scales(), torch.full((4000, 3), 0.0075 * 64))
     torch.testing.assert_close(model.amplitudes(), torch.full((4000,), 3.0 / 8000), rtol=1e-4, atol=0)
     other_unit = ball(4000, GRID, Bounds(10.0, 3.0, 0.2), seed=1)
-    torch.testing.assert_close(other_unit().mean, model().mean)
+    torch.testing.assert_close(other_unit.gaussians().mean, model.gaussians().mean)
 
 
 def test_uniform_is_gem_s_start():
     model = uniform(3000, GRID, BOX, seed=1)
-    mean = model().mean.detach()
+    mean = model.gaussians().mean.detach()
     assert float(mean.abs().max()) <= 32
     assert mean.std(0).tolist() == pytest.approx([64 / 12**0.5] * 3, rel=0.05)
     distance = torch.cdist(mean, mean).sort(1).values[:, 1:4].mean(1)
@@ -49,8 +50,8 @@ def test_uniform_is_gem_s_start():
 
 def test_starts_follow_from_the_seed():
     for start in (ball, uniform):
-        assert torch.equal(start(50, GRID, BOX, 3)().mean, start(50, GRID, BOX, 3)().mean)
-        assert not torch.equal(start(50, GRID, BOX, 3)().mean, start(50, GRID, BOX, 4)().mean)
+        assert torch.equal(start(50, GRID, BOX, 3).gaussians().mean, start(50, GRID, BOX, 3).gaussians().mean)
+        assert not torch.equal(start(50, GRID, BOX, 3).gaussians().mean, start(50, GRID, BOX, 4).gaussians().mean)
 
 
 def test_start_from_a_map_lies_on_its_density():
@@ -60,8 +61,8 @@ def test_start_from_a_map_lies_on_its_density():
     volume = voxelize(blob, GRID) + 1e-6 * noise
     model = from_map(volume, GRID, 200, Bounds(20.0, 1.0, 1.0), seed=0)
     assert len(model) == 200
-    assert (model().mean - centre).norm(dim=1).max() < 30
-    weighted = (model.amplitudes()[:, None] * model().mean).sum(0) / model.amplitudes().sum()
+    assert (model.gaussians().mean - centre).norm(dim=1).max() < 30
+    weighted = (model.amplitudes()[:, None] * model.gaussians().mean).sum(0) / model.amplitudes().sum()
     assert (weighted - centre[0]).norm() < 1.5
     assert len(from_map(torch.zeros(32, 32, 32), GRID, 50, Bounds(20.0, 1.0, 1.0), seed=0)) == 50
 
@@ -73,7 +74,7 @@ def test_bounds_hold_whatever_the_parameters():
         model.amplitude.fill_(-1e4)
     assert float(model.scales().detach().min()) >= 0.5
     assert float(model.amplitudes().detach().min()) >= 0
-    assert torch.linalg.eigvalsh(model().covariance.double()).min() > 0.2
+    assert torch.linalg.eigvalsh(model.gaussians().covariance.double()).min() > 0.2
 
 
 def moments(gaussians):
@@ -90,7 +91,7 @@ def test_splitting_doubles_and_keeps_the_moments(options):
     model = wild(**options)
     twice = model.split()
     assert len(twice) == 2 * len(model)
-    before, after = moments(model()), moments(twice())
+    before, after = moments(model.gaussians()), moments(twice.gaussians())
     torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(after[1], before[1], rtol=1e-4, atol=1e-5)
     if not options.get("isotropic"):
@@ -98,11 +99,11 @@ def test_splitting_doubles_and_keeps_the_moments(options):
 
 
 def test_constraints():
-    round_ones = wild(isotropic=True)()
+    round_ones = wild(isotropic=True).gaussians()
     scale = round_ones.covariance[:, 0, 0]
     torch.testing.assert_close(round_ones.covariance, scale[:, None, None] * torch.eye(3))
     straight = wild(rotation=False)
-    off = straight().covariance - torch.diag_embed(straight().covariance.diagonal(dim1=1, dim2=2))
+    off = straight.gaussians().covariance - torch.diag_embed(straight.gaussians().covariance.diagonal(dim1=1, dim2=2))
     assert off.abs().max() == 0
     for model in (straight, wild(isotropic=True)):
         assert not model.quaternion.requires_grad
@@ -112,13 +113,13 @@ def test_unit_scales_the_amplitudes_only():
     model = wild()
     other = model.with_unit(8.0)
     torch.testing.assert_close(other.amplitudes(), 4 * model.amplitudes())
-    assert torch.equal(other().covariance, model().covariance)
+    assert torch.equal(other.gaussians().covariance, model.gaussians().covariance)
 
 
 @pytest.mark.parametrize("options", [{}, {"rotation": False}, {"isotropic": True}])
 def test_each_pair_stands_for_the_gaussian_it_replaces(options):
     model = wild(**options)
-    old, new = model(), model.split()()
+    old, new = model.gaussians(), model.split().gaussians()
     count = len(old)
     pairs = [Gaussians(*(t[[i, i + count]].detach() for t in vars(new).values())) for i in range(count)]
     for i, pair in enumerate(pairs):
@@ -139,7 +140,7 @@ def test_start_from_a_map_leaves_the_empty_part_empty():
     noise = torch.randn(32, 32, 32, generator=torch.Generator().manual_seed(0))
     for options in ({}, {"isotropic": True}, {"rotation": False}):
         model = from_map(voxelize(blobs, GRID) + 1e-6 * noise, GRID, 60, Bounds(20.0, 1.0, 1.0), seed=0, **options)
-        distance = torch.cdist(model().mean, centres)
+        distance = torch.cdist(model.gaussians().mean, centres)
         assert distance.min(1).values.max() < 14
         near = distance.argmin(1)
         assert 20 <= int(near.sum()) <= 40
@@ -151,16 +152,16 @@ def test_start_from_a_map_leaves_the_empty_part_empty():
 
 def test_splitting_is_along_the_longest_axis():
     model = wild()
-    halves = model.split()().mean.detach()
+    halves = model.split().gaussians().mean.detach()
     step = torch.nn.functional.normalize(halves[:30] - halves[30:], dim=1)
-    along = torch.linalg.eigh(model().covariance.detach()).eigenvectors[:, :, -1]
+    along = torch.linalg.eigh(model.gaussians().covariance.detach()).eigenvectors[:, :, -1]
     torch.testing.assert_close((step * along).sum(1).abs(), torch.ones(30), rtol=0, atol=1e-3)
 
 
 def test_a_mixture_becomes_parameters_and_the_mixture_again():
-    before = wild()()
+    before = wild().gaussians()
     model = from_gaussians(before, Bounds(20.0, 3.0, 0.2))
-    after = model()
+    after = model.gaussians()
     torch.testing.assert_close(after.mean, before.mean)
     torch.testing.assert_close(after.covariance, before.covariance, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(after.amplitude / 3, before.amplitude / before.amplitude.mean(), rtol=1e-3, atol=1e-3)

@@ -9,7 +9,8 @@ from emsplat import objective as module
 from emsplat.ctf import ctf
 from emsplat.fourier import frequencies, hermitian_weight, shell_index, shift_phase
 from emsplat.geometry import random_rotations
-from emsplat.model import Bounds, ball
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import ball
 from emsplat.objective import ImageObjective, error_and_gradient, noise_weight, squared_error
 from emsplat.project import project
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
@@ -152,7 +153,7 @@ def test_noise_of_the_own_optics_group_weights_an_image():
     inside = shell_index(GRID.size) <= GRID.size // 2
     for row, group in enumerate(groups):
         torch.testing.assert_close(weight[row], inside / noise[group, 0])
-    model = ball(20, GRID, Bounds(12.0, 4.0, 1.0), 0)()
+    model = ball(20, GRID, Bounds(12.0, 4.0, 1.0), 0).gaussians()
     expected = sum(unit.loss(model, stack.all[r : r + 1]) / noise[groups[r], 0] for r in range(5)) / 5
     torch.testing.assert_close(goal.loss(model, stack.all), expected, rtol=1e-5, atol=0)
 
@@ -164,7 +165,7 @@ def test_loss_does_not_depend_on_how_many_images_are_transformed_together(monkey
     for cached in (1, 2 * GRID.size**2, 2**19):
         monkeypatch.setattr(module, "_CACHED_PIXELS", cached)
         model = ball(20, GRID, Bounds(12.0, 4.0, 1.0), 0)
-        loss = goal.loss(model(), stack.all)
+        loss = goal.loss(model.gaussians(), stack.all)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for other in results[1:]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import mrcfile
@@ -118,7 +119,7 @@ def test_half_sets_of_the_file_are_honoured(tmp_path):
     assert sorted(one.rows.tolist() + two.rows.tolist()) == list(range(COUNT))
     assert set(rows_of(one.batches(8, seed=0)).tolist()) == set(one.rows.tolist())
     lonely = open_particles(make(tmp_path, half=torch.tensor([1] * 39 + [2])))
-    with pytest.raises(InputError, match="half-set 2 has 1 particles; expected at least 2"):
+    with pytest.raises(InputError, match="half-set 2 has 1 particle; expected at least 2"):
         lonely.only(2)
 
 
@@ -288,7 +289,7 @@ def test_optics_groups_of_several_pixel_sizes(tmp_path):
 
 
 def test_too_few_particles(tmp_path):
-    with pytest.raises(InputError, match="2 particles; expected at least 2 in each"):
+    with pytest.raises(InputError, match="2 particles; expected at least 4, which are 2 in each half-set; take"):
         open_particles(make(tmp_path, torch.randn(2, 16, 16)))
 
 
@@ -296,10 +297,29 @@ def test_halves_stay_together_when_particles_are_left_out(tmp_path):
     stack = open_particles(make(tmp_path)).with_halves(3)
     fewer = stack.take(torch.arange(0, COUNT, 3))
     for half in (1, 2):
-        expected = [row for row in range(0, COUNT, 3) if stack.half[row] == half]
+        expected = [row for row in range(0, COUNT, 3) if stack.table.half[row] == half]
         assert fewer.only(half).rows.tolist() == expected
     with pytest.raises(InputError, match="no half-sets"):
         open_particles(make(tmp_path)).only(1)
+
+
+def test_other_poses_for_some_particles(tmp_path):
+    """They replace those of the file in these rows alone; the stack that they come from stays as it is."""
+    stack = open_particles(make(tmp_path)).with_halves(3)
+    few, rng = stack.only(2), torch.Generator().manual_seed(5)
+    poses = Poses(random_rotations(len(few), rng), torch.randn(len(few), 2, generator=rng))
+    moved = few.with_poses(poses)
+    batch = next(moved.sequential(len(few)))
+    torch.testing.assert_close(batch.poses.rotation, poses.rotation.float())
+    torch.testing.assert_close(batch.poses.shift, poses.shift.float())
+    assert torch.equal(batch.images, next(few.sequential(len(few))).images)
+    rest = (stack.half == 1).nonzero()[:, 0]
+    assert torch.equal(moved.table.poses.rotation[rest], stack.table.poses.rotation[rest])
+    assert not torch.equal(moved.table.poses.rotation, stack.table.poses.rotation)
+    with pytest.raises(ValueError, match=f"{len(few) - 1} poses for {len(few)} particles"):
+        few.with_poses(poses[1:])
+    with pytest.raises(FrozenInstanceError):
+        stack.sign = -1.0
 
 
 def test_reader_ends_when_the_consumer_fails_or_forgets(tmp_path):

@@ -12,7 +12,7 @@ from emsplat.errors import InputError
 from emsplat.io.cryosparc import read_cs, write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles, write_used
-from emsplat.io.paths import Names, find_stacks, say_folders
+from emsplat.io.paths import Names, find_stacks, say_folders, say_start
 from emsplat.io.relion import read_star, write_table
 from emsplat.io.table import merge_tables
 from emsplat.types import Grid
@@ -308,6 +308,20 @@ def test_new_stacks_are_named_so_that_they_mean_no_other_file(tmp_path, elsewher
     table = read_star(star(own.parent / "p.star", "small/particles.mrcs"))
     write_table(target, table, None, own.parent)
     assert same_files(read_star(target), table)
+
+
+def test_new_stacks_in_a_project_of_relion_are_named_from_its_folder(tmp_path):
+    """Where RELION runs; folders of its jobs hold a pipeline of their own. The line for the user names that folder."""
+    project = tmp_path / "project"
+    own = stack(project / "External" / "job007" / "particles.mrcs", 1)
+    target = own.parent / "particles.star"
+    assert say_start(target, own).startswith(f"image names start from {own.parent}:")
+    for name in ("default_pipeline.star", "job.star", "../../default_pipeline.star"):
+        (own.parent / name).touch()
+    assert Names(target).below(own.parent, own) == "External/job007/particles.mrcs"
+    assert say_start(target, own).startswith(f"image names start from {project}:")
+    table = read_star(star(own.parent / "p.star", "External/job007/particles.mrcs"))
+    assert same_files(read_star(target.parent / "p.star"), table)
 
 
 # Lists of stacks, and stacks themselves.

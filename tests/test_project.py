@@ -90,6 +90,88 @@ def test_project_gradient(instruction_set, dtype):
     assert_gradients_agree(gradients(fast, leaves, cotangent), expected, rounding(grid.size, dtype))
 
 
+def each(count, gaussians, grid, dtype=torch.float32):
+    """A mixture for each of ``count`` images."""
+    found = [mixture(gaussians, grid, dtype, seed=10 + number) for number in range(count)]
+    return Gaussians(
+        *(torch.stack(parts) for parts in zip(*((g.mean, g.covariance, g.amplitude) for g in found), strict=True))
+    )
+
+
+def test_every_image_may_have_its_own_mixture(instruction_set):
+    grid, p = Grid(33, 1.7), poses(5)
+    g = each(5, 40, grid)
+    got = project(g, p, grid, cutoff=WIDE)
+    expected = reference.project(g, p, grid)
+    assert (got - expected).norm() <= 5e-6 * expected.norm()
+    for number in range(5):
+        own = Gaussians(g.mean[number], g.covariance[number], g.amplitude[number])
+        alone = project(own, p[number : number + 1], grid, cutoff=WIDE)
+        assert (got[number] - alone[0]).norm() <= 1e-6 * alone.norm()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_gradients_of_every_image_stay_apart(instruction_set, dtype, error):
+    grid, p = Grid(38, 1.3), poses(4, dtype)
+    g = each(4, 50, grid, dtype)
+    cotangent = torch.randn(4, 38, 38, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    leaves = [g.mean, g.covariance, g.amplitude, p.rotation, p.shift]
+
+    def fast(m, s, a, r, t):
+        return project(Gaussians(m, s, a), Poses(r, t), grid, cutoff=WIDE)
+
+    def slow(m, s, a, r, t):
+        return reference.project(Gaussians(m, s, a), Poses(r, t), grid)
+
+    got, expected = (
+        gradients(fast, leaves, cotangent),
+        gradients(slow, [t.double() for t in leaves], cotangent.double()),
+    )
+    assert_gradients_agree(got, expected, error)
+    # What only one image sees has a gradient in that image alone.
+    only = cotangent * torch.tensor([0.0, 1, 0, 0], dtype=dtype)[:, None, None]
+    for part in gradients(fast, leaves, only):
+        assert part[1].abs().max() > 0
+        assert not part[[0, 2, 3]].any()
+
+
+def test_what_mixtures_share_has_no_particle_axis():
+    """Means of each image beside shared widths and amplitudes: the same images, and gradients that are sums."""
+    grid, p = Grid(24, 1.5), poses(3, torch.float64)
+    g = mixture(20, grid, torch.float64)
+    means = g.mean + torch.randn(3, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = Gaussians(means, g.covariance, g.amplitude)
+    assert moved.each
+    assert len(moved) == len(g) == 20
+    assert not g.each
+    cotangent = torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    got = gradients(
+        lambda m, s, a: project(Gaussians(m, s, a), p, grid, cutoff=WIDE), [means, g.covariance, g.amplitude], cotangent
+    )
+    expected = gradients(
+        lambda m, s, a: reference.project(Gaussians(m, s, a), p, grid), [means, g.covariance, g.amplitude], cotangent
+    )
+    assert [t.shape for t in got] == [t.shape for t in (means, g.covariance, g.amplitude)]
+    assert_gradients_agree(got, expected, 1e-9)
+
+
+def test_gradients_of_every_image_do_not_depend_on_threads():
+    grid, p = Grid(30, 1.3), poses(3)
+    g = each(3, 200, grid)
+    cotangent = torch.randn(3, 30, 30, generator=torch.Generator().manual_seed(2))
+    leaves = [g.mean, g.covariance, g.amplitude, p.rotation, p.shift]
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(
+                gradients(lambda m, s, a, r, t: project(Gaussians(m, s, a), Poses(r, t), grid), leaves, cotangent)
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("size", [12, 21])
 def test_voxelize_forward(instruction_set, size):
     grid = Grid(size, 1.7)
@@ -121,6 +203,10 @@ def test_gradcheck_in_float64():
     # A footprint beyond the whole box: a cut that moves with the parameters is not differentiable.
     assert torch.autograd.gradcheck(
         lambda m, s, a, r, t: project(Gaussians(m, s, a), Poses(r, t), grid, cutoff=40.0), leaves
+    )
+    own = [torch.stack([t.detach(), 1.1 * t.detach()]).requires_grad_() for t in leaves[:3]] + leaves[3:]
+    assert torch.autograd.gradcheck(
+        lambda m, s, a, r, t: project(Gaussians(m, s, a), Poses(r, t), grid, cutoff=40.0), own
     )
     assert torch.autograd.gradcheck(lambda m, s, a: voxelize(Gaussians(m, s, a), grid, cutoff=40.0), leaves[:3])
     assert torch.autograd.gradcheck(

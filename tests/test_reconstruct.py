@@ -2,12 +2,15 @@
 
 import csv
 import dataclasses
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import mrcfile
 import numpy as np
@@ -27,7 +30,7 @@ from emsplat.project import voxelize
 from emsplat.reconstruct import backproject, reconstruct, settings_of
 from emsplat.report import verdict
 from emsplat.report.verdict import Kind, kind_of
-from emsplat.run_folder import Interrupted
+from emsplat.run_folder import Interrupted, check_same_run
 from emsplat.simulate import simulate
 from emsplat.types import Grid
 
@@ -327,10 +330,52 @@ def test_stages_are_taken_back_where_they_lose(particles, tmp_path):
         assert steps == list(range(10, summary["fits"][name]["steps"] + 1, 10))
 
 
-def test_resume_refuses_another_run(run, particles):
-    output, _ = run
+@pytest.fixture(scope="module")
+def finished(particles, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "run"
+    return output, reconstruct(QUICK, particles, output)
+
+
+def test_resume_refuses_another_run(finished, particles):
+    output, _ = finished
     with pytest.raises(InputError, match=r"was run with another .*epochs.*config\.toml"):
         reconstruct(dataclasses.replace(QUICK, resume=True, epochs=3), particles, output)
+    with pytest.raises(InputError, match=r"was run with another .*recipe"):
+        backproject(InputConfig(resume=True), particles, output)
+
+
+def test_resume_of_a_finished_run_does_nothing_and_says_so(finished, particles, monkeypatch):
+    output, summary = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    log = Log(io.StringIO())
+    again = reconstruct(dataclasses.replace(QUICK, resume=True), particles, output, log)
+    assert again["resolution"] == json.loads(json.dumps(summary["resolution"]))
+    said = log.stream.getvalue()
+    assert "this run is finished" in said
+    assert "resolution: " in said
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    # The same file by another name is the same input.
+    monkeypatch.chdir(particles.parent)
+    reconstruct(dataclasses.replace(QUICK, resume=True), Path(particles.name), output)
+
+
+def test_resume_of_a_run_that_is_older_than_an_option(finished, particles, tmp_path):
+    """What its config.toml does not say had the default; with another value it is another run."""
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    text = (output / "config.toml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("skip_bad", "naming"))]
+    assert len(lines) == len(text.splitlines()) - 2
+    (output / "config.toml").write_text("\n".join(lines))
+    check_same_run(dataclasses.replace(QUICK, resume=True), particles, output)
+    with pytest.raises(InputError, match="was run with another naming, skip_bad;"):
+        check_same_run(dataclasses.replace(QUICK, resume=True, skip_bad=True, naming="cryodrgn"), particles, output)
+
+
+def test_a_fit_does_not_resume_a_back_projection(particles, tmp_path):
+    backproject(InputConfig(), particles, tmp_path / "run")
+    with pytest.raises(InputError, match="was run with another command"):
+        reconstruct(ReconstructConfig(resume=True), particles, tmp_path / "run")
 
 
 def test_folder_that_holds_something_is_left_alone(particles, tmp_path):
@@ -348,12 +393,16 @@ def test_bad_input_leaves_nothing_behind(particles, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_noise_alone_has_no_resolution(simulated, tmp_path):
+def test_noise_alone_has_no_resolution(simulated, tmp_path, capsys):
     star = simulated(box=48, pixel_size=3.0, particles=600, snr=0.05, noise_only=True, seed=0)
     summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
     assert set(summary["resolution"].values()) == {None}
     assert any("no particle" in warning for warning in summary["warnings"])
     assert summary["evident"] is False
+    # The warnings at the end are those of the whole run: the assessment's stand there too.
+    end = capsys.readouterr().out.partition("warnings of this run:\n")[2]
+    assert summary["assessment"]["warnings"]
+    assert all(f"  {warning}\n" in end for warning in summary["warnings"])
 
 
 def test_inverted_images_are_noticed(particles, tmp_path, capsys):

@@ -405,6 +405,19 @@ def test_terminal_says_what_the_page_says() -> None:
     (others,) = [line for line in rest if line.startswith("  at the limit of the pixel size: ")]
     assert others.count(";") == 5
 
+    (line,) = [line for line in verdict.lines(SUMMARY) if "95 % interval" in line]
+    assert line == "  95 % interval: 9.72 Å to 9.05 Å."
+    narrow = {
+        (9.8501, 9.8502): "within one shell, at 9.85 Å.",  # the curve ends there with the data
+        (9.84, 9.46): "9.84 Å to 9.46 Å, within one shell.",  # 226.56 Å / 23.02 and 23.95
+        (9.86, 9.46): "9.86 Å to 9.46 Å.",
+        (nyquist, nyquist): "7.08 Å or finer at both ends.",
+    }
+    for ends, said in narrow.items():
+        found = SUMMARY["resolution"] | {"cross_validated_interval": list(ends)}
+        summary = SUMMARY | {"resolution": found, "input": {"box": 64, "pixel_size": PIXEL_SIZE}}
+        assert f"  95 % interval: {said}" in verdict.lines(summary)
+
     ended = SUMMARY | {"limit": {"nyquist": nyquist, "ends_with_data": True}}
     assert "the data cannot show more" in "".join(verdict.lines(ended))
     silent = verdict.lines(summary_of("no particle"))
@@ -784,8 +797,11 @@ def test_surfaces_of_noise_stay_small() -> None:
 
 def test_flat_map_has_no_surface() -> None:
     flat = read.Volume(np.zeros((16, 16, 16), np.float32), 1.0)
-    with pytest.raises(InputError, match="no level has a surface"):
+    with pytest.raises(InputError, match=r"no level has a surface.*is it empty\?"):
         surface.make_surface(flat, None, None, Path("run"))
+    dark = -np.pad(np.ones((8, 8, 8), np.float32), 4)
+    with pytest.raises(InputError, match=r"is it inverted \(protein dark\)\?"):
+        surface.make_surface(read.Volume(dark, 1.0), None, None, Path("run"))
 
 
 def test_slider_shows_one_level_at_a_time(run: Path, no_rendering: None) -> None:

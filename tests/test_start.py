@@ -34,7 +34,7 @@ def files(particles, tmp_path_factory):
     """The truth as each kind of file: on another grid, as Gaussians and as pseudo-atoms, in other grey values."""
     folder = tmp_path_factory.mktemp("starts")
     truth, _ = read_map(particles.parent / "truth.mrc")
-    gaussians = start_model(truth, GRID, settings_of(QUICK), GRID.pixel_size)()
+    gaussians = start_model(truth, GRID, settings_of(QUICK), GRID.pixel_size).gaussians()
     wide = Gaussians(gaussians.mean, gaussians.covariance + 9 * torch.eye(3), 1e4 * gaussians.amplitude)
     write_gaussians(folder / "model.ply", wide, GRID)
     for name in ("model.cif", "model.pdb.gz"):
@@ -181,8 +181,11 @@ def test_files_that_hold_no_start_are_refused_before_the_run_folder_is_made(part
     nothing = Gaussians(torch.zeros(3, 3), 9 * torch.eye(3).repeat(3, 1, 1), torch.zeros(3))
     write_gaussians(tmp_path / "empty.ply", nothing, GRID)
     (tmp_path / "broken.cif").write_text("data_x\nloop_\n_a.b\n_a.c\n1 2 3\n")
+    volume, grid = read_map(particles.parent / "truth.mrc")
+    write_map(tmp_path / "inverted.mrc", 0.01 * volume.std() - volume, grid.pixel_size)
     for name, message in (
-        ("dark.mrc", "no density above 0"),
+        ("dark.mrc", r"no density above 0.*inverted\?"),
+        ("inverted.mrc", r"further below its surroundings than above.*is it inverted \(protein dark\)\?"),
         ("tiny.mrc", r"span 32 Å.*pixel size in its header"),
         ("empty.ply", "no amplitude above 0"),
         ("broken.cif", "not readable"),

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emsplat.copies import image_marks
-from emsplat.ctf import observe
+from emsplat.ctf import in_image, observe
 from emsplat.device import CPU
 from emsplat.errors import InputError
 from emsplat.fourier import frequencies, hermitian_weight, irfft, rfft, shell_index, sum_by_shell
@@ -96,14 +97,14 @@ class FourierStatistics:
         grid: Grid,
         about: dict[str, str] | None = None,
         device: torch.device = CPU,
-        images: Int[Tensor, " i"] | None = None,
+        images: Int[Tensor, "i 3"] | None = None,
     ) -> None:
         reach = math.ceil(PADDING * grid.size / 2)
         shape = (2 * reach + 3, 2 * reach + 3, reach + 3)
         self.grid = grid
         self.side = 2 * reach
         self.particles = 0
-        self.images = torch.zeros(0, dtype=torch.int64) if images is None else images
+        self.images = torch.zeros(0, 3, dtype=torch.int64) if images is None else images
         self.about = {"box": str(grid.size), "pixel size": f"{grid.pixel_size:.4f}", **(about or {})}
         if device.type == "cpu":
             # NumPy asks the system for large pages, PyTorch does not: scattered writes are a third faster.
@@ -154,7 +155,7 @@ class FourierStatistics:
         self.numerator.add_(other.numerator)
         self.weight.add_(other.weight)
         self.particles += other.particles
-        self.images = torch.unique(torch.cat([self.images, other.images]))
+        self.images = torch.cat([self.images, other.images[~torch.isin(other.images[:, 0], self.images[:, 0])]])
         names = sorted([self.about.get("particles", ""), other.about.get("particles", "")])
         self.about["particles"] = hashlib.sha256("+".join(names).encode()).hexdigest()[:16]
 
@@ -199,7 +200,7 @@ class FourierStatistics:
                 found, particles = dict(said["about"]), int(said["particles"])
                 self._check(found, str(path), but or set())
                 numerator, weight = file.get_tensor("numerator"), file.get_tensor("weight")
-                images = file.get_tensor("images") if "images" in file.keys() else self.images[:0]  # noqa: SIM118
+                images = _images_of(file)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
         if numerator.shape != (*self.weight.shape, 2) or weight.shape != self.weight.shape:
@@ -368,7 +369,7 @@ def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
     return FourierStatistics(grid or stack.grid, about, stack.device, image_marks(stack.table.take(stack.rows)))
 
 
-def held_images(path: Path) -> Int[Tensor, " i"]:
+def held_images(path: Path) -> Int[Tensor, "i 3"]:
     """Which images saved sums hold (`copies.image_marks`); none where an earlier version did not say.
 
     Raises:
@@ -376,10 +377,19 @@ def held_images(path: Path) -> Int[Tensor, " i"]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            held: Tensor = file.get_tensor("images") if "images" in file.keys() else torch.zeros(0).long()  # noqa: SIM118
-            return held
-    except (OSError, SafetensorError) as error:
+            return _images_of(file)
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
+
+
+def _images_of(file: Any) -> Int[Tensor, "i 3"]:
+    """Which images an open file of sums holds; earlier versions knew them by the paths of their stacks alone."""
+    if "images" not in file.keys():  # noqa: SIM118
+        return torch.zeros(0, 3, dtype=torch.int64)
+    images: Tensor = file.get_tensor("images")
+    if images.dtype != torch.int64 or images.shape[1:] not in ((), (3,)):
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}")
+    return images if images.dim() == 2 else torch.nn.functional.pad(images[:, None], (0, 2))
 
 
 def accumulate(
@@ -408,7 +418,7 @@ def accumulate(
             weighted.mul_(batch.share[:, None, None])
         numerator = seen.spectrum.mul_(weighted)
         weight = weighted.mul_(seen.transfer)
-        statistics.insert(numerator, weight, batch.poses.rotation, grid, symmetry)
+        statistics.insert(numerator, weight, in_image(batch.poses.rotation, batch.optics), grid, symmetry)
         statistics.particles += len(batch)
         yield statistics
 

@@ -63,6 +63,7 @@ FULL_MAP = "run_class001.mrc"
 BACKPROJECTIONS = ("backprojection_half1.mrc", "backprojection_half2.mrc")
 
 FIRST_SHELLS = 4
+_OPPOSITE = -0.3  # mean FSC of the first shells
 _TIGHT = 0.15  # FSC of random phases that a mask may cause
 _NOWHERE = (0.0, 0.0, 0.0)
 _STEP = 10.0  # degrees
@@ -96,6 +97,19 @@ def is_evident(halves: tuple[Tensor, Tensor], grid: Grid, diameter: float) -> bo
     """
     first = resolution(fsc_curve(*halves, grid, sphere(grid, diameter)), 0.143)
     return first is not None and first < grid.length / FIRST_SHELLS
+
+
+def are_opposite(curve: Curve) -> bool:
+    """Whether two maps have opposite contrast, by the FSC of their first shells."""
+    return float(curve.value[1 : FIRST_SHELLS + 1].mean()) < _OPPOSITE
+
+
+def say_opposite(one: str, other: str) -> str:
+    """What to say of two maps that `are_opposite`."""
+    return (
+        f"{one} and {other} have opposite contrast, their FSC is below 0: one of them is inverted (protein dark); "
+        "multiply that by -1"
+    )
 
 
 def particle_mask(volume: Tensor, grid: Grid, diameter: float, evident: bool) -> Tensor:
@@ -375,6 +389,8 @@ def _shells(
             raise InputError(f"{FULL_MAP} is missing; expected it for --reference")
         reference = read_reference(config.reference, grid, log, "the maps of the run", maps.origin)
         curve = fsc_curve(maps.full, reference, grid, mask)
+        if are_opposite(curve):
+            log.warn(say_opposite(str(config.reference), FULL_MAP))
         columns["emsplatReferenceMasked"] = curve.value.tolist()
         found["reference_masked_0.5"] = resolution(curve, 0.5)
     return columns, found, with_data, masking | _tightness(maps, validation, log, given=config.mask is not None)
@@ -405,7 +421,12 @@ def _tightness(maps: RunMaps, validation: CrossValidation, log: Log, *, given: b
             )
     edge = torch.ones_like(mask, dtype=torch.bool)
     edge[1:-1, 1:-1, 1:-1] = False
-    if given and float(mask[edge].max()) > 0.1:
+    if given and float(mask[edge].mean()) > float(mask[~edge].mean()):
+        log.warn(
+            "the mask is larger at the edge of the box than within: is it inverted (0 on the particle)? Then give 1 "
+            "minus that mask"
+        )
+    elif given and float(mask[edge].max()) > 0.1:
         log.warn("the mask reaches the edge of the box and is cut off there; use a larger box or a smaller mask")
     return {"random_phases": None if agreed is None else round(agreed, 4)}
 
@@ -439,7 +460,8 @@ def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, g
     """Writes directions.csv: slices through the half maps down to ``fine`` Å, cones through the back-projections, and
     where ``rotation`` is known the views of the particles under the symmetry ``group``; returns their summary."""
     grid, cells = maps.grid, direction_grid(_STEP)
-    band = (grid.length / FIRST_SHELLS, max(fine, grid.length / (grid.size // 2 - 1)))
+    coarse = grid.length / FIRST_SHELLS
+    band = (coarse, min(coarse, max(fine, grid.length / (grid.size // 2 - 1))))  # in a wrong mask none may be finer
     masked = [half * maps.mask for half in maps.halves]
     slices = slice_correlation(masked[0], masked[1], grid, cells, band)
     data = [half * maps.mask for half in maps.data]

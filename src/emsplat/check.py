@@ -16,14 +16,14 @@ from emsplat.assess.directional import fourier_sampling, sampling_compensation
 from emsplat.assess.fsc import fsc_curve, resolution
 from emsplat.assessment import FULL_MAP, RunMaps, directions, is_evident, particle_mask
 from emsplat.config import CheckConfig
-from emsplat.copies import copies, mixed_classes
+from emsplat.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.ctf import electron_wavelength
 from emsplat.errors import InputError, OutputError
 from emsplat.geometry import symmetry_group
 from emsplat.inputs import open_images, read_table
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import is_star
+from emsplat.io.particles import count_stacks, is_star, lost_stacks
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.particles import ParticleStack
@@ -33,6 +33,7 @@ from emsplat.run_folder import write_text
 from emsplat.symmetry import examine_symmetry
 from emsplat.types import Grid
 
+_FEWEST = 4  # different particles, for two half-sets
 _SAMPLE = 2000  # particles of the quick look
 _VOXELS = 64  # at most, across its map
 _SECONDS = 20.0
@@ -65,7 +66,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
-    missing = [] if config.metadata_only else [str(path) for path in table.stacks if not path.is_file()]
+    missing = [] if config.metadata_only else lost_stacks(table)
     items = [
         _counts(table),
         _half_sets(table, config),
@@ -75,8 +76,9 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         _shifts(table),
         _views(table, group),
     ]
+    items += [Item("metadata", "ok", note) for note in table.notes]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
-    items += _repeated(table, config.symmetry)
+    items += _repeated(table, config)
     stack: ParticleStack | None = None
     if config.metadata_only:
         items.append(Item("images", "ok", "not looked at (--metadata-only)"))
@@ -166,8 +168,14 @@ def _counts(table: ParticleTable) -> Item:
     units = "from " + counted(micrographs, "micrograph or group", "micrographs or groups")
     if not table.micrograph_names and micrographs == len(table):
         units = "from micrographs that are not known"
-    text = f"{len(table):,} in {counted(len(table.stacks), 'stack')} {units}"
-    return Item("particles", "wrong" if len(table) < 4 else "ok", text)
+    text = f"{len(table):,} in {counted(count_stacks(table), 'stack')} {units}"
+    different = int(particle_numbers(table).max()) + 1
+    if different < _FEWEST:
+        same = f", which show {different}" if different < len(table) else ""
+        return Item(
+            "particles", "wrong", f"{text}{same}; expected at least {_FEWEST} different ones, 2 in each half-set"
+        )
+    return Item("particles", "ok", text)
 
 
 def _classes(table: ParticleTable) -> list[Item]:
@@ -182,10 +190,9 @@ def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
     one, two = (int((table.half == number).sum()) for number in (1, 2))
     if min(one, two) < 2:
-        return Item("half-sets", "wrong", f"{one:,} and {two:,}; expected at least 2 in each")
-    return Item(
-        "half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} and {two:,}, of the file"
-    )
+        text = f"{one:,} + {two:,}; expected at least 2 in each: --redraw-halves draws new ones"
+        return Item("half-sets", "wrong", text)
+    return Item("half-sets", "look" if min(one, two) < 0.8 * max(one, two) else "ok", f"{one:,} + {two:,}: of the file")
 
 
 def _optics(table: ParticleTable) -> list[Item]:
@@ -263,27 +270,36 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
     return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
 
 
-def _repeated(table: ParticleTable, symmetry: str) -> list[Item]:
-    found, items = copies(table, symmetry), []
+def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
+    symmetry, items = config.symmetry, list[Item]()
+    found = copies(table, symmetry)
+    if not found.crossing:
+        found = copies(with_halves(table, config.seed), symmetry)
     if table.left_out:
         items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
     if found.crossing:
-        text = f"{found.text}; {found.crossing:,} rows are of images in both half-sets: --redraw-halves or --unique"
-        items.append(Item("repeated images", "wrong", text))
+        said = f"{found.crossing:,} rows are of images or particles in both half-sets"
+        items.append(
+            Item(
+                "repeated images", "wrong", f"{found.text}; {said}: --redraw-halves, or --unique where that leaves one"
+            )
+        )
     elif found.expansion:
         twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
         items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))
-    elif found.rows:
-        text = f"{found.text}; they stay in one half-set and count once, --unique leaves them out"
+    elif found.text:
+        said = "they stay in one half-set and count once where their poses agree, --unique leaves them out"
+        text = f"{found.text}; {said}"
         items.append(Item("repeated images", "look", text))
     if found.close:
         share = found.close / len(table)
-        items.append(Item("repeated particles", "wrong" if share > _CLOSE else "look", found.near))
+        verdict = "wrong" if share > _CLOSE and not found.drawn else "look"
+        items.append(Item("repeated particles", verdict, found.near))
     return items
 
 
 def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> Item:
-    text = f"{len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; "
+    text = f"missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is {missing[0]}; "
     found = _helpful_folder(missing[0], table.sources[0])
     if found is not None:
         text += f"--datadir {found} would find it"
@@ -308,7 +324,7 @@ def _helpful_folder(file: str, source: Path) -> Path | None:
 def _headers(stack: ParticleStack) -> Item:
     kinds = ", ".join(f"{grid.size} px of {grid.pixel_size:.5g} Å" for grid in dict.fromkeys(stack.grids))
     table = stack.table
-    return Item("images", "ok", f"{counted(len(table.stacks), 'stack')} found, {say_folders(table.folders)}; {kinds}")
+    return Item("images", "ok", f"{counted(count_stacks(table), 'stack')} found, {say_folders(table.folders)}; {kinds}")
 
 
 def _cost(stack: ParticleStack) -> Item:

@@ -84,9 +84,12 @@ def simulate(
         model: mmCIF or PDB file (may be gzipped).
         output: Folder for particles.mrcs, particles.star and truth.mrc.
     """
+    from emsplat.io.paths import say_start
     from emsplat.simulate import simulate as run
 
-    print(f"particles: {run(config, model, output)}")
+    star = run(config, model, output)
+    print(f"particles: {star}")
+    print(f"  {say_start(star, output / 'particles.mrcs')}")
 
 
 def check(
@@ -215,10 +218,10 @@ def fsc(
     import torch
 
     from emsplat.assess.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
-    from emsplat.assessment import RunMaps, read_mask, read_pair, shell_curves
+    from emsplat.assessment import RunMaps, are_opposite, read_mask, read_pair, say_opposite, shell_curves
     from emsplat.io.relion import write_fsc_star
     from emsplat.progress import Log
-    from emsplat.report.verdict import spacing
+    from emsplat.report.verdict import LIMIT, is_nyquist, spacing
     from emsplat.types import Curve
 
     log = Log()
@@ -227,6 +230,8 @@ def fsc(
     curves = {"unmasked": fsc_curve(first, second, grid)}
     if torch.equal(first, second) or float(curves["unmasked"].value[1:].min()) > 1 - _SAME:
         log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")
+    if are_opposite(curves["unmasked"]):
+        log.warn(say_opposite(str(a), str(b)))
     if soft is not None:
         table, _ = shell_curves(RunMaps(grid, (first, second), None, None, soft))
         for label in ("masked", "corrected", "random phases"):
@@ -236,16 +241,15 @@ def fsc(
         values = "  ".join(f"{float(curve.value[shell]):13.4f}" for curve in curves.values())
         print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
     main = curves.get("masked", curves["unmasked"])
+    finest = 1 / float(main.frequency[-1])
+    at_limit = f"{spacing(finest, finest)}, {LIMIT}"
     label = "masked" if "masked" in curves else "unmasked"
     print(f"mean over shells 1 to {grid.size // 2}, {label}: {float(curves[label].value[1:].mean()):.4f}")
     for label in [label for label in curves if label != "random phases"]:
         for threshold in (0.143, 0.5):
             found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
             if never_falls(curves[label], threshold):
-                print(
-                    f"FSC {threshold} {label}: better than {found:.2f} Å, the limit of the pixel size: it never falls, "
-                    "the boxes are sampled too coarsely to tell"
-                )
+                print(f"FSC {threshold} {label}: {at_limit}: the curve never falls to {threshold}")
                 continue
             print(
                 f"FSC {threshold} {label}: "
@@ -253,7 +257,7 @@ def fsc(
                 + ("" if between is None else f", {between:.2f} Å (interpolated)")
             )
     found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
-    text = "never reached" if found is None else spacing(found, grid.nyquist)
+    text = "never reached" if found is None else at_limit if is_nyquist(found, finest) else spacing(found)
     print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
         columns: dict[str, list[Any]] = {

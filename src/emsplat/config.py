@@ -124,7 +124,8 @@ class ChoiceConfig:
 
     unique: bool = False
     """Only the first row of each image (among those that --subset and --class leave): copies, and the further poses of
-    a symmetry-expanded set, are left out."""
+    a symmetry-expanded set, are left out. So are further images of a particle, by uid or rlnImageOriginalName, under
+    the same pose."""
 
     first: int | None = None
     """Only the first so many particles (of those that the options above leave)."""
@@ -240,7 +241,7 @@ class InputConfig(SourceConfig):
     """Remove the results of an earlier run from the output folder first."""
 
     resume: bool = False
-    """Go on with the interrupted run in the output folder."""
+    """Go on with the interrupted run in the output folder; a finished one is left as it is."""
 
     force: bool = False
     """Exit with 0 also where the particles do not have the symmetry that is asked for."""

@@ -12,7 +12,8 @@ from emsplat.inputs import read_table, with_boxes
 from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.gaussians import convert_model, holds_gaussians
-from emsplat.io.particles import columns_kept, is_star, write_used
+from emsplat.io.particles import columns_kept, count_stacks, is_star, lost_stacks, write_used
+from emsplat.progress import counted
 from emsplat.types import Grid
 
 _KINDS = (".star", ".cs", ".pkl")
@@ -49,18 +50,18 @@ def convert(
             say(f"look: {warning}")
         return files
     table = read_table(config, particles, need_stacks=False)
-    for warning in table.warnings:
-        say(f"look: {warning}")
-    missing = [stack for stack in table.stacks if not stack.is_file()]
+    for text in (*table.notes, *(f"look: {warning}" for warning in table.warnings)):
+        say(text)
+    missing = lost_stacks(table)
     if missing and kind != ".pkl":
         say(
-            f"look: {len(missing):,} of {len(table.stacks):,} stacks are missing, the first is {missing[0]}; their "
-            f"paths stay as they are and may not lead to them from {target.parent}; give the folder that they start "
-            "from with --datadir"
+            f"look: missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is "
+            f"{missing[0]}; their paths stay as they are and may not lead to them from {target.parent}; give the "
+            "folder that they start from with --datadir"
         )
     table = with_boxes(table)
     found = copies(table, config.symmetry)
-    if found.rows:
+    if found.text:
         say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half
     if half is not None and not bool((half > 0).all()):

@@ -5,17 +5,21 @@ in every row, so copies in different half-sets correlate whether or not they hol
 halves could be believed, the cross-validated one neither. Copies come from selections that overlap, from jobs that
 repeat rows, and from symmetry expansion, where their poses differ by elements of a point group.
 
-A particle that was picked or extracted twice is another image with nearly the same pixels. It is known by its place,
-where the metadata give micrographs and coordinates.
+A particle may have several images: written into another stack, or with something subtracted, once for each pose of an
+expanded set. Where files say so, by uids or names of originals, these are copies as well; under poses that differ they
+are different images of it. One that was picked or extracted twice is known by its place, where the metadata give
+micrographs and coordinates.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +27,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from emsplat.errors import InputError
@@ -31,12 +36,16 @@ from emsplat.io.paths import file_numbers, real_paths
 from emsplat.io.table import ParticleTable
 
 SAME_PLACE = 20.0  # Å, as programs that remove duplicates take it
-_SAME_POSE = 10.0  # degrees: more than two alignments of one image differ by, less than elements of point groups
+_SAME_POSE = 10.0  # degrees: more than two alignments of one image differ by, less than units of most helices
+_REFINED = 30.0  # degrees that local refinement takes two copies of an expanded set apart, 15 each
 _LARGEST_UNIT = 1 / 3  # of all particles that go to one half together
 _FEW = 5000  # copies whose poses tell how a set was expanded
 _EXPANDED = 0.95  # of the copies' poses that differ by elements of one group
 _HIGHEST_FOLD = 24
+_MOST_POSES = 120  # of one image that are told apart; point groups of particles have at most 60 elements
+_CROWD = 16  # particles in a square of 14 Å: picks do not lie so, dummy coordinates do
 _NAMED = 6  # classes in a message
+_ODD = 0x9E3779B97F4A7C15  # large, so that marks of neighbours of two stacks do not meet
 _FARTHEST = 1e6  # Å; no micrograph is as wide
 
 
@@ -46,19 +55,33 @@ class Copies:
 
     images: int  # that are different
     rows: int  # that name an image which an earlier row names
-    crossing: int  # rows whose image is in both half-sets of the file
-    close: int  # rows with another image of the same place in the other half-set of the file
+    again: int  # further images that show a particle of an earlier row
+    crossing: int  # rows whose particle is in both half-sets
+    close: int  # rows with another particle within `SAME_PLACE` in the other half-set
+    drawn: bool  # the half-sets are not those of the file
     expansion: str | None  # point group whose elements turn copies into each other
     turned: float  # degrees, median over the copies, from the first row of an image
 
     @property
     def text(self) -> str:
         """What there is, for messages; empty where nothing is repeated."""
-        if not self.rows:
+        if not self.rows and not self.again:
             return ""
         if self.expansion:
-            return f"symmetry-expanded by {self.expansion}: {self.images:,} images in {self.rows + self.images:,} rows"
-        text = f"{self.rows:,} rows name an image that an earlier row names too ({self.images:,} different images)"
+            what = f"{self.images - self.again:,} {'particles' if self.again else 'images'}"
+            own = ", with images of their own (by uid or rlnImageOriginalName)" if self.again else ""
+            return f"symmetry-expanded by {self.expansion}: {what} in {self.rows + self.images:,} rows{own}"
+        found = []
+        if self.rows:
+            found.append(
+                f"{self.rows:,} rows name an image that an earlier row names too ({self.images:,} different images)"
+            )
+        if self.again:
+            found.append(
+                f"{self.again:,} images show a particle that an earlier row shows in another image (by uid or "
+                f"rlnImageOriginalName; {self.images - self.again:,} different particles)"
+            )
+        text = ", ".join(found)
         return text if self.turned < _SAME_POSE else f"{text}, with poses that differ by {self.turned:.0f}°"
 
     @property
@@ -66,9 +89,14 @@ class Copies:
         """What is close to each other in different half-sets, for messages; empty where nothing is."""
         if not self.close:
             return ""
+        text = f"{self.close:,} particles lie within {SAME_PLACE:g} Å of one of the other half-set in their micrograph"
+        if self.drawn:
+            return (
+                f"{text}: neighbours that touch neighbours are more than a third of all, and were dealt out one by "
+                "one; they share noise, and the FSC flatters: add particles of other micrographs, or remove duplicates"
+            )
         return (
-            f"{self.close:,} particles lie within about {SAME_PLACE:g} Å of one of the other half-set in their "
-            "micrograph: picked or extracted twice, they share noise, and the FSC flatters; --redraw-halves keeps them "
+            f"{text}: picked or extracted twice, they share noise, and the FSC flatters; --redraw-halves keeps them "
             "together"
         )
 
@@ -96,16 +124,18 @@ def mixed_classes(table: ParticleTable) -> str:
 def copies(table: ParticleTable, symmetry: str) -> Copies:
     """Counts what is repeated, with the half-sets of the table; ``symmetry`` is the first group that is tried as the
     one that the set was expanded by."""
+    half = table.half
     image = image_numbers(table)
-    images = int(image.max()) + 1
+    same = particle_numbers(table, image)
+    images, particles = int(image.max()) + 1, int(same.max()) + 1
     crossing = close = 0
-    if table.half is not None:
-        same = _same_particle(table, image)
-        crossing = int(_in_both(same, table.half).sum())
-        places = _places(table)
-        close = int((_in_both(linked(same, *places), table.half) & ~_in_both(same, table.half)).sum()) if places else 0
-    expansion, turned = _expansion(image, table.poses.rotation, symmetry)
-    return Copies(images, len(image) - images, crossing, close, expansion, turned)
+    if half is not None:
+        both = _in_both(same, half)
+        crossing = int(both.sum())
+        close = int((_beside_other_half(table, half) & ~both).sum())
+    expansion, turned = _expansion(same, table.poses.rotation, symmetry)
+    drawn = table.half_of_file is None
+    return Copies(images, len(image) - images, images - particles, crossing, close, drawn, expansion, turned)
 
 
 def image_numbers(table: ParticleTable) -> Int[Tensor, " p"]:
@@ -117,18 +147,87 @@ def image_numbers(table: ParticleTable) -> Int[Tensor, " p"]:
     return _counted(file * (int(table.image.max()) + 1) + table.image)
 
 
-def image_marks(table: ParticleTable) -> Int[Tensor, " i"]:
-    """Numbers of 64 bits that stand for the images of a table in any run, sorted, each once."""
-    digests = (hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in real_paths(table.stacks))
-    stack = np.frombuffer(b"".join(digests), "<u8")[table.stack.numpy()]
-    # A large odd factor, so that neighbours of two stacks do not meet.
-    marks = stack + table.image.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return torch.from_numpy(np.unique(marks).view(np.int64))
+def particle_numbers(table: ParticleTable, image: Int[Tensor, " p"] | None = None) -> Int[Tensor, " p"]:
+    """Equal numbers for rows of one image, or of one particle before it was expanded, extracted again or subtracted
+    from, where the files say so. ``image`` is `image_numbers` where that is known. Counted from 0 in order of
+    appearance."""
+    image = image_numbers(table) if image is None else image
+    origin = table.origin
+    if origin is None:
+        return image
+    alone = int(image.max()) + 1 + torch.arange(len(origin))
+    return linked(image, torch.where(origin == -1, alone, int(alone[-1]) + 1 + _counted(origin)))
+
+
+def image_marks(table: ParticleTable) -> Int[Tensor, "i 3"]:
+    """Numbers of 64 bits that stand for the images of a table in any run, each image once, sorted by the first.
+
+    The first follows from the path of the stack, links followed; the second from its file, so that hard links and other
+    mounts are seen (inode, size and time of change: without the time a later file could have the same); the third from
+    the particle, by uid or rlnImageOriginalName. 0 is not known.
+    """
+    number = table.image.numpy().astype(np.uint64)
+    columns = [
+        np.array([_digest(text) for text in texts], np.uint64)[table.stack.numpy()] + number * np.uint64(_ODD)
+        for texts in (real_paths(table.stacks), [_file_of(path) for path in table.stacks])
+    ]
+    if table.origin is None:
+        columns.append(np.zeros_like(number))
+    else:
+        columns.append(np.where(table.origin.numpy() == -1, 0, table.origin.numpy()).view(np.uint64))
+    marks = np.stack(columns, 1).view(np.int64)
+    return torch.from_numpy(marks[np.unique(marks[:, 0], return_index=True)[1]])
+
+
+def marks_in(marks: Int[Tensor, "i 3"], others: Int[Tensor, "j 3"]) -> Int[Tensor, " k"]:
+    """Positions of the images (`image_marks`) that are among others."""
+    pairs = zip(marks.numpy().T, others.numpy().T, strict=True)
+    found = [(one != 0) & np.isin(one, other[other != 0]) for one, other in pairs]
+    return torch.from_numpy(np.flatnonzero(np.any(found, 0)))
+
+
+def _file_of(path: Path) -> str:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return str(path)
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
 
 def first_rows(table: ParticleTable) -> Int[Tensor, " q"]:
     """The first row of each image."""
     return _firsts(image_numbers(table))
+
+
+def unique_rows(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Int[Tensor, " q"]:
+    """The first row of each image; of several images of one particle, the first of those whose poses agree (`shares`).
+
+    So one that is in two stacks is left once, and what was subtracted under each pose of an expanded set stays.
+    """
+    image = image_numbers(table)
+    first = torch.zeros(len(table), dtype=torch.bool).index_fill(0, _firsts(image), True)
+    same = particle_numbers(table, image)
+    several = (torch.bincount(same)[same] > 1).nonzero()[:, 0]
+    if len(several):
+        kind = _counted(_pose_classes(same[several], table.poses.rotation[several], group))
+        later = torch.ones(len(several), dtype=torch.bool).index_fill(0, _firsts(kind), False)
+        first[several[later]] = False
+    return first.nonzero()[:, 0]
+
+
+def with_halves(table: ParticleTable, seed: int) -> ParticleTable:
+    """With the half-sets of `settle_halves`, and which of them were drawn.
+
+    Raises:
+        InputError: the half-sets of the file part copies of an image.
+    """
+    told = table.half_of_file
+    drawn = torch.ones(len(table), dtype=torch.bool) if told is None else told == 0
+    return replace(table, half=settle_halves(table, seed), drawn=drawn)
 
 
 def settle_halves(table: ParticleTable, seed: int) -> Int[Tensor, " p"]:
@@ -138,20 +237,20 @@ def settle_halves(table: ParticleTable, seed: int) -> Int[Tensor, " p"]:
         InputError: the half-sets of the file part copies of an image.
     """
     image = image_numbers(table)
-    same, places = _same_particle(table, image), _places(table)
+    same, place = particle_numbers(table, image), _places(table)
     half = torch.zeros_like(same) if table.half is None else table.half
     _refuse_crossing(table, same, half)
     if not bool((half == 0).any()):
         return half
     if bool((half > 0).any()):
-        for labels in (same, linked(same, *places)):
+        for labels in (same, linked(same, place)):
             one, two = (_holds(labels, half == number) for number in (1, 2))
             half = torch.where((half == 0) & (one != two), torch.where(one, 1, 2), half)
     rest = (half == 0).nonzero()[:, 0]
     if not len(rest):
         return half
     totals = [int((half == number).sum()) for number in (1, 2)]
-    drawn = draw_halves(table.micrograph[rest], seed, same[rest], [place[rest] for place in places], totals)
+    drawn = draw_halves(table.micrograph[rest], seed, same[rest], place[rest], totals)
     return half.index_copy(0, rest, drawn)
 
 
@@ -164,11 +263,13 @@ def _refuse_crossing(table: ParticleTable, same: Int[Tensor, " p"], half: Int[Te
     name = f"{int(table.image[first]) + 1}@{table.stacks[int(table.stack[first])]}"
     image = image_numbers(table)
     known = bool(image[first] == image[other])
+    left = unique_rows(table, torch.eye(3, dtype=torch.float64)[None])
+    helps = not bool(_in_both(same[left], half[left]).any())
     what = "an image" if known else "a particle (by its uid, or by its image before it was expanded or subtracted from)"
     raise InputError(
         f"{table.name}: half-sets cross: {int(both.sum()):,} of {len(both):,} rows name {what} that is in both, the "
         f"first is {name} ({table.place(first)}, and {table.place(other)}); its noise would be compared with itself. "
-        f"Draw new half-sets with --redraw-halves{', or keep the first row of each image with --unique' * known}"
+        f"Draw new half-sets with --redraw-halves{', or keep the first row of each with --unique' * helps}"
     )
 
 
@@ -176,7 +277,7 @@ def draw_halves(
     micrograph: Int[Tensor, " n"],
     seed: int,
     image: Int[Tensor, " n"] | None = None,
-    places: Sequence[Int[Tensor, " n"]] = (),
+    place: Int[Tensor, " n"] | None = None,
     totals: Sequence[int] = (0, 0),
 ) -> Int[Tensor, " n"]:
     """Half-sets 1 and 2, rows of one image and whole micrographs together: neighbours share noise and sometimes are the
@@ -184,12 +285,13 @@ def draw_halves(
 
     Units are dealt out in random order, each to the half that has fewer particles; ``totals`` are there already. A unit
     with more than a third of all rows would leave the halves unlike: of a single micrograph, or a stack that stands
-    for many, rows of one place (``places``, see `linked`) and of one image stay together, or if these are as many
-    again, rows of one image alone.
+    for many, rows of one ``place`` and of one image stay together, or if these are as many again, rows of one image
+    alone.
     """
     image = torch.arange(len(micrograph)) if image is None else image
-    unit = linked(micrograph, image, *places)
-    for finer in (linked(image, *places), image):
+    near = image if place is None else linked(image, place)
+    unit = linked(micrograph, near)
+    for finer in (near, image):
         large = torch.bincount(unit)[unit] > _LARGEST_UNIT * len(unit)
         unit = _counted(torch.where(large, int(unit.max()) + 1 + finer, unit))
     sizes = torch.bincount(unit).tolist()
@@ -218,32 +320,49 @@ def linked(*labels: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
 
 
 def shares(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Float[Tensor, " p"] | None:
-    """The weight of each row with which every image counts once under each pose; None where all weigh 1.
+    """The weight of each row with which every particle counts once under each pose; None where all weigh 1.
 
-    Rows of one image whose poses are equivalent under ``group``, to within 10°, share the weight of one. Under poses
-    that the group does not connect an image counts each time: a set that was expanded by D2 and is reconstructed
-    without symmetry gives the sums of the set before, reconstructed with D2; so it does if D2 is asked for as well.
+    Rows of one image, or of one particle in several images, whose poses are equivalent under ``group`` share the weight
+    of one. Under poses that the group does not connect it counts each time: a set that was expanded by D2 and is
+    reconstructed without symmetry gives the sums of the set before, reconstructed with D2; so it does if D2 is asked
+    for as well.
+
+    Poses are equivalent to within 10°; in a set that was expanded by a point group to within 30°, but no more than a
+    third of its smallest angle: refined locally, copies move by up to 15° each, and are still nearer to their own pose
+    than to that of another element. Where no group is known that would be too much, since neighbours of a helix lie 20°
+    to 30° apart.
     """
-    image = image_numbers(table)
-    rows = (torch.bincount(image)[image] > 1).nonzero()[:, 0]
+    same = particle_numbers(table)
+    rows = (torch.bincount(same)[same] > 1).nonzero()[:, 0]
     if not len(rows):
         return None
-    kind = _pose_classes(image[rows].numpy(), table.poses.rotation[rows].numpy(), group.numpy())
+    kind = _pose_classes(same[rows], table.poses.rotation[rows], group)
     share = torch.ones(len(table))
     share[rows] = 1 / torch.bincount(kind)[kind]
     return share if bool((share != 1).any()) else None
 
 
 def _pose_classes(
-    image: NDArray[np.int64], rotation: NDArray[np.float64], group: NDArray[np.float64]
+    same: Int[Tensor, " q"], rotation: Float[Tensor, "q 3 3"], group: Float[Tensor, "s 3 3"]
 ) -> Int[Tensor, " q"]:
-    """Equal numbers for rows of one image whose poses are equivalent to that of the first among them."""
-    found = np.full(len(image), -1)
-    left, number = np.arange(len(image)), 0
-    while len(left):
-        _, first, own = np.unique(image[left], return_index=True, return_inverse=True)
-        turn = _turns(rotation[left[first]][own], rotation[left])
-        near = _angle_to(turn, group)[0] < _SAME_POSE
+    """Equal numbers for rows of one particle whose poses are equivalent to that of the first among them, as `shares`
+    takes it; beyond `_MOST_POSES` all others of a particle are one."""
+    expansion, _ = _expansion(_counted(same), rotation, "C1")
+    tolerance = _SAME_POSE if expansion is None else _tolerance(_group(expansion))
+    least = 1 + 2 * math.cos(math.radians(tolerance))  # trace of a turn
+    labels, pose, elements = same.numpy(), rotation.numpy(), group.numpy()
+    found = np.full(len(labels), -1)
+    left, number = np.arange(len(labels)), 0
+    for count in range(_MOST_POSES + 1):
+        if not len(left):
+            break
+        _, first, own = np.unique(labels[left], return_index=True, return_inverse=True)
+        own = own.reshape(-1)
+        near = np.full(len(left), count == _MOST_POSES)
+        if not near.all():
+            mine, leaders = pose[left].reshape(-1, 9), pose[left[first]]
+            for element in elements:
+                near |= np.einsum("pi,pi->p", (leaders @ element).reshape(-1, 9)[own], mine) > least
         found[left[near]] = number + own[near]
         left, number = left[~near], number + len(first)
     return torch.from_numpy(found)
@@ -264,24 +383,32 @@ def _angle_to(turn: NDArray[np.float64], group: NDArray[np.float64]) -> tuple[ND
     return np.degrees(np.arccos(cosine.clip(-1, 1))), nearest
 
 
-def _expansion(image: Int[Tensor, " p"], rotation: Float[Tensor, "p 3 3"], symmetry: str) -> tuple[str | None, float]:
+def _tolerance(group: NDArray[np.float64]) -> float:
+    """Degrees within which copies of a set that was expanded by a group are taken to have the same pose."""
+    apart = _angle_to(group, np.eye(3)[None])[0][1:].min(initial=180.0)
+    return min(_REFINED, float(apart) / 3)
+
+
+def _expansion(same: Int[Tensor, " p"], rotation: Float[Tensor, "p 3 3"], symmetry: str) -> tuple[str | None, float]:
     """The point group whose elements turn copies into each other, the smallest if it is not ``symmetry``; None where
-    there is none. And by how many degrees copies are turned from the first of their image, the median."""
-    first = _firsts(image)
-    repeated = torch.ones(len(image), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
+    there is none. And by how many degrees copies are turned from the first row of their particle, the median."""
+    first = _firsts(same)
+    repeated = torch.ones(len(same), dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
     if not len(repeated):
         return None, 0.0
     few = repeated[torch.linspace(0, len(repeated) - 1, min(_FEW, len(repeated))).long()]
-    turn = _turns(rotation[first[image[few]]].numpy(), rotation[few].numpy())
+    turn = _turns(rotation[first[same[few]]].numpy(), rotation[few].numpy())
     turned = float(np.median(_angle_to(turn, np.eye(3)[None])[0]))
     if turned < _SAME_POSE:
         return None, turned
     for name in [symmetry, *_known_groups()]:
         group = _group(name)
+        tolerance = _tolerance(group)
+        if turned < tolerance:  # most are not turned to another element; so also without symmetry
+            continue
         angle, nearest = _angle_to(turn, group)
-        apart = _angle_to(group, np.eye(3)[None])[0][1:].min(initial=180.0)
-        near = angle < min(_SAME_POSE, apart / 3)
-        if near.mean() >= _EXPANDED and len({0, *nearest[near].tolist()}) == len(group):
+        near = angle < tolerance
+        if near.mean() >= _EXPANDED and len({0, *nearest[near].tolist()}) == len(group) > 1:
             return name, turned
     return None, turned
 
@@ -299,38 +426,55 @@ def _known_groups() -> list[str]:
     return sorted(sizes, key=sizes.__getitem__)
 
 
-def _same_particle(table: ParticleTable, image: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
-    """Equal numbers for rows of one image, or of one particle before it was expanded, extracted again or subtracted
-    from, where the files say so."""
-    origin = table.origin
-    if origin is None:
-        return image
-    alone = int(image.max()) + 1 + torch.arange(len(origin))
-    return linked(image, torch.where(origin == -1, alone, int(alone[-1]) + 1 + _counted(origin)))
+def _places(table: ParticleTable) -> Int[Tensor, " p"]:
+    """Equal numbers for particles of one micrograph that lie within `SAME_PLACE` of each other, or are connected by
+    others that do.
+
+    Those in a square whose diagonal is that long do. Between squares neighbours are looked for, in a crowd those of a
+    few: dummy coordinates put thousands into one place, and all their pairs would never end.
+    """
+    rows, place = _points(table)
+    if not len(rows):
+        return torch.arange(len(table))
+    cell = np.floor(place / [SAME_PLACE / math.sqrt(2), SAME_PLACE / math.sqrt(2), 1.0]).astype(np.int64)
+    order = np.lexsort(cell.T)
+    new = np.append(True, (np.diff(cell[order], axis=0) != 0).any(1))
+    start = np.flatnonzero(new)[np.cumsum(new) - 1]
+    few = order[np.arange(len(order)) - start < _CROWD]
+    pairs = few[cKDTree(place[few]).query_pairs(SAME_PLACE, output_type="ndarray")]
+    one = np.concatenate([order[start], pairs[:, 0]])
+    other = np.concatenate([order, pairs[:, 1]])
+    graph = coo_array((np.ones(len(one), np.int8), (rows[one], rows[other])), shape=(len(table),) * 2)
+    _, component = connected_components(graph, directed=False)
+    return _counted(torch.from_numpy(component.astype(np.int64)))
 
 
-def _places(table: ParticleTable) -> list[Int[Tensor, " p"]]:
-    """Labels that are equal for particles of one micrograph that lie close together; none where places are not known.
+def _beside_other_half(table: ParticleTable, half: Int[Tensor, " p"]) -> Tensor:
+    """Which rows have one of the other half-set within `SAME_PLACE` in their micrograph."""
+    found = torch.zeros(len(table), dtype=torch.bool)
+    rows, place = _points(table)
+    own = half.numpy()[rows]
+    for number in (1, 2):
+        # Each place once: trees do not part equal points.
+        others = np.unique(place[own == 3 - number], axis=0)
+        if len(others):
+            mine = own == number
+            distance, _ = cKDTree(others).query(place[mine], distance_upper_bound=np.nextafter(SAME_PLACE, np.inf))
+            found[torch.from_numpy(rows[mine])] = torch.from_numpy(np.isfinite(distance))
+    return found
 
-    Squares of `SAME_PLACE`, and the same shifted by half of that in x, in y and in both: neighbours up to half of it
-    share a square of one of the four. The place is that of the particle, not of the box that it was found in.
+
+def _points(table: ParticleTable) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The rows whose places are known, and these (x, y, z) in Å: z parts micrographs, and no two lie within reach.
+
+    The place is that of the particle, not of the box that it was found in.
     """
     if table.position is None:
-        return []
+        return np.zeros(0, np.int64), np.zeros((0, 3))
     place = (table.position - table.poses.shift).clamp(-_FARTHEST, _FARTHEST)
     known = torch.isfinite(place).all(1)
-    if not bool(known.any()):
-        return []
-    alone = -1 - torch.arange(len(place))
-    found = []
-    for x in (0.0, 0.5):
-        for y in (0.0, 0.5):
-            cell = torch.floor(torch.where(known[:, None], place, 0.0) / SAME_PLACE + torch.tensor([x, y])).long()
-            cell -= cell.min(0).values
-            columns, rows = (int(most) + 1 for most in cell.max(0).values)
-            key = (table.micrograph * rows + cell[:, 1]) * columns + cell[:, 0]
-            found.append(torch.where(known, key, alone))
-    return found
+    depth = 2 * SAME_PLACE * table.micrograph.double()
+    return known.nonzero()[:, 0].numpy(), torch.cat([place, depth[:, None]], 1)[known].numpy()
 
 
 def _in_both(labels: Int[Tensor, " p"], half: Int[Tensor, " p"]) -> Tensor:

@@ -136,6 +136,19 @@ def beam_tilt(
     return torch.stack([2 * y, 2 * x, none, y, x, none], 1)
 
 
+def in_image(rotation: Float[Tensor, "p 3 3"], optics: Optics) -> Float[Tensor, "p 3 3"]:
+    """Matrices whose first two rows lead into the images as they were recorded: rotations, or with anisotropic
+    magnification M no longer such.
+
+    Frequency k of the image lies at Aᵀ M k of the volume, so x and y of the image are Mᵀ times those of A p. Shifts are
+    those of the image, whatever M.
+    """
+    if optics.aberrations is None:
+        return rotation
+    seen = optics.aberrations.magnification.mT @ rotation[:, :2]
+    return torch.cat([seen, rotation[:, 2:]], 1)
+
+
 @dataclass(frozen=True)
 class Observed:
     """A batch as a model is compared with it: its transforms, and the real factor between a projection and them."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emsplat.model import GaussianField
-from emsplat.objective import VolumeObjective
+from emsplat.fit import Plan, State, fit
+from emsplat.models.gaussians import GaussianField
+from emsplat.objective import ImageObjective, VolumeObjective
 from emsplat.types import Gaussians
 
 SPLIT = 0.5  # of the Gaussians, those under which most is missing
@@ -29,6 +32,32 @@ def grow(model: GaussianField, objective: VolumeObjective) -> GaussianField:
     return model.split(chosen).take(torch.cat([carries, carries[chosen]]))
 
 
+def fit_doubling(
+    state: State[GaussianField], objective: ImageObjective, plan: Plan, after: Sequence[int]
+) -> Iterator[State[GaussianField]]:
+    """`fit`, with every Gaussian split in two ``after`` these epochs (1-based), in ascending order.
+
+    Raises:
+        EmsplatError: as `fit`.
+    """
+    for last in (*after, plan.epochs):
+        for reached in fit(state, objective, plan, until=last):
+            state = reached
+            yield state
+        # A fit that was resumed may be further, and has been split then.
+        if last != plan.epochs and state.step == last * objective.steps_per_epoch:
+            state = doubled(state)
+
+
+def doubled(state: State[GaussianField]) -> State[GaussianField]:
+    """Both halves of a Gaussian inherit its moments."""
+    moments = {
+        name: moment if name.endswith(".step") else torch.cat([moment, moment])
+        for name, moment in state.optimiser.moments().items()
+    }
+    return state.with_model(state.model.split(), moments)
+
+
 def missing_power(model: GaussianField, objective: VolumeObjective) -> Float[Tensor, " g"]:
     """Mean squared residual density under each Gaussian, weighted with its own shape.
 
@@ -36,7 +65,7 @@ def missing_power(model: GaussianField, objective: VolumeObjective) -> Float[Ten
     of Σ r² V with respect to the Gaussian's amplitude.
     """
     with torch.no_grad():
-        mixture = model()
+        mixture = model.gaussians()
         square = objective.residual(objective.render(mixture)).square()
     amplitude = mixture.amplitude.clone().requires_grad_()
     volume = objective.render(Gaussians(mixture.mean, mixture.covariance, amplitude))

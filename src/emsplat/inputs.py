@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.config import ChoiceConfig, ImagesConfig, SourceConfig
-from emsplat.copies import first_rows
+from emsplat.copies import unique_rows
 from emsplat.errors import InputError
 from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
@@ -95,7 +96,7 @@ def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
 
 
 def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
-    """A subset of all particles, of these one class, of these each image once, of these the first."""
+    """A subset of all particles, of these one class, of these each image or particle once, of these the first."""
     if config.subset is not None:
         rows, said = _listed(config.subset, table, config.datadir)
         table = replace(table.take(rows), warnings=(*table.warnings, *said))
@@ -108,7 +109,7 @@ def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
             raise InputError(f"{table.name}: no particle of class {config.particle_class}; there are {there}")
         table = table.take(found)
     if config.unique:
-        rows = first_rows(table)
+        rows = unique_rows(table, symmetry_group(config.symmetry))
         table = replace(table.take(rows), left_out=len(table) - len(rows))
     if config.first is not None:
         if config.first < 1:
@@ -127,7 +128,9 @@ def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int
         numbers = np.asarray(load_arrays(path))
     else:
         try:
-            numbers = np.load(path, allow_pickle=False) if kind == ".npy" else np.loadtxt(path, ndmin=1)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "loadtxt: input contained no data")  # refused below
+                numbers = np.load(path, allow_pickle=False) if kind == ".npy" else np.loadtxt(path, ndmin=1)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{path}: cannot be read ({error}); expected row numbers from 0, one per line, or a .star or .cs file"

@@ -34,13 +34,13 @@ from emsplat.io.relion import write_table
 from emsplat.particles import ParticleStack
 from emsplat.progress import Log
 from emsplat.reconstruct import reconstruct
+from emsplat.report.verdict import spacing
+from emsplat.report.words import DECISIVE, NULL_MEASURES, SILENT
 from emsplat.run_folder import write_text
 from emsplat.types import Curve, Grid
 
 _POSE = ("AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "OriginX", "OriginY")
 _TOLERANCE = 2  # shells that interpolation and the mask carry detail across
-_MEASURES = ("half_map_masked", "half_map_corrected", "backprojection_masked", "cross_validated", "reported")
-_DECISIVE = ("cross_validated", "reported")  # the others are shown beside them
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,21 @@ class Outcome:
         """Whether a measure sees nothing finer than it may."""
         value = getattr(self, measure)
         return value is None or (self.limit is not None and value >= 0.999 * self.limit)
+
+    @property
+    def verdict(self) -> str:
+        """What the decisive measures make of the test."""
+        if self.name == "unaltered":
+            return "FAILED" if self.reported is None else "has a resolution"
+        return "passed" if all(self.silent(measure) for measure in DECISIVE if self.judged(measure)) else "FAILED"
+
+    def cell(self, measure: str, nyquist: float) -> str:
+        """What a measure gave, for a table."""
+        value = getattr(self, measure)
+        text = "none" if value is None else spacing(value, nyquist)
+        if not self.judged(measure):
+            return text
+        return f"{text}, {'silent' if self.silent(measure) else 'NOT SILENT' if measure in DECISIVE else 'not silent'}"
 
 
 def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | None = None) -> bool:
@@ -91,6 +106,8 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
     log.line(f"{len(stack):,} particles of {stack.table.name}; {say_folders(stack.table.folders)}")
+    for note in stack.table.notes:
+        log.line(f"  {note}")
     settings = _settings(config)
     outcomes = []
     from_shell = 0
@@ -108,15 +125,13 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         reported = summary["resolution"]["cross_validated"]
         if name == "unaltered":
             from_shell = _from_shell(config, chosen.grid, summary["resolution"], particles)
-            first = chosen.grid.length / from_shell
-        limit, expected = {
-            "unaltered": (None, "a resolution"),
-            "noise": (None, "none"),
-            "phases": (from_shell + _TOLERANCE, f"none finer than {first:.1f} Å"),
-            "poses": (FIRST_SHELLS, "none beyond the first shells"),
-        }[name]
-        outcomes.append(_judge(name, expected, limit and chosen.grid.length / limit, folder / "run", reported))
-    passed = _report(outcomes, output, log)
+        shell = {"phases": from_shell + _TOLERANCE, "poses": FIRST_SHELLS}.get(name)
+        limit = None if shell is None else chosen.grid.length / shell
+        expected = "no resolution" if limit is None else f"none finer than {limit:.2f} Å"
+        if name == "unaltered":
+            expected = "a resolution"
+        outcomes.append(_judge(name, expected, limit, folder / "run", reported))
+    passed = _report(outcomes, chosen.grid.length / (chosen.grid.size // 2), output, log)
     log.line(f"  report: {report.write_report(output)}")
     return passed
 
@@ -134,7 +149,7 @@ def _choose(stack: ParticleStack, count: int) -> ParticleStack:
     """Evenly spread particles, as many of each half."""
     if count < 4:
         raise InputError(f"--particles {count}: expected at least 4, two in each half-set")
-    half = stack.half[stack.rows]  # type: ignore[index]
+    half = stack.half
     places = []
     for number in (1, 2):
         own = (half == number).nonzero()[:, 0]
@@ -245,43 +260,38 @@ def _without_radial_part(maps: RunMaps) -> RunMaps:
     return replace(maps, halves=(first, second), raw=raw)
 
 
-def _report(outcomes: list[Outcome], output: Path, log: Log) -> bool:
+def _report(outcomes: list[Outcome], nyquist: float, output: Path, log: Log) -> bool:
     """The table, to the terminal and into the folder."""
-    names = [measure.replace("_", " ") for measure in _MEASURES]
+    passed = all(one.verdict != "FAILED" for one in outcomes)
+    aside = [name for name in NULL_MEASURES if name not in DECISIVE]
+    lines = [("", [one.name for one in outcomes]), ("expected", [one.expected for one in outcomes])]
+    lines += [(NULL_MEASURES[name], [one.cell(name, nyquist) for one in outcomes]) for name in aside]
+    lines += [("to quote:", [])]
+    lines += [(NULL_MEASURES[name], [one.cell(name, nyquist) for one in outcomes]) for name in DECISIVE]
+    lines += [("verdict", [one.verdict for one in outcomes])]
     log.line("")
-    log.line(" " * 41 + f"{'for comparison':<72}" + "to quote, judged")
-    log.line("test       expected                     " + "  ".join(f"{name:>22}" for name in names))
-    for one in outcomes:
-        cells = []
-        for measure in _MEASURES:
-            value = getattr(one, measure)
-            text = "none" if value is None else f"{value:.2f} Å"
-            if one.judged(measure) and one.silent(measure):
-                text += " silent"
-            elif one.judged(measure):
-                text += " NOT SILENT" if measure in _DECISIVE else " too fine"
-            cells.append(f"{text:>22}")
-        log.line(f"{one.name:<10} {one.expected:<28} " + "  ".join(cells))
-    passed = outcomes[0].reported is not None and all(
-        one.silent(measure) for one in outcomes for measure in _DECISIVE if one.judged(measure)
-    )
+    for title, cells in lines:
+        log.line(f"{title:<22}{''.join(f'{cell:<25}  ' for cell in cells)}".rstrip())
+    log.line(f"{SILENT} Only the measures to quote decide.")
     loud = [
-        measure.replace("_", " ")
-        for measure in _MEASURES
-        if measure not in _DECISIVE and not all(one.silent(measure) for one in outcomes if one.judged(measure))
+        NULL_MEASURES[measure]
+        for measure in aside
+        if not all(one.silent(measure) for one in outcomes if one.judged(measure))
     ]
-    aside = f" ({', '.join(loud)} do not: quote them as upper limits, if at all)" if loud else ""
     if passed:
-        log.line(
-            f"passed: the cross-validated resolution, which is the one to quote, stays silent where it must{aside}"
-        )
+        log.line("passed: the cross-validated resolution, which is the one to quote, stays silent where it must")
     else:
-        log.line("FAILED: see the columns that are judged")
+        log.line("FAILED: see the line of verdicts")
+    if loud:
+        log.line(f"  not silent, so upper limits at best: {'; '.join(loud)}")
     log.line(f"{log.seconds:.0f} s in all")
     rows = [{field.name: getattr(one, field.name) for field in fields(one)} for one in outcomes]
-    silent = [{name: one.silent(name) for name in _MEASURES if one.judged(name)} for one in outcomes]
-    tests = [row | {"silent": found} for row, found in zip(rows, silent, strict=True)]
-    write_text(output / "nulltest.json", json_text({"passed": passed, "tests": tests}))
+    silent = [{name: one.silent(name) for name in NULL_MEASURES if one.judged(name)} for one in outcomes]
+    tests = [
+        row | {"silent": found, "verdict": one.verdict} for row, found, one in zip(rows, silent, outcomes, strict=True)
+    ]
+    result = {"passed": passed, "tests": tests, "limit": {"nyquist": nyquist}}
+    write_text(output / "nulltest.json", json_text(result))
     with replacing(output / "nulltest.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emsplat.accumulate import NormalEquations, mean_per_shell
-from emsplat.ctf import Observed, observe
+from emsplat.ctf import Observed, in_image, observe
 from emsplat.errors import InputError
 from emsplat.fourier import crop, frequencies, hermitian_weight, is_smooth, shell_index
-from emsplat.model import GaussianField
+from emsplat.models.base import Model
 from emsplat.particles import ParticleStack
 from emsplat.project import CUTOFF, project, voxelize
 from emsplat.types import Batch, Gaussians, Grid, Poses
@@ -28,7 +28,7 @@ class Objective(Protocol):
 
     steps_per_epoch: int
 
-    def __call__(self, model: GaussianField, step: int) -> dict[str, Tensor]: ...
+    def __call__(self, model: Model, step: int) -> dict[str, Tensor]: ...
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -110,15 +110,21 @@ class ImageObjective:
         self._next_step = -1
         self._batches: Iterator[Batch] = iter(())
 
-    def __call__(self, model: GaussianField, step: int) -> dict[str, Tensor]:
+    def __call__(self, model: Model, step: int) -> dict[str, Tensor]:
         """The loss of the mini-batch of ``step``, counted from the first step of the first epoch."""
-        return {"loss": self.loss(model(), self._load(step))}
+        batch = self._load(step)
+        return {"loss": self.loss(model.gaussians(batch), batch, model.poses(batch))}
 
-    def loss(self, gaussians: Gaussians, batch: Batch) -> Float[Tensor, ""]:
-        """`squared_error` of a batch; on the CPU the transforms of a few images at a time: they stay in the cache."""
+    def loss(self, gaussians: Gaussians, batch: Batch, poses: Poses | None = None) -> Float[Tensor, ""]:
+        """`squared_error` of a batch seen in ``poses`` (None: its own), differentiable in the Gaussians and the poses.
+
+        Images are moved by the batch's shifts, and projected by what the poses' differ from these. On the CPU a few
+        images are transformed at a time: they stay in the cache.
+        """
         grid = self.stack.grid
-        centred = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
-        projection = project(gaussians, centred, grid, cutoff=self.cutoff)
+        poses = batch.poses if poses is None else poses
+        seen_as = Poses(in_image(poses.rotation, batch.optics), poses.shift - batch.poses.shift)
+        projection = project(gaussians, seen_as, grid, cutoff=self.cutoff)
         on_cpu = projection.device.type == "cpu"
         few = max(1, _CACHED_PIXELS // grid.size**2) if on_cpu else max(1, len(projection))
         error, gradient = torch.zeros((), device=projection.device), torch.empty_like(projection)
@@ -164,10 +170,10 @@ class VolumeObjective:
         self._fine = _Level(equations, support, 1, cutoff)
         self._coarse = _Level(equations, support, 2, cutoff) if coarse_steps else self._fine
 
-    def __call__(self, model: GaussianField, step: int) -> dict[str, Tensor]:
-        """The loss of all images; every step sees the same."""
+    def __call__(self, model: Model, step: int) -> dict[str, Tensor]:
+        """The loss of all images against the consensus of the model; every step sees the same."""
         level = self._coarse if step < self.coarse_steps else self._fine
-        volume = level.render(model())
+        volume = level.render(model.gaussians())
         error, gradient = level.error_and_gradient(volume.detach())
         return {"loss": cast(Tensor, _KnownGradient.apply(volume, error, gradient))}  # type: ignore[no-untyped-call]
 
@@ -179,10 +185,10 @@ class VolumeObjective:
         """½ VᵀKV - bᵀV per image, and its gradient KV - b."""
         return self._fine.error_and_gradient(volume)
 
-    def best_gain(self, model: GaussianField) -> float:
+    def best_gain(self, model: Model) -> float:
         """The factor on all amplitudes that makes the loss smallest; positive."""
         with torch.no_grad():
-            volume = self.render(model())
+            volume = self.render(model.gaussians())
         error, gradient = self.error_and_gradient(volume)
         slope = torch.dot(volume.flatten(), gradient.flatten())  # VᵀKV - bᵀV
         curvature = 2 * (slope - error)  # VᵀKV

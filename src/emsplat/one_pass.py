@@ -21,7 +21,7 @@ from emsplat.accumulate import NormalEquations
 from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.density import grow
 from emsplat.fit import Plan, State, fit
-from emsplat.model import GaussianField
+from emsplat.models.gaussians import GaussianField
 from emsplat.objective import VolumeObjective
 from emsplat.project import voxelize
 
@@ -53,7 +53,7 @@ class VolumeFit:
     equations: NormalEquations
     objective: VolumeObjective
     model: GaussianField
-    state: State = field(init=False)
+    state: State[GaussianField] = field(init=False)
 
     def __post_init__(self) -> None:
         self.state = State.begin(self.model)
@@ -61,12 +61,12 @@ class VolumeFit:
     @torch.no_grad()
     def volume(self) -> Tensor:
         """The map of the last step on the whole box."""
-        return voxelize(self.state.model(), self.equations.grid)
+        return voxelize(self.state.model.gaussians(), self.equations.grid)
 
     @torch.no_grad()
     def kept_volume(self) -> Tensor:
         """The map of ``model`` on the whole box."""
-        return voxelize(self.model(), self.equations.grid)
+        return voxelize(self.model.gaussians(), self.equations.grid)
 
 
 def coarse_steps(epochs: int) -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emsplat.copies import first_rows, image_numbers, settle_halves, shares
+from emsplat.copies import first_rows, image_numbers, particle_numbers, shares, with_halves
 from emsplat.ctf import flipped_from_multiplied
 from emsplat.device import CPU, Lane
 from emsplat.errors import InputError
@@ -27,7 +27,8 @@ from emsplat.geometry import symmetry_group
 from emsplat.io.mrc import StackFile
 from emsplat.io.particles import read_particles
 from emsplat.io.table import OpticsGroup, ParticleTable
-from emsplat.types import PHASE_FLIPPED, Aberrations, Batch, Grid, Optics, Poses
+from emsplat.progress import counted
+from emsplat.types import PHASE_FLIPPED, Batch, Grid, Optics, Poses
 
 _OPEN_STACKS = 64
 _READ_AHEAD = 2  # batches
@@ -111,91 +112,52 @@ class _Read:
     share: Float[Tensor, " q"] | None
 
 
+@dataclass(frozen=True, eq=False)
 class ParticleStack:
     """Some particles of a table with their images on disk; a subset is again a `ParticleStack`.
 
     Images come normalised: mean 0 and standard deviation 1 in the background, the pixels further than ``diameter`` / 2
-    from the centre (default: 0.9 of the box). ``sign`` -1 inverts the contrast first, so that protein is bright.
+    from the centre. ``sign`` -1 inverts the contrast first, so that protein is bright.
 
     Optics groups may differ in box and pixel size (``grids``, one per group). ``grid`` is that of most particles, and
     `parts` are stacks of one grid each; only those can be read. Images of another grid on ``disk`` (one per group) are
     resampled when they are read, and with ``recentre`` moved by whole pixels, so that what is left of each shift is
     below one pixel: images that are cut would lose a particle's rim otherwise.
 
-    ``share`` is the weight of each row of the table, below 1 for copies that must not count an image more than once
-    (`copies.shares`); `with_halves` sets it.
-
-    Batches come on ``device``; the metadata of the stack itself (``rows``, ``half``, ``table``) stay on the CPU.
+    Batches come on ``device``; table and rows stay on the CPU. Half-sets are those of the table (`with_halves`).
     """
 
-    def __init__(
-        self,
-        table: ParticleTable,
-        files: ImageFiles,
-        grid: Grid,
-        *,
-        rows: Int[Tensor, " p"] | None = None,
-        half: Int[Tensor, " n"] | None = None,
-        share: Float[Tensor, " n"] | None = None,
-        symmetry: Float[Tensor, "s 3 3"] | None = None,
-        sign: float = 1.0,
-        diameter: float | None = None,
-        grids: tuple[Grid, ...] = (),
-        disk: tuple[Grid, ...] = (),
-        recentre: bool = False,
-        device: torch.device = CPU,
-    ) -> None:
-        self.table = table
-        self.grid = grid
-        self.grids = grids or (grid,) * len(table.groups)
-        self.disk = disk or self.grids
-        self.recentre = recentre
-        self.device = device
-        self.rows = torch.arange(len(table)) if rows is None else rows
-        self.half = table.half if half is None else half  # one entry per row of the table
-        self.share = share
-        self.symmetry = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry
-        self.sign = sign
-        self.diameter = 0.9 * grid.length if diameter is None else diameter
-        self._files = files
+    table: ParticleTable
+    files: ImageFiles
+    grid: Grid
+    grids: tuple[Grid, ...]
+    disk: tuple[Grid, ...]
+    rows: Int[Tensor, " p"]  # of the table
+    symmetry: Float[Tensor, "s 3 3"]  # float64
+    diameter: float  # Å
+    sign: float = 1.0
+    recentre: bool = False
+    share: Float[Tensor, " n"] | None = None  # weight of each row of the table, below 1 for copies (`copies.shares`)
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _like(
-        self,
-        rows: Tensor,
-        half: Tensor | None,
-        sign: float,
-        grid: Grid | None = None,
-        device: torch.device | None = None,
-    ) -> Self:
-        grid = grid or self.grid
-        return type(self)(
-            self.table,
-            self._files,
-            grid,
-            rows=rows,
-            half=half,
-            share=self.share,
-            symmetry=self.symmetry,
-            sign=sign,
-            diameter=min(self.diameter, 0.95 * grid.length) if grid != self.grid else self.diameter,
-            grids=self.grids,
-            disk=self.disk,
-            recentre=self.recentre,
-            device=device or self.device,
-        )
-
     def on(self, device: torch.device) -> Self:
         """The same particles with their batches on a device."""
-        return self._like(self.rows, self.half, self.sign, device=device)
+        return replace(self, device=device)
 
     def parts(self) -> list[Self]:
         """The particles of each grid, those of ``grid`` first; together they are this stack."""
         group = self.table.optics_group[self.rows]
         within = [(grid, _with_grid(grid, self.grids, group)) for grid in self._kinds()]
-        return [self._like(self.rows[here], self.half, self.sign, grid) for grid, here in within]
+        return [
+            replace(self.take(here.nonzero()[:, 0]), grid=grid, diameter=self._within(grid)) for grid, here in within
+        ]
+
+    def _within(self, grid: Grid) -> float:
+        """The diameter, or less where another grid is too small for it."""
+        return self.diameter if grid == self.grid else min(self.diameter, 0.95 * grid.length)
 
     def _kinds(self) -> list[Grid]:
         """The grids that there are particles of, ``grid`` first."""
@@ -210,7 +172,7 @@ class ParticleStack:
     def written_to(self, paths: Sequence[Path]) -> ParticleTable:
         """The table of these particles once the images of each of its `parts`, as `sequential` gives them `once`, are
         the stack of that number. Copies go on naming one image, which is moved as its first row wants it."""
-        table, half = self.table.take(self.rows), self.half
+        table = self.table.take(self.rows)
         optics, group = table.optics, table.optics_group
         if optics.treatment is not None:
             optics = replace(optics, treatment=optics.treatment.clamp(max=PHASE_FLIPPED))
@@ -227,7 +189,6 @@ class ParticleStack:
             poses=Poses(table.poses.rotation, shift),
             optics=optics,
             groups=tuple(OpticsGroup(own.name, grid.pixel_size, grid.size) for own, grid in groups),
-            half=None if half is None else half[self.rows],
             stacks=tuple(path.absolute() for path in paths),
             stack=stack,
             image=image,
@@ -241,11 +202,41 @@ class ParticleStack:
 
     def take(self, rows: Int[Tensor, " q"]) -> Self:
         """The particles at these positions of this stack."""
-        return self._like(self.rows[rows], self.half, self.sign)
+        return replace(self, rows=self.rows[rows])
 
     def inverted(self) -> Self:
         """The same particles with the opposite contrast."""
-        return self._like(self.rows, self.half, -self.sign)
+        return replace(self, sign=-self.sign)
+
+    def without_symmetry(self) -> Self:
+        """The same particles, each in its own pose only."""
+        return replace(self, symmetry=self.symmetry[:1])  # the identity
+
+    def with_poses(self, poses: Poses) -> Self:
+        """The same particles in other poses, one for each (float64); those of other rows of the table stay.
+
+        Raises:
+            ValueError: there is not one pose for each particle.
+        """
+        if len(poses) != len(self):
+            raise ValueError(f"{len(poses)} poses for {len(self)} particles")
+        old = self.table.poses
+        rotation, shift = (
+            getattr(old, name).index_copy(0, self.rows, getattr(poses, name).to(getattr(old, name)))
+            for name in ("rotation", "shift")
+        )
+        return replace(self, table=replace(self.table, poses=Poses(rotation, shift)))
+
+    @property
+    def half(self) -> Int[Tensor, " p"]:
+        """The half-set of each particle, 1 or 2.
+
+        Raises:
+            InputError: there are none yet.
+        """
+        if self.table.half is None:
+            raise InputError(f"{self.table.name}: no half-sets; draw them with `with_halves`")
+        return self.table.half[self.rows]
 
     def only(self, half: int) -> Self:
         """The particles of half-set 1 or 2.
@@ -253,13 +244,17 @@ class ParticleStack:
         Raises:
             InputError: there are fewer than two.
         """
-        if self.half is None:
-            raise InputError(f"{self.table.name}: no half-sets; draw them with `with_halves`")
-        chosen = self.take((self.half[self.rows] == half).nonzero()[:, 0])
+        chosen = self.take((self.half == half).nonzero()[:, 0])
         if len(chosen) < 2:
+            text = f"{self.table.name}: half-set {half} has {counted(len(chosen), 'particle')}; expected at least 2"
+            if self.table.half_of_file is not None:
+                raise InputError(
+                    f"{text} in each; draw new half-sets with --redraw-halves, or add the other half with --merge"
+                )
+            different = int(particle_numbers(self.table).max()) + 1
             raise InputError(
-                f"{self.table.name}: half-set {half} has {len(chosen)} particles; expected at least 2 in each half, "
-                "add particles or remove the column rlnRandomSubset to have new halves drawn"
+                f"{text}: copies stay in one half, and {len(self.table):,} rows show "
+                f"{counted(different, 'different particle')}; take a file with more, or add one with --merge"
             )
         return chosen
 
@@ -268,11 +263,11 @@ class ParticleStack:
         several files whose file has none. Copies of an image share a half, and where their poses agree one weight.
 
         Raises:
-            InputError: the half-sets of the file part copies of an image.
+            InputError: the half-sets of the file part copies of an image, or one has fewer than two particles.
         """
-        half = settle_halves(replace(self.table, half=self.half), seed)
-        settled = self._like(self.rows, half, self.sign)
-        settled.share = shares(self.table, self.symmetry)
+        settled = replace(self, table=with_halves(self.table, seed), share=shares(self.table, self.symmetry))
+        for number in (1, 2):
+            settled.only(number)
         return settled
 
     def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
@@ -336,11 +331,11 @@ class ParticleStack:
         poses, optics, group = self.table.poses[rows], self.table.optics[rows], self.table.optics_group[rows]
         moves = self._moves(poses.shift, self.grid)
         shift = poses.shift - self.grid.pixel_size * moves
-        turned = Poses(in_image(poses.rotation @ self.symmetry[element], optics.aberrations), shift)
+        turned = Poses(poses.rotation @ self.symmetry[element], shift)
         images = []
         for disk in dict.fromkeys(self.disk[number] for number in torch.unique(group).tolist()):
             here = _with_grid(disk, self.disk, group).nonzero()[:, 0]
-            images.append((disk, here, self._files.read(rows[here], lane)))
+            images.append((disk, here, self.files.read(rows[here], lane)))
         return _Read(
             images,
             turned.to(torch.float32),
@@ -409,25 +404,13 @@ class ParticleStack:
         for disk in dict.fromkeys(self.disk):
             here = _with_grid(disk, self.disk, group)
             for rows in torch.split(self.rows[here], 256):
-                bad[rows] = is_bad(self._files.read(rows)) if len(rows) else bad[rows]
+                bad[rows] = is_bad(self.files.read(rows)) if len(rows) else bad[rows]
         return self.take((~bad[self.rows]).nonzero()[:, 0]), self.rows[bad[self.rows]]
 
 
 def _with_grid(grid: Grid, grids: Sequence[Grid], group: Int[Tensor, " p"]) -> Bool[Tensor, " p"]:
     """Which particles, given by optics group, have a grid; ``grids`` has one for each group."""
     return torch.tensor([own == grid for own in grids])[group]
-
-
-def in_image(rotation: Float[Tensor, "p 3 3"], aberrations: Aberrations | None) -> Float[Tensor, "p 3 3"]:
-    """Rotations whose first two rows lead into images with anisotropic magnification.
-
-    Frequency k of the image lies at A^T M k of the volume, so x and y of the image are M^T times those of A p.
-    """
-    if aberrations is None:
-        return rotation
-    rotation = rotation.clone()
-    rotation[:, :2] = aberrations.magnification.transpose(1, 2) @ rotation[:, :2]
-    return rotation
 
 
 def is_bad(images: Float[Tensor, "p y x"]) -> Tensor:
@@ -534,7 +517,10 @@ def open_table(
     """
     elements = symmetry_group(symmetry)
     if len(table) < 4:
-        raise InputError(f"{table.name}: {len(table)} particles; expected at least 2 in each of two halves")
+        raise InputError(
+            f"{table.name}: {counted(len(table), 'particle')}; expected at least 4, which are 2 in each half-set; take "
+            "a file with more, or leave out what chooses so few (--first, --subset, --class, --unique)"
+        )
     files = ImageFiles(table)
     disk = _grids(table, files, trust_star_pixel_size)
     table = replace(table, warnings=(*table.warnings, *files.remarks()))
@@ -555,11 +541,12 @@ def open_table(
         table,
         files,
         grid,
-        symmetry=elements,
-        sign=sign,
-        diameter=diameter,
         grids=grids,
         disk=disk,
+        rows=torch.arange(len(table)),
+        symmetry=elements,
+        diameter=0.9 * grid.length if diameter is None else diameter,
+        sign=sign,
         recentre=recentre,
     )
 

@@ -103,8 +103,8 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
     log.line(f"resolution {spacing(found, grid.nyquist)} ({source}), sharpened with a B factor of {b_factor:.1f} Å²")
     if line is not None:
         log.line(
-            f"  the signal in the images falls by {line.line_b_factor:.1f} Å² in these shells, a protein with B = 0 by "
-            f"{4 * line.protein_slope:.1f} Å²: {line.b_factor:.1f} Å² brings the one to the other"
+            f"  in these shells the signal of the images has a B factor of {line.line_b_factor:.1f} Å², a protein with "
+            f"B = 0 one of {4 * line.protein_slope:.1f} Å²; {line.b_factor:.1f} Å² brings the one to the other"
         )
     if habit is not None:
         log.line(f"  relion_postprocess would take {habit:.1f} Å² for these half maps (--b-factor {habit:.0f})")

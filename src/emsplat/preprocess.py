@@ -11,7 +11,7 @@ from emsplat.inputs import open_images, read_table
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import write_used
-from emsplat.io.paths import say_folders
+from emsplat.io.paths import say_folders, say_start
 from emsplat.particles import ParticleStack
 from emsplat.process import threads
 from emsplat.progress import Log
@@ -41,6 +41,8 @@ def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Lo
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
     table = read_table(config, particles)
     log.line(f"{len(table):,} particles of {table.name}; {say_folders(table.folders)}")
+    for note in table.notes:
+        log.line(f"  {note}")
     stack = open_images(config, table, finer=True, recentre=config.recentre)
     for warning in stack.table.warnings:
         log.warn(warning)
@@ -60,6 +62,7 @@ def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Lo
     if all(source.suffix.lower() == ".cs" for source in table.sources):
         write_cs(output / "particles.cs", written, written.half, new_images=True)
     log.line(f"particles: {star} ({len(stack):,}, {rate:,.0f} images/s, {log.seconds:.0f} s in all)")
+    log.line(f"  {say_start(star, paths[0])}")
     return star
 
 

@@ -43,6 +43,28 @@ class _Project(torch.autograd.Function):
         return (*gradients[:3], *(gradients[3:] if with_pose else (None, None)), None, None, None)
 
 
+class _ProjectEach(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return backend(inputs[0].device).project_each(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.numbers = inputs[6:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with_pose = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        mean, covariance, amplitude, rotation, shift = ctx.saved_tensors
+        pixel_size, cutoff = ctx.numbers
+        gradients = backend(upstream.device).project_each_gradient(
+            mean, covariance, amplitude, rotation, shift, upstream, pixel_size, cutoff, with_pose
+        )
+        return (*gradients[:3], *(gradients[3:] if with_pose else (None, None)), None, None, None)
+
+
 class _Voxelize(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
@@ -69,11 +91,16 @@ def project(gaussians: Gaussians, poses: Poses, grid: Grid, *, cutoff: float = C
 
     GEM eq. 6, cryoSplat eq. 8. Pixel values are line integrals times the pixel area, so that an image sums to the
     total amplitude. Pixel ``size // 2`` is the origin. ``cutoff`` is the footprint in standard deviations.
+
+    Where particles have mixtures of their own, there is one for each pose; gradients are then those of each.
     """
-    image: Tensor = _Project.apply(  # type: ignore[no-untyped-call]
-        gaussians.mean,
-        gaussians.covariance,
-        gaussians.amplitude,
+    count = len(poses)
+    mixture = [gaussians.mean, gaussians.covariance, gaussians.amplitude]
+    if gaussians.each:
+        mixture = [t.expand(count, *t.shape[-own:]) for t, own in zip(mixture, (2, 3, 1), strict=True)]
+    operator: type[torch.autograd.Function] = _ProjectEach if gaussians.each else _Project
+    image: Tensor = operator.apply(  # type: ignore[no-untyped-call]
+        *mixture,
         poses.rotation,
         poses.shift,
         grid.size,

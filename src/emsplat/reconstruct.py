@@ -19,7 +19,6 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tomli_w
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +40,8 @@ from emsplat.assess.crossvalidate import CrossValidation
 from emsplat.assess.fsc import resolution
 from emsplat.assessment import assess, given_mask, is_evident, particle_mask
 from emsplat.config import RECIPES, AssessConfig, InputConfig, ReconstructConfig
-from emsplat.copies import Copies, copies, image_marks, mixed_classes
+from emsplat.copies import Copies, copies, image_marks, marks_in, mixed_classes
+from emsplat.density import fit_doubling
 from emsplat.device import (
     choose_device,
     device_name,
@@ -56,11 +56,12 @@ from emsplat.fourier import shell_index
 from emsplat.inputs import open_stack, with_boxes
 from emsplat.io.files import json_text, number_text
 from emsplat.io.mrc import write_map
-from emsplat.io.particles import write_used
+from emsplat.io.particles import count_stacks, write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.ply import write_ply
 from emsplat.io.table import ParticleTable
-from emsplat.model import Bounds, GaussianField, ball, dense_part, from_gaussians, from_map, uniform
+from emsplat.models.gaussians import Bounds, GaussianField
+from emsplat.models.starts import ball, dense_part, from_gaussians, from_map, uniform
 from emsplat.naming import link_results, name_results
 from emsplat.objective import ImageObjective, VolumeObjective, support_size
 from emsplat.one_pass import Stage, VolumeFit, coarse_steps, fit_course, stage_epochs
@@ -70,12 +71,22 @@ from emsplat.progress import Log, counted, data_size, peak_memory
 from emsplat.project import voxelize
 from emsplat.report import verdict
 from emsplat.residuals import write_residuals
-from emsplat.run_folder import History, interruptible, plain, prepare_folder, read_summary, write_text
+from emsplat.run_folder import (
+    History,
+    check_same_run,
+    interruptible,
+    is_finished,
+    plain,
+    prepare_folder,
+    read_summary,
+    write_text,
+)
 from emsplat.start import LOWPASS, check_start, is_shared, read_start, start_remarks, starts_from_gaussians
 from emsplat.symmetry import Finding, examine_symmetry
 from emsplat.types import Curve, Gaussians, Grid
 
 _HALVES = {"half1": 1, "half2": 2}
+_OF_THE_FILE = "of the file"
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
 _DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
 _FINEST_DETAIL = 0.4  # voxels as large as this part of the classical resolution are fine enough for the Gaussians
@@ -180,8 +191,11 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the sums so far.
     """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.threads):
-        return _backproject(config, particles, output, log or Log())
+        return _backproject(config, particles, output, log)
 
 
 def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
@@ -209,8 +223,11 @@ def reconstruct(
         OutputError: the folder is not empty or cannot be written.
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.threads):
-        return _reconstruct(config, particles, output, log or Log(), altered)
+        return _reconstruct(config, particles, output, log, altered)
 
 
 def _reconstruct(
@@ -242,7 +259,9 @@ def _reconstruct(
     for name, volume in classical.raw.items():
         write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
     with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
-        examples = write_residuals(stack, {number: models[name]() for name, number in _HALVES.items()}, output)
+        examples = write_residuals(
+            stack, {number: models[name].gaussians() for name, number in _HALVES.items()}, output
+        )
     return _finish(
         log,
         output,
@@ -262,7 +281,7 @@ def _reconstruct(
 
 def exit_code(summary: dict[str, Any]) -> int:
     """1 where the particles do not have the symmetry of the run and ``force`` does not say that this is meant."""
-    symmetry = summary["symmetry"]
+    symmetry = summary.get("symmetry")
     return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
@@ -293,13 +312,35 @@ def _open(
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
     log.line(f"  {said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half[stack.rows])  # type: ignore[index]
+    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half)
     _write_config(config, particles, output, settings)
     symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
     if symmetry is not None:
         (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
     log.parts["start"] = round(log.seconds, 2)
     return stack, skipped, symmetry
+
+
+def _finished(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do.
+
+    Raises:
+        InputError: the folder holds no such run.
+    """
+    if not config.resume:
+        return None
+    check_same_run(config, particles, output)
+    summary = read_summary(output)
+    if not is_finished(summary):
+        return None
+    log.line(
+        f"{output}: this run is finished, nothing is left to resume and nothing was done; `emsplat report` draws its "
+        "page again, --overwrite starts anew"
+    )
+    for text in verdict.lines(summary):
+        log.line(text)
+    _say_results(log, output)
+    return summary
 
 
 def _write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
@@ -359,18 +400,18 @@ def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
             if not all(map(len, own)):
                 log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
             for one, other in product(held[name], own):
-                if again := len(np.intersect1d(one[1], other, assume_unique=True)):
+                if again := len(marks_in(other, one[1])):
                     log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
             held[name] += [(str(folder), images) for images in own]
     for first, second in product(*held.values()):
-        if len(np.intersect1d(first[1], second[1], assume_unique=True)):
+        if len(marks_in(first[1], second[1])):
             raise InputError(
                 f"{first[0]}, half1, and {second[0]}, half2, hold the same images; their noise would be compared with "
                 "itself. Make the sums again with half-sets that agree, or from other particles"
             )
 
 
-def _images_of(stack: ParticleStack) -> Int[Tensor, " i"]:
+def _images_of(stack: ParticleStack) -> Int[Tensor, "i 3"]:
     return image_marks(stack.table.take(stack.rows))
 
 
@@ -643,7 +684,7 @@ def _fit_images(
         noise = noise / ramp(grid.size).to(noise.device)
     assert settings.batch != "auto"  # noqa: S101 (`_with_batch`)
     objective = ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
-    plan = Plan(settings.epochs, settings.learning_rate, settings.decay, settings.split_after)
+    plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     total = plan.epochs * len(stack)
     saved = next((path for path in (finished, checkpoint) if config.resume and path.is_file()), None)
     if saved is not None:
@@ -659,7 +700,7 @@ def _fit_images(
     start_state, first = state, state.step
     with log.progress(name, total, _images_seen(first, objective)) as update, interruptible() as stop:
         last_save = time.monotonic()
-        for state in fit(start_state, objective, plan):
+        for state in fit_doubling(start_state, objective, plan, settings.split_after):
             seen = _images_seen(state.step, objective)
             history.add(name, state, objective.steps_per_epoch, seen)
             update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}{history.loss}")
@@ -740,6 +781,7 @@ def _finish(
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
+        "notes": list(stack.table.notes),
         "assessment": {"warnings": log.warnings[told:]},
         **({} if altered is None else {"altered": altered}),
     }
@@ -751,7 +793,7 @@ def _finish(
     write_text(output / "summary.json", json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
-        table = replace(stack.table, half=stack.half).take(stack.rows)
+        table = stack.table.take(stack.rows)
         name_results(output, config.naming, with_boxes(table), log)
     if exit_code(summary):
         log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
@@ -806,7 +848,7 @@ def _map_name(name: str) -> str:
 
 def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> None:
     with torch.no_grad():
-        gaussians = model()
+        gaussians = model.gaussians()
         write_map(output / _map_name(name), voxelize(gaussians, grid), grid.pixel_size)
         write_ply(
             output / f"run_{name}.ply",
@@ -821,20 +863,24 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
 
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
-    halves = [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)]  # type: ignore[index]
+    halves = [int((stack.half == h).sum()) for h in (1, 2)]
     log.line(
-        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {counted(len(table.stacks), 'stack')}"
+        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in "
+        + counted(count_stacks(table.take(stack.rows)), "stack")
     )
-    log.line(f"  {say_folders(table.folders)}")
+    for text in (say_folders(table.folders), *table.notes):
+        log.line(f"  {text}")
     others = [own for own in dict.fromkeys(stack.grids) if own != grid]
     if others:
         kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
         log.line(f"  several kinds of images are put on the grid of most of them; others: {kinds}")
     log.line(
-        f"  box {grid.size} px of {grid.pixel_size:g} Å, optics groups {len(table.groups)}, symmetry {config.symmetry}"
+        f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
+        f"{config.symmetry}"
     )
-    seed = "" if _half_sets_from(table, config) == "input" else f", seed {config.seed}"
-    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {_half_sets_from(table, config)}{seed}")
+    how = _half_sets_from(table, config)
+    seed = "" if how == _OF_THE_FILE else f", seed {config.seed}"
+    log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
     _say_copies(log, copies(table, config.symmetry), table, config)
     if text := mixed_classes(table):
         log.warn(text)
@@ -852,14 +898,15 @@ def _half_sets_from(table: ParticleTable, config: InputConfig) -> str:
     how = "drawn particle by particle"
     if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
         how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
-    if table.half is None:
+    half = table.half_of_file
+    if half is None:
         return f"re{how}" if config.redraw_halves else how
-    return "input" if bool((table.half > 0).all()) else f"input, the rest {how}"
+    return _OF_THE_FILE if bool((half > 0).all()) else f"{_OF_THE_FILE}, the rest {how}"
 
 
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
     if table.left_out:
-        log.line(f"  {table.left_out:,} rows that name an image again are left out (--unique)")
+        log.line(f"  {table.left_out:,} rows that show an image or particle again are left out (--unique)")
     if found.expansion:
         log.line(f"  {found.text}; copies share a half-set")
         if config.symmetry.upper() != "C1":
@@ -867,7 +914,7 @@ def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConf
                 f"the set is {found.text}; --symmetry {config.symmetry} does that again and adds nothing: leave it "
                 "out, or leave the copies out with --unique"
             )
-    elif found.rows:
+    elif found.text:
         log.warn(
             f"{found.text}; they share a half-set and count once where their poses agree, --unique leaves them out"
         )
@@ -913,15 +960,16 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
     return {
         "file": str(particles),
         "particles": len(stack),
-        "half_sets": [int((stack.half[stack.rows] == h).sum()) for h in (1, 2)],  # type: ignore[index]
+        "half_sets": [int((stack.half == h).sum()) for h in (1, 2)],
         "half_sets_from": _half_sets_from(table, config),
         "images": found.images,
         "repeated_rows": found.rows,
+        "repeated_particles": found.again,
         "left_out_rows": table.left_out,
         "symmetry_expanded": found.expansion,
         "close_to_other_half": found.close,
         "optics_groups": len(table.groups),
-        "stacks": len(table.stacks),
+        "stacks": count_stacks(table.take(stack.rows)),
         "image_folders": [str(folder) for folder in table.folders],
         "micrographs": len(torch.unique(table.micrograph[stack.rows])),
         "box": stack.grid.size,
@@ -936,9 +984,13 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
 
 
 def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
-    for text in [*verdict.lines(summary), *_said_again(summary)]:
+    for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
+    _say_results(log, output)
+
+
+def _say_results(log: Log, output: Path) -> None:
     for what, name in (
         ("map", "run_class001.mrc"),
         ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
@@ -948,7 +1000,6 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
         log.line(f"  {what}: {output / name}")
 
 
-def _said_again(summary: dict[str, Any]) -> list[str]:
-    """The warnings of a run again at its end, beside the numbers that they concern; not those that just went by."""
-    found = [text for text in dict.fromkeys(summary["warnings"]) if text not in summary["assessment"]["warnings"]]
-    return ["warnings of this run:", *(f"  {text}" for text in found)] if found else []
+def _said_again(warnings: list[str]) -> list[str]:
+    """All warnings of a run again at its end, beside the numbers that they concern."""
+    return ["warnings of this run:", *(f"  {text}" for text in dict.fromkeys(warnings))] if warnings else []

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from emsplat.ctf import observe
+from emsplat.ctf import in_image, observe
 from emsplat.fourier import frequencies, hermitian_weight, shell_index, sum_by_shell
 from emsplat.io.files import number_text, replacing
 from emsplat.io.mrc import writing_stack
@@ -42,7 +42,7 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
     examples: list[Tensor] = []
     about: list[dict[str, Any]] = []
     for half in halves:
-        subset = stack.only(half) if (stack.half[stack.rows] == half).sum() >= 2 else None  # type: ignore[index]
+        subset = stack.only(half) if (stack.half == half).sum() >= 2 else None
         if subset is None:
             continue
         chosen = subset.take(torch.linspace(0, len(subset) - 1, min(_SAMPLE, len(subset))).long())
@@ -76,7 +76,7 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
 
 
 def _projection(gaussians: Gaussians, batch: Batch, transfer: Tensor, grid: Grid) -> Complex[Tensor, "p y k"]:
-    poses = Poses(batch.poses.rotation, torch.zeros_like(batch.poses.shift))
+    poses = Poses(in_image(batch.poses.rotation, batch.optics), torch.zeros_like(batch.poses.shift))
     spectrum: Tensor = torch.fft.rfft2(project(gaussians, poses, grid)) * transfer
     return spectrum
 

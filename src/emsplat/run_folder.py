@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emsplat.config import InputConfig
+from emsplat.config import InputConfig, ReconstructConfig
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fit import State
 from emsplat.io.files import number_text, replacing
@@ -85,18 +85,26 @@ def check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
         before = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{output}: no run to resume ({error}); start it without --resume") from error
-    options = before.get("options", {})
+    # What the run does not say it had by default: it may be older than an option.
+    options = plain(type(config)()) | before.get("options", {})
     now = json.loads(json.dumps(plain(config)))
     changed = [
         name for name in now.keys() | options.keys() if name not in _MAY_CHANGE and now.get(name) != options.get(name)
     ]
-    if before.get("particles") != str(particles):
+    if Path(before.get("particles", "")).absolute() != particles.absolute():
         changed.append("particles")
+    if bool(before.get("settings")) != isinstance(config, ReconstructConfig):  # those of a fit
+        changed.append("command")
     if changed:
         raise InputError(
             f"{output}: was run with another {', '.join(sorted(changed))}; resume with the same options, see "
             f"{output / 'config.toml'}"
         )
+
+
+def is_finished(summary: dict[str, Any]) -> bool:
+    """Whether a summary is that of a run which came to its end: the time of the whole is written last."""
+    return "seconds" in summary
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -139,7 +147,7 @@ class History:
         self._pending = []
         self.recent = next((row[4] for row in reversed(self._rows) if row[0] == name), math.nan)
 
-    def add(self, name: str, state: State, steps_per_epoch: int, images: int) -> None:
+    def add(self, name: str, state: State[Any], steps_per_epoch: int, images: int) -> None:
         self._pending.append(state.terms["loss"])
         if state.step % steps_per_epoch == 0 or len(self._pending) == self._EVERY:
             self.recent = float(torch.stack(self._pending).mean())

@@ -117,7 +117,9 @@ def read_fitted(path: Path, grid: Grid) -> Gaussians:
     mass = gaussians.amplitude.clamp(min=0)
     inside = (gaussians.mean.abs() < grid.length / 2).all(1)
     if not float(mass.sum()) > 0:
-        raise InputError(f"{path}: has no amplitude above 0; expected Gaussians of bright protein")
+        raise InputError(
+            f"{path}: has no amplitude above 0; expected Gaussians of bright protein; are they of an inverted map?"
+        )
     if float(mass[inside].sum()) < 0.9 * float(mass.sum()):
         raise InputError(
             f"{path}: {float(mass[~inside].sum() / mass.sum()):.0%} of it lies outside the box of {grid.length:.0f} Å; "
@@ -143,7 +145,14 @@ def _low_resolution(path: Path, grid: Grid) -> Float[Tensor, "z y x"]:
     axis = (np.arange(grid.size) - grid.size // 2) * grid.pixel_size / own.pixel_size + own.size // 2
     points = np.meshgrid(axis, axis, axis, indexing="ij")
     start = map_coordinates(smooth, points, order=1, mode="constant")
-    highest = float(start.max())
+    highest, around = float(start.max()), float(np.median([start[[0, -1]], start[:, [0, -1]].swapaxes(0, 1)]))
+    if around - float(start.min()) > highest - around:
+        raise InputError(
+            f"{path}: its density reaches further below its surroundings than above them; expected a map with bright "
+            "protein; is it inverted (protein dark)? Then multiply it by -1"
+        )
     if not highest > 0:
-        raise InputError(f"{path}: has no density above 0; expected a map with bright protein")
+        raise InputError(
+            f"{path}: has no density above 0; expected a map with bright protein; is it empty or inverted?"
+        )
     return torch.from_numpy(np.where(start > _SURROUNDINGS * highest, start, 0.0).astype(np.float32))

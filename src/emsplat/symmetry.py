@@ -65,8 +65,7 @@ class AxisTest:
         maps, weights = [], []
         for half in (1, 2):
             own = stack.only(half)
-            sample = own.take(torch.linspace(0, len(own) - 1, min(count, len(own))).long())
-            sample.symmetry = sample.symmetry[:1]  # the identity
+            sample = own.take(torch.linspace(0, len(own) - 1, min(count, len(own))).long()).without_symmetry()
             equations = equations_of(sample, None if size == stack.grid.size else size).to(CPU)
             self.particles += len(sample)
             maps.append(equations.solve() * mask)

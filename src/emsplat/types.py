@@ -114,17 +114,25 @@ class Optics(_Rows):
 
 @dataclass(frozen=True)
 class Gaussians:
-    """A mixture of normalised anisotropic 3D Gaussians.
+    """A mixture of normalised anisotropic 3D Gaussians, or one for each of some particles.
 
-    ``amplitude`` is the integral of each Gaussian; a covariance row is symmetric and positive definite.
+    ``amplitude`` is the integral of each Gaussian; a covariance row is symmetric and positive definite. Whatever
+    differs from particle to particle has a leading axis, the rest has none: means (p, g, 3) beside covariances
+    (g, 3, 3) are mixtures that move and keep their shapes.
     """
 
-    mean: Float[Tensor, "g 3"]  # Å
-    covariance: Float[Tensor, "g 3 3"]  # Å²
-    amplitude: Float[Tensor, " g"]
+    mean: Float[Tensor, "*p g 3"]  # Å
+    covariance: Float[Tensor, "*q g 3 3"]  # Å²
+    amplitude: Float[Tensor, "*r g"]
 
     def __len__(self) -> int:
-        return len(self.mean)
+        """How many Gaussians a mixture has."""
+        return self.mean.shape[-2]
+
+    @property
+    def each(self) -> bool:
+        """Whether every particle has a mixture of its own."""
+        return self.mean.dim() > 2 or self.covariance.dim() > 3 or self.amplitude.dim() > 1
 
 
 @dataclass(frozen=True)

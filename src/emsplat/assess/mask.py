@@ -94,11 +94,10 @@ def check_mask(mask: Float[Tensor, "z y x"], name: str) -> Float[Tensor, "z y x"
     Raises:
         InputError: values beyond that, none above one half, or not a number.
     """
-    low, high = float(mask.min()), float(mask.max())
+    low, high = float(mask.min()), float(mask.max()) + 0.0  # not -0
     if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise InputError(
-            f"{name}: mask with values from {low:.4g} to {high:.4g}; expected 0 to 1; threshold or rescale it"
-        )
+        remedy = "is it inverted? Then multiply it by -1" if high <= 1e-3 else "threshold or rescale it"
+        raise InputError(f"{name}: mask with values from {low:.4g} to {high:.4g}; expected 0 to 1; {remedy}")
     if high <= 0.5:
         raise InputError(f"{name}: mask without a voxel above 0.5; expected 1 inside the particle; lower its threshold")
     return mask.clamp(0, 1)

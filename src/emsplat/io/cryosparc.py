@@ -100,7 +100,8 @@ def read_cs(
         micrograph_names=_micrograph_names(fields, micrograph),
         uid=uid,
         origin=_drawn(uid) if source is None else torch.from_numpy(source.view(np.int64)),
-        warnings=(*fields.notes, *notes, *found.notes),
+        warnings=(*fields.warnings, *notes, *found.notes),
+        notes=tuple(fields.notes),
         sign=sign,
         folders=found.folders,
         coordinates=coordinates,
@@ -154,7 +155,8 @@ class _Fields:
         if not len(self._own):
             raise InputError(f"{path}: holds no particles; expected at least one")
         self._others: list[tuple[Path, Array, Array]] = []
-        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.notes: list[str] = []  # what was done and is right: no warning
         self._named = bool(passthrough)  # and then the first that has a field is meant
         # A link to the file of a job has its passthrough files beside its target.
         near = dict.fromkeys((path.absolute().parent, path.resolve().parent)) if not passthrough else {}
@@ -410,7 +412,7 @@ def _spacing(fields: _Fields, prefix: str, pixel_size: NDArray[np.float64]) -> N
     if not unset.all():
         return spacing
     why = "is 0 for all particles" if fields.has(name) else "is missing"
-    fields.notes.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
+    fields.warnings.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
     return pixel_size
 
 
@@ -642,7 +644,7 @@ def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.uint64] | None) 
         _, first, own = np.unique(source, return_index=True, return_inverse=True)
         of_first = half[first[own.reshape(-1)]]
         if (of_first != half).any():
-            fields.notes.append(
+            fields.warnings.append(
                 f"{fields.path}: copies of one symmetry-expanded particle were in both half-sets; each now goes where "
                 "its first copy was"
             )
@@ -652,7 +654,7 @@ def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.uint64] | None) 
 
 def _sign(fields: _Fields) -> float:
     if not fields.has("blob/sign"):
-        fields.notes.append(f"{fields.path}: no blob/sign; protein is taken to be bright, else use --invert")
+        fields.warnings.append(f"{fields.path}: no blob/sign; protein is taken to be bright, else use --invert")
         return 1.0
     values = np.unique(fields.numbers("blob/sign"))
     if len(values) > 1 or values[0] not in _SIGNS:

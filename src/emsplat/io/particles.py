@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.cryosparc import cs_columns, cs_image_keys, read_cs
+from emsplat.io.paths import real_paths
 from emsplat.io.relion import (
     common_columns,
     further_columns,
@@ -56,6 +58,21 @@ def read_particles(
             )
         return read_cryodrgn(path, poses, ctf, datadir)
     return read_star(path, datadir, need_stacks=need_stacks)
+
+
+def count_stacks(table: ParticleTable) -> int:
+    """Files that the images of a table lie in. One that several names or links lead to, as in merged files, counts
+    once; a stack that no particle is left of does not."""
+    return len(set(real_paths(_used_stacks(table))))
+
+
+def lost_stacks(table: ParticleTable) -> list[str]:
+    """Stacks of a table that are not there, each once, as they are named."""
+    return list(dict.fromkeys(str(path) for path in _used_stacks(table) if not path.is_file()))
+
+
+def _used_stacks(table: ParticleTable) -> list[Path]:
+    return [table.stacks[number] for number in torch.unique(table.stack).tolist()]
 
 
 def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool = False) -> None:

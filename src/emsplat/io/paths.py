@@ -144,6 +144,18 @@ def say_folders(folders: Sequence[Path]) -> str:
     return "image paths start from " + ", ".join(shown) + (" and others" if len(folders) > 5 else "")
 
 
+def say_start(target: Path, stack: Path) -> str:
+    """Where other programs have to look for a stack as a STAR file beside it names it (`Names.below`), for a log."""
+    name = Names(target).below(target.parent, stack)
+    if os.path.isabs(name):
+        return "image names are absolute paths: other programs take them from anywhere, until the folder is moved"
+    folder = Path(os.path.abspath(stack)).parents[len(Path(name).parts) - 1]
+    return (
+        f"image names start from {folder}: run RELION there, give that to cryoSPARC's import as particle data path, to "
+        "cryoDRGN as --datadir; emsplat finds the images by itself"
+    )
+
+
 class Names:
     """How a metadata file at ``target`` names stacks so that `find_stacks` finds them, wherever the program runs."""
 
@@ -161,9 +173,11 @@ class Names:
         return self._known[key]
 
     def below(self, folder: Path, stack: Path) -> str:
-        """The path of a stack from ``folder``; from a parent of that where it would mean another file as well."""
+        """The path of a stack from ``folder``; from a parent of that where it would mean another file as well, and from
+        the folder of RELION's project within one, since RELION runs there."""
         path = os.path.abspath(stack)
-        for start in (folder.absolute(), *folder.absolute().parents):
+        folders = (folder.absolute(), *folder.absolute().parents)
+        for start in (*filter(_is_project, folders), *folders):
             name = os.path.relpath(path, start)
             if not name.startswith("..") and self._leads(name, Path(path)):
                 return name
@@ -176,6 +190,11 @@ class Names:
             return False
         # What is found only where the program runs now is not found elsewhere.
         return file is not None and own is not None and file.identity == own.identity and not file.here
+
+
+def _is_project(folder: Path) -> bool:
+    """Whether this is a project of RELION; folders of its jobs hold a pipeline as well, and what the job is."""
+    return (folder / "default_pipeline.star").is_file() and not (folder / "job.star").is_file()
 
 
 class _File(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -48,6 +48,7 @@ class ParticleTable:
     stacks: tuple[Path, ...]  # each file once; absolute, or as written where it is missing
     stack: Int[Tensor, " p"]  # index into stacks
     image: Int[Tensor, " p"]  # 0-based index in the stack
+    drawn: Bool[Tensor, " p"] | None = None  # whether the half is not the file's; None: of none
     particle_class: Int[Tensor, " p"] | None = None
     micrograph_names: tuple[str, ...] = ()  # of each number in ``micrograph``; empty when not known
     uid: Int[Tensor, " p"] | None = None  # cryoSPARC's, as signed integers
@@ -55,6 +56,7 @@ class ParticleTable:
     coordinates: Float[Tensor, "p 2"] | None = None  # (x, y) of the box in pixels of the micrograph; NaN where not said
     micrograph_pixel_size: Float[Tensor, " p"] | None = None  # Å, of the coordinates; NaN where not said
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what was read from where, to be said once and no cause for concern
     sign: float = 1.0  # factor that makes protein bright
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
@@ -62,6 +64,13 @@ class ParticleTable:
 
     def __len__(self) -> int:
         return len(self.poses)
+
+    @property
+    def half_of_file(self) -> Int[Tensor, " p"] | None:
+        """The half-sets as the files have them: 0 where one was drawn, None where all were."""
+        if self.half is None or self.drawn is None:
+            return self.half
+        return None if bool(self.drawn.all()) else torch.where(self.drawn, 0, self.half)
 
     @property
     def name(self) -> str:
@@ -92,6 +101,7 @@ class ParticleTable:
             optics=self.optics[rows],
             optics_group=self.optics_group[rows],
             half=None if self.half is None else self.half[rows],
+            drawn=None if self.drawn is None else self.drawn[rows],
             micrograph=self.micrograph[rows],
             stack=self.stack[rows],
             image=self.image[rows],
@@ -164,6 +174,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         coordinates=optional("coordinates", torch.nan),
         micrograph_pixel_size=optional("micrograph_pixel_size", torch.nan),
         warnings=tuple(warning for table in tables for warning in table.warnings),
+        notes=tuple(dict.fromkeys(note for table in tables for note in table.notes)),
         sign=first.sign,
         folders=tuple(dict.fromkeys(folder for table in tables for folder in table.folders)),
     )
@@ -172,9 +183,10 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
 def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tuple[str, ...]]:
     """The micrographs of tables with one number for each, and their names, empty where some have none.
 
-    One that is found is known by its file, links followed, another by its name, however that is spelled: two projects
-    may then share a number, which keeps particles together that might have been parted, and costs nothing else. Where a
-    table has no names and stacks stand for micrographs, these do so here.
+    One that is found is known by its file, links followed, another by its name, however that is spelled, and by the
+    whole name of one that its own ends with, if that has a folder: two projects may then share a number, which keeps
+    particles together that might have been parted, and costs nothing else. Where a table has no names and stacks stand
+    for micrographs, these do so here.
     """
     entries: list[tuple[str | None, str | None]] = []  # name and file
     start = []
@@ -192,18 +204,34 @@ def _micrographs(tables: Sequence[ParticleTable]) -> tuple[Int[Tensor, " p"], tu
     number: list[int] = [-1] * len(entries)
     of_file: dict[str, int] = {}
     of_name: dict[str, int] = {}
+    of_tail: dict[str, int] = {}
+    gone: list[tuple[list[str], int]] = []
     for place, (name, file) in enumerate(entries):
-        if name is not None and file is not None:
+        if name is None:
+            number[place] = place
+        elif file is None:
+            gone.append((_tails(name), place))
+        else:
             number[place] = of_file.setdefault(file, place)
-            of_name.setdefault(os.path.normpath(name), number[place])
-    for place, (name, file) in enumerate(entries):
-        if file is None:
-            number[place] = place if name is None else of_name.setdefault(os.path.normpath(name), place)
+            whole, *others = _tails(name)
+            of_name.setdefault(whole, number[place])
+            for tail in others:
+                of_tail.setdefault(tail, number[place])
+    for (whole, *others), place in sorted(gone, key=lambda one: len(one[0])):  # short names first, in order
+        known = (of_name.get(name) for name in (whole, *others))
+        number[place] = next((found for found in known if found is not None), of_tail.get(whole, place))
+        of_name.setdefault(whole, number[place])
     kept = {first: count for count, first in enumerate(dict.fromkeys(number))}
     lookup = torch.tensor([kept[first] for first in number])
     names_kept = tuple(entries[first][0] or "" for first in kept)
     merged = torch.cat([lookup[table.micrograph + offset] for table, offset in zip(tables, start, strict=True)])
     return merged, names_kept if all(names_kept) else ()
+
+
+def _tails(name: str) -> list[str]:
+    """A name, and what it ends with that has a folder, longest first; absolute or not."""
+    parts = os.path.normpath(name).lstrip("/").split("/")
+    return ["/".join(parts[start:]) for start in range(max(1, len(parts) - 1))]
 
 
 def _joined(parts: Sequence[Optics]) -> Optics:

@@ -1,10 +1,11 @@
 """Kernels: the two operators of a Gaussian mixture and the insertion of Fourier slices, per kind of device.
 
 The contract, for flat tensors of one dtype on one device: ``project`` and ``voxelize`` return an image stack or a
-volume; ``project_gradient`` and ``voxelize_gradient`` take the upstream gradient and return the gradients with respect
-to the inputs; ``insert`` adds slices to a half space in place (`emsplat.accumulate`). ``reference`` holds the first two
-as plain differentiable PyTorch; every fast twin is tested against a slow one. The back end is chosen by the device of
-the data (`backend`): ``cpu`` binds the C++ of native/, ``gpu`` launches Triton kernels.
+volume, ``project_each`` draws into every image a mixture of its own; functions with ``gradient`` in their names take
+the upstream gradient and return the gradients with respect to the inputs; ``insert`` adds slices to a half space in
+place (`emsplat.accumulate`). ``reference`` holds the operators as plain differentiable PyTorch; every fast twin is
+tested against a slow one. The back end is chosen by the device of the data (`backend`): ``cpu`` binds the C++ of
+native/, ``gpu`` launches Triton kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +34,31 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
     def project_gradient(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        amplitude: Tensor,
+        rotation: Tensor,
+        shift: Tensor,
+        upstream: Tensor,
+        pixel_size: float,
+        cutoff: float,
+        with_pose: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def project_each(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        amplitude: Tensor,
+        rotation: Tensor,
+        shift: Tensor,
+        size: int,
+        pixel_size: float,
+        cutoff: float,
+    ) -> Tensor: ...
+
+    def project_each_gradient(
         self,
         mean: Tensor,
         covariance: Tensor,

@@ -2,7 +2,8 @@
 
 Images are shared out over threads going forward, Gaussians going back, so no two threads write the same number and
 every sum has a fixed order: results do not depend on timing. Gradients do not depend on the number of threads either;
-an image can (in its last bit) when there are fewer images than threads.
+an image can (in its last bit) when there are fewer images than threads. Where each image has a mixture of its own, a
+thread draws it, or takes its gradient, alone.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 from emsplat import _native
 
 
-def _arrays(*tensors: Tensor) -> list[NDArray[Any]]:
-    return [t.detach().contiguous().numpy() for t in tensors]
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().contiguous().numpy()
+    return array
 
 
 def project(
@@ -31,8 +33,8 @@ def project(
     pixel_size: float,
     cutoff: float,
 ) -> Float[Tensor, "p y x"]:
-    inputs = _arrays(mean, covariance, amplitude, rotation, shift)
-    return torch.from_numpy(_native.project(*inputs, size, pixel_size, cutoff, torch.get_num_threads()))
+    mixture, pose = (_array(mean), _array(covariance), _array(amplitude)), (_array(rotation), _array(shift))
+    return torch.from_numpy(_native.project(*mixture, *pose, size, pixel_size, cutoff, torch.get_num_threads()))
 
 
 def project_gradient(
@@ -46,14 +48,43 @@ def project_gradient(
     cutoff: float,
     with_pose: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _arrays(mean, covariance, amplitude, rotation, shift, upstream)
-    packed, poses = map(
-        torch.from_numpy,
-        _native.project_gradient(*inputs, pixel_size, cutoff, with_pose, torch.get_num_threads()),
+    mixture, pose = (_array(mean), _array(covariance), _array(amplitude)), (_array(rotation), _array(shift))
+    packed, poses = _native.project_gradient(
+        *mixture, *pose, _array(upstream), pixel_size, cutoff, with_pose, torch.get_num_threads()
     )
-    # The third row of a rotation does not enter a projection.
-    rotation_gradient = torch.cat([poses[:, :6].reshape(-1, 2, 3), poses.new_zeros(len(poses), 1, 3)], 1)
-    return (*_unpack(packed), rotation_gradient, poses[:, 6:])
+    return (*_unpack(torch.from_numpy(packed)), *_unpack_poses(torch.from_numpy(poses)))
+
+
+def project_each(
+    mean: Float[Tensor, "p g 3"],
+    covariance: Float[Tensor, "p g 3 3"],
+    amplitude: Float[Tensor, "p g"],
+    rotation: Float[Tensor, "p 3 3"],
+    shift: Float[Tensor, "p 2"],
+    size: int,
+    pixel_size: float,
+    cutoff: float,
+) -> Float[Tensor, "p y x"]:
+    mixture, pose = (_array(mean), _array(covariance), _array(amplitude)), (_array(rotation), _array(shift))
+    return torch.from_numpy(_native.project_each(*mixture, *pose, size, pixel_size, cutoff, torch.get_num_threads()))
+
+
+def project_each_gradient(
+    mean: Float[Tensor, "p g 3"],
+    covariance: Float[Tensor, "p g 3 3"],
+    amplitude: Float[Tensor, "p g"],
+    rotation: Float[Tensor, "p 3 3"],
+    shift: Float[Tensor, "p 2"],
+    upstream: Float[Tensor, "p y x"],
+    pixel_size: float,
+    cutoff: float,
+    with_pose: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mixture, pose = (_array(mean), _array(covariance), _array(amplitude)), (_array(rotation), _array(shift))
+    packed, poses = _native.project_each_gradient(
+        *mixture, *pose, _array(upstream), pixel_size, cutoff, with_pose, torch.get_num_threads()
+    )
+    return (*_unpack(torch.from_numpy(packed)), *_unpack_poses(torch.from_numpy(poses)))
 
 
 def voxelize(
@@ -64,8 +95,8 @@ def voxelize(
     pixel_size: float,
     cutoff: float,
 ) -> Float[Tensor, "z y x"]:
-    inputs = _arrays(mean, covariance, amplitude)
-    return torch.from_numpy(_native.voxelize(*inputs, size, pixel_size, cutoff, torch.get_num_threads()))
+    mixture = _array(mean), _array(covariance), _array(amplitude)
+    return torch.from_numpy(_native.voxelize(*mixture, size, pixel_size, cutoff, torch.get_num_threads()))
 
 
 def voxelize_gradient(
@@ -76,8 +107,12 @@ def voxelize_gradient(
     pixel_size: float,
     cutoff: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = _arrays(mean, covariance, amplitude, upstream)
-    return _unpack(torch.from_numpy(_native.voxelize_gradient(*inputs, pixel_size, cutoff, torch.get_num_threads())))
+    mixture = _array(mean), _array(covariance), _array(amplitude)
+    return _unpack(
+        torch.from_numpy(
+            _native.voxelize_gradient(*mixture, _array(upstream), pixel_size, cutoff, torch.get_num_threads())
+        )
+    )
 
 
 def insert(
@@ -91,9 +126,14 @@ def insert(
     step: float,
 ) -> None:
     """Threads share out planes of the volume: sums do not depend on their number."""
-    inputs = (_arrays(t)[0] for t in (numerator, weight, rotation, polynomials))
-    _native.insert(total.numpy(), total_weight.numpy(), *inputs, radius, step, torch.get_num_threads())
+    slices = _array(numerator), _array(weight), _array(rotation), _array(polynomials)
+    _native.insert(total.numpy(), total_weight.numpy(), *slices, radius, step, torch.get_num_threads())
 
 
-def _unpack(packed: Float[Tensor, "g 13"]) -> tuple[Tensor, Tensor, Tensor]:
-    return packed[:, :3], packed[:, 3:12].reshape(-1, 3, 3), packed[:, 12]
+def _unpack(packed: Float[Tensor, "*p g 13"]) -> tuple[Tensor, Tensor, Tensor]:
+    return packed[..., :3], packed[..., 3:12].reshape(*packed.shape[:-1], 3, 3), packed[..., 12]
+
+
+def _unpack_poses(poses: Float[Tensor, "p 8"]) -> tuple[Float[Tensor, "p 3 3"], Float[Tensor, "p 2"]]:
+    # The third row of a rotation does not enter a projection.
+    return torch.cat([poses[:, :6].reshape(-1, 2, 3), poses.new_zeros(len(poses), 1, 3)], 1), poses[:, 6:]

@@ -37,13 +37,39 @@ def project(
     pixel_size: float,
     cutoff: float,
 ) -> Float[Tensor, "p y x"]:
-    gaussians, images = len(mean), len(rotation)
-    image = mean.new_zeros(images, size, size)
     inputs = _contiguous(mean, covariance, amplitude, rotation, shift)
-    parts, per_program = _shared_out(images, gaussians)
-    _launch(
-        project_kernel, (gaussians, parts), *inputs, image, images, size, 1 / pixel_size, cutoff, per_program, **TILE
-    )
+    return _draw(inputs, len(mean), _shared_out(len(rotation), len(mean)), 0, size, pixel_size, cutoff)
+
+
+def project_each(
+    mean: Float[Tensor, "p g 3"],
+    covariance: Float[Tensor, "p g 3 3"],
+    amplitude: Float[Tensor, "p g"],
+    rotation: Float[Tensor, "p 3 3"],
+    shift: Float[Tensor, "p 2"],
+    size: int,
+    pixel_size: float,
+    cutoff: float,
+) -> Float[Tensor, "p y x"]:
+    gaussians = mean.shape[1]
+    inputs = _contiguous(mean, covariance, amplitude, rotation, shift)
+    return _draw(inputs, gaussians, (len(rotation), 1), gaussians, size, pixel_size, cutoff)
+
+
+def _draw(
+    inputs: list[Tensor],
+    gaussians: int,
+    shared_out: tuple[int, int],
+    apart: int,
+    size: int,
+    pixel_size: float,
+    cutoff: float,
+) -> Float[Tensor, "p y x"]:
+    images = len(inputs[3])
+    image = inputs[0].new_zeros(images, size, size)
+    parts, per_program = shared_out
+    counts = (images, size, 1 / pixel_size, cutoff, per_program, apart)
+    _launch(project_kernel, (gaussians, parts), *inputs, image, *counts, **TILE)
     return image
 
 
@@ -58,22 +84,55 @@ def project_gradient(
     cutoff: float,
     with_pose: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gaussians, images, size = len(mean), len(rotation), upstream.shape[-1]
     inputs = _contiguous(mean, covariance, amplitude, rotation, shift, upstream)
-    parts, per_program = _shared_out(images, gaussians)
-    packed = mean.new_empty(parts, gaussians, 13)
-    counts = (gaussians, images, size, 1 / pixel_size, cutoff, per_program)
+    shared_out = _shared_out(len(rotation), len(mean))
+    packed, *poses = _gather(inputs, len(mean), shared_out, 0, pixel_size, cutoff, with_pose)
+    return (*_unpack(packed), poses[0], poses[1])
+
+
+def project_each_gradient(
+    mean: Float[Tensor, "p g 3"],
+    covariance: Float[Tensor, "p g 3 3"],
+    amplitude: Float[Tensor, "p g"],
+    rotation: Float[Tensor, "p 3 3"],
+    shift: Float[Tensor, "p 2"],
+    upstream: Float[Tensor, "p y x"],
+    pixel_size: float,
+    cutoff: float,
+    with_pose: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gaussians = mean.shape[1]
+    inputs = _contiguous(mean, covariance, amplitude, rotation, shift, upstream)
+    packed, *poses = _gather(inputs, gaussians, (len(rotation), 1), gaussians, pixel_size, cutoff, with_pose)
+    return (*_split(packed), poses[0], poses[1])
+
+
+def _gather(
+    inputs: list[Tensor],
+    gaussians: int,
+    shared_out: tuple[int, int],
+    apart: int,
+    pixel_size: float,
+    cutoff: float,
+    with_pose: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the Gaussians (parts, g, 13), one part for each image where mixtures are ``apart``, and of poses."""
+    rotation, shift, upstream = inputs[3:]
+    images, size = len(rotation), upstream.shape[-1]
+    parts, per_program = shared_out
+    packed = rotation.new_empty(parts, gaussians, 13)
+    counts = (gaussians, images, size, 1 / pixel_size, cutoff, per_program, apart)
     _launch(project_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, **TILE)
     rotation_gradient, shift_gradient = torch.zeros_like(rotation), torch.zeros_like(shift)
     if with_pose:
         parts, per_program = _shared_out(gaussians, images)
-        poses = mean.new_empty(images, parts, 8)
-        counts = (gaussians, parts, size, 1 / pixel_size, cutoff, per_program)
+        poses = rotation.new_empty(images, parts, 8)
+        counts = (gaussians, parts, size, 1 / pixel_size, cutoff, per_program, apart)
         _launch(pose_gradient_kernel, (images, parts), *inputs, poses, *counts, **TILE)
         summed = poses.sum(1)
         # The third row of a rotation does not enter a projection.
         rotation_gradient[:, :2], shift_gradient = summed[:, :6].reshape(-1, 2, 3), summed[:, 6:]
-    return (*_unpack(packed), rotation_gradient, shift_gradient)
+    return packed, rotation_gradient, shift_gradient
 
 
 def voxelize(
@@ -147,5 +206,8 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _unpack(packed: Float[Tensor, "parts g 13"]) -> tuple[Tensor, Tensor, Tensor]:
-    total = packed[0] if len(packed) == 1 else packed.sum(0)
-    return total[:, :3], total[:, 3:12].reshape(-1, 3, 3), total[:, 12]
+    return _split(packed[0] if len(packed) == 1 else packed.sum(0))
+
+
+def _split(packed: Float[Tensor, "*p g 13"]) -> tuple[Tensor, Tensor, Tensor]:
+    return packed[..., :3], packed[..., 3:12].reshape(*packed.shape[:-1], 3, 3), packed[..., 12]

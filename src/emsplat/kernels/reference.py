@@ -24,9 +24,11 @@ def _symmetric(covariance: Tensor) -> Tensor:
 
 
 def project(gaussians: Gaussians, poses: Poses, grid: Grid) -> Float[Tensor, "p y x"]:
-    """Line integrals along z of the rotated mixture (GEM eq. 6, cryoSplat eq. 8), sampled at the pixel centres."""
+    """Line integrals along z of the rotated mixture (GEM eq. 6, cryoSplat eq. 8), sampled at the pixel centres.
+
+    Means, covariances and amplitudes may each have a leading axis, for images of mixtures of their own."""
     rows = poses.rotation[:, None, :2]  # p 1 2 3
-    centre = (rows @ gaussians.mean[:, :, None]).squeeze(-1) - poses.shift[:, None]  # p g 2
+    centre = (rows @ gaussians.mean[..., None]).squeeze(-1) - poses.shift[:, None]  # p g 2
     covariance = rows @ _symmetric(gaussians.covariance) @ rows.mT  # p g 2 2
     axis = _axis(grid, gaussians.mean)
     dx = axis - centre[..., 0, None]  # p g x

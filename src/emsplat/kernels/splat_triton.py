@@ -18,7 +18,7 @@ INVERSE_2PI = tl.constexpr(0.15915494309189535)
 INVERSE_2PI_15 = tl.constexpr(0.06349363593424097)  # (2π)^-1.5
 
 # Counts that change from call to call: a kernel would be compiled anew for each that is 1 or a multiple of 16.
-_COUNTS = ("gaussians", "images", "size", "parts", "per_program")
+_COUNTS = ("gaussians", "images", "size", "parts", "per_program", "apart")
 
 
 @triton.jit
@@ -143,11 +143,16 @@ def project_kernel(
     scale,
     cutoff,
     per_program,
+    apart,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Draws one Gaussian (program axis 0) into ``per_program`` images (axis 1)."""
-    w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, tl.program_id(0))
+    """Draws one Gaussian (program axis 0) into ``per_program`` images (axis 1).
+
+    ``apart`` is 0, or for images with mixtures of their own (one per program) how many Gaussians these have.
+    """
+    own = tl.program_id(0) + tl.program_id(1).to(tl.int64) * apart
+    w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, own)
     limit = cutoff * cutoff * HALF_LOG2E
     area = _area(size)
     first = tl.program_id(1) * per_program
@@ -213,11 +218,14 @@ def project_gradient_kernel(
     scale,
     cutoff,
     per_program,
+    apart,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradient of one Gaussian (program axis 0) from ``per_program`` images (axis 1): 13 numbers each."""
-    w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, tl.program_id(0))
+    """The gradient of one Gaussian (program axis 0) from ``per_program`` images (axis 1): 13 numbers each. ``apart`` as
+    in `project_kernel`."""
+    own = tl.program_id(0) + tl.program_id(1).to(tl.int64) * apart
+    w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, own)
     limit = cutoff * cutoff * HALF_LOG2E
     gx3 = tl.zeros((COLUMNS,), dtype=px.dtype)
     gy3, gz3, dw, dxx, dxy, dxz, dyy, dyz, dzz = gx3, gx3, gx3, gx3, gx3, gx3, gx3, gx3, gx3
@@ -264,12 +272,14 @@ def pose_gradient_kernel(
     scale,
     cutoff,
     per_program,
+    apart,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The gradient of one image's pose (program axis 0) from ``per_program`` Gaussians (axis 1): the first two rows of
-    the rotation and the shift, 8 numbers."""
+    the rotation and the shift, 8 numbers. ``apart`` as in `project_kernel`."""
     image = tl.program_id(0)
+    before = image.to(tl.int64) * apart
     u0, u1, u2, v0, v1, v2, shift_x, shift_y = _load_view(rotation, shift, image)
     at = upstream + image * _area(size)
     limit = cutoff * cutoff * HALF_LOG2E
@@ -277,7 +287,7 @@ def pose_gradient_kernel(
     r1, r2, r3, r4, r5, sum_x, sum_y = r0, r0, r0, r0, r0, r0, r0
     first = tl.program_id(1) * per_program
     for index in range(first, tl.minimum(first + per_program, gaussians)):
-        w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, index)
+        w, px, py, pz, sxx, sxy, sxz, syy, syz, szz = _load_gaussian(mean, covariance, amplitude, before + index)
         x, y, a, b, c, hx, hy, norm = _see(
             px, py, pz, sxx, sxy, sxz, syy, syz, szz, u0, u1, u2, v0, v1, v2, shift_x, shift_y, scale, size, cutoff
         )

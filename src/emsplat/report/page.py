@@ -99,13 +99,15 @@ def null_tests(run: Path) -> str:
         name, silent = _text(test.get("name")), read.group(test, "silent")
         cells = []
         for measure in words.NULL_MEASURES:
-            text = "none" if test.get(measure) is None else _angstrom(test.get(measure))
+            text = "none" if test.get(measure) is None else _angstrom(test.get(measure), verdict.nyquist_of(summary))
             if measure in silent:
                 decides = measure in words.DECISIVE
                 text += ", silent" if silent[measure] else ", NOT SILENT" if decides else ", not silent"
             cells.append(text)
         done = words.ALTERED.get(name, "").removeprefix("Null test: ")
-        rows.append((name, done[:1].upper() + done[1:], _text(test.get("expected")), *cells))
+        rows.append(
+            (name, done[:1].upper() + done[1:], _text(test.get("expected")), *cells, _text(test.get("verdict", "")))
+        )
     passed = summary.get("passed") is True
     number = "Passed" if passed else "Failed"
     said = (
@@ -118,15 +120,15 @@ def null_tests(run: Path) -> str:
         for name, *_ in rows
         if (run / name / "run" / "report.html").is_file()
     )
-    head = ("Test", "What was done to the images", "Expected", *words.NULL_MEASURES.values())
+    head = ("Test", "What was done to the images", "Expected", *words.NULL_MEASURES.values(), "Verdict")
     return (
         f'<div class="headline"><div class="number">{number}</div><p>{said}</p></div>\n'
         f'<div class="scroll">{_grid(head, rows)}</div>\n'
         + _note(
-            "Resolutions in Å that the curves of each run give before its own caution takes any back; the last column "
-            "is what the run reported. Only the last two columns have to be silent for the test to pass: the half "
-            "maps of two Gaussian models agree also where nothing true is left, which is why their FSC is not the one "
-            "to quote."
+            f"{words.SILENT} Resolutions are those that the curves of each run give before its own caution takes any "
+            "back; the last of them is what the run reported. Only this and the cross-validated one have to be silent "
+            "for a test to pass: the half maps of two Gaussian models agree also where nothing true is left, which is "
+            "why their FSC is not the one to quote."
         )
         + f'<p class="saved">Pages of the runs: {links}</p>\n' * bool(links)
     )
@@ -602,7 +604,11 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    look = ' class="bad"' if text == "wrong" or "NOT SILENT" in text else ' class="short"' * (len(text) < 18)
+    look = (
+        ' class="bad"'
+        if text == "wrong" or text == "FAILED" or "NOT SILENT" in text
+        else ' class="short"' * (len(text) < 18)
+    )
     return f"<td{look}>{html.escape(text)}</td>"
 
 

@@ -88,9 +88,10 @@ def make_surface(
             break
         size = max(16, int(0.97 * size * math.sqrt(_BUDGET / used)))  # the area of a surface grows with size²
     if not meshes:
+        why = "inverted (protein dark)" if -float(part.min()) > float(part.max()) else "empty"
         raise InputError(
-            f"{run / read.FULL_MAP}: no level has a surface (standard deviation {spread:g}); expected a map; "
-            "is it empty?"
+            f"{run / read.FULL_MAP}: no level has a surface (standard deviation {spread:g}); expected a map with "
+            f"bright protein; is it {why}?"
         )
     nearest = min(range(len(meshes)), key=lambda i: abs(meshes[i].level - default))
     return Surface(meshes, nearest, max(step) * volume.pixel_size, max(step) > 1)

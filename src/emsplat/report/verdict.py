@@ -32,6 +32,7 @@ class Kind(StrEnum):
 
 
 NOTHING = "no resolution"
+LIMIT = "the limit of the pixel size"
 _OR_FINER = " or finer"
 
 
@@ -110,7 +111,7 @@ def headline(summary: Mapping[str, Any]) -> Headline | None:
     nyquist = nyquist_of(summary)
     if value is None:
         return Headline(NOTHING, f"{measure}. The curve is below it from the first shell on", tuple(remarks))
-    if kind.has_gaussians and (interval := _interval(found.get("cross_validated_interval"), nyquist)):
+    if kind.has_gaussians and (interval := _interval(summary)):
         remarks.append(interval)
     if is_nyquist(value, nyquist):
         remarks.append(_coarse_pixels(summary, nyquist))
@@ -149,7 +150,7 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The verdict for a terminal."""
-    first = headline(summary)
+    first, nyquist = headline(summary), nyquist_of(summary)
     if first is None:
         return []
     opening = f"resolution: {first.number} ({first.measure})"
@@ -165,18 +166,18 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
             if row.name not in ended
         ]
         if ended:
-            shown.append(f"  at the limit of the pixel size: {'; '.join(ended)}")
+            shown.append(f"  at {LIMIT}: {'; '.join(ended)}")
         if shown:
             upper = "; half maps of Gaussians are upper limits" if kind_of(summary).has_gaussians else ""
             said += [f"to compare (FSC 0.143{upper}):", *shown]
-    local, direction, nyquist = summary.get("local_resolution"), summary.get("directional"), nyquist_of(summary)
+    local, direction = summary.get("local_resolution"), summary.get("directional")
     if local is not None and (found := local["cross_validated"] or local["half_maps"]):
         fine, coarse = spacing(found["p5"], nyquist), spacing(found["p95"], nyquist)
         said.append(
-            "local resolution in the mask: at the limit of the pixel size in 95 % of it"
+            f"local resolution in the mask: at {LIMIT} in 95 % of it"
             if is_nyquist(found["p95"], nyquist)
-            else f"local resolution in the mask: median {spacing(found['median'], nyquist)}, 90 % between {fine} and "
-            f"{coarse}"
+            else f"local resolution in the mask: median {spacing(found['median'], nyquist)}, 90 % between {coarse} and "
+            f"{fine}"
         )
     if direction is not None:
         factor = direction.get("sampling_compensation")
@@ -215,13 +216,30 @@ def _group(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _interval(ends: object, nyquist: float | None) -> str:
-    """The 95 % interval of the cross-validated resolution, coarse end first."""
-    match ends:
+def _interval(summary: Mapping[str, Any]) -> str:
+    """The 95 % interval of the cross-validated resolution, coarse end first; without a width where it has none that the
+    shells of the FSC could show."""
+    match _group(summary, "resolution").get("cross_validated_interval"):
         case [float() | int() as one, float() | int() as other]:
-            return f"95 % interval: {max(one, other):.2f} Å to {spacing(min(one, other), nyquist)}."
+            nyquist = nyquist_of(summary)
+            coarse, fine = (spacing(end, nyquist) for end in (max(one, other), min(one, other)))
+            bounded = not is_nyquist(min(one, other), nyquist)
+            if coarse == fine:
+                return f"95 % interval: {'within one shell, at ' * bounded}{fine}{' at both ends' * (not bounded)}."
+            narrow = bounded and _in_one_shell(one, other, summary)
+            return f"95 % interval: {coarse} to {fine}{', within one shell' * narrow}."
         case _:
             return ""
+
+
+def _in_one_shell(one: float, other: float, summary: Mapping[str, Any]) -> bool:
+    """Whether two spacings lie between the same two shells."""
+    match _group(summary, "input"):
+        case {"box": int() as box, "pixel_size": float() | int() as pixel_size} if one > 0 and other > 0:
+            first, second = (box * pixel_size / end for end in (one, other))
+            return math.ceil(max(first, second) - 1e-3) - math.floor(min(first, second) + 1e-3) <= 1
+        case _:
+            return False
 
 
 def _coarse_pixels(summary: Mapping[str, Any], nyquist: float | None) -> str:
@@ -231,6 +249,6 @@ def _coarse_pixels(summary: Mapping[str, Any], nyquist: float | None) -> str:
     if brought:
         remedy = f"run again without --{' or --'.join(brought).replace('_', '-')}, or {remedy}"
     return (
-        f"This is the limit of the pixel size, 2 × {(nyquist or 0) / 2:.4g} Å, and no property of the map: the curve "
+        f"This is {LIMIT}, 2 × {(nyquist or 0) / 2:.4g} Å, and no property of the map: the curve "
         f"has not fallen to its threshold there. To see more, {remedy}."
     )

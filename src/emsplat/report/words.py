@@ -128,12 +128,13 @@ NULL_MEASURES = {
     "reported": "reported by the run",
 }
 DECISIVE = ("cross_validated", "reported")  # those that have to be silent for the test to pass
+SILENT = "Silent: no resolution, or none finer than the test leaves true (the spacing that is expected)."
 
 # Keys of summary.json in words, and those that have a place of their own in the page.
 LABELS = {
     "file": "particle file",
     "half_sets": "half-sets",
-    "half_sets_from": "half-sets are those of",
+    "half_sets_from": "half-sets are",
     "optics_groups": "optics groups",
     "box": "box (px)",
     "pixel_size": "pixel size",

@@ -1,0 +1,1 @@
+"""Models: what is fitted to particles, mixtures of Gaussians, and where they start."""

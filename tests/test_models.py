@@ -1,0 +1,184 @@
+"""The seam of models, by its smallest second user: every particle shows one mixture, shifted by a latent of its own."""
+
+import pytest
+import torch
+from torch import nn
+
+from emsplat.ctf import ctf
+from emsplat.errors import InputError
+from emsplat.fit import Optimiser, Plan, State, fit, load_checkpoint, save_checkpoint
+from emsplat.geometry import axis_rotation, random_rotations
+from emsplat.models.base import ParameterGroup, Saved, rows_of
+from emsplat.models.gaussians import Bounds, read_gaussian_field
+from emsplat.models.starts import ball
+from emsplat.objective import ImageObjective
+from emsplat.project import project
+from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
+
+GRID = Grid(24, 2.0)
+COUNT = 40
+
+
+class ShiftedCopies(nn.Module):
+    """A mixture that does not change, and where it lies in each particle: (p, 3) in Å."""
+
+    def __init__(self, mixture, shift):
+        super().__init__()
+        self.mixture = mixture
+        self.shift = nn.Parameter(shift)
+
+    def gaussians(self, batch=None):
+        if batch is None:
+            return self.mixture
+        moved = self.mixture.mean + rows_of(self.shift, batch.index)[:, None]
+        return Gaussians(moved, self.mixture.covariance, self.mixture.amplitude)
+
+    def poses(self, batch):
+        return batch.poses
+
+    def groups(self):
+        return [ParameterGroup({"shift": self.shift}, rate=10.0, sparse=True)]
+
+    def state(self):
+        tensors = {name: getattr(self.mixture, name) for name in ("mean", "covariance", "amplitude")}
+        return Saved("shifted copies", {}, tensors | {"shift": self.shift})
+
+    @classmethod
+    def read(cls, saved):
+        return cls(
+            Gaussians(*(saved.tensors[name] for name in ("mean", "covariance", "amplitude"))), saved.tensors["shift"]
+        )
+
+
+class TurnedTogether(ShiftedCopies):
+    """All poses are wrong by one and the same turn about the beam and one shift in the image."""
+
+    def __init__(self, mixture):
+        super().__init__(mixture, torch.zeros(1, 3))
+        self.angle, self.offset = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(2))
+
+    def gaussians(self, batch=None):
+        return self.mixture
+
+    def poses(self, batch):
+        one, zero = torch.ones(()), torch.zeros(())
+        cosine, sine = torch.cos(self.angle), torch.sin(self.angle)
+        turn = torch.stack([cosine, -sine, zero, sine, cosine, zero, zero, zero, one]).reshape(3, 3)
+        return Poses(turn @ batch.poses.rotation, batch.poses.shift + self.offset)
+
+    def groups(self):
+        return [ParameterGroup({"angle": self.angle}, rate=0.3), ParameterGroup({"offset": self.offset})]
+
+
+class Memory:
+    """Images of shifted copies, with the interface of a ParticleStack."""
+
+    def __init__(self):
+        rng = torch.Generator().manual_seed(0)
+        self.grid = GRID
+        self.mixture = Gaussians(4 * torch.randn(8, 3, generator=rng), 9 * torch.eye(3).expand(8, 3, 3), torch.ones(8))
+        self.shift = 2 * torch.randn(COUNT, 3, generator=rng)
+        poses = Poses(random_rotations(COUNT, rng).float(), torch.randn(COUNT, 2, generator=rng))
+        moved = Gaussians(self.mixture.mean + self.shift[:, None], self.mixture.covariance, self.mixture.amplitude)
+        values = (300, 2.7, 0.1, 9000, 8500, 0.6, 0, 0, 1)
+        optics = Optics(*(torch.full((COUNT,), float(v)) for v in values))
+        spectrum = torch.fft.rfft2(project(moved, poses, GRID)) * ctf(optics, GRID)
+        images = torch.fft.irfft2(spectrum, s=(24, 24))
+        rows = torch.arange(COUNT)
+        self.all = Batch(images, poses, optics, torch.zeros_like(rows), rows)
+
+    def __len__(self):
+        return COUNT
+
+    def batches(self, size, *, seed, epoch=0, skip=0):
+        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(100 * seed + epoch))
+        for start in range(skip * size, COUNT, size):
+            yield self.all[order[start : start + size]]
+
+
+def run(state, objective, plan, until=None):
+    *_, last = fit(state, objective, plan, until)
+    return last
+
+
+def test_latents_are_found_from_a_wrong_start():
+    """What lies in the image plane; along the beam a single projection says nothing, and nothing moves it."""
+    stack = Memory()
+    state = run(
+        State.begin(ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))),
+        ImageObjective(stack, batch=8, seed=0),
+        Plan(120, 3e-2, 0.96),
+    )
+    rows = stack.all.poses.rotation
+    off = torch.einsum("pij,pj->pi", rows, state.model.shift.detach() - stack.shift)
+    before = torch.einsum("pij,pj->pi", rows, stack.shift)
+    assert float(off[:, :2].square().mean().sqrt()) < 0.02 * float(before[:, :2].square().mean().sqrt())
+
+
+def test_only_the_rows_of_a_batch_move():
+    stack = Memory()
+    model = ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))
+    objective = ImageObjective(stack, batch=8, seed=0)
+    states = fit(State.begin(model), objective, Plan(1, 1e-2, 1.0))
+    seen = torch.zeros(COUNT, dtype=torch.bool)
+    for batch in stack.batches(8, seed=0):
+        before = model.shift.detach().clone()
+        moments = next(states).optimiser.moments()
+        moved = (model.shift.detach() != before).any(1)
+        seen[batch.index] = True
+        assert moved.nonzero()[:, 0].tolist() == sorted(batch.index.tolist())
+        assert torch.equal(moments["shift.exp_avg"].any(1), seen)
+
+
+def test_poses_of_a_model_are_fitted():
+    stack = Memory()
+    still = Gaussians(stack.mixture.mean, stack.mixture.covariance, stack.mixture.amplitude)
+    spectrum = torch.fft.rfft2(project(still, stack.all.poses, GRID)) * ctf(stack.all.optics, GRID)
+    turn = axis_rotation([0.0, 0.0, 1.0], 0.1)
+    told = Poses(
+        torch.from_numpy(turn).float().T @ stack.all.poses.rotation, stack.all.poses.shift - torch.tensor([0.7, -0.4])
+    )
+    stack.all = Batch(
+        torch.fft.irfft2(spectrum, s=(24, 24)), told, stack.all.optics, stack.all.optics_group, stack.all.index
+    )
+    state = run(State.begin(TurnedTogether(still)), ImageObjective(stack, batch=8, seed=0), Plan(60, 2e-2, 0.95))
+    assert float(state.model.angle) == pytest.approx(0.1, abs=5e-3)
+    assert state.model.offset.tolist() == pytest.approx([0.7, -0.4], abs=0.02)
+
+
+def test_any_model_is_saved_and_goes_on_where_it_was(tmp_path):
+    stack, plan = Memory(), Plan(4, 1e-2, 0.8)
+    whole = run(
+        State.begin(ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))), ImageObjective(stack, batch=8, seed=0), plan
+    )
+    state = run(
+        State.begin(ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))),
+        ImageObjective(stack, batch=8, seed=0),
+        plan,
+        2,
+    )
+    save_checkpoint(tmp_path / "c.safetensors", state)
+    begun = load_checkpoint(tmp_path / "c.safetensors", read=ShiftedCopies.read)
+    again = run(begun, ImageObjective(stack, batch=8, seed=0), plan)
+    assert torch.equal(again.model.shift, whole.model.shift)
+    with pytest.raises(InputError, match="kind 'shifted copies'; expected 'gaussians'"):
+        load_checkpoint(tmp_path / "c.safetensors")
+
+
+def test_groups_have_rates_of_their_own():
+    model = ball(5, GRID, Bounds(12.0, 1.0, 1.0), 0)
+    fast, slow = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    model.groups = lambda: [ParameterGroup({"fast": fast}, rate=3.0), ParameterGroup({"slow": slow})]
+    optimiser = Optimiser(model)
+    (fast + slow).sum().backward()
+    optimiser.step(0.1)
+    torch.testing.assert_close(fast.detach(), torch.full((3,), -0.3))
+    torch.testing.assert_close(slow.detach(), torch.full((3,), -0.1))
+
+
+def test_a_mixture_is_read_from_what_it_saved():
+    model = ball(5, GRID, Bounds(12.0, 2.0, 1.0), 0, rotation=False)
+    again = read_gaussian_field(model.state())
+    assert again.bounds == model.bounds
+    assert not again.rotation
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
