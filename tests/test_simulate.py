@@ -84,7 +84,8 @@ def test_form_factor_is_gemmis():
         torch.testing.assert_close(form_factor(element, k).tolist(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+# In float32 the phase of an atom at the edge, up to π size / 2 at Nyquist, is rounded: an error of 1e-5.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("count", [1, 12])
 def test_projection_equals_direct_sum(dtype, tolerance, count):
     atoms = some_atoms(count)
