@@ -13,7 +13,8 @@ from emsplat.cli import main
 from emsplat.errors import OutputError
 from emsplat.io.files import json_text, number_text, replacing, require_finite
 from emsplat.io.gaussians import write_gaussians
-from emsplat.io.mrc import StackFile, write_map, writing_stack
+from emsplat.io.mrc import write_map, writing_stack
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.pickles import write_arrays
 from emsplat.io.relion import write_particles_star
 from emsplat.run.fsc_star import write_fsc_star

@@ -13,7 +13,8 @@ from emsplat.config import AssessConfig, InputConfig
 from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import holds_gaussians
-from emsplat.io.mrc import Origin, StoredMap, misplaced, read_stored_map
+from emsplat.io.mrc import StoredMap, misplaced, read_stored_map
+from emsplat.io.mrc_arrays import Origin
 from emsplat.maths.groups import symmetry_group
 from emsplat.measures.fsc import (
     common_grid,
