@@ -17,7 +17,7 @@ from emsplat.config import InputConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
-from emsplat.measures.fsc import resolution
+from emsplat.measures.curves import resolution
 from emsplat.particles.copies import image_marks, marks_in
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
