@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "emsplat"
 FLOORS = [
     {"errors"},
-    {"types", "process", "device", "_native"},
+    {"types", "process", "device", "parallel", "_native"},
     {"kernels", "maths"},
     {"imaging", "measures"},
     {"io"},
