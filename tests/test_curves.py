@@ -54,11 +54,9 @@ def test_columns_of_relion(tmp_path):
     assert curves["unmasked"].value.tolist() == [1.0, 0.5]
 
 
-@pytest.mark.parametrize(
-    "text", X, "data_fsc\nloop_\n_rlnSpectralIndex\n1\n"]
-)
-def test_files_without_curves_are_refused(tmp_path, text):
-    (tmp_path / "fsc.star").write_text(text)
+@pytest.mark.parametrize(("block", "column"), [("other", "rlnResolution"), ("fsc", "rlnSpectralIndex")])
+def test_files_without_curves_are_refused(tmp_path, block, column):
+    (tmp_path / "fsc.star").write_text(f"data_{block}\nloop_\n_{column}\n0.1\n")
     with pytest.raises(InputError, match=r"fsc.star: no FSC curve; expected data_fsc with rlnResolution"):
         read_fsc_star(tmp_path / "fsc.star")
 

@@ -868,3 +868,16 @@ def test_imports_no_torch() -> None:
 
     folder = str(Path(emsplat.report.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code, folder], check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_reads_without_torch(run: Path) -> None:
+    """Every file of a run folder."""
+    code = (
+        "import sys; from pathlib import Path; from emsplat.report import read; run = Path(sys.argv[1])\n"
+        "shape = read.read_full_map(run).values.shape\n"
+        "read.read_mask(run, shape); read.read_local_resolution(run, shape)\n"
+        "read.read_fsc(run); read.read_examples(run, 8); read.read_widths(run)\n"
+        "read.read_directions(run); read.read_residual(run); read.read_convergence(run); read.read_scores(run)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True)

@@ -22,7 +22,7 @@ from emsplat.particles.copies import image_marks, marks_in
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.report import verdict
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, MASK, statistics_name
 from emsplat.run.log import Log
 from emsplat.run.stop import interruptible
 from emsplat.sums.equations import NormalEquations, combined, contrast, relative_gain
@@ -65,7 +65,7 @@ def accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log:
     mask = given_mask(config, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
-    write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
+    write_map(output / MASK, mask, stack.grid.pixel_size)
     validation = CrossValidation(
         (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
     )
@@ -92,9 +92,9 @@ def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
     held = {name: [(stack.table.name, _images_of(stack.only(half)))] for name, half in HALVES.items()}
     for folder in config.add_statistics:
         for name in HALVES:
-            found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+            found = sorted(folder.glob(statistics_name(name, "*")))
             if not found:
-                raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+                raise InputError(f"{folder}: no {statistics_name(name)}; run that with --keep-statistics")
             own = [held_images(path) for path in found]
             if not all(map(len, own)):
                 log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
@@ -121,13 +121,13 @@ def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, outpu
     start = time.monotonic()
     with log.progress(name, len(subset)) as update:
         for number, part in enumerate(subset.parts()):
-            saved = output / f"run_{name}_statistics{number or ''}.safetensors"
+            saved = output / statistics_name(name, number or "")
             parts.append(_accumulate_part(name, part, stack.grid, saved, len(subset), config, update, log))
     seconds = time.monotonic() - start
     rate = "" if config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
     log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
     for folder in config.add_statistics:
-        for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
+        for path in sorted(folder.glob(statistics_name(name, "*"))):
             other = begin(subset)
             other.load(path, but={"particles"})
             for part in subset.parts():

@@ -29,6 +29,7 @@ from emsplat.programs.classical import Classical
 from emsplat.programs.opening import half_sets_from
 from emsplat.report import verdict
 from emsplat.run.aliases import name_results
+from emsplat.run.files import FSC, FSC_FIGURE, FULL_MAP, HALF_MAPS, REPORT, SAMPLING, SUMMARY, statistics_name
 from emsplat.run.folder import check_same_run, is_finished, plain, read_summary, write_text
 from emsplat.run.log import Log, peak_memory
 from emsplat.sums.equations import sampling
@@ -81,12 +82,12 @@ def finish(
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written."""
     grid = stack.grid
-    write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
+    write_map(output / SAMPLING, sampling(classical.equations["class001"]), grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
         measured = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
     if not config.keep_statistics:
-        for path in output.glob("run_half?_statistics*.safetensors"):
+        for path in output.glob(statistics_name("half?", "*")):
             path.unlink()
     summary = {
         **measured,
@@ -110,12 +111,12 @@ def finish(
         "assessment": {"warnings": log.warnings[told:]},
         **({} if altered is None else {"altered": altered}),
     }
-    write_text(output / "summary.json", json_text(summary))
+    write_text(output / SUMMARY, json_text(summary))
     with log.part("report", "drawing the figures and the report"):
         report.write_report(output)
     # That of the whole nobody knows before the page is drawn.
     summary["seconds"] = round(log.seconds, 1)
-    write_text(output / "summary.json", json_text(summary))
+    write_text(output / SUMMARY, json_text(summary))
     _conclude(log, summary, output)
     if config.naming != "relion":
         table = stack.table.take(stack.rows)
@@ -165,10 +166,10 @@ def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
 
 def _say_results(log: Log, output: Path) -> None:
     for what, name in (
-        ("map", "run_class001.mrc"),
-        ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
-        ("FSC", "fsc.star, fsc.png"),
-        ("report", "report.html"),
+        ("map", FULL_MAP),
+        ("half maps", " and ".join(HALF_MAPS)),
+        ("FSC", f"{FSC}, {FSC_FIGURE}"),
+        ("report", REPORT),
     ):
         log.line(f"  {what}: {output / name}")
 

@@ -32,6 +32,7 @@ from emsplat.programs.begin import start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.opening import write_config
 from emsplat.programs.settings import Settings
+from emsplat.run.files import SETTINGS, checkpoint_name, state_name
 from emsplat.run.folder import plain
 from emsplat.run.history import History
 from emsplat.run.log import Log
@@ -42,7 +43,7 @@ from emsplat.sums.equations import NormalEquations
 def batch_before(output: Path) -> int | Literal["auto"]:
     """The batch that an interrupted run with ``--batch auto`` found."""
     try:
-        batch = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))["settings"]["batch"]
+        batch = tomllib.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]["batch"]
     except (OSError, ValueError, KeyError, TypeError):
         return "auto"  # whether there is a run to resume is asked later
     return batch if isinstance(batch, int) and batch > 0 else "auto"
@@ -110,7 +111,7 @@ def fit_images(
     """The image-domain engine: one fit, from the checkpoint if there is one; the model and what is to be reported."""
     start = time.monotonic()
     grid = stack.grid
-    finished, checkpoint = output / f"run_{name}.safetensors", output / f"run_{name}.checkpoint.safetensors"
+    finished, checkpoint = output / state_name(name), output / checkpoint_name(name)
     noise = None if settings.weighting == "none" else estimate_noise(stack)
     if noise is not None and settings.weighting == "ramp":
         noise = noise / ramp(grid.size).to(noise.device)

@@ -25,7 +25,7 @@ from emsplat.particles.copies import Copies, copies, mixed_classes
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import describe_threads
 from emsplat.programs.settings import Settings
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, LOG, PARTICLES, SETTINGS
 from emsplat.run.folder import plain, prepare_folder, write_text
 from emsplat.run.log import Log, counted, data_size
 from emsplat.sums.window import PADDING
@@ -49,7 +49,7 @@ def open_run(
     for name in HALVES:
         read_start(settings.get("init", "map"), stack.grid, name)
     prepare_folder(config, particles, output)
-    log.keep_in(output / "run.log")
+    log.keep_in(output / LOG)
     for warning in (*stack.table.warnings, *start_remarks(settings.get("init", "map"), stack.grid)):
         log.warn(warning)
     skipped: list[int] = []
@@ -60,7 +60,7 @@ def open_run(
             log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
     _introduce(log, stack, config)
     log.line(f"  {said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half)
+    write_used(with_boxes(stack.table.take(stack.rows)), output / PARTICLES, stack.half)
     write_config(config, particles, output, settings)
     symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
     if symmetry is not None:
@@ -71,7 +71,7 @@ def open_run(
 
 def write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
     about = {"program": f"emsplat {__version__}", "particles": str(particles)}
-    write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+    write_text(output / SETTINGS, tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
 
 
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:

@@ -111,8 +111,8 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
     if habit is not None:
         log.line(f"  relion_postprocess would take {habit:.1f} Å² for these half maps (--b-factor {habit:.0f})")
     link_results(run)
-    log.line(f"  map: {run / 'postprocess.mrc'}, masked: {run / 'postprocess_masked.mrc'}")
-    log.line(f"  tables: {run / 'postprocess.star'}, FSC for EMDB: {run / 'postprocess_fsc.xml'}")
+    log.line(f"  map: {run / SHARPENED}, masked: {run / SHARPENED_MASKED}")
+    log.line(f"  tables: {run / POSTPROCESS}, FSC for EMDB: {run / FSC_XML}")
     return about
 
 

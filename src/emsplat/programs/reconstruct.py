@@ -32,7 +32,7 @@ from emsplat.programs.image_engine import batch_before, fit_images, with_batch
 from emsplat.programs.opening import introduce_fit, open_run
 from emsplat.programs.settings import settings_of
 from emsplat.programs.volume_engine import fit_volumes
-from emsplat.run.files import HALVES, map_name
+from emsplat.run.files import CONVERGENCE, HALVES, backprojection_name, map_name, model_name
 from emsplat.run.folder import plain
 from emsplat.run.history import History
 from emsplat.run.log import Log
@@ -98,7 +98,7 @@ def _reconstruct(
     introduce_fit(log, settings)
     with log.part("accumulation"):
         classical = accumulate_all(stack, config, output, log)
-    history = History(output / "convergence.csv")
+    history = History(output / CONVERGENCE)
     stages: list[Stage] = []
     with log.part("fits"):
         if one_pass:
@@ -114,7 +114,7 @@ def _reconstruct(
     for name, model in models.items():
         _write_model(output, name, model, stack.grid)
     for name, volume in classical.raw.items():
-        write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
+        write_map(output / backprojection_name(name), volume, stack.grid.pixel_size)
     with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
         examples = write_residuals(stack, {number: models[name].gaussians() for name, number in HALVES.items()}, output)
     return finish(
@@ -139,7 +139,7 @@ def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> N
         gaussians = model.gaussians()
         write_map(output / map_name(name), voxelize(gaussians, grid), grid.pixel_size)
         write_ply(
-            output / f"run_{name}.ply",
+            output / model_name(name),
             gaussians.mean.cpu(),
             model.scales().cpu(),
             model.quaternion.cpu(),

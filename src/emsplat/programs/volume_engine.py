@@ -18,7 +18,7 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.settings import Settings
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, SCORES, state_name
 from emsplat.run.folder import write_text
 from emsplat.run.history import History
 from emsplat.run.log import Log
@@ -77,7 +77,7 @@ def fit_volumes(
         for one in fits:
             history.rewind(one.name, one.state.step)
             models[one.name] = one.model
-            save_checkpoint(output / f"run_{one.name}.safetensors", State.begin(one.model, one.state.step))
+            save_checkpoint(output / state_name(one.name), State.begin(one.model, one.state.step))
             about[one.name] = {
                 "particles": one.equations.particles,
                 "gaussians": len(one.model),
@@ -88,7 +88,7 @@ def fit_volumes(
             }
         log.line(f"{label}: {', '.join(f'{len(one.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
     history.write()
-    _write_scores(output / "scores.csv", stages)
+    _write_scores(output / SCORES, stages)
     for number, stage in enumerate(stages):
         log.line(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"

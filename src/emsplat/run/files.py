@@ -4,6 +4,17 @@ from __future__ import annotations
 
 HALVES = {"half1": 1, "half2": 2}  # the fits of half-sets and the numbers of these; that of all is "class001"
 
+
+def model_name(fit: str) -> str:
+    """The Gaussians of a fit."""
+    return f"run_{fit}.ply"
+
+
+def backprojection_name(fit: str) -> str:
+    """The classical map of the images of a fit."""
+    return f"backprojection_{fit}.mrc"
+
+
 # What went in, and how.
 SETTINGS = "config.toml"
 LOG = "run.log"
@@ -12,8 +23,8 @@ PARTICLES = "run_data.star"
 # Maps, called as RELION calls those of a refinement, and models.
 HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")
 FULL_MAP = "run_class001.mrc"
-FULL_MODEL = "run_class001.ply"
-BACKPROJECTIONS = ("backprojection_half1.mrc", "backprojection_half2.mrc")
+FULL_MODEL = model_name("class001")
+BACKPROJECTIONS = (backprojection_name("half1"), backprojection_name("half2"))
 MASK = "mask.mrc"
 SAMPLING = "sampling.mrc"
 SHARPENED = "postprocess.mrc"
@@ -56,11 +67,16 @@ def map_name(fit: str) -> str:
     return FULL_MAP if fit == "class001" else HALF_MAPS[HALVES[fit] - 1]
 
 
-def backprojection_name(fit: str) -> str:
-    """The classical map of the images of a fit."""
-    return f"backprojection_{fit}.mrc"
+def state_name(fit: str) -> str:
+    """The finished fit."""
+    return f"run_{fit}.safetensors"
 
 
-def model_name(fit: str) -> str:
-    """The Gaussians of a fit."""
-    return f"run_{fit}.ply"
+def checkpoint_name(fit: str) -> str:
+    """The fit on its way."""
+    return f"run_{fit}.checkpoint.safetensors"
+
+
+def statistics_name(fit: str, part: int | str = "") -> str:
+    """The sums over the images of a fit; of some kinds of images where there are several. A pattern with "*"."""
+    return f"run_{fit}_statistics{part}.safetensors"
