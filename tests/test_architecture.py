@@ -113,7 +113,7 @@ def named_files():
         for name in value if isinstance(value, tuple) else [value]:
             if isinstance(name, str) and re.fullmatch(r"[a-z0-9_]+\.[a-z]+", name):
                 yield re.escape(name)
-    yield from (r"run_half[\w?]*\.", r"run_\.", r"^run_$", r"^backprojection_$", r"_statistics")
+    yield from (r"^run_$", r"^backprojection_$", r"_statistics")
 
 
 def texts(path):
