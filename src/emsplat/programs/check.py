@@ -30,7 +30,7 @@ from emsplat.particles.choose import open_images, read_table
 from emsplat.particles.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.particles.stack import ParticleStack
 from emsplat.report.verdict import spacing
-from emsplat.run.files import CHECK, FULL_MAP, SETTINGS, SLICES_FIGURE
+from emsplat.run.files import CHECK, CHECK_MAP, SETTINGS, SLICES_FIGURE
 from emsplat.run.folder import write_text
 from emsplat.run.log import counted, data_size, duration
 from emsplat.sums.equations import contrast
@@ -68,7 +68,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         OutputError: ``output`` holds a run or cannot be written.
     """
     if output is not None and (output / SETTINGS).exists():
-        raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
+        raise OutputError(f"{output}: holds a run, whose page would be replaced; choose another folder with -o")
     table = read_table(config, particles, need_stacks=False)
     group = symmetry_group(config.symmetry)
     missing = [] if config.metadata_only else lost_stacks(table)
@@ -390,7 +390,7 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
         )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_map(output / FULL_MAP, whole, grid.pixel_size)
+        write_map(output / CHECK_MAP, whole, grid.pixel_size)
         directions(
             output,
             (raw[0] * mask, raw[1] * mask),

@@ -191,8 +191,8 @@ def slices(run: Path) -> str:
     return (
         _picture(figures.draw_slices(run), "Central slices and projections of the full map")
         + _note(
-            f"Above, slices of {files.FULL_MAP} one voxel thick through the centre; below, sums along the same axes. "
-            "The first letter points right, the second up; white is dense. A good map has a bright particle in "
+            f"Above, slices of {read.shown_map(run)} one voxel thick through the centre; below, sums along the same "
+            "axes. The first letter points right, the second up; white is dense. A good map has a bright particle in "
             "even surroundings. A dark particle has the wrong contrast; streaks, rings and specks outside are noise, "
             "missing views or a wrong CTF."
         )

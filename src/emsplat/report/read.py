@@ -142,14 +142,20 @@ def read_volume(path: Path) -> Volume:
     return Volume(stored.values, stored.pixel_size)
 
 
+def shown_map(run: Path) -> str:
+    """The map that a folder is about: the full map of a run, or the quick look of a check."""
+    is_check = (run / files.CHECK_MAP).exists() and not (run / files.FULL_MAP).exists()
+    return files.CHECK_MAP if is_check else files.FULL_MAP
+
+
 def read_full_map(run: Path) -> Volume:
     """The full map, all its values finite."""
     import numpy as np
 
-    volume = read_volume(run / files.FULL_MAP)
+    volume = read_volume(run / shown_map(run))
     if not np.isfinite(volume.values).all():
         raise InputError(
-            f"{run / files.FULL_MAP}: holds values that are not finite; expected a map; did the fit diverge?"
+            f"{run / shown_map(run)}: holds values that are not finite; expected a map; did the fit diverge?"
         )
     return volume
 

@@ -183,6 +183,7 @@ _FILES = (
     (files.SAMPLING, "weight of the data in Fourier space, relative to the mean of its shell"),
     (files.EXAMPLES, "particle, projection and residual of some particles"),
     (files.PARTICLES, "the particles as used, with their half-sets (RELION)"),
+    (files.CHECK_MAP, "quick back-projection of a sample, for a look"),
     ("*mask*.mrc", "mask"),
     ("*.mrc", "map"),
     (files.FSC, "Fourier shell correlation of the half maps, in RELION's columns"),

@@ -45,6 +45,7 @@ RESIDUAL = "residual.csv"
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
 CHECK = "check.json"
+CHECK_MAP = "check.mrc"
 NULL_TESTS = "nulltest.json"
 NULL_TESTS_TABLE = "nulltest.csv"
 SUMMARIES = (SUMMARY, NULL_TESTS, CHECK)
