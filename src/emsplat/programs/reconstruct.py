@@ -28,7 +28,7 @@ from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.image_engine import batch_before, fit_images, with_batch
 from emsplat.programs.opening import introduce_fit, open_run
 from emsplat.programs.run import Fits, Run
-from emsplat.programs.settings import settings_of
+from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
 from emsplat.run.files import HALVES, map_name
 from emsplat.run.log import Log
@@ -70,9 +70,7 @@ def reconstruct(
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
     with threads(config.threads), log.to_the_end():
-        settings = settings_of(config)
-        if config.resume and settings.batch == "auto":
-            settings = replace(settings, batch=batch_before(output))
+        settings = _settled(config, output)
         run = open_run(config, particles, output, log, settings)
         introduce_fit(log, settings)
         classical = accumulate_all(run)
@@ -82,6 +80,12 @@ def reconstruct(
             fits = fit_images(run, with_batch(run, settings, classical), classical)
         _write_fits(run, fits, classical)
         return finish(run, classical, _compared_with_images(run, fits), altered)
+
+
+def _settled(config: ReconstructConfig, output: Path) -> Settings:
+    """What the options come to; a run that is resumed keeps the batch that it has found."""
+    settings = settings_of(config)
+    return replace(settings, batch=batch_before(output)) if config.resume and settings.batch == "auto" else settings
 
 
 def _write_classical(run: Run[InputConfig], classical: Classical) -> None:
