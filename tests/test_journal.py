@@ -121,7 +121,7 @@ def test_kinds_of_a_later_version_are_left_out(tmp_path):
         b'{"kind": "part", "time": 1, "name": 7, "text": ""}',
         b'{"kind": "rewound", "time": 1, "fit": "half1", "step": true}',
         b'{"kind": "rewound", "time": 1, "fit": "half1", "step": 1.5}',
-        b'{"kind": "ended", "time": 1' + b"0" * 400 + b'}',
+        b'{"kind": "part", "name": "x", "text": "", "time": 1' + b"0" * 400 + b"}",
         b"\xff\xfe",
         b"[" * 100_000,
     ],
