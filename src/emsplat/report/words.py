@@ -194,6 +194,7 @@ _FILES = (
     (files.NULL_TESTS_TABLE, "the table of the null tests"),
     (files.CHECK, "what was understood of the input"),
     (files.SETTINGS, "the settings of the run"),
+    (files.JOURNAL, "what happened and when, one JSON object per line"),
     (files.CONVERGENCE, "loss at each step of each fit"),
     (files.SCORES, "mean cross-validated FSC after each epoch"),
     (files.DIRECTIONS, "resolution, sampling and particles by direction"),

@@ -18,6 +18,7 @@ def backprojection_name(fit: str) -> str:
 # What went in, and how.
 SETTINGS = "config.toml"
 LOG = "run.log"
+JOURNAL = "journal.jsonl"
 PARTICLES = "run_data.star"
 
 # Maps, called as RELION calls those of a refinement, and models.
