@@ -38,6 +38,7 @@ EXAMPLES = "examples.mrcs"  # particle, projection and residual in turn
 FSC = "fsc.star"
 POSTPROCESS = "postprocess.star"
 FSC_XML = "postprocess_fsc.xml"
+JOURNAL = "journal.jsonl"
 CONVERGENCE = "convergence.csv"
 SCORES = "scores.csv"
 DIRECTIONS = "directions.csv"
