@@ -38,7 +38,6 @@ EXAMPLES = "examples.mrcs"  # particle, projection and residual in turn
 FSC = "fsc.star"
 POSTPROCESS = "postprocess.star"
 FSC_XML = "postprocess_fsc.xml"
-JOURNAL = "journal.jsonl"
 CONVERGENCE = "convergence.csv"
 SCORES = "scores.csv"
 DIRECTIONS = "directions.csv"
