@@ -44,10 +44,12 @@ def write_pages(app: Sphinx) -> None:
 
 
 def public(thing: griffe.Object) -> Iterator[griffe.Object]:
-    """What a module or class defines itself and does not hide, in the order of the source."""
+    """What a module or class defines itself and does not hide, in the order of the source; of values those that have a
+    type or an explanation."""
     members = [m for m in thing.members.values() if not m.is_alias and not m.is_module]
     for member in sorted(members, key=lambda m: m.lineno or 0):
-        if not member.name.startswith("_"):
+        bare = member.is_attribute and member.annotation is None and thing.is_class
+        if not member.name.startswith("_") and not (bare and member.docstring is None):
             yield member
 
 
@@ -128,7 +130,7 @@ def docstring(thing: griffe.Object, targets: dict[str, str]) -> str:
     first, *sections = SECTION.split(thing.docstring.value)
     parts = [first.strip()]
     for title, items in zip(sections[::2], sections[1::2], strict=True):
-        parts.append(f"**{title}**")
+        parts.append(f"**{'Arguments' if title == 'Args' else title}**")
         for item in re.split(r"\n(?=\S)", textwrap.dedent(items.strip("\n"))):
             name, colon, what = item.partition(":")
             text = " ".join((what if colon else item).split())

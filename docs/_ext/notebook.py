@@ -1,11 +1,14 @@
 """The tutorial in Python as a notebook: docs/python.md is the source of both, and its code is run by a test."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:  # the code is also run without Sphinx
+    from sphinx.application import Sphinx
 
 CODE = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
