@@ -30,8 +30,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+docs: $(VENV)/.documented
 	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "The site begins at build/docs/index.html"
 
@@ -48,6 +47,10 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[test]'
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
 	@touch $@
 
 clean:
