@@ -2,18 +2,15 @@
 
 import json
 import re
-import sys
 import tomllib
 from pathlib import Path
 
 import matplotlib
 import pytest
 
+from notebook import as_notebook, code_of
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs" / "_ext"))
-
-from notebook import as_notebook, code_of  # noqa: E402
-
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 # Names that conda-forge gives to packages of the Python index.
 CONDA = {"torch": "pytorch", "tomli-w": "tomli-w", "matplotlib": "matplotlib-base"}
