@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
-from _ext.notebook import code_of
 from PIL import Image
+
+from _ext.notebook import code_of
 
 FIGURES = {"run": ("slices", "fsc"), "harder_run": ("fsc", "local_resolution_slices", "directions")}
 WIDTH = 1000  # pixels
