@@ -162,7 +162,7 @@ def _particle_label(output: Path, particles: Path) -> str:
 def _abortable(folder: Path) -> Iterator[None]:
     """Within this block a request to abort ends the work like a kill: with a checkpoint where there is one to write.
 
-    A run that can write one has a handler of its own while it does (`run_folder.interruptible`).
+    A run that can write one has a handler of its own while it does (`emsplat.run.stop`).
 
     Raises:
         Stopped: asked to, by RELION or the queueing system.

@@ -185,6 +185,7 @@ _FILES = (
     ("nulltest.csv", "the table of the null tests"),
     ("check.json", "what was understood of the input"),
     ("config.toml", "the settings of the run"),
+    ("journal.jsonl", "what happened and when, one JSON object per line"),
     ("convergence.csv", "loss at each step of each fit"),
     ("scores.csv", "mean cross-validated FSC after each epoch"),
     ("directions.csv", "resolution, sampling and particles by direction"),
