@@ -49,8 +49,10 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[test]'
 	@touch $@
 
-$(VENV)/.documented: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+# The tools alone: the site is made from the sources, and nothing has to be compiled for it.
+$(VENV)/.documented: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 clean:

@@ -11,8 +11,8 @@ author = "The emsplat developers"
 copyright = "2026, The emsplat developers. BSD 3-Clause licence"
 try:
     release = version("emsplat")
-except PackageNotFoundError:
-    release = "not installed"
+except PackageNotFoundError:  # nothing has to be installed to build the pages
+    release = ""
 version = release.split("+")[0]
 
 extensions = ["myst_parser", "api", "mathml", "notebook"]
@@ -22,7 +22,7 @@ nitpick_ignore_regex = [("py:(class|data|exc)", ".*")]  # types of other package
 myst_heading_anchors = 4  # links to headings are checked, and so are all others within the site
 exclude_patterns = ["_ext"]
 html_theme = "furo"
-html_title = f"emsplat {version}"
+html_title = f"emsplat {version}".strip()
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
