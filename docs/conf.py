@@ -17,6 +17,7 @@ version = release.split("+")[0]
 
 extensions = ["myst_parser", "api", "mathml", "notebook"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+smartquotes = False  # "--option" is no dash
 nitpicky = True  # the functions that docs/mathematics.md names are there
 nitpick_ignore_regex = [("py:(class|data|exc)", ".*")]  # types of other packages, in signatures
 myst_heading_anchors = 4  # links to headings are checked, and so are all others within the site
