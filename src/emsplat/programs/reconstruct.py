@@ -30,7 +30,7 @@ from emsplat.programs.opening import introduce_fit, open_run
 from emsplat.programs.run import Fits, Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
-from emsplat.run.files import HALVES, map_name
+from emsplat.run.files import HALVES, backprojection_name, map_name, model_name
 from emsplat.run.log import Log
 
 
@@ -100,7 +100,7 @@ def _write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -
     for name, fitted in fits.by_name.items():
         _write_model(run, name, fitted.model)
     for name, volume in classical.raw.items():
-        write_map(run.folder / f"backprojection_{name}.mrc", volume, run.stack.grid.pixel_size)
+        write_map(run.folder / backprojection_name(name), volume, run.stack.grid.pixel_size)
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def _write_model(run: Run[ReconstructConfig], name: str, model: GaussianField) -
     grid, gaussians = run.stack.grid, model.gaussians()
     write_map(run.folder / map_name(name), voxelize(gaussians, grid), grid.pixel_size)
     write_ply(
-        run.folder / f"run_{name}.ply",
+        run.folder / model_name(name),
         gaussians.mean.cpu(),
         model.scales().cpu(),
         model.quaternion.cpu(),

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emsplat.errors import InputError, Interrupted, OutputError
-
-JOURNAL = "journal.jsonl"
+from emsplat.run.files import JOURNAL
 
 
 @dataclass(frozen=True)
