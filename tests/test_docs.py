@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+from emsplat.measures.curves import resolution
 from notebook import as_notebook, code_of
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +25,11 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
     names = {}
     exec(compile(code_of(PAGE), "python.md", "exec"), names)
     said = capsys.readouterr().out
-    found, grid = names["found"], names["grid"]
+    grid, found, with_truth = names["grid"], names["run"].resolution, names["with_truth"]
     # The full map has twice the particles of the halves that the cross-validated number speaks of.
-    assert names["resolution"](names["against_truth"], 0.5) < 1.02 * found["cross_validated"]
-    assert 2 * grid.pixel_size < found["cross_validated"] < 15
+    assert resolution(with_truth["Gaussians"], 0.5) < 1.02 * found
+    assert with_truth["Gaussians"].value.mean() > with_truth["classical map"].value.mean()
+    assert 2 * grid.pixel_size < found < 15
     assert float(names["image"].sum()) == pytest.approx(float(names["finer"].sum()), rel=2e-3)
     assert "1,000 particles of 48 pixels of 3 Å" in said
 

@@ -30,16 +30,23 @@ def write_pages(app: Sphinx) -> None:
         for short in (path.rsplit(".", 1)[1], ".".join(path.rsplit(".", 2)[1:])):
             targets[short] = path if targets.get(short, path) == path else ""
     pages = {name: [room, *room.modules.values()] for name, room in rooms.items() if room.modules}
-    alone = [room for name, room in rooms.items() if name not in pages]
-    for name, modules in {**pages, "modules": alone}.items():
-        title = f"emsplat.{name}" if name in pages else "Modules on their own"
-        body = [f"# {title}", *(part for module in modules for part in described(module, targets, name in pages))]
+    interface = rooms["interface"]
+    alone = [room for name, room in rooms.items() if name not in pages and room is not interface]
+    titles = {"interface": "import emsplat as em", "modules": "Modules on their own"}
+    for name, modules in {**pages, "interface": [interface], "modules": alone}.items():
+        body = [f"# {titles.get(name, f'emsplat.{name}')}"]
+        if modules == [interface]:
+            offered = {name: thing.target_path for name, thing in package.members.items() if thing.is_alias}
+            names = sorted(offered.keys() - {"Any", "TYPE_CHECKING"}, key=str.lower)
+            body.append(docstring(package, {}))
+            body.append("\n".join(f"- {{py:obj}}`em.{name} <{offered[name]}>`" for name in names))
+        body += [part for module in modules for part in described(module, targets, name in pages)]
         text = "\n\n".join(body) + "\n"
         page = folder / f"{name}.md"
         if not page.exists() or page.read_text() != text:
             page.write_text(text)
     for page in folder.glob("*.md"):
-        if page.stem not in {*pages, "modules"}:
+        if page.stem not in {*pages, *titles}:
             page.unlink()
 
 
