@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emsplat.fitting.images import ImageObjective
 from emsplat.fitting.loop import fit
+from emsplat.fitting.objective import Objective
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective
 from emsplat.models.gaussians import GaussianField
@@ -35,7 +35,7 @@ def grow(model: GaussianField, objective: VolumeObjective) -> GaussianField:
 
 
 def fit_doubling(
-    state: State[GaussianField], objective: ImageObjective, plan: Plan, after: Sequence[int]
+    state: State[GaussianField], objective: Objective, plan: Plan, after: Sequence[int]
 ) -> Iterator[State[GaussianField]]:
     """`fit`, with every Gaussian split in two ``after`` these epochs (1-based), in ascending order.
 
