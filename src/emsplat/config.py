@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class ChoiceConfig:
     """Only these particles: a .star or .cs file that names them, or row numbers counted from 0 (.txt with one per line,
     .npy, or cryoDRGN's .pkl)."""
 
-    particle_class: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    particle_class: int | None = field(default=None, metadata={"name": "class"})
     """Only particles of this class (rlnClassNumber, alignments3D/class)."""
 
     unique: bool = False

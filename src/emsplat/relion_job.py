@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
 from gemmi import cif
 
+from emsplat.commandline.arguments import Command, command_of
+from emsplat.commandline.parse import call
 from emsplat.config import ReconstructConfig
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.io.files import replacing
@@ -59,7 +60,7 @@ def job(
     in_3dref: Path | None = None,
     j: int = 1,
     pipeline_control: Path | None = None,
-    config: tyro.conf.OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),  # noqa: B008 (frozen)
+    config: ReconstructConfig = ReconstructConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Reconstruct a density map and two half maps, as a job of type External of RELION.
 
@@ -190,18 +191,29 @@ def _abortable(folder: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _without_folder(command: Command, words: list[str]) -> int:
+    """The help, or what is wrong with the words."""
+    try:
+        call(command, words)
+    except EmsplatError as error:
+        print(f"emsplat-relion: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a job and says in its folder how it ended; the exit code is that of `emsplat`."""
     words = sys.argv[1:] if arguments is None else arguments
-    if "--o" not in words[:-1]:
-        tyro.cli(job, prog="emsplat-relion", args=words)  # for its help, or its complaint
+    command = command_of(job, "emsplat-relion")
+    if "--o" not in words[:-1] or {"-h", "--help"} & set(words):
+        return _without_folder(command, words)
     folder = Path(words[words.index("--o") + 1])
     for ending in _ENDINGS:
         (folder / f"RELION_JOB_EXIT_{ending}").unlink(missing_ok=True)
     ending = "FAILURE"
     try:
         with _abortable(folder):
-            tyro.cli(job, prog="emsplat-relion", args=words)
+            call(command, words)
         ending = "SUCCESS"
         return 0
     except Interrupted as error:
