@@ -10,22 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "emsplat"
-FLOORS = [
-    {"errors"},
-    {"types", "process", "device", "_native"},
-    {"kernels", "maths"},
-    {"imaging", "measures"},
-    {"io"},
-    {"config", "models"},
-    {"run"},
-    {"particles", "report"},
-    {"sums"},
-    {"fitting", "assessment"},
-    {"programs"},
-    {"cli", "relion_job"},
-    {"__main__"},
-]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+_ROW = re.compile(r"^\| (\d+) \| ([\w, ]+) \|", re.MULTILINE)
+_TABLE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Floors")[2].partition("\n## ")[0]
+FLOOR = {name: int(floor) for floor, names in _ROW.findall(_TABLE) for name in names.split(", ")}
 
 
 def room(path):
@@ -48,6 +35,29 @@ def test_modules_import_from_floors_below(path):
     for other in imported_rooms(path):
         own = room(path)
         assert other == own or FLOOR[other] < FLOOR[own], f"{own} imports {other}"
+
+
+def test_every_room_has_a_floor():
+    rooms = {room(path) for path in MODULES}
+    assert rooms | {"_native"} == set(FLOOR)
+
+
+def test_modules_of_a_room_import_each_other_without_a_circle():
+    """Imports that are run when a module is loaded."""
+    below = {}
+    for path in MODULES:
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        found = [node.module.removeprefix("emsplat.") for node in nodes if (node.module or "").startswith("emsplat.")]
+        below[name] = {other for other in found if other.split(".")[0] == name.split(".")[0] and other != name}
+
+    def reached(name, seen=()):
+        assert name not in seen, f"a circle: {' -> '.join([*seen, name])}"
+        for other in below.get(name, ()):
+            reached(other, (*seen, name))
+
+    for name in below:
+        reached(name)
 
 
 def loaded_after(statement):

@@ -36,6 +36,7 @@ from emsplat.imaging.ctf import in_image, observe
 from emsplat.io.tensors import write_tensors
 from emsplat.kernels import backend
 from emsplat.maths.fourier import shell_index
+from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -123,6 +124,12 @@ class FourierStatistics:
         self.images = torch.cat([self.images, other.images[~torch.isin(other.images[:, 0], self.images[:, 0])]])
         names = sorted([self.about.get("particles", ""), other.about.get("particles", "")])
         self.about["particles"] = hashlib.sha256("+".join(names).encode()).hexdigest()[:16]
+
+    def gather(self, world: World) -> None:
+        """The sums of all processes in each of them. They have read different particles of one stack."""
+        count = torch.tensor(self.particles, device=self.weight.device)
+        world.sum_(self.numerator, self.weight, count)
+        self.particles = int(count)
 
     def check_addable(self, other: FourierStatistics, name: str) -> None:
         """
@@ -276,13 +283,17 @@ def accumulate(
         yield statistics
 
 
-def equations_of(stack: ParticleStack, size: int | None = None) -> NormalEquations:
-    """The normal equations of a stack in one go; ``size`` < box gives the same box length at a coarser pixel."""
+def equations_of(stack: ParticleStack, size: int | None = None, world: World = ALONE) -> NormalEquations:
+    """The normal equations of a stack in one go; ``size`` < box gives the same box length at a coarser pixel. The
+    processes of a ``world`` share the particles out, and each has the equations of all."""
     grid = stack.grid if size is None else Grid(size, stack.grid.length / size)
     parts = []
     for part in stack.parts():
         statistics = begin(part, grid)
-        for _ in accumulate(statistics, part, estimate_noise(part)):
+        # The spectrum of the whole part: weights must not depend on who reads an image.
+        own, noise = part.take(world.share(torch.arange(len(part)))), estimate_noise(part)
+        for _ in accumulate(statistics, own, noise):
             pass
+        statistics.gather(world)
         parts.append(statistics.equations())
     return combined(parts)
