@@ -319,7 +319,7 @@ def test_ctrl_c_during_the_imports_is_one_line():
         "import sys, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Press:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'tyro': signal.raise_signal(signal.SIGINT)\n"
+        "        if name == 'emsplat.config': signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Press()); sys.argv = ['emsplat', '--version']\n"
         "from emsplat.__main__ import main; sys.exit(main())"
     )

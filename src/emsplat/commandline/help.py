@@ -19,7 +19,7 @@ def command_help(command: Command, width: int, *, color: bool = False) -> str:
     for paragraph in command.about.split("\n\n"):
         lines += [*textwrap.wrap(" ".join(paragraph.split()), width, break_on_hyphens=False), ""]
     for panel in command.panels:
-        lines.append(_title(panel.title, color))
+        lines += textwrap.wrap(_title(panel.title, color), width)
         for argument in panel.arguments:
             lines += _entry(argument.spelled, _described(argument), width, _INDENT)
         if panel.title == "Options":

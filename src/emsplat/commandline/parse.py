@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, NoReturn, get_type_hints
 
 from emsplat.commandline.arguments import Argument, Command, build
@@ -28,15 +29,19 @@ def call(command: Command, words: list[str]) -> Any:
     if {"-h", "--help"} & set(words[: words.index("--")] if "--" in words else words):
         print(command_help(command, shutil.get_terminal_size().columns, color=sys.stdout.isatty()))
         return None
-    given = parse(command, words)
-    positional = [given.pop(argument.name) for argument in command.arguments if not argument.flags]
-    hints: dict[str, Any] = {name: hint for name, hint in get_type_hints(command.run).items() if name != "return"}
-    configs = {name: build(hint, given) for name, hint in hints.items() if is_dataclass(hint)}
-    return command.run(*positional, **{name: given[name] for name in hints if name in given}, **configs)
+    positional, given = parse(command, words)
+    hints = get_type_hints(command.run)
+    named: dict[str, Any] = {}
+    for name in list(signature(command.run).parameters)[len(positional) :]:
+        if is_dataclass(hints[name]):
+            named[name] = build(hints[name], given)
+        elif name in given:
+            named[name] = given[name]
+    return command.run(*positional, **named)
 
 
-def parse(command: Command, words: list[str]) -> dict[str, Any]:
-    """The values that were given, by the names of the arguments; positional ones always.
+def parse(command: Command, words: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """All positional arguments, and by their names the options that were given.
 
     Raises:
         InputError: as `call`.
@@ -57,19 +62,19 @@ def parse(command: Command, words: list[str]) -> dict[str, Any]:
             flags = [flag for argument in command.arguments for flag in argument.flags]
             parser.error(f"{name}: no such option{did_you_mean(name, flags)}")
     rest += after
+    positional: list[Any] = []
     for argument in command.arguments:
-        if not argument.flags:
-            if rest:
-                given[argument.name] = _value(argument, rest.pop(0))
-            elif argument.required:
-                parser.error(f"{argument.metavar} is missing: {argument.help}")
-            else:
-                given[argument.name] = argument.default
-        elif argument.required and argument.name not in given:
+        missing = not rest if not argument.flags else argument.name not in given
+        if missing and argument.required:
             parser.error(f"{argument.spelled} is missing: {argument.help}")
+        if not argument.flags:
+            try:
+                positional.append(argument.default if missing else _value(argument, rest.pop(0)))
+            except InputError as error:
+                parser.error(str(error))
     if rest:
         parser.error(f"{rest[0]}: one argument too many; an option begins with --")
-    return given
+    return positional, given
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -134,7 +139,8 @@ def _value(argument: Argument, text: str) -> Any:
         except ValueError:
             continue
     expected = [*(_EXPECTED[kind] for kind in argument.kinds), *argument.choices]
-    raise InputError(f"{text}: expected {' or '.join(expected)}{did_you_mean(text, argument.choices)}")
+    words = " or ".join(filter(None, [", ".join(expected[:-1]), expected[-1]]))
+    raise InputError(f"{text}: expected {words}{did_you_mean(text, argument.choices)}")
 
 
 def _spell(words: list[str]) -> list[str]:
