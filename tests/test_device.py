@@ -25,13 +25,14 @@ from emsplat.config import InputConfig, ReconstructConfig
 from emsplat.device import choose_device, fits_memory, within_memory
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
-from emsplat.fitting.course import VolumeFit, fit_course
+from emsplat.fitting.course import Score, VolumeFit, find_course
 from emsplat.fitting.growth import fit_doubling, grow
 from emsplat.fitting.images import ImageObjective
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective
 from emsplat.imaging.ctf import observe
+from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import random_rotations
@@ -40,8 +41,9 @@ from emsplat.models.gaussians import PARAMETERS, Bounds
 from emsplat.models.starts import ball
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_table
-from emsplat.programs import classical, image_engine, opening, volume_engine
+from emsplat.programs import opening
 from emsplat.programs.reconstruct import backproject, reconstruct
+from emsplat.run import stop
 from emsplat.run.stop import StopRequest
 from emsplat.sums.equations import contrast, relative_gain
 from emsplat.sums.statistics import accumulate, begin, equations_of
@@ -329,11 +331,10 @@ def test_judging_and_the_course_are_the_same_on_a_device(gpu, particles):
             VolumeFit(str(n), half, VolumeObjective(half, 32), ball(60, stack.grid, BOUNDS, n).to(place))
             for n, half in enumerate(halves)
         ]
-        stages = []
-        for _ in fit_course(fits, Plan(3, 2e-2, 0.8), 1, judge, stages):
-            pass
-        scores[place.type] = [score for stage in stages for _, score in stage.scores]
-        assert all(len(part) == 17 for part in judge.band((fits[0].volume(), fits[1].volume()))[1:])
+        happened = find_course(fits, Plan(3, 2e-2, 0.8), 1, judge)
+        scores[place.type] = [one.value for one in happened if isinstance(one, Score)]
+        maps = tuple(voxelize(one.kept.model.gaussians(), stack.grid).detach() for one in fits)
+        assert all(len(part) == 17 for part in judge.band(maps)[1:])
     assert len(scores["cpu"]) >= 3
     assert scores["gpu"][:3] == pytest.approx(scores["cpu"][:3], abs=2e-3)
 
@@ -449,9 +450,9 @@ def test_experimental_particles_on_a_device(gpu, monkeypatch, shared_data, tmp_p
     assert likeness(tmp_path / "cpu", tmp_path / "gpu", "run_class001.mrc") > 0.99999
 
 
-def stopped_after(monkeypatch, seconds):
-    """Every batch or step looks like a late one, so that there is a checkpoint; the run is stopped after some."""
-    left = iter(range(seconds))
+def stopped_after(monkeypatch, steps):
+    """The run is stopped after so many batches and steps, and writes a checkpoint."""
+    left = iter(range(steps))
 
     class Stop(StopRequest):
         def __bool__(self):
@@ -461,8 +462,7 @@ def stopped_after(monkeypatch, seconds):
     def interruptible():
         yield Stop()
 
-    for module in (classical, image_engine, volume_engine):
-        monkeypatch.setattr(module, "interruptible", interruptible)
+    monkeypatch.setattr(stop, "interruptible", interruptible)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from emsplat.fitting.course import Stage, VolumeFit, fit_course
+from emsplat.fitting.course import Score, Stage, VolumeFit, find_course, follow_course
 from emsplat.fitting.growth import grow, missing_power
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
@@ -199,22 +199,44 @@ def begin(equations, count=120, seed=0):
     return fits
 
 
-def run(fits, plan, growth, judge, stages):
-    for _ in fit_course(fits, plan, growth, judge, stages):
-        pass
+def find(fits, plan, growth, judge):
+    """The stages of a course that is gone through to its end."""
+    return [one for one in find_course(fits, plan, growth, judge) if isinstance(one, Stage)]
+
+
+def follow(fits, plan, stages):
+    assert len(list(follow_course(fits, plan, stages))) == len(fits) * fits[0].kept.step
     return fits
 
 
 def test_found_course_can_be_followed_to_the_same_models(halves):
     _, equations, judge = halves
-    stages: list[Stage] = []
-    found = run(begin(equations), Plan(5, 2e-2, 0.75), 1, judge, stages)
+    found = begin(equations)
+    stages = find(found, Plan(5, 2e-2, 0.75), 1, judge)
     assert 1 <= len(stages) <= 2
-    again = run(begin(equations), Plan(5, 2e-2, 0.75), 1, None, list(stages))
+    again = follow(begin(equations), Plan(5, 2e-2, 0.75), stages)
     for a, b in zip(found, again, strict=True):
-        assert len(a.model) == len(b.model)
-        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert a.kept.step == b.kept.step
+        assert a.kept.terms["loss"] == b.kept.terms["loss"]
+        assert len(a.kept.model) == len(b.kept.model)
+        for p, q in zip(a.kept.model.parameters(), b.kept.model.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+def test_a_course_tells_what_happens_in_order(halves):
+    """Ten steps of one half, ten of the other, the score of the epoch; at its end the stage."""
+    _, equations, judge = halves
+    fits = begin(equations)
+    told = list(find_course(fits, Plan(3, 2e-2, 0.75), 1, Told(judge, (1e-3, 1e-3))))
+    epoch = ["half1"] * 10 + ["half2"] * 10 + [Score]
+    names = [one.name if isinstance(one, VolumeFit) else type(one) for one in told]
+    assert names == (epoch * 2 + [Stage]) * 2
+    scores = [one for one in told if isinstance(one, Score)]
+    stages = [one for one in told if isinstance(one, Stage)]
+    assert [score.epoch for score in scores] == [1, 2, 3, 4]
+    assert [score.gaussians for score in scores] == [120, 120, stages[1].gaussians, stages[1].gaussians]
+    assert [stage.score for stage in stages] == [scores[1].value, scores[3].value]
+    assert stages[1].gaussians > 120
 
 
 class Told(CrossValidation):
@@ -231,14 +253,22 @@ class Told(CrossValidation):
 def test_growth_that_harms_is_taken_back(halves):
     """The models of the first stage are the result, and no stage follows."""
     _, equations, judge = halves
-    stages: list[Stage] = []
-    fits = run(begin(equations), Plan(3, 2e-2, 0.75), 3, Told(judge, (-1e-2, 1e-3)), stages)
+    fits = begin(equations)
+    losses = {}
+    stages = []
+    for one in find_course(fits, Plan(3, 2e-2, 0.75), 3, Told(judge, (-1e-2, 1e-3))):
+        if isinstance(one, VolumeFit):
+            losses[one.name, one.state.step] = one.state.terms["loss"]
+        elif isinstance(one, Stage):
+            stages.append(one)
     assert [stage.kept for stage in stages] == [True, False]
-    assert [len(one.model) for one in fits] == [120, 120]
+    assert [len(one.kept.model) for one in fits] == [120, 120]
     assert [stage.epochs for stage in stages] == [2, 2]  # of 3: two thirds, then half
-    full = run(begin(equations[:1]), Plan(3, 2e-2, 0.75), 3, None, stages)
-    assert len(full[0].model) == 120
-    assert full[0].state.step == fits[0].state.step == 20
+    assert [one.kept.terms["loss"] for one in fits] == [losses["half1", 20], losses["half2", 20]]
+    full = follow(begin(equations[:1]), Plan(3, 2e-2, 0.75), stages)
+    assert len(full[0].kept.model) == 120
+    assert full[0].kept.step == fits[0].kept.step == 20
+    assert fits[0].state.step == 40
 
 
 @pytest.mark.parametrize(
@@ -254,8 +284,7 @@ def test_growth_that_harms_is_taken_back(halves):
 )
 def test_more_gaussians_are_kept_unless_worse_beyond_error(halves, gain, error, kept):
     _, equations, judge = halves
-    stages: list[Stage] = []
-    run(begin(equations), Plan(2, 2e-2, 0.75), 1, Told(judge, (gain, error)), stages)
+    stages = find(begin(equations), Plan(2, 2e-2, 0.75), 1, Told(judge, (gain, error)))
     assert stages[1].kept is kept
     assert (stages[1].gain, stages[1].gain_error) == pytest.approx((gain, error), nan_ok=True)
 
@@ -270,8 +299,7 @@ def test_rounding_does_not_change_the_course(halves):
             dataclasses.replace(part, linear=part.linear * (1 + 1e-5 * seed * torch.randn(32, 32, 32, generator=rng)))
             for part in equations
         ]
-        stages: list[Stage] = []
-        run(begin(noisy), Plan(6, 2e-2, 0.75), 2, judge, stages)
+        stages = find(begin(noisy), Plan(6, 2e-2, 0.75), 2, judge)
         courses.append([(stage.gaussians, stage.epochs, stage.kept) for stage in stages])
     assert courses[0] == courses[1] == courses[2]
 
@@ -279,10 +307,9 @@ def test_rounding_does_not_change_the_course(halves):
 def test_without_a_judge_the_number_of_epochs_is_fixed(halves):
     """A loss that has long converged ends nothing: when it does so hangs on rounding."""
     _, equations, _ = halves
-    stages: list[Stage] = []
-    fits = run(begin(equations), Plan(40, 2e-2, 0.6), 2, None, stages)
-    assert stages == [Stage(120, 40)]
-    assert fits[0].state.step == 400
+    fits = begin(equations)
+    assert find(fits, Plan(40, 2e-2, 0.6), 2, None) == [Stage(120, 40)]
+    assert fits[0].kept.step == 400
 
 
 def test_fit_is_better_than_the_classical_map(halves):
@@ -290,10 +317,11 @@ def test_fit_is_better_than_the_classical_map(halves):
     truth, _ = read_map(stack.table.stacks[0].parent / "truth.mrc")
     from emsplat.measures.fsc import fsc
 
-    fits = run(begin(equations, 600), Plan(8, 2e-2, 0.75), 1, judge, [])
+    fits = begin(equations, 600)
+    find(fits, Plan(8, 2e-2, 0.75), 1, judge)
     for one, part in zip(fits, equations, strict=True):
         with torch.no_grad():
-            fitted = voxelize(one.model.gaussians(), stack.grid)
+            fitted = voxelize(one.kept.model.gaussians(), stack.grid)
         gained, plain = (float(fsc(volume, truth, judge._mask)[1:].mean()) for volume in (fitted, part.solve()))
         assert gained > plain
 
@@ -312,10 +340,10 @@ def test_unmeasured_frequencies_are_not_amplified(star):
     top = (stack.table.poses.rotation[:, 2, 2].abs() > 0.7).nonzero()[:, 0]
     equations = equations_of(stack.take(top))
     assert equations.coverage() < 0.9
-    [one] = run(begin([equations], 600), Plan(8, 2e-2, 0.75), 0, None, [])
+    [one] = follow(begin([equations], 600), Plan(8, 2e-2, 0.75), [Stage(600, 8)])
     truth, _ = read_map(stack.table.stacks[0].parent / "truth.mrc")
     with torch.no_grad():
-        fitted = voxelize(one.model.gaussians(), stack.grid) / equations.gain(truth)
+        fitted = voxelize(one.kept.model.gaussians(), stack.grid) / equations.gain(truth)
     shells = shell_index(32, 3)
     relative = equations.weight() / mean_per_shell(equations.weight())[shells.clamp(max=16)]
     empty = (relative < 0.1) & (shells > 2) & (shells < 14)

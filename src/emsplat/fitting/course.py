@@ -12,7 +12,7 @@ losses beyond chance are not: so threads, machines and half-sets agree on the co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,31 +43,33 @@ class Stage:
     gain: float | None = None  # of the score over the stage before
     gain_error: float | None = None  # standard error of the gain
     kept: bool = True
-    scores: tuple[tuple[int, float], ...] = ()  # the same after each epoch that was judged
 
 
-@dataclass
+@dataclass(frozen=True)
+class Score:
+    """The mean cross-validated FSC after an epoch that was judged."""
+
+    epoch: int  # since the beginning of the course
+    gaussians: int
+    value: float
+
+
 class VolumeFit:
-    """One set of particles being fitted. ``model`` is that of the last stage kept; ``state`` the last step."""
+    """One set of particles being fitted: ``state`` is that of the last step, ``kept`` that of the last stage kept,
+    without the optimiser's memory."""
 
-    name: str
-    equations: NormalEquations
-    objective: VolumeObjective
-    model: GaussianField
-    state: State[GaussianField] = field(init=False)
+    def __init__(self, name: str, equations: NormalEquations, objective: VolumeObjective, model: GaussianField) -> None:
+        self.name, self.equations, self.objective = name, equations, objective
+        self.state = self.kept = State.begin(model)
 
-    def __post_init__(self) -> None:
-        self.state = State.begin(self.model)
+    def keep(self) -> None:
+        """Takes the last step for the result so far."""
+        last = self.state
+        self.kept = replace(State.begin(last.model.copy(), last.step), terms=last.terms)
 
-    @torch.no_grad()
-    def volume(self) -> Tensor:
-        """The map of the last step on the whole box."""
-        return voxelize(self.state.model.gaussians(), self.equations.grid)
-
-    @torch.no_grad()
-    def kept_volume(self) -> Tensor:
-        """The map of ``model`` on the whole box."""
-        return voxelize(self.model.gaussians(), self.equations.grid)
+    def grow(self) -> None:
+        """More Gaussians than the result so far has, to go on from it. The steps are counted on."""
+        self.state = State.begin(grow(self.kept.model, self.objective), self.kept.step)
 
 
 def coarse_steps(epochs: int) -> int:
@@ -82,62 +84,75 @@ def stage_epochs(epochs: int, growth: int) -> list[int]:
     return [max(1, round(_FIRST * epochs)), *[max(1, round(_LATER * epochs))] * growth]
 
 
-def fit_course(
-    fits: Sequence[VolumeFit], plan: Plan, growth: int, judge: CrossValidation | None, stages: list[Stage]
-) -> Iterator[VolumeFit]:
-    """Fits in step, and yields after each step of each fit.
+def find_course(
+    fits: Sequence[VolumeFit], plan: Plan, growth: int, judge: CrossValidation | None
+) -> Iterator[VolumeFit | Score | Stage]:
+    """Fits in step on a course that the judge decides. Yields what happens: a fit after each of its steps, the score
+    after each epoch that was judged, each stage at its end, also that which is taken back.
 
-    Given ``stages`` are followed. Otherwise the course is found, and ``stages`` filled: a first stage of ``plan``, then
-    up to ``growth`` stages with half as many Gaussians more and half the rate. One that lowers the score by more than
-    three of its standard errors and 0.002 is taken back and is the last. Without a judge there is one stage.
+    A first stage of ``plan``, then up to ``growth`` stages with half as many Gaussians more and half the rate. One that
+    lowers the score by more than three of its standard errors and 0.002 is taken back and is the last. A judge is for
+    two halves; without one there is one stage.
     """
-    following = bool(stages)
-    if following or len(fits) != 2:
-        judge = None
-    planned = [stage.epochs for stage in stages if stage.kept]
-    planned = planned or stage_epochs(plan.epochs, growth if judge is not None else 0)
-    epochs_before = 0
-    for number, epochs in enumerate(planned):
-        if number:
-            # The step counter goes on from the stage before, as it will where the course is followed.
-            for one in fits:
-                one.state = State.begin(grow(one.model, one.objective), epochs_before * one.objective.steps_per_epoch)
-        rate = plan.learning_rate * (_LATER if number else 1.0)
-        running = [fit(one.state, one.objective, Plan(epochs, rate, plan.decay, first=epochs_before)) for one in fits]
-        scores: list[tuple[int, float]] = []
-        for epoch in range(epochs_before + 1, epochs_before + epochs + 1):
-            for one, states in zip(fits, running, strict=True):
-                for _ in range(one.objective.steps_per_epoch):
-                    one.state = next(states)
-                    yield one
-            # Before the fine steps nothing holds the high shells.
-            if judge is not None and fits[0].state.step >= fits[0].objective.coarse_steps:
-                scores.append((epoch, judge.score((fits[0].volume(), fits[1].volume()))))
-        if not following:
-            stages.append(_judged(fits, judge, epochs, scores, first=number == 0))
-            if not stages[-1].kept:
-                break
+    for number, epochs in enumerate(stage_epochs(plan.epochs, growth if judge is not None else 0)):
+        score = None
+        for one in _steps(fits, plan, epochs):
+            yield one
+            if judge is not None and one is fits[-1] and _can_be_judged(one):
+                score = Score(_epoch(one.state), _gaussians(fits), judge.score(_volumes(fits)))
+                yield score
+        stage = Stage(_gaussians(fits), epochs, None if score is None else score.value)
+        if number and score is not None and judge is not None:
+            gain, error = judge.gain(_volumes(fits, kept=True), _volumes(fits))
+            stage = replace(stage, gain=gain, gain_error=error, kept=gain >= -max(_SURE * error, _HARM))
+        yield stage
+        if not stage.kept:
+            return
         for one in fits:
-            one.model = one.state.model.copy()
-        epochs_before += epochs
-    for one in fits:
-        one.state.step = epochs_before * one.objective.steps_per_epoch
+            one.keep()
 
 
-def _judged(
-    fits: Sequence[VolumeFit],
-    judge: CrossValidation | None,
-    epochs: int,
-    scores: list[tuple[int, float]],
-    *,
-    first: bool,
-) -> Stage:
-    """What a stage has brought: the last states against the models of the stage before."""
-    count = round(sum(len(one.state.model) for one in fits) / len(fits))
-    if judge is None or not scores:
-        return Stage(count, epochs)
-    if first:
-        return Stage(count, epochs, scores[-1][1], scores=tuple(scores))
-    gain, error = judge.gain((fits[0].kept_volume(), fits[1].kept_volume()), (fits[0].volume(), fits[1].volume()))
-    kept = gain >= -max(_SURE * error, _HARM)
-    return Stage(count, epochs, scores[-1][1], gain, error, kept, tuple(scores))
+def follow_course(fits: Sequence[VolumeFit], plan: Plan, stages: Sequence[Stage]) -> Iterator[VolumeFit]:
+    """Fits in step through the stages that a course has kept; yields a fit after each of its steps."""
+    for stage in stages:
+        if stage.kept:
+            yield from _steps(fits, plan, stage.epochs)
+            for one in fits:
+                one.keep()
+
+
+def _steps(fits: Sequence[VolumeFit], plan: Plan, epochs: int) -> Iterator[VolumeFit]:
+    """A stage from what is kept, grown where that is not the start; epoch by epoch, one fit after the other."""
+    before = _epoch(fits[0].kept)
+    if before:
+        for one in fits:
+            one.grow()
+    part = Plan(epochs, plan.learning_rate * (_LATER if before else 1.0), plan.decay, first=before)
+    running = [fit(one.state, one.objective, part) for one in fits]
+    for _ in range(epochs):
+        for one, states in zip(fits, running, strict=True):
+            for _ in range(VolumeObjective.steps_per_epoch):
+                one.state = next(states)
+                yield one
+
+
+def _epoch(state: State[GaussianField]) -> int:
+    return state.step // VolumeObjective.steps_per_epoch
+
+
+def _can_be_judged(one: VolumeFit) -> bool:
+    """At the end of an epoch. Before the fine steps nothing holds the high shells."""
+    step = one.state.step
+    return step % VolumeObjective.steps_per_epoch == 0 and step >= one.objective.coarse_steps
+
+
+def _gaussians(fits: Sequence[VolumeFit]) -> int:
+    """How many a fit has, in the mean."""
+    return round(sum(len(one.state.model) for one in fits) / len(fits))
+
+
+@torch.no_grad()
+def _volumes(fits: Sequence[VolumeFit], *, kept: bool = False) -> tuple[Tensor, Tensor]:
+    """The maps of two halves on the whole box: of their last steps, or of what is kept."""
+    first, second = (voxelize((one.kept if kept else one.state).model.gaussians(), one.equations.grid) for one in fits)
+    return first, second

@@ -21,13 +21,14 @@ from emsplat.measures.fsc import resolution
 from emsplat.particles.copies import image_marks, marks_in
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
+from emsplat.programs.run import Run
 from emsplat.report import verdict
 from emsplat.run.files import HALVES
 from emsplat.run.log import Log
-from emsplat.run.stop import interruptible
+from emsplat.run.stop import checkpoints
 from emsplat.sums.equations import NormalEquations, combined, contrast, relative_gain
-from emsplat.sums.statistics import accumulate, begin, held_images
-from emsplat.types import Curve, Grid
+from emsplat.sums.statistics import FourierStatistics, accumulate, begin, held_images
+from emsplat.types import Curve
 
 _DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the images again would take longer
 
@@ -47,25 +48,31 @@ class Classical:
     evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
 
 
-def accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> Classical:
-    """One pass over the particles; the full set is the sum of the halves."""
-    _check_added(stack, config, log)
-    equations = {name: _accumulate_half(name, stack, config, output, log) for name in HALVES}
-    equations["class001"] = equations["half1"] + equations["half2"]
+def accumulate_all(run: Run[InputConfig]) -> Classical:
+    """One pass over the particles; the full set is the sum of the halves.
+
+    Raises:
+        InputError: sums that are to be added do not fit.
+        Interrupted: asked to stop; the sums so far are in the folder.
+    """
+    with run.log.part("accumulation"):
+        _check_added(run)
+        equations = {name: _accumulate_half(run, name) for name in HALVES}
+        equations["class001"] = equations["half1"] + equations["half2"]
+        return _judged(run, equations)
+
+
+def _judged(run: Run[InputConfig], equations: dict[str, NormalEquations]) -> Classical:
+    """Maps and mask from the sums, and how far the halves agree."""
+    stack, log = run.stack, run.log
     solved = {name: part.solve() for name, part in equations.items()}
     raw = {name: volume.cpu() for name, volume in solved.items()}
-    brightness = contrast(raw["class001"])
-    if brightness < -0.5:
-        log.warn(
-            f"the classical map is dark in the centre ({brightness:.1f} standard deviations): the contrast of the "
-            "images seems to be the opposite of what was assumed, try "
-            + ("without --invert" if stack.sign < 0 else "--invert")
-        )
+    _warn_of_contrast(raw["class001"], run)
     evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    mask = given_mask(config, stack.grid, log)
+    mask = given_mask(run.config, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
-    write_map(output / "mask.mrc", mask, stack.grid.pixel_size)
+    write_map(run.folder / "mask.mrc", mask, stack.grid.pixel_size)
     validation = CrossValidation(
         (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
     )
@@ -82,26 +89,26 @@ def accumulate_all(stack: ParticleStack, config: InputConfig, output: Path, log:
     return Classical(equations, raw, mask, validation, found, evident)
 
 
-def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
+def _warn_of_contrast(volume: Tensor, run: Run[InputConfig]) -> None:
+    brightness = contrast(volume)
+    if brightness < -0.5:
+        run.log.warn(
+            f"the classical map is dark in the centre ({brightness:.1f} standard deviations): the contrast of the "
+            "images seems to be the opposite of what was assumed, try "
+            + ("without --invert" if run.stack.sign < 0 else "--invert")
+        )
+
+
+def _check_added(run: Run[InputConfig]) -> None:
     """
     Raises:
         InputError: sums to be added hold images of the other half, or are not there.
     """
-    if not config.add_statistics:
+    if not run.config.add_statistics:
         return
-    held = {name: [(stack.table.name, _images_of(stack.only(half)))] for name, half in HALVES.items()}
-    for folder in config.add_statistics:
-        for name in HALVES:
-            found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
-            if not found:
-                raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
-            own = [held_images(path) for path in found]
-            if not all(map(len, own)):
-                log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
-            for one, other in product(held[name], own):
-                if again := len(marks_in(other, one[1])):
-                    log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
-            held[name] += [(str(folder), images) for images in own]
+    held = {name: [(run.stack.table.name, _images_of(run.stack.only(half)))] for name, half in HALVES.items()}
+    for folder, name in product(run.config.add_statistics, HALVES):
+        held[name] += _held_by(folder, name, held[name], run.log)
     for first, second in product(*held.values()):
         if len(marks_in(first[1], second[1])):
             raise InputError(
@@ -110,68 +117,95 @@ def _check_added(stack: ParticleStack, config: InputConfig, log: Log) -> None:
             )
 
 
+_Held = tuple[str, Int[Tensor, "i 3"]]  # who holds images, and which
+
+
+def _held_by(folder: Path, name: str, before: list[_Held], log: Log) -> list[_Held]:
+    """The images in the sums of another run; warns of those that are there ``before``.
+
+    Raises:
+        InputError: the folder has no sums.
+    """
+    found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+    if not found:
+        raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+    own = [held_images(path) for path in found]
+    if not all(map(len, own)):
+        log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
+    for one, other in product(before, own):
+        if again := len(marks_in(other, one[1])):
+            log.warn(f"{again:,} images of {one[0]}, {name}, are in the sums of {folder} too, and count twice")
+    return [(str(folder), images) for images in own]
+
+
 def _images_of(stack: ParticleStack) -> Int[Tensor, "i 3"]:
     return image_marks(stack.table.take(stack.rows))
 
 
-def _accumulate_half(name: str, stack: ParticleStack, config: InputConfig, output: Path, log: Log) -> NormalEquations:
+def _accumulate_half(run: Run[InputConfig], name: str) -> NormalEquations:
     """The sums of one half, from where an interrupted run left them, with those of other runs."""
-    subset = stack.only(HALVES[name])
-    parts = []
+    subset = run.stack.only(HALVES[name])
     start = time.monotonic()
-    with log.progress(name, len(subset)) as update:
+    parts: list[NormalEquations] = []
+    with run.log.progress(name, len(subset)) as update:
+        done = 0
         for number, part in enumerate(subset.parts()):
-            saved = output / f"run_{name}_statistics{number or ''}.safetensors"
-            parts.append(_accumulate_part(name, part, stack.grid, saved, len(subset), config, update, log))
+            saved = run.folder / f"run_{name}_statistics{number or ''}.safetensors"
+            parts.append(_accumulate_part(run, name, part, saved, _counted_from(done, update)))
+            done += len(part)
     seconds = time.monotonic() - start
-    rate = "" if config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
-    log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
-    for folder in config.add_statistics:
+    rate = "" if run.config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
+    run.log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
+    for folder in run.config.add_statistics:
         for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
-            other = begin(subset)
-            other.load(path, but={"particles"})
-            for part in subset.parts():
-                begin(part, stack.grid).check_addable(other, str(path))
+            other = _added(path, subset)
             parts.append(other.equations())
-            log.line(
+            run.log.line(
                 f"{name}: {other.particles:,} particles added from {path}, grey values "
                 f"{relative_gain(parts[0], parts[-1]):.3f} times these"
             )
     return combined(parts)
 
 
+def _counted_from(before: int, update: Callable[[int, str], None]) -> Callable[[int], None]:
+    """Progress within one part of a pass that had ``before`` images before it."""
+    return lambda done: update(before + done, "one pass over the particles")
+
+
+def _added(path: Path, subset: ParticleStack) -> FourierStatistics:
+    """The sums of another run over more of the same particles.
+
+    Raises:
+        InputError: they hold other particles, or do not fit.
+    """
+    other = begin(subset)
+    other.load(path, but={"particles"})
+    for part in subset.parts():
+        begin(part, subset.grid).check_addable(other, str(path))
+    return other
+
+
 def _accumulate_part(
-    name: str,
-    part: ParticleStack,
-    grid: Grid,
-    saved: Path,
-    total: int,
-    config: InputConfig,
-    update: Callable[[int, str], None],
-    log: Log,
+    run: Run[InputConfig], name: str, part: ParticleStack, saved: Path, update: Callable[[int], None]
 ) -> NormalEquations:
     """The sums over particles of one box and pixel size."""
-    statistics = begin(part, grid)
-    if config.resume and saved.is_file():
+    statistics = begin(part, run.stack.grid)
+    if run.config.resume and saved.is_file():
         statistics.load(saved)
         done = f"{statistics.particles:,} of {len(part):,} particles were accumulated before"
         if statistics.particles >= len(part):
-            log.line(f"resuming {name}: all {done}")
+            run.log.line(f"resuming {name}: all {done}")
             return statistics.equations()
-        log.line(f"resuming {name}: {done}")
-    start = last_save = time.monotonic()
-    with interruptible() as stop:
+        run.log.line(f"resuming {name}: {done}")
+    start = time.monotonic()
+    with checkpoints(run.config.checkpoint_every) as moment:
         for _ in accumulate(statistics, part, estimate_noise(part)):
-            update(min(statistics.particles, total), "one pass over the particles")
-            if stop or time.monotonic() - last_save > config.checkpoint_every:
+            update(min(statistics.particles, len(part)))
+            if moment.due():
                 statistics.save(saved)
-                last_save = time.monotonic()
-            if stop:
-                raise stop.interruption(
-                    f"stopped after {statistics.particles:,} particles of {saved.stem}; go on with --resume"
-                )
+                moment.saved(f"after {statistics.particles:,} particles of {saved.stem}; go on with --resume")
     # A run that is interrupted later finds them here; they go in the end.
-    if config.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
+    if run.config.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
         statistics.save(saved)
     return statistics.equations()
 

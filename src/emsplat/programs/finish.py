@@ -12,21 +12,16 @@ import torch
 
 from emsplat import report
 from emsplat.assessment.assess import assess
-from emsplat.assessment.symmetry import Finding
 from emsplat.config import AssessConfig, InputConfig
-from emsplat.device import (
-    device_name,
-    peak_device_memory,
-)
-from emsplat.fitting.course import Stage
+from emsplat.device import device_name, peak_device_memory
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import count_stacks
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.copies import copies
-from emsplat.particles.stack import ParticleStack
 from emsplat.programs.classical import Classical
 from emsplat.programs.opening import half_sets_from
+from emsplat.programs.run import Fits, Run
 from emsplat.report import verdict
 from emsplat.run.aliases import name_results
 from emsplat.run.folder import check_same_run, is_finished, plain, read_summary, write_text
@@ -65,76 +60,71 @@ def found_finished(config: InputConfig, particles: Path, output: Path, log: Log)
 
 
 def finish(
-    log: Log,
-    output: Path,
-    stack: ParticleStack,
-    particles: Path,
-    skipped: list[int],
-    symmetry: Finding | None,
-    config: InputConfig,
-    settings: dict[str, Any],
-    classical: Classical,
-    fits: dict[str, Any],
-    stages: list[Stage],
-    examples: list[dict[str, Any]],
-    altered: str | None = None,
+    run: Run[InputConfig], classical: Classical, fits: Fits | None = None, altered: str | None = None
 ) -> dict[str, Any]:
-    """Verdict, summary and report of a run folder whose maps are written."""
-    grid = stack.grid
-    write_map(output / "sampling.mrc", sampling(classical.equations["class001"]), grid.pixel_size)
+    """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`."""
+    log, folder = run.log, run.folder
+    write_map(folder / "sampling.mrc", sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
-        measured = assess(output, AssessConfig(), log, diameter=stack.diameter, symmetry=config.symmetry)
-    if not config.keep_statistics:
-        for path in output.glob("run_half?_statistics*.safetensors"):
+        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, symmetry=run.config.symmetry)
+    if not run.config.keep_statistics:
+        for path in folder.glob("run_half?_statistics*.safetensors"):
             path.unlink()
-    summary = {
-        **measured,
-        "input": _describe(stack, particles, skipped, config),
+    summary = measured | _found(run, classical, fits) | _circumstances(run)
+    summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
+    write_text(folder / "summary.json", json_text(summary))
+    with log.part("report", "drawing the figures and the report"):
+        report.write_report(folder)
+    # That of the whole nobody knows before the page is drawn.
+    summary["seconds"] = round(log.seconds, 1)
+    write_text(folder / "summary.json", json_text(summary))
+    _conclude(run, summary)
+    return summary
+
+
+def _found(run: Run[InputConfig], classical: Classical, fits: Fits | None) -> dict[str, Any]:
+    """What the run has found out, beside what is measured on its maps."""
+    return {
+        "input": _describe(run),
         "coverage": round(classical.equations["class001"].coverage(), 4),
-        "fits": fits,
-        "course": [{key: value for key, value in asdict(stage).items() if key != "scores"} for stage in stages],
-        "examples": examples,
-        "settings": settings,
-        "symmetry": None if symmetry is None else asdict(symmetry),
-        "options": plain(config),
+        "fits": {} if fits is None else {name: fitted.about for name, fitted in fits.by_name.items()},
+        "course": [] if fits is None else [asdict(stage) for stage in fits.stages],
+        "examples": [] if fits is None else list(fits.examples),
+        "settings": {} if fits is None else plain(fits.settings),
+        "symmetry": None if run.symmetry is None else asdict(run.symmetry),
+    }
+
+
+def _circumstances(run: Run[InputConfig]) -> dict[str, Any]:
+    """With what, where and how long it was run, and what was said on the way."""
+    log, device = run.log, run.stack.device
+    peak = peak_device_memory(device)
+    return {
+        "options": plain(run.config),
         "seconds_of_parts": log.parts,
         "peak_memory_mb": round(peak_memory()),
-        "device": device_name(stack.device),
-        **({} if (peak := peak_device_memory(stack.device)) is None else {"peak_gpu_memory_mb": round(peak)}),
+        "device": device_name(device),
+        **({} if peak is None else {"peak_gpu_memory_mb": round(peak)}),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
-        "notes": list(stack.table.notes),
-        "assessment": {"warnings": log.warnings[told:]},
-        **({} if altered is None else {"altered": altered}),
+        "notes": list(run.stack.table.notes),
     }
-    write_text(output / "summary.json", json_text(summary))
-    with log.part("report", "drawing the figures and the report"):
-        report.write_report(output)
-    # That of the whole nobody knows before the page is drawn.
-    summary["seconds"] = round(log.seconds, 1)
-    write_text(output / "summary.json", json_text(summary))
-    _conclude(log, summary, output)
-    if config.naming != "relion":
-        table = stack.table.take(stack.rows)
-        name_results(output, config.naming, with_boxes(table), log)
-    if exit_code(summary):
-        log.line(f"exit code 1: not of symmetry {config.symmetry}, and --force does not say that this is meant")
-    return summary
 
 
-def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config: InputConfig) -> dict[str, Any]:
-    table = stack.table
-    found = copies(table.take(stack.rows), config.symmetry)
+def _describe(run: Run[InputConfig]) -> dict[str, Any]:
+    """The particles as they were used."""
+    stack, table = run.stack, run.stack.table
+    found = copies(table.take(stack.rows), run.config.symmetry)
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
-        "file": str(particles),
+        "file": str(run.particles),
         "particles": len(stack),
         "half_sets": [int((stack.half == h).sum()) for h in (1, 2)],
-        "half_sets_from": half_sets_from(table, config),
+        "half_sets_from": half_sets_from(table, run.config),
         "images": found.images,
         "repeated_rows": found.rows,
         "repeated_particles": found.again,
@@ -152,15 +142,20 @@ def _describe(stack: ParticleStack, particles: Path, skipped: list[int], config:
         "defocus_range": [round(float(defocus.min())), round(float(defocus.max()))],
         "shift_rms": round(float(shift.square().sum(1).mean().sqrt()), 3),
         "symmetry_elements": len(stack.symmetry),
-        "skipped_rows": skipped,
+        "skipped_rows": list(run.skipped),
     }
 
 
-def _conclude(log: Log, summary: dict[str, Any], output: Path) -> None:
+def _conclude(run: Run[InputConfig], summary: dict[str, Any]) -> None:
+    log = run.log
     for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
-    _say_results(log, output)
+    _say_results(log, run.folder)
+    if run.config.naming != "relion":
+        name_results(run.folder, run.config.naming, with_boxes(run.stack.table.take(run.stack.rows)), log)
+    if exit_code(summary):
+        log.line(f"exit code 1: not of symmetry {run.config.symmetry}, and --force does not say that this is meant")
 
 
 def _say_results(log: Log, output: Path) -> None:

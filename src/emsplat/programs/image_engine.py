@@ -8,16 +8,14 @@ import tomllib
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.config import RECIPES, ReconstructConfig
-from emsplat.device import (
-    fits_memory,
-)
+from emsplat.device import fits_memory
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
 from emsplat.fitting.growth import fit_doubling
@@ -31,12 +29,11 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.programs.begin import start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.opening import write_config
+from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
-from emsplat.run.folder import plain
-from emsplat.run.history import History
-from emsplat.run.log import Log
-from emsplat.run.stop import interruptible
-from emsplat.sums.equations import NormalEquations
+from emsplat.run.files import HALVES
+from emsplat.run.history import History, write_tables
+from emsplat.run.stop import checkpoints
 
 
 def batch_before(output: Path) -> int | Literal["auto"]:
@@ -48,115 +45,150 @@ def batch_before(output: Path) -> int | Literal["auto"]:
     return batch if isinstance(batch, int) and batch > 0 else "auto"
 
 
-def with_batch(
-    stack: ParticleStack,
-    classical: Classical,
-    settings: Settings,
-    config: ReconstructConfig,
-    particles: Path,
-    output: Path,
-    log: Log,
-) -> Settings:
+def with_batch(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Settings:
     """The settings with a batch that fits the memory of the device, written down for a run that is resumed.
 
     Raises:
         InputError: the batch that was asked for does not fit, or no batch at all.
     """
     wanted = settings.batch
-    if wanted != "auto" and config.batch == "auto":
+    if wanted != "auto" and run.config.batch == "auto":
         return settings  # found before the run was interrupted
-    basis = "images" if config.recipe == "default" else config.recipe
-    size = most = RECIPES[basis].batch or 1 if wanted == "auto" else wanted
-    if stack.device.type != "cpu":
-        model = start_model(classical.raw["class001"], stack.grid, settings, stack.grid.pixel_size).to(stack.device)
-        for _ in settings.split_after:
-            model = model.split()
-        noise = None if settings.weighting == "none" else estimate_noise(stack)
-
-        def trial() -> None:
-            objective = ImageObjective(stack, batch=size, seed=settings.seed, noise=noise)
-            for _ in islice(fit(State.begin(model.copy()), objective, Plan(2, 0.0, 1.0)), 2):
-                pass
-
-        while not fits_memory(trial):
-            if size == 1:
-                raise InputError(
-                    f"not even one image of {stack.grid.size} px fits the memory of the GPU beside {len(model):,} "
-                    "Gaussians; take coarser pixels with --box, fewer --gaussians, or --device cpu"
-                )
-            size //= 2
+    basis = "images" if run.config.recipe == "default" else run.config.recipe
+    most = RECIPES[basis].batch or 1 if wanted == "auto" else wanted
+    size = most if run.stack.device.type == "cpu" else _batch_that_fits(run.stack, settings, classical, most)
     if wanted != "auto" and size < most:
         raise InputError(
             f"--batch {most}: does not fit the memory of the GPU; {size} would, give --batch {size} or --batch auto"
         )
     if wanted == "auto":
-        log.line(f"batches of {size} images" + (f", since {2 * size} do not fit the memory" if size < most else ""))
+        found = f", since {2 * size} do not fit the memory" if size < most else ""
+        run.log.line(f"batches of {size} images{found}")
         settings = replace(settings, batch=size)
-        write_config(config, particles, output, plain(settings))
+        write_config(run, settings)
     return settings
 
 
-def fit_images(
-    name: str,
-    stack: ParticleStack,
-    equations: NormalEquations,
-    raw: Float[Tensor, "z y x"],
-    settings: Settings,
-    config: ReconstructConfig,
-    output: Path,
-    history: History,
-    log: Log,
-) -> tuple[GaussianField, dict[str, Any]]:
-    """The image-domain engine: one fit, from the checkpoint if there is one; the model and what is to be reported."""
-    start = time.monotonic()
-    grid = stack.grid
-    finished, checkpoint = output / f"run_{name}.safetensors", output / f"run_{name}.checkpoint.safetensors"
+def _batch_that_fits(stack: ParticleStack, settings: Settings, classical: Classical, most: int) -> int:
+    """The largest of ``most``, half of it and so on with which two steps of the largest model fit the memory.
+
+    Raises:
+        InputError: not even one image fits.
+    """
+    model = start_model(classical.raw["class001"], stack.grid, settings, stack.grid.pixel_size).to(stack.device)
+    for _ in settings.split_after:
+        model = model.split()
     noise = None if settings.weighting == "none" else estimate_noise(stack)
-    if noise is not None and settings.weighting == "ramp":
-        noise = noise / ramp(grid.size).to(noise.device)
-    assert settings.batch != "auto"  # noqa: S101 (`with_batch`)
-    objective = ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
-    plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
-    total = plan.epochs * len(stack)
-    saved = next((path for path in (finished, checkpoint) if config.resume and path.is_file()), None)
-    if saved is not None:
-        state = load_checkpoint(saved, stack.device)
-        where = "finished before" if saved == finished else f"goes on after step {state.step:,}"
-        log.line(f"resuming {name}: {where}")
-        history.rewind(name, state.step)
-    else:
-        history.rewind(name, 0)
-        model = start_model(raw, grid, settings, grid.pixel_size, name).to(stack.device)
-        whole = VolumeObjective(equations, support_size(grid.size, grid.size))
-        state = State.begin(model.with_unit(whole.best_gain(model)))
-    start_state, first = state, state.step
-    with log.progress(name, total, _images_seen(first, objective)) as update, interruptible() as stop:
-        last_save = time.monotonic()
-        for state in fit_doubling(start_state, objective, plan, settings.split_after):
-            seen = _images_seen(state.step, objective)
-            history.add(name, state.step, state.terms["loss"], objective.steps_per_epoch, seen)
-            update(seen, f"epoch {math.ceil(state.step / objective.steps_per_epoch)}{history.loss}")
-            if stop or time.monotonic() - last_save > config.checkpoint_every:
-                save_checkpoint(checkpoint, state)
-                history.write()
-                last_save = time.monotonic()
-            if stop:
-                raise stop.interruption(f"stopped in {name} at step {state.step}; go on with --resume")
+    size = most
+
+    def trial() -> None:
+        objective = ImageObjective(stack, batch=size, seed=settings.seed, noise=noise)
+        for _ in islice(fit(State.begin(model.copy()), objective, Plan(2, 0.0, 1.0)), 2):
+            pass
+
+    while not fits_memory(trial):
+        if size == 1:
+            raise InputError(
+                f"not even one image of {stack.grid.size} px fits the memory of the GPU beside {len(model):,} "
+                "Gaussians; take coarser pixels with --box, fewer --gaussians, or --device cpu"
+            )
+        size //= 2
+    return size
+
+
+def fit_images(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
+    """The image-domain engine: one fit after the other, each from its checkpoint where there is one.
+
+    Raises:
+        EmsplatError: a fit diverged.
+        Interrupted: asked to stop; a checkpoint is written.
+    """
+    with run.log.part("fits"):
+        return Fits(settings, {name: _fit(run, settings, classical, name) for name in (*HALVES, "class001")})
+
+
+def _fit(run: Run[ReconstructConfig], settings: Settings, classical: Classical, name: str) -> Fitted:
+    """One fit, from the checkpoint if there is one, to its end."""
+    start = time.monotonic()
+    stack = run.stack.only(HALVES[name]) if name in HALVES else run.stack
+    objective = _objective(stack, settings)
+    state = _saved(run, name) or _begin(name, objective, settings, classical)
+    history = History(run.log.journal, name)
+    history.rewind(state.step)
+    before = _images_seen(state.step, objective)
+    finished, checkpoint = _files(run, name)
+    state = _trained(run, settings, objective, state, history)
     save_checkpoint(finished, state)
-    history.write()
+    write_tables(run.folder)
     checkpoint.unlink(missing_ok=True)
-    seconds = time.monotonic() - start
-    rate = (total - _images_seen(first, objective)) / max(seconds, 1e-9)
-    log.line(f"{name}: {len(stack):,} particles, {len(state.model):,} Gaussians, {seconds:.0f} s, {rate:,.0f} images/s")
+    seconds, count = time.monotonic() - start, len(state.model)
+    rate = (settings.epochs * len(stack) - before) / max(seconds, 1e-9)
+    run.log.line(f"{name}: {len(stack):,} particles, {count:,} Gaussians, {seconds:.0f} s, {rate:,.0f} images/s")
     about = {
         "particles": len(stack),
-        "gaussians": len(state.model),
+        "gaussians": count,
         "steps": state.step,
         "loss": history.recent,
         "seconds": round(seconds, 1),
         "images_per_second": round(rate),
     }
-    return state.model, about
+    return Fitted(state.model, about)
+
+
+def _objective(stack: ParticleStack, settings: Settings) -> ImageObjective:
+    noise = None if settings.weighting == "none" else estimate_noise(stack)
+    if noise is not None and settings.weighting == "ramp":
+        noise = noise / ramp(stack.grid.size).to(noise.device)
+    assert settings.batch != "auto"  # noqa: S101 (`with_batch`)
+    return ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
+
+
+def _files(run: Run[ReconstructConfig], name: str) -> tuple[Path, Path]:
+    """Where the state of a fit is kept: at its end, and on the way."""
+    return run.folder / f"run_{name}.safetensors", run.folder / f"run_{name}.checkpoint.safetensors"
+
+
+def _saved(run: Run[ReconstructConfig], name: str) -> State[GaussianField] | None:
+    """Where an interrupted run left a fit, if it is to be resumed."""
+    finished, checkpoint = _files(run, name)
+    saved = next((path for path in (finished, checkpoint) if run.config.resume and path.is_file()), None)
+    if saved is None:
+        return None
+    state = load_checkpoint(saved, run.stack.device)
+    where = "finished before" if saved == finished else f"goes on after step {state.step:,}"
+    run.log.line(f"resuming {name}: {where}")
+    return state
+
+
+def _begin(name: str, objective: ImageObjective, settings: Settings, classical: Classical) -> State[GaussianField]:
+    """The start, as bright as fits the sums of all its images."""
+    stack, grid = objective.stack, objective.stack.grid
+    model = start_model(classical.raw[name], grid, settings, grid.pixel_size, name).to(stack.device)
+    whole = VolumeObjective(classical.equations[name], support_size(grid.size, grid.size))
+    return State.begin(model.with_unit(whole.best_gain(model)))
+
+
+def _trained(
+    run: Run[ReconstructConfig],
+    settings: Settings,
+    objective: ImageObjective,
+    state: State[GaussianField],
+    history: History,
+) -> State[GaussianField]:
+    """The state at the end of the plan, with checkpoints on the way."""
+    name, steps = history.name, objective.steps_per_epoch
+    plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
+    total, before = settings.epochs * len(objective.stack), _images_seen(state.step, objective)
+    with run.log.progress(name, total, before) as update, checkpoints(run.config.checkpoint_every) as moment:
+        for state in fit_doubling(state, objective, plan, settings.split_after):  # noqa: B020 (its last is the result)
+            seen = _images_seen(state.step, objective)
+            history.add(state.step, state.terms["loss"], steps, seen)
+            update(seen, f"epoch {math.ceil(state.step / steps)}{history.loss}")
+            if moment.due():
+                save_checkpoint(_files(run, name)[1], state)
+                write_tables(run.folder)
+                moment.saved(f"in {name} at step {state.step}; go on with --resume")
+    return state
 
 
 def _images_seen(step: int, objective: ImageObjective) -> int:

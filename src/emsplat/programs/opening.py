@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import tomli_w
 import torch
@@ -12,10 +12,7 @@ from emsplat import __version__
 from emsplat.assessment.maps import given_mask
 from emsplat.assessment.symmetry import Finding, examine_symmetry
 from emsplat.config import InputConfig
-from emsplat.device import (
-    choose_device,
-    forget_peak_memory,
-)
+from emsplat.device import choose_device, forget_peak_memory
 from emsplat.io.particles import count_stacks, write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
@@ -24,73 +21,105 @@ from emsplat.particles.choose import open_stack, with_boxes
 from emsplat.particles.copies import Copies, copies, mixed_classes
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import describe_threads
+from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES
 from emsplat.run.folder import plain, prepare_folder, write_text
+from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
 from emsplat.sums.window import PADDING
 
+C = TypeVar("C", bound=InputConfig)
 _OF_THE_FILE = "of the file"
 
 
-def open_run(
-    config: InputConfig, particles: Path, output: Path, log: Log, settings: dict[str, Any], *, several_grids: bool
-) -> tuple[ParticleStack, list[int], Finding | None]:
+def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Settings | None = None) -> Run[C]:
     """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
-    the work begins."""
-    device, said = choose_device(config.device)
+    the work begins. ``settings`` are those of a fit.
+
+    Raises:
+        InputError: the input or an option cannot be used; nothing was written yet.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    device, device_said = choose_device(config.device)
     forget_peak_memory(device)
     stack = open_stack(config, particles).on(device)
+    _require_usable(stack, config, settings)
+    prepare_folder(config, particles, folder)
+    log.keep_in(folder)
+    program = "emsplat backproject" if settings is None else "emsplat reconstruct"
+    log.journal.add(Begun(program, __version__, str(particles), config.resume))
+    init = "map" if settings is None else settings.init
+    for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
+        log.warn(warning)
+    stack, skipped = _without_bad(stack, log) if config.skip_bad else (stack, ())
+    _introduce(log, stack, config)
+    log.line(f"  {device_said}")
+    write_used(with_boxes(stack.table.take(stack.rows)), folder / "run_data.star", stack.half)
+    run = Run(config, particles, folder, log, stack, skipped, _symmetry(stack, config, log))
+    write_config(run, settings)
+    log.parts["start"] = round(log.seconds, 2)
+    return run
+
+
+def _require_usable(stack: ParticleStack, config: InputConfig, settings: Settings | None) -> None:
+    """
+    Raises:
+        InputError: a half-set is empty, mask or start do not fit, or the engine takes one kind of images only.
+    """
     for half in HALVES.values():
         stack.only(half)
-    if not several_grids:
+    if settings is not None and settings.engine != "one-pass":
         stack.require_one_grid()
     given_mask(config, stack.grid)
     for name in HALVES:
-        read_start(settings.get("init", "map"), stack.grid, name)
-    prepare_folder(config, particles, output)
-    log.keep_in(output / "run.log")
-    for warning in (*stack.table.warnings, *start_remarks(settings.get("init", "map"), stack.grid)):
-        log.warn(warning)
-    skipped: list[int] = []
-    if config.skip_bad:
-        stack, bad = stack.without_bad()
-        skipped = [row + 1 for row in stack.table.row[bad].tolist()]
-        if skipped:
-            log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
-    _introduce(log, stack, config)
-    log.line(f"  {said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), output / "run_data.star", stack.half)
-    write_config(config, particles, output, settings)
-    symmetry = examine_symmetry(stack, config.symmetry) if len(stack.symmetry) > 1 else None
-    if symmetry is not None:
-        (log.warn if symmetry.verdict == "wrong" else log.line)(f"symmetry {symmetry.text}")
-    log.parts["start"] = round(log.seconds, 2)
-    return stack, skipped, symmetry
+        read_start("map" if settings is None else settings.init, stack.grid, name)
 
 
-def write_config(config: InputConfig, particles: Path, output: Path, settings: dict[str, Any]) -> None:
-    about = {"program": f"emsplat {__version__}", "particles": str(particles)}
-    write_text(output / "config.toml", tomli_w.dumps({**about, "settings": settings, "options": plain(config)}))
+def _without_bad(stack: ParticleStack, log: Log) -> tuple[ParticleStack, tuple[int, ...]]:
+    """The images that can be used, and the rows (from 1) of the others."""
+    stack, bad = stack.without_bad()
+    skipped = tuple(row + 1 for row in stack.table.row[bad].tolist())
+    if skipped:
+        log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")
+    return stack, skipped
+
+
+def _symmetry(stack: ParticleStack, config: InputConfig, log: Log) -> Finding | None:
+    if len(stack.symmetry) == 1:
+        return None
+    found = examine_symmetry(stack, config.symmetry)
+    if found is not None:
+        (log.warn if found.verdict == "wrong" else log.line)(f"symmetry {found.text}")
+    return found
+
+
+def write_config(run: Run[InputConfig], settings: Settings | None) -> None:
+    """config.toml: what was asked for, and what that came to."""
+    write_text(
+        run.folder / "config.toml",
+        tomli_w.dumps(
+            {
+                "program": f"emsplat {__version__}",
+                "particles": str(run.particles),
+                "settings": {} if settings is None else plain(settings),
+                "options": plain(run.config),
+            }
+        ),
+    )
 
 
 def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
     grid, table = stack.grid, stack.table
-    halves = [int((stack.half == h).sum()) for h in (1, 2)]
-    log.line(
-        f"emsplat {__version__}: {len(stack):,} particles of {table.name} in "
-        + counted(count_stacks(table.take(stack.rows)), "stack")
-    )
-    for text in (say_folders(table.folders), *table.notes):
+    stacks = counted(count_stacks(table.take(stack.rows)), "stack")
+    log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {stacks}")
+    for text in (say_folders(table.folders), *table.notes, *_other_grids(stack)):
         log.line(f"  {text}")
-    others = [own for own in dict.fromkeys(stack.grids) if own != grid]
-    if others:
-        kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
-        log.line(f"  several kinds of images are put on the grid of most of them; others: {kinds}")
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
         f"{config.symmetry}"
     )
+    halves = [int((stack.half == h).sum()) for h in (1, 2)]
     how = half_sets_from(table, config)
     seed = "" if how == _OF_THE_FILE else f", seed {config.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
@@ -105,6 +134,12 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
         f"  one pass over {read} of images; {data_size(3 * sums)} of memory for the sums, "
         f"{describe_threads(config.threads)}"
     )
+
+
+def _other_grids(stack: ParticleStack) -> list[str]:
+    others = [own for own in dict.fromkeys(stack.grids) if own != stack.grid]
+    kinds = ", ".join(f"{own.size} px of {own.pixel_size:g} Å" for own in others)
+    return [f"several kinds of images are put on the grid of most of them; others: {kinds}"] if others else []
 
 
 def half_sets_from(table: ParticleTable, config: InputConfig) -> str:

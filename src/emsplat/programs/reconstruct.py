@@ -3,7 +3,7 @@
 `backproject` stops at the classical maps. `reconstruct` goes on from them to Gaussians, fitted to the accumulated sums
 (engine one-pass) or to the images themselves (engine images). Half 1, half 2 and the full set are fits of one function
 on three subsets of the particles. A fit sees nothing but its own subset: start, noise spectrum and grey scale come from
-the same images that it is fitted to. What the halves share is written in `emsplat.one_pass`.
+the same images that it is fitted to. What the halves share is written in `emsplat.fitting.course`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,21 @@ import torch
 from emsplat import __version__
 from emsplat.assessment.residuals import write_residuals
 from emsplat.config import InputConfig, ReconstructConfig
-from emsplat.device import (
-    within_memory,
-)
-from emsplat.fitting.course import Stage
+from emsplat.device import within_memory
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import write_map
 from emsplat.io.ply import write_ply
 from emsplat.models.gaussians import GaussianField
 from emsplat.process import threads
-from emsplat.programs.classical import accumulate_all, ssnr_prior
+from emsplat.programs.classical import Classical, accumulate_all, ssnr_prior
 from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.image_engine import batch_before, fit_images, with_batch
 from emsplat.programs.opening import introduce_fit, open_run
+from emsplat.programs.run import Fits, Run
 from emsplat.programs.settings import settings_of
 from emsplat.programs.volume_engine import fit_volumes
 from emsplat.run.files import HALVES, map_name
-from emsplat.run.folder import plain
-from emsplat.run.history import History
 from emsplat.run.log import Log
-from emsplat.types import Grid
 
 
 @within_memory()
@@ -51,20 +46,11 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.threads):
-        return _backproject(config, particles, output, log)
-
-
-def _backproject(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any]:
-    stack, skipped, symmetry = open_run(config, particles, output, log, {}, several_grids=True)
-    with log.part("accumulation"):
-        classical = accumulate_all(stack, config, output, log)
-    grid = stack.grid
-    maps = {name: classical.raw[name] for name in HALVES}
-    maps["class001"] = classical.equations["class001"].solve(ssnr_prior(classical.validation.raw).to(stack.device))
-    for name, volume in maps.items():
-        write_map(output / map_name(name), volume, grid.pixel_size)
-    return finish(log, output, stack, particles, skipped, symmetry, config, {}, classical, {}, [], [])
+    with threads(config.threads), log.to_the_end():
+        run = open_run(config, particles, output, log)
+        classical = accumulate_all(run)
+        _write_classical(run, classical)
+        return finish(run, classical)
 
 
 @within_memory()
@@ -83,67 +69,53 @@ def reconstruct(
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.threads):
-        return _reconstruct(config, particles, output, log, altered)
-
-
-def _reconstruct(
-    config: ReconstructConfig, particles: Path, output: Path, log: Log, altered: str | None
-) -> dict[str, Any]:
-    settings = settings_of(config)
-    if config.resume and settings.batch == "auto":
-        settings = replace(settings, batch=batch_before(output))
-    one_pass = settings.engine == "one-pass"
-    stack, skipped, symmetry = open_run(config, particles, output, log, plain(settings), several_grids=one_pass)
-    introduce_fit(log, settings)
-    with log.part("accumulation"):
-        classical = accumulate_all(stack, config, output, log)
-    history = History(output / "convergence.csv")
-    stages: list[Stage] = []
-    with log.part("fits"):
-        if one_pass:
-            models, fits = fit_volumes(stack, classical, settings, stages, output, history, log)
+    with threads(config.threads), log.to_the_end():
+        settings = settings_of(config)
+        if config.resume and settings.batch == "auto":
+            settings = replace(settings, batch=batch_before(output))
+        run = open_run(config, particles, output, log, settings)
+        introduce_fit(log, settings)
+        classical = accumulate_all(run)
+        if settings.engine == "one-pass":
+            fits = fit_volumes(run, settings, classical)
         else:
-            settings = with_batch(stack, classical, settings, config, particles, output, log)
-            models, fits = {}, {}
-            for name in (*HALVES, "class001"):
-                subset = stack.only(HALVES[name]) if name in HALVES else stack
-                models[name], fits[name] = fit_images(
-                    name, subset, classical.equations[name], classical.raw[name], settings, config, output, history, log
-                )
-    for name, model in models.items():
-        _write_model(output, name, model, stack.grid)
+            fits = fit_images(run, with_batch(run, settings, classical), classical)
+        _write_fits(run, fits, classical)
+        return finish(run, classical, _compared_with_images(run, fits), altered)
+
+
+def _write_classical(run: Run[InputConfig], classical: Classical) -> None:
+    """The maps of `backproject`: what the halves agree on decides how far that of all particles is trusted."""
+    prior = ssnr_prior(classical.validation.raw).to(run.stack.device)
+    maps = {name: classical.raw[name] for name in HALVES} | {"class001": classical.equations["class001"].solve(prior)}
+    for name, volume in maps.items():
+        write_map(run.folder / map_name(name), volume, run.stack.grid.pixel_size)
+
+
+def _write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -> None:
+    for name, fitted in fits.by_name.items():
+        _write_model(run, name, fitted.model)
     for name, volume in classical.raw.items():
-        write_map(output / f"backprojection_{name}.mrc", volume, stack.grid.pixel_size)
-    with log.part("residuals", "comparing projections with images of the other half"), torch.no_grad():
-        examples = write_residuals(stack, {number: models[name].gaussians() for name, number in HALVES.items()}, output)
-    return finish(
-        log,
-        output,
-        stack,
-        particles,
-        skipped,
-        symmetry,
-        config,
-        plain(settings),
-        classical,
-        fits,
-        stages,
-        examples,
-        altered,
+        write_map(run.folder / f"backprojection_{name}.mrc", volume, run.stack.grid.pixel_size)
+
+
+@torch.no_grad()
+def _write_model(run: Run[ReconstructConfig], name: str, model: GaussianField) -> None:
+    grid, gaussians = run.stack.grid, model.gaussians()
+    write_map(run.folder / map_name(name), voxelize(gaussians, grid), grid.pixel_size)
+    write_ply(
+        run.folder / f"run_{name}.ply",
+        gaussians.mean.cpu(),
+        model.scales().cpu(),
+        model.quaternion.cpu(),
+        gaussians.amplitude.cpu(),
+        grid,
+        f"emsplat {__version__}",
     )
 
 
-def _write_model(output: Path, name: str, model: GaussianField, grid: Grid) -> None:
-    with torch.no_grad():
-        gaussians = model.gaussians()
-        write_map(output / map_name(name), voxelize(gaussians, grid), grid.pixel_size)
-        write_ply(
-            output / f"run_{name}.ply",
-            gaussians.mean.cpu(),
-            model.scales().cpu(),
-            model.quaternion.cpu(),
-            gaussians.amplitude.cpu(),
-            grid,
-            f"emsplat {__version__}",
-        )
+@torch.no_grad()
+def _compared_with_images(run: Run[ReconstructConfig], fits: Fits) -> Fits:
+    with run.log.part("residuals", "comparing projections with images of the other half"):
+        of_halves = {number: fits.by_name[name].model.gaussians() for name, number in HALVES.items()}
+        return replace(fits, examples=tuple(write_residuals(run.stack, of_halves, run.folder)))

@@ -2,93 +2,159 @@
 
 from __future__ import annotations
 
+import math
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from emsplat.config import ReconstructConfig
 from emsplat.fitting.checkpoint import save_checkpoint
-from emsplat.fitting.course import Stage, VolumeFit, coarse_steps, fit_course, stage_epochs
-from emsplat.fitting.state import Plan, State
+from emsplat.fitting.course import (
+    Score,
+    Stage,
+    VolumeFit,
+    coarse_steps,
+    find_course,
+    follow_course,
+    stage_epochs,
+)
+from emsplat.fitting.state import Plan
 from emsplat.fitting.volume import VolumeObjective, support_size
-from emsplat.io.files import number_text
-from emsplat.models.gaussians import GaussianField
-from emsplat.particles.stack import ParticleStack
+from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
+from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES
-from emsplat.run.folder import write_text
-from emsplat.run.history import History
+from emsplat.run.history import History, write_tables
+from emsplat.run.journal import Judged, Scored
 from emsplat.run.log import Log
-from emsplat.run.stop import interruptible
+from emsplat.run.stop import checkpoints
 
 
-def fit_volumes(
-    stack: ParticleStack,
-    classical: Classical,
-    settings: Settings,
-    stages: list[Stage],
-    output: Path,
-    history: History,
-    log: Log,
-) -> tuple[dict[str, GaussianField], dict[str, Any]]:
-    """The one-pass engine: both halves in step, then all particles on the course that the halves found (``stages``)."""
-    grid = stack.grid
-    shared = not settings.independent_halves
-    judge = classical.validation if shared and classical.evident and classical.validation.defined[1:].any() else None
-    detail = grid.pixel_size
-    if judge is not None and classical.resolution is not None:
-        detail = max(detail, FINEST_DETAIL * classical.resolution)
-    support = _support(classical.mask, stack)
-    coarse = coarse_steps(settings.epochs) if grid.size > 128 else 0
+def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
+    """The one-pass engine: both halves in step, then all particles on the course that the halves found.
+
+    Raises:
+        EmsplatError: a fit diverged.
+        Interrupted: asked to stop.
+    """
+    judge = _judge(settings, classical)
+    growth = settings.growth if judge is not None else 0
+    planned = stage_epochs(settings.epochs, growth)
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
+    with run.log.part("fits"):
+        halves = [_begin(name, run, settings, classical) for name in HALVES]
+        _announce(run, len(halves[0].kept.model), _support(classical.mask), planned)
+        stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned))
+        full = [_begin("class001", run, settings, classical)]
+        kept = sum(stage.epochs for stage in stages if stage.kept)
+        _, of_all = _carry_out(run, full, follow_course(full, plan, stages), kept)
+        write_tables(run.folder)
+        _say_stages(stages, run.log)
+    return Fits(settings, fitted | of_all, tuple(stages))
 
-    def begin_fit(name: str) -> VolumeFit:
-        objective = VolumeObjective(classical.equations[name], support, coarse_steps=coarse)
-        model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
-        return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
 
-    halves = [begin_fit(name) for name in HALVES]
-    memory = 4 * (6 * grid.size**3 + 5 * (3 * support // 2) ** 3 + 400 * len(halves[0].model)) / 2**20
-    planned = " + ".join(map(str, stage_epochs(settings.epochs, settings.growth if judge is not None else 0)))
-    log.line(
-        f"fits of {len(halves[0].model):,} Gaussians in {support}³ voxels, at most {planned} epochs of "
+def _judge(settings: Settings, classical: Classical) -> CrossValidation | None:
+    """What decides on the course, where the halves agree on anything and may pass something."""
+    if settings.independent_halves or not classical.evident or not classical.validation.defined[1:].any():
+        return None
+    return classical.validation
+
+
+def _begin(name: str, run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> VolumeFit:
+    """A fit before its first step."""
+    stack, grid = run.stack, run.stack.grid
+    detail = grid.pixel_size
+    if _judge(settings, classical) is not None and classical.resolution is not None:
+        detail = max(detail, FINEST_DETAIL * classical.resolution)
+    coarse = coarse_steps(settings.epochs) if grid.size > 128 else 0
+    objective = VolumeObjective(classical.equations[name], _support(classical.mask), coarse_steps=coarse)
+    model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
+    return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
+
+
+def _support(mask: Tensor) -> int:
+    """Voxels across that hold the mask, with a margin for the Gaussians' tails."""
+    positions = (mask > 0.01).nonzero() - len(mask) // 2
+    reach = int(positions.abs().max()) if len(positions) else len(mask) // 2
+    return support_size(2 * reach + 4, len(mask))
+
+
+def _announce(run: Run[ReconstructConfig], count: int, support: int, planned: Sequence[int]) -> None:
+    memory = 4 * (6 * run.stack.grid.size**3 + 5 * (3 * support // 2) ** 3 + 400 * count) / 2**20
+    run.log.line(
+        f"fits of {count:,} Gaussians in {support}³ voxels, at most {' + '.join(map(str, planned))} epochs of "
         f"{VolumeObjective.steps_per_epoch} steps; about {memory:,.0f} MB more"
     )
-    models: dict[str, GaussianField] = {}
-    about: dict[str, Any] = {}
-    for fits in (halves, None):
-        fits = fits or [begin_fit("class001")]
-        start = time.monotonic()
-        label = " and ".join(one.name for one in fits)
-        total = _course_steps(settings, stages) * len(fits)
-        with log.progress(label, total, unit="steps") as update, interruptible() as stop:
-            done = 0
-            for one in fit_course(fits, plan, settings.growth, judge if len(fits) == 2 else None, stages):
+
+
+def _carry_out(
+    run: Run[ReconstructConfig], fits: list[VolumeFit], course: Iterable[VolumeFit | Score | Stage], epochs: int
+) -> tuple[list[Stage], dict[str, Fitted]]:
+    """Goes through a course of at most so many ``epochs``: its stages, and what the fits have become.
+
+    Raises:
+        Interrupted: asked to stop. Nothing is saved on the way: a course takes less time than the pass before it.
+    """
+    start, done, journal = time.monotonic(), 0, run.log.journal
+    label = " and ".join(one.name for one in fits)
+    total = epochs * VolumeObjective.steps_per_epoch * len(fits)
+    stages: list[Stage] = []
+    journal.rewind(label, 0)  # an interrupted run may have come further
+    histories = {one.name: History(journal, one.name) for one in fits}
+    for history in histories.values():
+        history.rewind(0)
+    with run.log.progress(label, total, unit="steps") as update, checkpoints(math.inf) as moment:
+        for happened in course:
+            if isinstance(happened, VolumeFit):
                 done += 1
-                loss, steps = one.state.terms["loss"], VolumeObjective.steps_per_epoch
-                history.add(one.name, one.state.step, loss, steps, one.equations.particles)
-                update(min(done, total), f"{len(one.state.model):,} Gaussians{history.loss}")
-                if stop:
-                    raise stop.interruption(f"stopped in {label}; go on with --resume (the fits begin anew)")
-        seconds = time.monotonic() - start
-        for one in fits:
-            history.rewind(one.name, one.state.step)
-            models[one.name] = one.model
-            save_checkpoint(output / f"run_{one.name}.safetensors", State.begin(one.model, one.state.step))
-            about[one.name] = {
-                "particles": one.equations.particles,
-                "gaussians": len(one.model),
-                "steps": one.state.step,
-                "loss": float(one.state.terms["loss"]),
-                "seconds": round(seconds / len(fits), 1),
-                "milliseconds_per_step": round(1000 * seconds / max(done, 1), 1),
-            }
-        log.line(f"{label}: {', '.join(f'{len(one.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
-    history.write()
-    _write_scores(output / "scores.csv", stages)
+                history = histories[happened.name]
+                _add_loss(history, happened)
+                update(done, f"{len(happened.state.model):,} Gaussians{history.loss}")
+                if moment.due():
+                    moment.saved(f"in {label}; go on with --resume (the fits begin anew)")
+            else:
+                journal.add(_row(happened, label, fits[0].state.step))
+                stages += [happened] if isinstance(happened, Stage) else []
+    seconds = time.monotonic() - start
+    for one in fits:
+        histories[one.name].rewind(one.kept.step)
+        save_checkpoint(run.folder / f"run_{one.name}.safetensors", one.kept)
+    run.log.line(f"{label}: {', '.join(f'{len(one.kept.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
+    return stages, {one.name: _fitted(one, seconds / len(fits), done / len(fits)) for one in fits}
+
+
+def _add_loss(history: History, one: VolumeFit) -> None:
+    """The loss of the last step."""
+    history.add(one.state.step, one.state.terms["loss"], VolumeObjective.steps_per_epoch, one.equations.particles)
+
+
+def _row(happened: Score | Stage, fit: str, step: int) -> Scored | Judged:
+    """What the journal says of it."""
+    if isinstance(happened, Score):
+        return Scored(fit, step, happened.epoch, happened.gaussians, happened.value)
+    score, gain, error = (
+        math.nan if value is None else value for value in (happened.score, happened.gain, happened.gain_error)
+    )
+    return Judged(fit, step, happened.gaussians, happened.epochs, score, gain, error, happened.kept)
+
+
+def _fitted(one: VolumeFit, seconds: float, steps: float) -> Fitted:
+    """``seconds`` were spent on this fit and its ``steps``, also on those of a stage that was taken back."""
+    about = {
+        "particles": one.equations.particles,
+        "gaussians": len(one.kept.model),
+        "steps": one.kept.step,
+        "loss": float(one.kept.terms["loss"]),
+        "seconds": round(seconds, 1),
+        "milliseconds_per_step": round(1000 * seconds / max(steps, 1), 1),
+    }
+    return Fitted(one.kept.model, about)
+
+
+def _say_stages(stages: list[Stage], log: Log) -> None:
     for number, stage in enumerate(stages):
         log.line(
             f"  stage {number + 1}: {stage.gaussians:,} Gaussians, {stage.epochs} epochs"
@@ -96,26 +162,3 @@ def fit_volumes(
             + ("" if stage.gain is None else f", gain {stage.gain:.4f} ± {stage.gain_error:.4f}")
             + ("" if stage.kept else " (worse: taken back)")
         )
-    return models, about
-
-
-def _write_scores(path: Path, stages: list[Stage]) -> None:
-    """The mean cross-validated FSC after each epoch that was judged: what the data of the other half say of the fit."""
-    rows = [
-        f"{epoch},{stage.gaussians},{number_text(score, '.6f')}\n" for stage in stages for epoch, score in stage.scores
-    ]
-    if rows:
-        write_text(path, "".join(["epoch,gaussians,score\n", *rows]))
-
-
-def _course_steps(settings: Settings, stages: list[Stage]) -> int:
-    kept = [stage.epochs for stage in stages if stage.kept]
-    epochs = sum(kept or stage_epochs(settings.epochs, settings.growth))
-    return epochs * VolumeObjective.steps_per_epoch
-
-
-def _support(mask: Tensor, stack: ParticleStack) -> int:
-    """Voxels across that hold the mask, with a margin for the Gaussians' tails."""
-    positions = (mask > 0.01).nonzero() - len(mask) // 2
-    reach = int(positions.abs().max()) if len(positions) else len(mask) // 2
-    return support_size(2 * reach + 4, stack.grid.size)

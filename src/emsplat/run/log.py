@@ -1,22 +1,27 @@
-"""What a run says while it works: lines in the terminal and in run.log, progress with rate and time left."""
+"""What a run says while it works: lines in the terminal and in run.log, progress with rate and time left; the same for
+programs in the journal."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from emsplat.errors import OutputError
+from emsplat.run.journal import Ended, Journal, Part, Progress, Warned, how_it_ended
 
 _PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
+_ROW_EVERY = 1.0  # seconds between rows of progress in the journal
 
 
 class Log:
-    """Lines for the user, kept in a file as well once there is a run folder; and how long the work takes.
+    """Lines for the user, kept in a file as well once there is a run folder, and rows in its journal; and how long the
+    work takes.
 
     ``began`` (on the clock of `time.monotonic`) is when the user began to wait: for a command the start of its process.
     """
@@ -24,6 +29,7 @@ class Log:
     def __init__(self, stream: TextIO | None = None, began: float | None = None) -> None:
         self.stream = sys.stdout if stream is None else stream
         self._file: Path | None = None
+        self.journal = Journal()
         self._began = time.monotonic() if began is None else began
         self.warnings: list[str] = []
         self.parts: dict[str, float] = {}  # seconds of each part of the work that `part` has timed
@@ -38,15 +44,30 @@ class Log:
         """A part of the work: ``text`` says what begins, and ``parts[name]`` how long all parts of this name took."""
         if text is not None:
             self.line(text)
+        self.journal.add(Part(name, text or ""))
         start = time.monotonic()
         try:
             yield
         finally:
             self.parts[name] = round(self.parts.get(name, 0.0) + time.monotonic() - start, 2)
 
-    def keep_in(self, file: Path) -> None:
-        """Appends every further line to ``file``, with the time."""
-        self._file = file
+    def keep_in(self, folder: Path) -> None:
+        """Appends every further line to run.log of a folder, with the time, and what happens to its journal."""
+        self._file = folder / "run.log"
+        self.journal = Journal(folder)
+
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """Work whose end, and how it ended, is the last row of the journal."""
+        try:
+            yield
+            self.journal.add(Ended("finished", "", round(self.seconds, 2)))
+        except BaseException as error:
+            with suppress(OutputError):  # the error that ended it is the one to tell
+                self.journal.add(Ended(*how_it_ended(error), round(self.seconds, 2)))
+            raise
+        finally:
+            self.journal = Journal()
 
     def line(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
@@ -64,13 +85,28 @@ class Log:
     def warn(self, text: str) -> None:
         """A line that also goes into the summary."""
         self.warnings.append(text)
+        self.journal.add(Warned(text))
         self.line(f"Warning: {text}")
 
     @contextmanager
     def progress(
         self, name: str, total: int, done: int = 0, unit: str = "images"
     ) -> Iterator[Callable[[int, str], None]]:
-        """Gives ``update(how many are done, remark)``: a bar on a terminal, now and then a plain line elsewhere."""
+        """Gives ``update(how many are done, remark)``: a bar on a terminal, now and then a plain line elsewhere, and
+        rows of the journal."""
+        noted = _Noted(self.journal, name, total, unit)
+        with self._shown(name, total, done, unit) as show:
+
+            def update(now: int, remark: str) -> None:
+                noted.update(now, remark)
+                show(now, remark)
+
+            noted.update(done, "")
+            yield update
+            noted.close()
+
+    @contextmanager
+    def _shown(self, name: str, total: int, done: int, unit: str) -> Iterator[Callable[[int, str], None]]:
         if self.stream.isatty():
             with self._bar(name, total, done, unit) as update:
                 yield update
@@ -112,6 +148,28 @@ class Log:
             self.line(f"{name}: {100 * images / total:.0f} %, {rate:,.0f} {unit}/s, {left:.0f} s left, {remark}")
 
         return update
+
+
+class _Noted:
+    """Progress in the journal: the first, the last, and between them one in `_ROW_EVERY`."""
+
+    def __init__(self, journal: Journal, name: str, total: int, unit: str) -> None:
+        self._journal, self._about = journal, (name, total, unit)
+        self._written = -math.inf
+        self._unwritten: Progress | None = None
+
+    def update(self, done: int, remark: str) -> None:
+        name, total, unit = self._about
+        self._unwritten = Progress(name, done, total, unit, remark)
+        if time.monotonic() - self._written >= _ROW_EVERY:
+            self._written = time.monotonic()
+            self.close()
+
+    def close(self) -> None:
+        """Writes the last one, where it is not yet written."""
+        if self._unwritten is not None:
+            self._journal.add(self._unwritten)
+            self._unwritten = None
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

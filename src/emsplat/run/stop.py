@@ -1,9 +1,10 @@
-"""Being asked to stop, without a step cut in two."""
+"""When a run writes what it needs to go on, and being asked to stop, without a step cut in two."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,3 +49,38 @@ def interruptible() -> Iterator[StopRequest]:
     finally:
         for caught, handler in before.items():
             signal.signal(caught, handler)
+
+
+class Checkpoints:
+    """When to save what is needed to go on: ``every`` so many seconds, and where the work is asked to stop.
+
+    The caller asks `due` once per step, and says `saved` when it has done so. Nothing else looks at the clock or at the
+    request: several processes have to agree on this one answer only.
+    """
+
+    def __init__(self, every: float, stop: StopRequest) -> None:
+        self._every, self._stop = every, stop
+        self._stopping = False
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether to save now."""
+        self._stopping = bool(self._stop)
+        return self._stopping or time.monotonic() - self._last > self._every
+
+    def saved(self, where: str) -> None:
+        """What was due is on disk; ``where`` the work stands, for the message.
+
+        Raises:
+            Interrupted: the work was asked to stop.
+        """
+        if self._stopping:
+            raise self._stop.interruption(f"stopped {where}")
+        self._last = time.monotonic()
+
+
+@contextmanager
+def checkpoints(every: float) -> Iterator[Checkpoints]:
+    """Steps that are not cut in two, and saved as `Checkpoints` says."""
+    with interruptible() as stop:
+        yield Checkpoints(every, stop)

@@ -1,0 +1,48 @@
+"""What the parts of a reconstruction hand on: the run itself, and the fits when they are done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from emsplat.assessment.symmetry import Finding
+from emsplat.config import InputConfig
+from emsplat.fitting.course import Stage
+from emsplat.models.gaussians import GaussianField
+from emsplat.particles.stack import ParticleStack
+from emsplat.programs.settings import Settings
+from emsplat.run.log import Log
+
+C_co = TypeVar("C_co", bound=InputConfig, covariant=True)
+
+
+@dataclass(frozen=True)
+class Run(Generic[C_co]):
+    """A run that is open: its folder is made, its particles are chosen."""
+
+    config: C_co
+    particles: Path  # the file that the user gave
+    folder: Path
+    log: Log
+    stack: ParticleStack
+    skipped: tuple[int, ...]  # rows of the file (from 1) that were left out as bad
+    symmetry: Finding | None  # what a look at the particles says of the symmetry; None: none was asked for
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit that is done."""
+
+    model: GaussianField
+    about: dict[str, Any]  # what summary.json says of it
+
+
+@dataclass(frozen=True)
+class Fits:
+    """All fits of a run by name: those of the halves and that of all particles."""
+
+    settings: Settings  # with which they were made
+    by_name: dict[str, Fitted]
+    stages: tuple[Stage, ...] = ()  # of their course, also one that was taken back
+    examples: tuple[dict[str, Any], ...] = ()  # particles beside their projections, as summary.json names them
