@@ -15,13 +15,14 @@ from emsplat.commandline.help import program_help
 from emsplat.commandline.parse import call, did_you_mean
 from emsplat.config import (
     AssessConfig,
+    BackprojectConfig,
     CheckConfig,
     ConvertConfig,
-    InputConfig,
     NullTestConfig,
     PostprocessConfig,
     PreprocessConfig,
     ReconstructConfig,
+    RunOptions,
     SimulateConfig,
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
@@ -63,7 +64,7 @@ def reconstruct(
     from emsplat.programs.finish import exit_code
     from emsplat.programs.reconstruct import reconstruct as run
 
-    with _folder(output, "reconstruct", again=_again(config)) as folder:
+    with _folder(output, "reconstruct", again=_again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
 
 
@@ -71,7 +72,7 @@ def backproject(
     particles: Path,
     /,
     output: Path | None = None,
-    config: InputConfig = InputConfig(),  # noqa: B008 (frozen)
+    config: BackprojectConfig = BackprojectConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Classical half maps and a full map, regularised by their signal-to-noise ratio, in one pass.
 
@@ -92,7 +93,7 @@ def backproject(
     from emsplat.programs.finish import exit_code
     from emsplat.programs.reconstruct import backproject as run
 
-    with _folder(output, "backproject", again=_again(config)) as folder:
+    with _folder(output, "backproject", again=_again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
 
 
@@ -268,7 +269,7 @@ def nulltest(
     """
     from emsplat.programs.nulltest import null_test
 
-    with _folder(output, "nulltest", again=_again(config)) as folder:
+    with _folder(output, "nulltest", again=_again(config.reconstruct.run)) as folder:
         return 0 if null_test(config, particles, folder, _log()) else 1
 
 
@@ -500,9 +501,9 @@ def _is_numbered(path: Path) -> bool:
     return path.name.rpartition("_")[2].isdecimal()
 
 
-def _again(config: InputConfig) -> str:
+def _again(run: RunOptions) -> str:
     """The option that means the folder of an earlier run."""
-    return "resume" if config.resume else "overwrite" if config.overwrite else ""
+    return "resume" if run.resume else "overwrite" if run.overwrite else ""
 
 
 def _log() -> Log:

@@ -13,14 +13,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from gemmi import cif
 
 from emsplat.commandline.arguments import Command, command_of
 from emsplat.commandline.parse import call
-from emsplat.config import ReconstructConfig
+from emsplat.config import ReconstructConfig, change
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.io.files import replacing
 from emsplat.process import Stopped, started
@@ -89,23 +88,23 @@ def job(
         raise InputError('--in_parts: missing; give a particle STAR file in the box "Input particles"')
     if pipeline_control is not None and pipeline_control.resolve() != o.resolve():
         raise InputError(f"--pipeline_control {pipeline_control}: another folder than --o {o}; expected the same")
-    if config.threads is not None:
+    if config.run.threads is not None:
         raise InputError('--threads: set "Number of threads" on the tab Running instead')
-    if in_mask is not None and config.mask is not None:
+    if in_mask is not None and config.mask.mask is not None:
         raise InputError('--mask and the box "Input 3D mask": expected one of them; leave the other out')
-    config = replace(config, threads=j, mask=in_mask or config.mask)
-    if (o / "config.toml").is_file() and not config.overwrite:
-        config = replace(config, resume=True)
+    config = change(config, threads=j, mask=in_mask or config.mask.mask)
+    if (o / "config.toml").is_file() and not config.run.overwrite:
+        config = change(config, resume=True)
         if (o / _LAST_FILE).is_file():
             check_same_run(config, in_parts, o)
-            _require_symmetry(o, force=config.force)
+            _require_symmetry(o, force=config.run.force)
             print(f"{o}: the run is finished; its files are listed for RELION again")
             write_nodes(o, in_parts)
             return
     from emsplat.programs.reconstruct import reconstruct
 
     reconstruct(config, in_parts, o, Log(began=started()))
-    _require_symmetry(o, force=config.force)
+    _require_symmetry(o, force=config.run.force)
     write_nodes(o, in_parts)
 
 

@@ -106,7 +106,7 @@ def measure_shells(
             log.warn(say_opposite(str(config.reference), FULL_MAP))
         columns["emsplatReferenceMasked"] = curve.value.tolist()
         found["reference_masked_0.5"] = resolution(curve, 0.5)
-    return columns, found, with_data, masking | _tightness(maps, validation, log, given=config.mask is not None)
+    return columns, found, with_data, masking | _tightness(maps, validation, log, given=config.mask.mask is not None)
 
 
 def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:

@@ -16,10 +16,12 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from emsplat.config import Name
 
 _SHORT = {"output": "-o", "threads": "-j"}  # the same in every command
-_METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
+_VALUES: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Command:
 def command_of(run: Callable[..., Any], program: str) -> Command:
     """The command that calls a function."""
     about, said, examples = _sections(inspect.getdoc(run) or "")
-    hints = get_type_hints(run)
+    hints = get_type_hints(run, include_extras=True)
     own: dict[str, list[Argument]] = {"Arguments": [], "Options": []}
     nested: list[Panel] = []
     for name, parameter in inspect.signature(run).parameters.items():
@@ -90,38 +92,22 @@ def command_of(run: Callable[..., Any], program: str) -> Command:
         named = parameter.kind is not inspect.Parameter.POSITIONAL_ONLY
         default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
         own["Options" if named else "Arguments"].append(
-            _argument(name, hints[name], default, said.get(name, ""), {}, named=named)
+            _argument(name, hints[name], default, said.get(name, ""), named=named)
         )
     panels = [Panel(title, tuple(arguments)) for title, arguments in own.items() if arguments]
     return Command(program, run, about, examples, (*panels, *nested))
 
 
-def build(kind: type, given: dict[str, Any]) -> Any:
-    """A dataclass, whatever it is composed of, from options by their names; those that are missing have defaults."""
-    hints = get_type_hints(kind)
-    return kind(
-        **{
-            field.name: build(hints[field.name], given) if is_dataclass(hints[field.name]) else given[field.name]
-            for field in fields(kind)
-            if is_dataclass(hints[field.name]) or field.name in given
-        }
-    )
-
-
 def _panels(kind: Any) -> Iterator[Panel]:
-    hints = get_type_hints(kind)
-    said: dict[str, str] = {}
-    for base in kind.__mro__[-2::-1]:
-        said |= _docstrings(base.__module__).get(base.__name__, {})
+    hints = get_type_hints(kind, include_extras=True)
+    said = _docstrings(kind.__module__).get(kind.__name__, {})
     own = []
     below: list[Panel] = []
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
             below += _panels(hints[field.name])
         else:
-            own.append(
-                _argument(field.name, hints[field.name], _default(field), said.get(field.name, ""), field.metadata)
-            )
+            own.append(_argument(field.name, hints[field.name], _default(field), said.get(field.name, "")))
     if own:
         yield Panel((inspect.getdoc(kind) or "").partition("\n")[0].rstrip("."), tuple(own))
     yield from below
@@ -131,22 +117,27 @@ def _default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def _argument(name: str, hint: Any, default: Any, text: str, metadata: Any, *, named: bool = True) -> Argument:
+def _argument(name: str, hint: Any, default: Any, text: str, *, named: bool = True) -> Argument:
+    hint, own = _plain(hint)
+    word = next((note.text for note in own if isinstance(note, Name)), name).replace("_", "-")
     many = get_origin(hint) is tuple
-    parts = _parts(get_args(hint)[0] if many else hint)
-    choices = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
-    kinds = tuple(part for part in parts if get_origin(part) is not Literal)
-    metavar = metadata.get("metavar") or "|".join([*(_METAVARS.get(kind, "") for kind in kinds), *choices])
-    word = metadata.get("name", name).replace("_", "-")
+    parts = [_plain(part) for part in _members(get_args(hint)[0] if many else hint)]
+    kinds = tuple(part for part, _ in parts if get_origin(part) is not Literal)
+    choices = tuple(word for part, _ in parts if get_origin(part) is Literal for word in get_args(part))
+    values = [next((note for note in notes if isinstance(note, str)), _VALUES.get(part, "")) for part, notes in parts]
+    metavar = "|".join([*filter(None, values), *choices]) if named else name.upper()
     long = f"--no-{word}" if kinds == (bool,) and default is True else f"--{word}"
     flags = (_SHORT[name], long) if name in _SHORT else (long,)
-    return Argument(
-        name, flags if named else (), kinds, choices, many, metavar if named else name.upper(), text, default
-    )
+    return Argument(name, flags if named else (), kinds, choices, many, metavar, text, default)
 
 
-def _parts(hint: Any) -> tuple[Any, ...]:
-    """The members of a union without None; a type that is none stands for itself."""
+def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type and what is annotated to it."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union but None; a type that is none stands for itself."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return tuple(member for member in members if member is not NoneType)
 

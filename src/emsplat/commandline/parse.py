@@ -12,8 +12,9 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import Any, NoReturn, get_type_hints
 
-from emsplat.commandline.arguments import Argument, Command, build
+from emsplat.commandline.arguments import Argument, Command
 from emsplat.commandline.help import command_help
+from emsplat.config import configure, names
 from emsplat.errors import InputError
 
 _EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number"}
@@ -34,7 +35,8 @@ def call(command: Command, words: list[str]) -> Any:
     named: dict[str, Any] = {}
     for name in list(signature(command.run).parameters)[len(positional) :]:
         if is_dataclass(hints[name]):
-            named[name] = build(hints[name], given)
+            own = [option for option in names(hints[name]) if option in given]
+            named[name] = configure(hints[name], **{option: given[option] for option in own})
         elif name in given:
             named[name] = given[name]
     return command.run(*positional, **named)
