@@ -306,6 +306,21 @@ def test_halves_stay_together_when_particles_are_left_out(tmp_path):
         open_particles(make(tmp_path)).only(1)
 
 
+def test_a_batch_says_how_its_poses_were_turned(tmp_path):
+    stack = open_particles(make(tmp_path), symmetry="C3")
+    batch = next(stack.batches(COUNT, seed=1))
+    turned = stack.table.poses.rotation[batch.index] @ stack.symmetry[batch.element]
+    torch.testing.assert_close(batch.poses.rotation, turned.float())
+    assert set(batch.element.tolist()) == {0, 1, 2}
+    assert not next(stack.sequential(COUNT)).element.any()
+
+
+def test_a_stack_introduces_itself(tmp_path):
+    stack = open_particles(make(tmp_path), symmetry="C3")
+    assert repr(stack).endswith("p.star, 16 px of 2 Å, no half-sets, 3 elements of symmetry>")
+    assert f"half-sets {COUNT // 2} + {COUNT - COUNT // 2}" in repr(stack.with_halves(0).without_symmetry())
+
+
 def test_other_poses_for_some_particles(tmp_path):
     """They replace those of the file in these rows alone; the stack that they come from stays as it is."""
     stack = open_particles(make(tmp_path)).with_halves(3)

@@ -145,6 +145,7 @@ class Batch(_Rows):
     optics_group: Int[Tensor, " p"]  # 0-based index of the noise model
     index: Int[Tensor, " p"]  # row in the particle table
     share: Float[Tensor, " p"] | None = None  # weight among the copies of an image; None: 1
+    element: Int[Tensor, " p"] | None = None  # of the symmetry: how the pose was turned; None: it was not
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Saved:
     tensors: dict[str, Tensor]
 
 
+@runtime_checkable
 class Model(Protocol):
     """What can be fitted to particles."""
 

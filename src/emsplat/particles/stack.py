@@ -36,6 +36,7 @@ class _Read:
     group: Int[Tensor, " q"]
     rows: Int[Tensor, " q"]
     share: Float[Tensor, " q"] | None
+    element: Int[Tensor, " q"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,18 @@ class ParticleStack:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        """As a notebook shows it: what there is, not every number of it."""
+        table, grid = self.table, self.grid
+        halves = "" if table.half is None else " + ".join(f"{int((self.half == half).sum()):,}" for half in (1, 2))
+        parts = [
+            f"{len(self):,} particles of {table.name}",
+            f"{grid.size} px of {grid.pixel_size:g} Å",
+            f"half-sets {halves}" if halves else "no half-sets",
+            f"{len(self.symmetry)} elements of symmetry" if len(self.symmetry) > 1 else "",
+        ]
+        return f"<{', '.join(filter(None, parts))}>"
 
     def on(self, device: torch.device) -> Self:
         """The same particles with their batches on a device."""
@@ -270,6 +283,7 @@ class ParticleStack:
             group,
             rows,
             None if self.share is None else self.share[rows],
+            element,
         )
 
     def _prepare(self, read: _Read, normalised: bool, send: Callable[[Tensor], Tensor]) -> Batch:
@@ -294,6 +308,7 @@ class ParticleStack:
             send(read.group),
             send(read.rows),
             None if read.share is None else send(read.share),
+            send(read.element),
         )
 
     def normalise(self, images: Float[Tensor, "p y x"]) -> Float[Tensor, "p y x"]:
