@@ -1,6 +1,5 @@
 """The face of the program: help, examples, hints at misspelt words, completion, the folder that results go to."""
 
-import dataclasses
 import re
 import shlex
 import shutil
@@ -8,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -18,6 +17,7 @@ from emsplat.commandline import completion
 from emsplat.commandline.arguments import command_of
 from emsplat.commandline.help import command_help, program_help
 from emsplat.commandline.parse import call, did_you_mean, parse
+from emsplat.config import Angstrom, Name
 from emsplat.errors import InputError
 
 EVERY = [*commands().values(), command_of(relion_job.job, "emsplat-relion")]
@@ -32,15 +32,15 @@ class Inner:
     """Size in
     pixels."""
 
-    scale: float | None = None
-    """A number."""
+    scale: Angstrom | None = None
+    """A length."""
 
 
 @dataclass(frozen=True)
 class Outer:
     """What is done."""
 
-    inner: Inner = dataclasses.field(default=Inner(), metadata={})
+    inner: Inner = Inner()
     kind: Literal["fast", "exact"] = "fast"
     """How."""
 
@@ -56,7 +56,7 @@ class Outer:
     loud: bool = False
     """Say more."""
 
-    label: str = dataclasses.field(default="a", metadata={"name": "class", "metavar": "CLASS"})
+    label: Annotated[str, Name("class"), "CLASS"] = "a"
     """Which one."""
 
 
@@ -121,7 +121,7 @@ def test_help_is_panels_with_the_docstrings_of_the_fields():
         "  FIRST                     The first file.",
         "  -o, --output PATH         Where to.",
         "  --size N                  Size in pixels. [default: 3]",
-        "  --scale NUMBER            A number.",
+        "  --scale Å                 A length.",
         "  --kind fast|exact         How. [default: fast]",
         "  --batch N|auto            Images at once.",
         "  --files PATH ...          More files.",

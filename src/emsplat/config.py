@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 T = TypeVar("T")
 
@@ -222,6 +222,7 @@ class RunOptions:
     """Exit with 0 also where the particles do not have the symmetry that is asked for."""
 
 
+@runtime_checkable  # shapes and types are checked while tests run
 class SourceConfig(Protocol):
     """Commands that start from particles in two half-sets."""
 
@@ -233,6 +234,7 @@ class SourceConfig(Protocol):
     def halves(self) -> HalfSetOptions: ...
 
 
+@runtime_checkable
 class RunConfig(SourceConfig, Protocol):
     """Commands that make a run folder of them."""
 
