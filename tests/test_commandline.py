@@ -1,23 +1,25 @@
 """The face of the program: help, examples, hints at misspelt words, completion, the folder that results go to."""
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
 from emsplat import cli, relion_job
+from emsplat import config as config_module
 from emsplat.cli import commands, main
 from emsplat.commandline import completion
 from emsplat.commandline.arguments import command_of
 from emsplat.commandline.help import command_help, program_help
 from emsplat.commandline.parse import call, did_you_mean, parse
-from emsplat.config import Angstrom, Name
+from emsplat.config import Angstrom, Name, ReconstructConfig, change, configure, flat, names
 from emsplat.errors import InputError
 
 EVERY = [*commands().values(), command_of(relion_job.job, "emsplat-relion")]
@@ -225,6 +227,57 @@ def test_an_option_may_be_called_as_an_argument_is(monkeypatch, tmp_path):
 def test_hints():
     assert did_you_mean("backprojct", commands()) == "; did you mean backproject?"
     assert did_you_mean("zzz", commands()) == ""
+
+
+# Options in their groups
+
+
+def test_options_by_their_names():
+    config = configure(ReconstructConfig, symmetry="D2", epochs=3, mask=Path("m.mrc"), resume=True)
+    assert (config.choice.symmetry, config.fit.epochs, config.mask.mask, config.run.resume) == (
+        *("D2", 3, Path("m.mrc"), True),
+    )
+    assert change(config, epochs=None, mask=None, resume=False) == configure(ReconstructConfig, symmetry="D2")
+    assert list(flat(config)) == list(names(ReconstructConfig))
+    assert flat(config)["particle_class"] is None
+    assert configure(ReconstructConfig, **flat(config)) == config
+    for wrong in (configure, change):
+        with pytest.raises(TypeError, match="ReconstructConfig has no option epoch"):
+            wrong(ReconstructConfig if wrong is configure else config, epoch=3)
+
+
+def test_panels_of_a_reconstruction():
+    titles = [panel.title for panel in commands()["reconstruct"].panels]
+    assert titles == [
+        *("Arguments", "Options", "Which particles, and in which hand", "How their images are read"),
+        *("Half-sets and chance", "What is fitted", "How it is fitted; what is not given follows from the recipe"),
+        *("Mask of the FSC", "The run"),
+    ]
+
+
+def test_every_option_is_read_by_somebody():
+    """As an attribute, somewhere outside of the command line."""
+    source = Path(cli.__file__).parent
+    read = {
+        node.attr
+        for path in source.rglob("*.py")
+        if path.name not in ("config.py", "cli.py") and path.parent.name != "commandline"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    configs = [value for name, value in vars(config_module).items() if name.endswith("Config") and is_dataclass(value)]
+    assert len(configs) == 9
+    for kind in configs:
+        assert set(names(kind)) <= read, kind.__name__
+
+
+def test_options_load_no_command_line():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, emsplat.config; print(*sys.modules)"], capture_output=True, text=True
+    )
+    loaded = set(done.stdout.split())
+    assert "emsplat.config" in loaded
+    assert not {name for name in loaded if name.startswith("emsplat.commandline")} | {"argparse", "torch"} & loaded
 
 
 # Completion

@@ -1,7 +1,6 @@
 """The main job on small simulated stacks: what is written, that halves stay apart, resuming, noise, every option."""
 
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -49,7 +48,7 @@ def particles(simulated):
 @pytest.fixture(scope="module", params=list(ENGINES))
 def run(request, particles, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "run"
-    summary = reconstruct(dataclasses.replace(ENGINES[request.param], epochs=6), particles, output)
+    summary = reconstruct(change(ENGINES[request.param], epochs=6), particles, output)
     return output, summary
 
 
@@ -558,7 +557,7 @@ def test_a_stack_without_micrographs_is_drawn_particle_by_particle(tmp_path, cap
     star = simulate(config, None, tmp_path / "made")
     assert main(["convert", str(star), str(tmp_path / "new" / "poses.pkl")]) == 0
     files = configure(BackprojectConfig, poses=tmp_path / "new" / "poses.pkl", ctf=tmp_path / "new" / "ctf.pkl")
-    words = ["--poses", str(files.poses), "--ctf", str(files.ctf), "--metadata-only"]
+    words = ["--poses", str(files.choice.poses), "--ctf", str(files.choice.ctf), "--metadata-only"]
     assert main(["check", str(star.with_suffix(".mrcs")), *words]) in (0, 1)
     assert "80 in 1 stack from micrographs that are not known" in capsys.readouterr().out
     summary = backproject(files, star.with_suffix(".mrcs"), tmp_path / "run")

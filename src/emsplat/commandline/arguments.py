@@ -124,7 +124,9 @@ def _argument(name: str, hint: Any, default: Any, text: str, *, named: bool = Tr
     parts = [_plain(part) for part in _members(get_args(hint)[0] if many else hint)]
     kinds = tuple(part for part, _ in parts if get_origin(part) is not Literal)
     choices = tuple(word for part, _ in parts if get_origin(part) is Literal for word in get_args(part))
-    values = [next((note for note in notes if isinstance(note, str)), _VALUES.get(part, "")) for part, notes in parts]
+    values = [
+        next((note for note in (*notes, *own) if isinstance(note, str)), _VALUES.get(part, "")) for part, notes in parts
+    ]
     metavar = "|".join([*filter(None, values), *choices]) if named else name.upper()
     long = f"--no-{word}" if kinds == (bool,) and default is True else f"--{word}"
     flags = (_SHORT[name], long) if name in _SHORT else (long,)
