@@ -18,7 +18,8 @@ from common import save
 from emsplat.config import ReconstructConfig, SimulateConfig, configure
 from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
-from emsplat.measures.fsc import crossing, fsc_curve
+from emsplat.measures.curves import crossing
+from emsplat.measures.fsc import fsc_curve
 from emsplat.measures.mask import solvent_mask
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.simulate import place_atoms, simulate, truth_map

@@ -47,7 +47,8 @@ import torch
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
 from emsplat.fitting.state import State
-from emsplat.io.mrc import StackFile, read_stored_map, write_map, writing_stack
+from emsplat.io.mrc import read_stored_map, write_map, writing_stack
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.particles import read_particles
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.io.relion import write_particles_star

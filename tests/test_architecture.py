@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from emsplat.run import files
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "emsplat"
 _ROW = re.compile(r"^\| (\d+) \| ([\w, ]+) \|", re.MULTILINE)
@@ -103,3 +105,55 @@ def test_no_error_is_swallowed_unseen():
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{path}:{node.lineno}"
                 assert [type(line) for line in node.body] != [ast.Pass], f"{path}:{node.lineno}"
+
+
+def named_files():
+    """The names of run/files.py, and for its functions what their names begin and end with, as patterns."""
+    for value in vars(files).values():
+        for name in value if isinstance(value, tuple) else [value]:
+            if isinstance(name, str) and re.fullmatch(r"[a-z0-9_]+\.[a-z]+", name):
+                yield re.escape(name)
+    yield from (r"^run_$", r"^backprojection_$", r"_statistics")
+
+
+def texts(path):
+    """The strings of a module that are no docstrings, with their lines."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_files_of_a_run_folder_are_named_once():
+    """In run/files.py: elsewhere they are asked for, also in messages."""
+    names = list(named_files())
+    assert len(names) > 30
+    constants = [value for key, value in vars(files).items() if key.isupper() and isinstance(value, str)]
+    assert len(set(constants)) == len(constants)
+    written = re.compile("|".join(rf"(?<![\w.])(?:{name})(?![\w])" if name[0] != "^" else name for name in names))
+    again = [
+        f"{path.relative_to(SOURCE)}:{line}: {text}"
+        for path in MODULES
+        if path != SOURCE / "run" / "files.py"
+        for line, text in texts(path)
+        if written.search(text)
+    ]
+    assert not again, again
+
+
+def test_relions_names_of_curves_are_written_in_one_place():
+    """Elsewhere curves have names of the house."""
+    column = re.compile(
+        r"(rln|emsplat)(Fourier|CorrectedFourier|CrossValidated|Backprojection|Cryodrgn|Reference|LogAmp)"
+    )
+    found = {path.relative_to(SOURCE).as_posix() for path in MODULES for _, text in texts(path) if column.search(text)}
+    assert found == {"run/fsc_star.py"}
+
+
+def test_the_report_has_no_readers_of_its_own():
+    """STAR, MRC and PLY are read by `io`, whose readers load no torch."""
+    for path in (SOURCE / "report").glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"\b(gemmi|mrcfile|np\.frombuffer|np\.fromfile|end_header|loop_)\b", text), path
+    assert "torch" not in loaded_after("import emsplat.io.mrc_arrays, emsplat.io.ply_arrays, emsplat.run.fsc_star")

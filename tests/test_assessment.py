@@ -11,7 +11,7 @@ import torch
 from gemmi import cif
 
 from emsplat.assessment.assess import assess
-from emsplat.assessment.curves import shell_curves
+from emsplat.assessment.curves import correction, half_map_curves
 from emsplat.assessment.maps import read_run
 from emsplat.cli import main
 from emsplat.config import AssessConfig, configure
@@ -265,15 +265,12 @@ def test_assess_command_renews_summary_and_report(tmp_path, capsys):
 
 def test_correction_begins_where_the_unmasked_curve_falls(tmp_path):
     maps = read_run(write_run(tmp_path / "run", halves=RAW, raw=None))
-    table, masking = shell_curves(maps)
-    unmasked = torch.tensor(table["rlnFourierShellCorrelationUnmaskedMaps"])
-    start = round(GRID.length / masking["randomised_from"])
-    assert bool((unmasked[1:start] >= 0.8).all())
-    assert float(unmasked[start]) < 0.8
-    assert (
-        table["rlnFourierShellCorrelationCorrected"][: start + 2]
-        == (table["rlnFourierShellCorrelationMaskedMaps"][: start + 2])
-    )
+    curves = half_map_curves(maps.halves, maps.grid, maps.mask)
+    start = round(GRID.length / correction(curves, maps.mask)["randomised_from"])
+    unmasked, masked, corrected = (curves[name].value for name in ("unmasked", "masked", "corrected"))
+    assert (unmasked[1:start] >= 0.8).all()
+    assert unmasked[start] < 0.8
+    assert (corrected[: start + 2] == masked[: start + 2]).all()
 
 
 def test_a_run_knows_the_symmetry_that_was_imposed(tmp_path):

@@ -12,6 +12,7 @@ from numpy.lib.recfunctions import repack_fields
 
 from emsplat.cli import main
 from emsplat.io.cryosparc import write_cs
+from emsplat.io.mrc import read_map
 from emsplat.io.relion import read_star, rewrite_star
 
 ITEMS = {"particles", "half-sets", "voltage", "pixel size", "defocus", "shifts", "orientations", "images"}
@@ -60,7 +61,11 @@ def test_good_particles(particles, tmp_path, capsys):
     page = (tmp_path / "look" / "report.html").read_text()
     assert "Check of the input" in page
     assert "Not shown" not in page
-    # Over a run it would replace the map.
+    # It does not look like the folder of a run: the map has a name of its own.
+    assert read_map(tmp_path / "look" / "check.mrc")[1].size == 32
+    assert "slices of check.mrc" in page
+    assert not (tmp_path / "look" / "run_class001.mrc").exists()
+    # Over a run it would replace the page.
     (tmp_path / "look" / "config.toml").write_text("")
     assert main(["check", str(particles), "-o", str(tmp_path / "look")]) == 2
     assert "holds a run" in capsys.readouterr().err

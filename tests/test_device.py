@@ -473,14 +473,14 @@ def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, pa
     reconstruct(config, particles, tmp_path / "cpu")
     with monkeypatch.context() as patch:
         on(patch, gpu)
-        stopped_after(patch, 12)
+        stopped_after(patch, 4)
         with pytest.raises(Interrupted, match="step"):
             reconstruct(config, particles, tmp_path / "gpu")
     assert list((tmp_path / "gpu").glob("*.checkpoint.safetensors"))
     resumed = change(config, resume=True)
     with monkeypatch.context() as patch:
         on(patch, gpu)
-        stopped_after(patch, 6)
+        stopped_after(patch, 3)
         with pytest.raises(Interrupted, match="step"):
             reconstruct(resumed, particles, tmp_path / "gpu")
     reconstruct(resumed, particles, tmp_path / "gpu")  # on the CPU

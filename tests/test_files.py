@@ -13,9 +13,11 @@ from emsplat.cli import main
 from emsplat.errors import OutputError
 from emsplat.io.files import json_text, number_text, replacing, require_finite
 from emsplat.io.gaussians import write_gaussians
-from emsplat.io.mrc import StackFile, write_map, writing_stack
+from emsplat.io.mrc import write_map, writing_stack
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.pickles import write_arrays
 from emsplat.io.relion import write_particles_star
+from emsplat.measures.curves import Curves
 from emsplat.run.fsc_star import write_fsc_star
 from emsplat.types import Gaussians, Grid, Optics, Poses
 
@@ -120,8 +122,9 @@ def test_no_writer_leaves_a_number_that_is_none(tmp_path, name, value):
 
 
 def test_undefined_shells_of_a_curve_are_unknown(tmp_path):
-    write_fsc_star(tmp_path / "fsc.star", {}, {"rlnSpectralIndex": [0, 1], "emsplatCrossValidated": [0.5, math.nan]})
-    assert (tmp_path / "fsc.star").read_text().split()[-2:] == ["1", "?"]
+    curves = Curves(np.array([0.0, 0.1]), {"cross_validated": np.array([0.5, math.nan])})
+    write_fsc_star(tmp_path / "fsc.star", {}, curves)
+    assert (tmp_path / "fsc.star").read_text().split()[-4:] == ["1", "0.100000", "10.000000", "?"]
 
 
 @pytest.mark.parametrize(

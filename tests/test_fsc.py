@@ -11,20 +11,16 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.maths.fourier import shell_index
+from emsplat.measures.curves import crossing, ends_undefined, last_crossing, never_falls, resolution
 from emsplat.measures.fsc import (
     PROTEIN_VOLUME,
     common_grid,
     corrected_fsc,
-    crossing,
-    ends_undefined,
     fsc,
     fsc_curve,
-    last_crossing,
-    never_falls,
     particle_fsc,
     randomisation_shell,
     randomise_phases,
-    resolution,
 )
 from emsplat.measures.mask import spherical_mask
 from emsplat.types import Curve, Grid

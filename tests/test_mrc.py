@@ -12,7 +12,8 @@ import torch
 from mrcfile.dtypes import HEADER_DTYPE
 
 from emsplat.errors import InputError, OutputError
-from emsplat.io.mrc import StackFile, misplaced, read_map, read_stored_map, write_map, writing_stack
+from emsplat.io.mrc import misplaced, read_map, read_stored_map, write_map, writing_stack
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.types import Grid
 
 

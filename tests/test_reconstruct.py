@@ -23,7 +23,8 @@ from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map, write_map
 from emsplat.io.ply import read_ply
-from emsplat.measures.fsc import crossing, fsc_curve
+from emsplat.measures.curves import crossing
+from emsplat.measures.fsc import fsc_curve
 from emsplat.measures.mask import spherical_mask
 from emsplat.programs.reconstruct import backproject, reconstruct
 from emsplat.programs.settings import RECIPES, settings_of

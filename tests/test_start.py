@@ -13,7 +13,8 @@ from emsplat.imaging.project import voxelize
 from emsplat.io.atoms import read_atoms
 from emsplat.io.gaussians import convert_model, read_gaussians, write_gaussians
 from emsplat.io.mrc import read_map, write_map
-from emsplat.measures.fsc import crossing, fsc_curve
+from emsplat.measures.curves import crossing
+from emsplat.measures.fsc import fsc_curve
 from emsplat.models.start_files import check_start, read_start, start_remarks
 from emsplat.programs.begin import start_model
 from emsplat.programs.reconstruct import reconstruct

@@ -28,14 +28,9 @@ from emsplat.config import (
 from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.process import started
 from emsplat.process import threads as with_threads
+from emsplat.run.files import REPORT
 from emsplat.run.log import Log
 
-_FSC_COLUMNS = {
-    "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
-    "masked": "rlnFourierShellCorrelationMaskedMaps",
-    "corrected": "rlnFourierShellCorrelationCorrected",
-    "random phases": "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
-}
 _SAME = 1e-6  # by which an FSC may fall short of 1 by rounding
 
 
@@ -164,7 +159,7 @@ def check(
         result = work(config, particles, output)
     print(json_text(result) if json else describe(result))
     if output is not None and not json:
-        print(f"report: {output / 'report.html'}")
+        print(f"report: {output / REPORT}")
     return exit_code(result)
 
 
@@ -331,36 +326,35 @@ def fsc(
 def _fsc(a: Path, b: Path, mask: Path | None, output: Path | None) -> None:
     import torch
 
-    from emsplat.assessment.curves import shell_curves
-    from emsplat.assessment.maps import RunMaps, are_opposite, read_mask, read_pair, say_opposite
-    from emsplat.measures.fsc import crossing, fsc_curve, last_crossing, never_falls, resolution
+    from emsplat.assessment.curves import half_map_curves
+    from emsplat.assessment.maps import are_opposite, read_mask, read_pair, say_opposite
+    from emsplat.measures.curves import Curves, crossing, last_crossing, never_falls, resolution
+    from emsplat.measures.fsc import fsc_curve
     from emsplat.report.verdict import LIMIT, is_nyquist, spacing
     from emsplat.run.fsc_star import write_fsc_star
     from emsplat.run.log import Log
-    from emsplat.types import Curve
 
     log = Log()
     first, second, grid, origin = read_pair(a, b, log)
     soft = None if mask is None else read_mask(mask, grid, log, origin)
-    curves = {"unmasked": fsc_curve(first, second, grid)}
-    if torch.equal(first, second) or float(curves["unmasked"].value[1:].min()) > 1 - _SAME:
+    plain = fsc_curve(first, second, grid)
+    if torch.equal(first, second) or float(plain.value[1:].min()) > 1 - _SAME:
         log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")
-    if are_opposite(curves["unmasked"]):
+    if are_opposite(plain):
         log.warn(say_opposite(str(a), str(b)))
+    curves = Curves(plain.frequency.numpy(), {}).joined(unmasked=plain.value)
     if soft is not None:
-        table, _ = shell_curves(RunMaps(grid, (first, second), None, None, soft))
-        for label in ("masked", "corrected", "random phases"):
-            curves[label] = Curve(curves["unmasked"].frequency, torch.tensor(table[_FSC_COLUMNS[label]]))
-    print("shell  resolution (Å)  " + "  ".join(f"{label:>13}" for label in curves))
-    for shell, frequency in enumerate(curves["unmasked"].frequency.tolist()):
-        values = "  ".join(f"{float(curve.value[shell]):13.4f}" for curve in curves.values())
+        known = half_map_curves((first, second), grid, soft).values
+        curves = curves.joined(**{name: known[name] for name in ("masked", "corrected", "random_phases")})
+    print("shell  resolution (Å)  " + "  ".join(f"{name.replace('_', ' '):>13}" for name in curves.values))
+    for shell, frequency in enumerate(curves.frequency.tolist()):
+        values = "  ".join(f"{float(value[shell]):13.4f}" for value in curves.values.values())
         print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
-    main = curves.get("masked", curves["unmasked"])
-    finest = 1 / float(main.frequency[-1])
+    finest = 1 / float(curves.frequency[-1])
     at_limit = f"{spacing(finest, finest)}, {LIMIT}"
     label = "masked" if "masked" in curves else "unmasked"
     print(f"mean over shells 1 to {grid.size // 2}, {label}: {float(curves[label].value[1:].mean()):.4f}")
-    for label in [label for label in curves if label != "random phases"]:
+    for label in [name for name in curves.values if name != "random_phases"]:
         for threshold in (0.143, 0.5):
             found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
             if never_falls(curves[label], threshold):
@@ -375,12 +369,7 @@ def _fsc(a: Path, b: Path, mask: Path | None, output: Path | None) -> None:
     text = "never reached" if found is None else at_limit if is_nyquist(found, finest) else spacing(found)
     print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
     if output:
-        columns: dict[str, list[Any]] = {
-            "rlnSpectralIndex": list(range(len(main.value))),
-            "rlnResolution": main.frequency.tolist(),
-        }
-        named = {_FSC_COLUMNS[label]: curve.value.tolist() for label, curve in curves.items()}
-        write_fsc_star(output, {}, columns | named)
+        write_fsc_star(output, {}, curves)
 
 
 def voxelize(

@@ -23,29 +23,27 @@ from emsplat.config import ReconstructConfig, change
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.io.files import replacing
 from emsplat.process import Stopped, started
+from emsplat.run.files import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, LOCAL_RESOLUTION, MASK, PARTICLES, REPORT, SETTINGS
 from emsplat.run.folder import check_same_run, read_summary
 from emsplat.run.log import Log
 
 _ABORT = "RELION_JOB_ABORT_NOW"
 _ENDINGS = ("SUCCESS", "FAILURE", "ABORTED")
 _LOOK_EVERY = 0.5  # seconds between looks for a request to abort
-_LAST_FILE = "report.html"  # that a reconstruction writes
+_LAST_FILE = REPORT  # that a reconstruction writes
 _UNUSED = {
     "in_movies": "Input movies",
     "in_mics": "Input micrographs",
     "in_coords": "Input coordinates",
     "in_3dref": "Input 3D reference",
 }
-_PARTICLES = "ParticleGroupMetadata.star.relion"  # what RELION 5 calls a particle file
+_PARTICLE_FILE = "ParticleGroupMetadata.star.relion"  # what RELION 5 calls a particle file
 # RELION's file browsers go by the words before the first dot, and offer half maps by "half1" in the file name.
 _NODES = {
-    "run_class001.mrc": "DensityMap.mrc",
-    "run_half1_class001_unfil.mrc": "DensityMap.mrc.halfmap",
-    "run_half2_class001_unfil.mrc": "DensityMap.mrc.halfmap",
-    "backprojection_half1.mrc": "DensityMap.mrc.halfmap",
-    "backprojection_half2.mrc": "DensityMap.mrc.halfmap",
-    "mask.mrc": "Mask3D.mrc",
-    "local_resolution.mrc": "Image3D.mrc.localresmap",
+    FULL_MAP: "DensityMap.mrc",
+    **dict.fromkeys((*HALF_MAPS, *BACKPROJECTIONS), "DensityMap.mrc.halfmap"),
+    MASK: "Mask3D.mrc",
+    LOCAL_RESOLUTION: "Image3D.mrc.localresmap",
 }
 
 
@@ -93,7 +91,7 @@ def job(
     if in_mask is not None and config.mask.mask is not None:
         raise InputError('--mask and the box "Input 3D mask": expected one of them; leave the other out')
     config = change(config, threads=j, mask=in_mask or config.mask.mask)
-    if (o / "config.toml").is_file() and not config.run.overwrite:
+    if (o / SETTINGS).is_file() and not config.run.overwrite:
         config = change(config, resume=True)
         if (o / _LAST_FILE).is_file():
             check_same_run(config, in_parts, o)
@@ -132,7 +130,7 @@ def write_nodes(output: Path, particles: Path) -> None:
     document = cif.Document()
     block = document.add_new_block("output_nodes")
     loop = block.init_loop("_rlnPipeLine", ["NodeName", "NodeTypeLabel"])
-    for name, kind in {"run_data.star": _particle_label(output, particles), **_NODES}.items():
+    for name, kind in {PARTICLES: _particle_label(output, particles), **_NODES}.items():
         if (output / name).is_file():
             # Plain where possible, as RELION writes names: not every script around it reads quotes.
             path = (folder / name).as_posix()
@@ -155,14 +153,14 @@ def _particle_label(output: Path, particles: Path) -> str:
         for name, kind in nodes.find("_rlnPipeLineNode", ["Name", "TypeLabel"]) if nodes else ():
             if Path(cif.as_string(name)) == particles and cif.as_string(kind).startswith("Particle"):
                 return f"{cif.as_string(kind).split('.')[0]}.star.relion"
-    return _PARTICLES
+    return _PARTICLE_FILE
 
 
 @contextmanager
 def _abortable(folder: Path) -> Iterator[None]:
     """Within this block a request to abort ends the work like a kill: with a checkpoint where there is one to write.
 
-    A run that can write one has a handler of its own while it does (`run_folder.interruptible`).
+    A run that can write one has a handler of its own while it does (`emsplat.run.stop`).
 
     Raises:
         Stopped: asked to, by RELION or the queueing system.

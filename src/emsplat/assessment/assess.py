@@ -1,7 +1,7 @@
 """The verdict on a reconstruction, from its run folder alone.
 
 Half maps, back-projections and mask in; FSC curves, local resolution, resolution by direction and the numbers of
-summary.json out. `emsplat.assess` holds the measures, this module what is asked of a run: which maps, in which mask,
+summary.json out. `measures` holds the measures, this module what is asked of a run: which maps, in which mask,
 and which of the answers can be believed.
 """
 
@@ -21,12 +21,10 @@ from emsplat.io.mrc import write_map
 from emsplat.io.relion import read_rotations
 from emsplat.maths.groups import symmetry_group
 from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated, local_resolution
+from emsplat.run.files import DIRECTIONS, FSC, LOCAL_RESOLUTION, LOCAL_RESOLUTION_HALF_MAPS, MASK, PARTICLES
 from emsplat.run.fsc_star import write_fsc_star
 from emsplat.run.log import Log
 from emsplat.types import Grid
-
-_LOCAL = "local_resolution.mrc"
-_LOCAL_HALF_MAPS = "local_resolution_half_maps.mrc"
 
 
 def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None, symmetry: str) -> dict[str, Any]:
@@ -45,9 +43,9 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     mask = given_mask(config.mask, grid, log, maps.origin)
     if mask is not None:
         maps = replace(maps, mask=mask)
-        write_map(run / "mask.mrc", mask, grid.pixel_size)
+        write_map(run / MASK, mask, grid.pixel_size)
     evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
-    columns, found, with_data, masking = measure_shells(maps, config, log)
+    curves, found, with_data, masking = measure_shells(maps, config, log)
     if not evident:
         found, with_data = dict.fromkeys(found), False
         log.warn(
@@ -55,8 +53,8 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
             f"{FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
             "resolution is given"
         )
-    general = {name: str(value) for name, value in found.items() if not isinstance(value, list)}
-    write_fsc_star(run / "fsc.star", {**general, "emsplatResolutionRule": "RELION"}, columns)
+    general = {name: value for name, value in found.items() if not isinstance(value, list)}
+    write_fsc_star(run / FSC, {**general, "resolution_rule": "RELION"}, curves)
     result = {
         "evident": evident,
         "resolution": found,
@@ -65,14 +63,17 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         "local_resolution": None,
         "directional": None,
     }
-    for stale in (_LOCAL, _LOCAL_HALF_MAPS, "directions.csv"):
+    for stale in (LOCAL_RESOLUTION, LOCAL_RESOLUTION_HALF_MAPS, DIRECTIONS):
         (run / stale).unlink(missing_ok=True)
     if evident:
         result["local_resolution"] = _local(run, maps, found, config)
         fine = found["cross_validated"] or found["backprojection_masked"] or grid.nyquist
-        star = run / "run_data.star"
+        star = run / PARTICLES
         rotation = read_rotations(star) if star.is_file() else None
-        result["directional"] = directions(run, maps, fine, rotation, symmetry_group(symmetry))
+        group = symmetry_group(symmetry)
+        result["directional"] = directions(
+            run, maps.masked(maps.halves), maps.raw and maps.masked(maps.raw), grid, fine, rotation, group
+        )
     return result
 
 
@@ -100,9 +101,9 @@ def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig
 
     half_maps = local_resolution(*maps.halves, grid, window=window)
     if maps.raw is None:
-        return {"half_maps": write(_LOCAL, half_maps), "cross_validated": None, "window": round(window, 2)}
+        return {"half_maps": write(LOCAL_RESOLUTION, half_maps), "cross_validated": None, "window": round(window, 2)}
     return {
-        "half_maps": write(_LOCAL_HALF_MAPS, half_maps),
-        "cross_validated": write(_LOCAL, local_cross_validated(maps.halves, maps.raw, grid, window=window)),
+        "half_maps": write(LOCAL_RESOLUTION_HALF_MAPS, half_maps),
+        "cross_validated": write(LOCAL_RESOLUTION, local_cross_validated(maps.halves, maps.raw, grid, window=window)),
         "window": round(window, 2),
     }

@@ -12,17 +12,8 @@ from emsplat.assessment.maps import RunMaps, are_opposite, read_reference, say_o
 from emsplat.config import AssessConfig
 from emsplat.errors import InputError
 from emsplat.measures.crossvalidate import CrossValidation
-from emsplat.measures.fsc import (
-    corrected_fsc,
-    crossing,
-    ends_undefined,
-    fsc_curve,
-    last_crossing,
-    particle_fsc,
-    randomisation_shell,
-    randomise_phases,
-    resolution,
-)
+from emsplat.measures.curves import Curves, Line, crossing, ends_undefined, last_crossing, resolution
+from emsplat.measures.fsc import corrected_fsc, fsc_curve, particle_fsc, randomisation_shell, randomise_phases
 from emsplat.run.files import FULL_MAP
 from emsplat.run.log import Log
 from emsplat.types import Curve, Grid
@@ -30,71 +21,61 @@ from emsplat.types import Curve, Grid
 _TIGHT = 0.15  # FSC of random phases that a mask may cause
 
 
-def shell_curves(maps: RunMaps) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Columns of an FSC table with RELION's names for the half maps of a run, and what the correction was made with.
-
-    The last column, emsplatCryodrgnMaskedMaps, counts its shells by cryoDRGN's rule.
-    """
-    grid, mask = maps.grid, maps.mask
-    unmasked, masked = fsc_curve(*maps.halves, grid), fsc_curve(*maps.halves, grid, mask)
-    shells = range(len(unmasked.value))
+def half_map_curves(halves: tuple[Tensor, Tensor], grid: Grid, mask: Tensor) -> Curves:
+    """What two half maps alone say: unmasked, masked, corrected for the mask and what the correction was made with."""
+    unmasked, masked = fsc_curve(*halves, grid), fsc_curve(*halves, grid, mask)
     start = randomisation_shell(unmasked)
     corrected = random = masked
     if start is not None:
-        random = _random_phases(maps.halves, start, grid, mask)
+        random = _random_phases(halves, start, grid, mask)
         corrected = corrected_fsc(masked, random, start)
-    fraction = float(mask.double().mean())
-    columns: dict[str, list[Any]] = {
-        "rlnSpectralIndex": list(shells),
-        "rlnResolution": unmasked.frequency.tolist(),
-        "rlnAngstromResolution": [grid.length / s if s else 999.0 for s in shells],
-        "rlnFourierShellCorrelationCorrected": corrected.value.tolist(),
-        "rlnFourierShellCorrelationParticleMaskFraction": particle_fsc(unmasked, fraction).value.tolist(),
-        "rlnFourierShellCorrelationUnmaskedMaps": unmasked.value.tolist(),
-        "rlnFourierShellCorrelationMaskedMaps": masked.value.tolist(),
-        "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": random.value.tolist(),
-        "emsplatCryodrgnMaskedMaps": fsc_curve(*maps.halves, grid, mask, "cryodrgn").value.tolist(),
+    return Curves(unmasked.frequency.numpy(), {}).joined(
+        corrected=corrected.value,
+        particle=particle_fsc(unmasked, float(mask.double().mean())).value,
+        unmasked=unmasked.value,
+        masked=masked.value,
+        random_phases=random.value,
+        masked_cryodrgn=fsc_curve(*halves, grid, mask, "cryodrgn").value,
+    )
+
+
+def correction(curves: Curves, mask: Tensor) -> dict[str, Any]:
+    """What the curves of half maps were corrected with: part of the box in the mask, and from where phases are random
+    (Å, None: nowhere)."""
+    start = randomisation_shell(curves["unmasked"])
+    return {
+        "fraction": round(float(mask.double().mean()), 6),
+        "randomised_from": None if start is None else round(1 / float(curves.frequency[start]), 3),
     }
-    masking = {
-        "fraction": round(fraction, 6),
-        "randomised_from": None if start is None else round(grid.length / start, 3),
-    }
-    return columns, masking
 
 
 def measure_shells(
     maps: RunMaps, config: AssessConfig, log: Log
-) -> tuple[dict[str, list[Any]], dict[str, Any], bool, dict[str, Any]]:
-    """Columns of fsc.star, resolutions, whether the cross-validated curve ends with the data, what the mask does."""
+) -> tuple[Curves, dict[str, Any], bool, dict[str, Any]]:
+    """The curves of a run, resolutions, whether the cross-validated curve ends with the data, what the mask does."""
     grid, mask = maps.grid, maps.mask
-    columns, masking = shell_curves(maps)
-    frequency = torch.tensor(columns["rlnResolution"], dtype=torch.float64)
-
-    def curve_of(name: str) -> Curve:
-        return Curve(frequency, torch.tensor(columns[name], dtype=torch.float64))
-
+    curves = half_map_curves(maps.halves, grid, mask)
+    masking = correction(curves, mask)
     found: dict[str, Any] = {"cross_validated": None, "cross_validated_interval": None}
     with_data = False
-    for name, column in (("unmasked", "UnmaskedMaps"), ("masked", "MaskedMaps"), ("corrected", "Corrected")):
-        curve = curve_of(f"rlnFourierShellCorrelation{column}")
-        found[f"half_map_{name}"] = resolution(curve, 0.143)
+    for name in ("unmasked", "masked", "corrected"):
+        found[f"half_map_{name}"] = resolution(curves[name], 0.143)
         if name != "corrected":
-            found[f"half_map_{name}_0.5"] = resolution(curve, 0.5)
-    found["half_map_masked_cryodrgn"] = last_crossing(curve_of("emsplatCryodrgnMaskedMaps"), 0.143)
+            found[f"half_map_{name}_0.5"] = resolution(curves[name], 0.5)
+    found["half_map_masked_cryodrgn"] = last_crossing(curves["masked_cryodrgn"], 0.143)
     validation = CrossValidation(maps.data, mask, grid, maps.copies)
-    raw = Curve(frequency, validation.raw)
-    found["backprojection_masked"] = resolution(raw, 0.143)
+    found["backprojection_masked"] = resolution(Line(curves.frequency, validation.raw.numpy()), 0.143)
     if maps.raw is not None:
-        columns["emsplatBackprojectionMasked"] = raw.value.tolist()
         curve, low, high = validation.band(maps.halves)
-        columns |= {
-            "emsplatCrossValidated": curve.value.tolist(),
-            "emsplatCrossValidatedLow": low.tolist(),
-            "emsplatCrossValidatedHigh": high.tolist(),
-        }
+        curves = curves.joined(
+            backprojection=validation.raw,
+            cross_validated=curve.value,
+            cross_validated_low=low,
+            cross_validated_high=high,
+        )
         found["cross_validated"] = crossing(curve, 0.5)
         with_data = ends_undefined(curve, 0.5)
-        ends = [crossing(Curve(frequency, end), 0.5) for end in (high, low)]
+        ends = [crossing(curves[f"cross_validated_{end}"], 0.5) for end in ("high", "low")]
         if None not in ends and found["cross_validated"] is not None:
             found["cross_validated_interval"] = ends
     if config.reference is not None:
@@ -104,9 +85,9 @@ def measure_shells(
         curve = fsc_curve(maps.full, reference, grid, mask)
         if are_opposite(curve):
             log.warn(say_opposite(str(config.reference), FULL_MAP))
-        columns["emsplatReferenceMasked"] = curve.value.tolist()
+        curves = curves.joined(reference=curve.value)
         found["reference_masked_0.5"] = resolution(curve, 0.5)
-    return columns, found, with_data, masking | _tightness(maps, validation, log, given=config.mask.mask is not None)
+    return curves, found, with_data, masking | _tightness(maps, validation, log, given=config.mask.mask is not None)
 
 
 def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emsplat.assessment.maps import FIRST_SHELLS, RunMaps
+from emsplat.assessment.maps import FIRST_SHELLS
 from emsplat.io.files import number_text, replacing
 from emsplat.measures.directional import (
     conical_fsc,
@@ -20,20 +20,29 @@ from emsplat.measures.directional import (
     slice_correlation,
     view_histogram,
 )
+from emsplat.run.files import DIRECTIONS
+from emsplat.types import Grid
 
 _STEP = 10.0  # degrees
 
 
-def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, group: Tensor) -> dict[str, Any]:
-    """Writes directions.csv: slices through the half maps down to ``fine`` Å, cones through the back-projections, and
-    where ``rotation`` is known the views of the particles under the symmetry ``group``; returns their summary."""
-    grid, cells = maps.grid, direction_grid(_STEP)
+Pair = tuple[Tensor, Tensor]
+
+
+def directions(
+    folder: Path, halves: Pair, data: Pair | None, grid: Grid, fine: float, rotation: Tensor | None, group: Tensor
+) -> dict[str, Any]:
+    """Writes directions.csv into a folder and returns its summary.
+
+    Slices through two half maps in their mask go down to ``fine`` Å. Cones go through ``data``, their back-projections
+    in the same mask; None: the half maps are such. Where ``rotation`` is known the views of the particles are added,
+    under the symmetry ``group``.
+    """
+    cells = direction_grid(_STEP)
     coarse = grid.length / FIRST_SHELLS
     band = (coarse, min(coarse, max(fine, grid.length / (grid.size // 2 - 1))))  # in a wrong mask none may be finer
-    masked = [half * maps.mask for half in maps.halves]
-    slices = slice_correlation(masked[0], masked[1], grid, cells, band)
-    data = [half * maps.mask for half in maps.data]
-    cones = conical_resolution(conical_fsc(data[0], data[1], cells), grid)
+    slices = slice_correlation(*halves, grid, cells, band)
+    cones = conical_resolution(conical_fsc(*(data or halves), cells), grid)
     columns = {"rot": cells.rot, "tilt": cells.tilt, "fslc": slices, "conical_resolution": cones}
     weight = cells.solid_angle
     mean = float((weight * slices).sum())
@@ -44,7 +53,7 @@ def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, g
         "band": [round(end, 3) for end in band],
         "conical_best": round(float(defined.min()), 3) if len(defined) else None,
         "conical_worst": round(float(defined.max()), 3) if len(defined) else None,
-        "conical_of": "back-projections" if maps.raw else "half maps",
+        "conical_of": "half maps" if data is None else "back-projections",
     }
     if rotation is not None:
         density = fourier_sampling(rotation, group)
@@ -54,7 +63,7 @@ def directions(run: Path, maps: RunMaps, fine: float, rotation: Tensor | None, g
         views = torch.stack([view_histogram(rotation @ element, cells) for element in group]).mean(0)
         columns |= {"sampling": density[nearest, 3], "particles": views}
     with (
-        replacing(run / "directions.csv") as temporary,
+        replacing(folder / DIRECTIONS) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)

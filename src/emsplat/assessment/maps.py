@@ -13,17 +13,14 @@ from emsplat.config import MaskOptions
 from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import holds_gaussians
-from emsplat.io.mrc import Origin, StoredMap, misplaced, read_stored_map
+from emsplat.io.mrc import StoredMap, misplaced, read_stored_map
+from emsplat.io.mrc_arrays import Origin
 from emsplat.maths.groups import symmetry_group
-from emsplat.measures.fsc import (
-    common_grid,
-    fsc_curve,
-    resolution,
-)
+from emsplat.measures.curves import resolution
+from emsplat.measures.fsc import common_grid, fsc_curve
 from emsplat.measures.mask import check_mask, solvent_mask, spherical_mask
 from emsplat.models.start_files import read_fitted
-from emsplat.report.read import FULL_MAP
-from emsplat.run.files import BACKPROJECTIONS, HALF_MAPS
+from emsplat.run.files import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, MASK, SETTINGS
 from emsplat.run.log import Log
 from emsplat.types import Curve, Grid
 
@@ -52,6 +49,10 @@ class RunMaps:
     def data(self) -> tuple[Tensor, Tensor]:
         """The half maps that no prior has touched."""
         return self.raw or self.halves
+
+    def masked(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Two of the maps in the mask."""
+        return pair[0] * self.mask, pair[1] * self.mask
 
 
 def is_evident(halves: tuple[Tensor, Tensor], grid: Grid, diameter: float) -> bool:
@@ -210,7 +211,7 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
         )
     raw = tuple(found[name] for name in BACKPROJECTIONS if name in found)
     full = found.get(FULL_MAP)
-    path = mask or run / "mask.mrc"
+    path = mask or run / MASK
     if mask is None and not path.is_file():
         data = raw or (first, second)
         soft = particle_mask(data[0] + data[1], grid, 0.9 * grid.length, True)
@@ -224,7 +225,7 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
 def _elements(run: Path) -> int:
     """Elements of the symmetry that a run imposed; 1 where its settings do not say."""
     try:
-        options = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["options"]
+        options = tomllib.loads((run / SETTINGS).read_text(encoding="utf-8"))["options"]
         return len(symmetry_group(options["symmetry"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
         return 1

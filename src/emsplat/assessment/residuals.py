@@ -19,6 +19,7 @@ from emsplat.io.mrc import writing_stack
 from emsplat.maths.fourier import frequencies, hermitian_weight, shell_index, sum_by_shell
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
+from emsplat.run.files import EXAMPLES, RESIDUAL
 from emsplat.types import Batch, Gaussians, Grid, Poses
 
 _SAMPLE = 300  # images of each half
@@ -64,14 +65,14 @@ def write_residuals(stack: ParticleStack, halves: Mapping[int, Gaussians], run: 
             images += len(batch)
     power /= max(images, 1)
     with (
-        replacing(run / "residual.csv") as temporary,
+        replacing(run / RESIDUAL) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
         writer.writerow(["frequency", "noise", "own", "other"])
         for shell in range(1, shells):
             writer.writerow([f"{shell / grid.length:.6f}", *map(number_text, power[:, shell].tolist())])
-    with writing_stack(run / "examples.mrcs", len(examples), grid) as write:
+    with writing_stack(run / EXAMPLES, len(examples), grid) as write:
         write(torch.stack(examples).cpu())
     return about
 

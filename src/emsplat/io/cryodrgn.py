@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from emsplat.errors import InputError
-from emsplat.io.mrc import StackFile
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.paths import Stacks, find_stacks
 from emsplat.io.pickles import load_arrays, write_arrays
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible

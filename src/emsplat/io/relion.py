@@ -19,7 +19,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.imaging.ctf import beam_tilt
 from emsplat.io.files import require_finite
-from emsplat.io.mrc import count_sections
+from emsplat.io.mrc_arrays import count_sections
 from emsplat.io.paths import Names, Stacks, find_stacks, group_equal
 from emsplat.io.star import StarFile, Table, Words, read_star_file, write_star_file
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible

@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.measures.fsc import resolution
+from emsplat.measures.curves import resolution
 from emsplat.types import Curve, Grid
 
 _FEW = 20  # frequencies

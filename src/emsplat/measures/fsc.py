@@ -1,4 +1,4 @@
-"""Fourier shell correlation of two maps, its corrections, and the resolution read from it.
+"""Fourier shell correlation of two maps and its corrections; `curves` reads resolutions from it.
 
 Shells follow RELION: shell s holds the frequencies with round(|k| N a) = s, s = 0 .. N // 2, and a resolution is the
 last shell before the first drop below a threshold. cryoDRGN (and CryoBench) put s - 1 <= |k| N a < s into shell s and
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.maths import fourier
+from emsplat.measures.curves import Sampled, first_below
 from emsplat.types import Curve, Grid
 
 Rule = Literal["relion", "cryodrgn"]
@@ -94,9 +95,9 @@ def randomise_phases(volume: Float[Tensor, "z y x"], shell: int, seed: int) -> F
     return fourier.randomise_phases(volume, shell, torch.Generator().manual_seed(seed), dims=3)
 
 
-def randomisation_shell(unmasked: Curve, threshold: float = 0.8) -> int | None:
+def randomisation_shell(unmasked: Sampled, threshold: float = 0.8) -> int | None:
     """The first shell where the FSC without mask falls below ``threshold`` (RELION's rule); None where none does."""
-    shell = _first_below(unmasked, threshold)
+    shell = first_below(unmasked, threshold)
     return shell if shell < len(unmasked.value) else None
 
 
@@ -137,66 +138,6 @@ def common_grid(grids: Mapping[str, Grid]) -> Grid:
                 f"{grid.pixel_size:.5g} Å; expected the same; resample one of them or correct its header"
             )
     return grid
-
-
-def resolution(curve: Curve, threshold: float) -> float | None:
-    """Resolution in Å by RELION's rule: the last shell before the *first* drop below the threshold.
-
-    There is no interpolation: shell s stands for N a / s. The threshold for half maps is 0.143 (Rosenthal &
-    Henderson 2003), for a map against the truth 0.5. Shell 0 does not count, and an undefined value (NaN) is
-    a drop. None if shell 1 is below already; the last shell (Nyquist) if no shell is.
-    """
-    shell = _first_below(curve, threshold) - 1
-    return 1 / float(curve.frequency[shell]) if shell > 0 else None
-
-
-def never_falls(curve: Curve, threshold: float) -> bool:
-    """Whether every shell after 0 reaches the threshold.
-
-    Then `resolution` and `crossing` are Nyquist, the limit of the pixel size: where the curve would have fallen is not
-    known.
-    """
-    return _first_below(curve, threshold) == len(curve.value)
-
-
-def crossing(curve: Curve, threshold: float) -> float | None:
-    """Spacing in Å where the linearly interpolated curve first crosses the threshold.
-
-    A smooth number for comparing methods, and for curves that come with an interval; of a half-map FSC quote
-    `resolution`, which is never the finer of the two. None and Nyquist as there.
-    """
-    shell = _first_below(curve, threshold)
-    if shell == 1:
-        return None
-    if shell == len(curve.value) or torch.isnan(curve.value[shell]):
-        return 1 / float(curve.frequency[shell - 1])
-    high, low = map(float, curve.value[shell - 1 : shell + 1])
-    start, end = map(float, curve.frequency[shell - 1 : shell + 1])
-    return 1 / (start + (end - start) * (high - threshold) / (high - low))
-
-
-def ends_undefined(curve: Curve, threshold: float) -> bool:
-    """Whether the curve is undefined (NaN) from some shell on and has not fallen below the threshold before.
-
-    Then `resolution` and `crossing` are the last spacing at which the data say something.
-    """
-    shell = _first_below(curve, threshold)
-    return 1 < shell < len(curve.value) and bool(torch.isnan(curve.value[shell]))
-
-
-def last_crossing(curve: Curve, threshold: float) -> float | None:
-    """Spacing in Å of the last shell at or above the threshold, whatever lies before it (cryoDRGN, CryoBench).
-
-    Not comparable with `resolution`. None if no shell after 0 reaches the threshold.
-    """
-    above = torch.nonzero(curve.value[1:] >= threshold)
-    return 1 / float(curve.frequency[1 + int(above[-1])]) if len(above) else None
-
-
-def _first_below(curve: Curve, threshold: float) -> int:
-    """The first shell after 0 that does not reach the threshold; the number of shells if all do."""
-    below = torch.nonzero(~(curve.value[1:] >= threshold))
-    return 1 + int(below[0]) if len(below) else len(curve.value)
 
 
 def _check_maps(a: Tensor, b: Tensor) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.maths.fourier import irfft, rfft, shell_index
-from emsplat.types import Curve, Grid
+from emsplat.measures.curves import Sampled
+from emsplat.types import Grid
 
 # ln of the mean amplitude of a protein whose atoms stand still (B = 0) at these frequencies in 1/Å, 0 at 10 Å: the mean
 # over 1AON, 1HZH, 4AKE, 6VSB, 6VXX and 8BK7, which differ by 0.1 (benchmarks/protein_amplitudes.py). From 10 to 6 Å it
@@ -133,7 +134,7 @@ def sharpen(
     return sharpened
 
 
-def fsc_xml(curve: Curve, title: str) -> str:
+def fsc_xml(curve: Sampled, title: str) -> str:
     """An FSC curve in EMDB's XML; undefined shells are left out."""
     points = "".join(
         f"  <coordinate>\n    <x>{k:.6f}</x>\n    <y>{value:.6f}</y>\n  </coordinate>\n"

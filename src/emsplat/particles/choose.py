@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emsplat.config import ChoiceOptions, ImageOptions, SourceConfig
 from emsplat.errors import InputError
-from emsplat.io.mrc import StackFile
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.particles import image_keys, read_particles
 from emsplat.io.paths import find_stacks, real_paths
 from emsplat.io.pickles import load_arrays

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.device import Lane
-from emsplat.io.mrc import StackFile
+from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.table import ParticleTable
 
 _OPEN_STACKS = 64

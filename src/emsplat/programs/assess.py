@@ -12,6 +12,7 @@ from emsplat.io.files import json_text
 from emsplat.process import threads
 from emsplat.report import verdict
 from emsplat.run.aliases import link_results
+from emsplat.run.files import FSC, REPORT, SUMMARY
 from emsplat.run.folder import plain, read_summary, write_text
 from emsplat.run.log import Log
 
@@ -35,11 +36,11 @@ def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
     kept = [text for text in summary.get("warnings", []) if text not in outdated]
     assessment = {**plain(config), "warnings": log.warnings}
     summary = summary | measured | {"assessment": assessment, "warnings": kept + log.warnings}
-    write_text(run / "summary.json", json_text(summary))
+    write_text(run / SUMMARY, json_text(summary))
     log.line("drawing the figures and the report")
     report.write_report(run)
     link_results(run)
     for text in verdict.lines(summary):
         log.line(text)
-    log.line(f"  FSC: {run / 'fsc.star'}; report: {run / 'report.html'}")
+    log.line(f"  FSC: {run / FSC}; report: {run / REPORT}")
     return summary

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emsplat import report
 from emsplat.assessment.directions import directions
-from emsplat.assessment.maps import RunMaps, is_evident, particle_mask
+from emsplat.assessment.maps import is_evident, particle_mask
 from emsplat.assessment.symmetry import examine_symmetry
 from emsplat.config import CheckConfig
 from emsplat.errors import InputError, OutputError
@@ -23,13 +23,14 @@ from emsplat.io.particles import count_stacks, is_star, lost_stacks
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.maths.groups import symmetry_group
+from emsplat.measures.curves import resolution
 from emsplat.measures.directional import fourier_sampling, sampling_compensation
-from emsplat.measures.fsc import fsc_curve, resolution
+from emsplat.measures.fsc import fsc_curve
 from emsplat.particles.choose import open_images, read_source
 from emsplat.particles.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.particles.stack import ParticleStack
 from emsplat.report.verdict import spacing
-from emsplat.run.files import FULL_MAP
+from emsplat.run.files import CHECK, CHECK_MAP, SETTINGS, SLICES_FIGURE
 from emsplat.run.folder import write_text
 from emsplat.run.log import counted, data_size, duration
 from emsplat.sums.equations import contrast
@@ -66,8 +67,8 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         InputError: the metadata cannot be read at all.
         OutputError: ``output`` holds a run or cannot be written.
     """
-    if output is not None and (output / "config.toml").exists():
-        raise OutputError(f"{output}: holds a run, whose map would be replaced; choose another folder with -o")
+    if output is not None and (output / SETTINGS).exists():
+        raise OutputError(f"{output}: holds a run, whose page would be replaced; choose another folder with -o")
     table = read_source(config, particles, need_stacks=False)
     group = symmetry_group(config.choice.symmetry)
     missing = [] if config.metadata_only else lost_stacks(table)
@@ -118,7 +119,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     }
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "check.json", json_text(result))
+        write_text(output / CHECK, json_text(result))
         report.write_report(output)
     return result
 
@@ -384,13 +385,17 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
         text = f"the density is {-brightness:.1f} σ darker than its surroundings; try {other}"
         items.append(Item("contrast", "wrong" if evident else "look", text))
     else:
-        items.append(Item("contrast", "look", f"taken as {kind}, but the sample does not tell; look at slices.png"))
+        items.append(
+            Item("contrast", "look", f"taken as {kind}, but the sample does not tell; look at {SLICES_FIGURE}")
+        )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_map(output / FULL_MAP, whole, grid.pixel_size)
+        write_map(output / CHECK_MAP, whole, grid.pixel_size)
         directions(
             output,
-            RunMaps(grid, (raw[0], raw[1]), None, whole, mask),
+            (raw[0] * mask, raw[1] * mask),
+            None,
+            grid,
             found or grid.nyquist,
             stack.table.poses.rotation[stack.rows],
             group,

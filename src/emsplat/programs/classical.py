@@ -17,13 +17,13 @@ from emsplat.config import RunConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
-from emsplat.measures.fsc import resolution
+from emsplat.measures.curves import resolution
 from emsplat.particles.copies import image_marks, marks_in
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.run import Run
 from emsplat.report import verdict
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, MASK, statistics_name
 from emsplat.run.log import Log
 from emsplat.run.stop import checkpoints
 from emsplat.sums.equations import NormalEquations, combined, contrast, relative_gain
@@ -72,7 +72,7 @@ def _judged(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Class
     mask = given_mask(run.config.mask, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
-    write_map(run.folder / "mask.mrc", mask, stack.grid.pixel_size)
+    write_map(run.folder / MASK, mask, stack.grid.pixel_size)
     validation = CrossValidation(
         (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
     )
@@ -126,9 +126,9 @@ def _held_by(folder: Path, name: str, before: list[_Held], log: Log) -> list[_He
     Raises:
         InputError: the folder has no sums.
     """
-    found = sorted(folder.glob(f"run_{name}_statistics*.safetensors"))
+    found = sorted(folder.glob(statistics_name(name, "*")))
     if not found:
-        raise InputError(f"{folder}: no run_{name}_statistics.safetensors; run that with --keep-statistics")
+        raise InputError(f"{folder}: no {statistics_name(name)}; run that with --keep-statistics")
     own = [held_images(path) for path in found]
     if not all(map(len, own)):
         log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
@@ -150,14 +150,14 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
     with run.log.progress(name, len(subset)) as update:
         done = 0
         for number, part in enumerate(subset.parts()):
-            saved = run.folder / f"run_{name}_statistics{number or ''}.safetensors"
+            saved = run.folder / statistics_name(name, number or "")
             parts.append(_accumulate_part(run, name, part, saved, _counted_from(done, update)))
             done += len(part)
     seconds = time.monotonic() - start
     rate = "" if run.config.run.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
     run.log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
     for folder in run.config.run.add_statistics:
-        for path in sorted(folder.glob(f"run_{name}_statistics*.safetensors")):
+        for path in sorted(folder.glob(statistics_name(name, "*"))):
             other = _added(path, subset)
             parts.append(other.equations())
             run.log.line(

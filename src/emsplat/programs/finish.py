@@ -24,6 +24,7 @@ from emsplat.programs.opening import half_sets_from
 from emsplat.programs.run import Fits, Run
 from emsplat.report import verdict
 from emsplat.run.aliases import name_results
+from emsplat.run.files import FSC, FSC_FIGURE, FULL_MAP, HALF_MAPS, REPORT, SAMPLING, SUMMARY, statistics_name
 from emsplat.run.folder import check_same_run, is_finished, plain, read_summary, write_text
 from emsplat.run.log import Log, peak_memory
 from emsplat.sums.equations import sampling
@@ -64,21 +65,21 @@ def finish(
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`."""
     log, folder = run.log, run.folder
-    write_map(folder / "sampling.mrc", sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
+    write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
         measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, symmetry=run.config.choice.symmetry)
     if not run.config.run.keep_statistics:
-        for path in folder.glob("run_half?_statistics*.safetensors"):
+        for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()
     summary = measured | _found(run, classical, fits) | _circumstances(run)
     summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
-    write_text(folder / "summary.json", json_text(summary))
+    write_text(folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the figures and the report"):
         report.write_report(folder)
     # That of the whole nobody knows before the page is drawn.
     summary["seconds"] = round(log.seconds, 1)
-    write_text(folder / "summary.json", json_text(summary))
+    write_text(folder / SUMMARY, json_text(summary))
     _conclude(run, summary)
     return summary
 
@@ -162,10 +163,10 @@ def _conclude(run: Run[RunConfig], summary: dict[str, Any]) -> None:
 
 def _say_results(log: Log, output: Path) -> None:
     for what, name in (
-        ("map", "run_class001.mrc"),
-        ("half maps", "run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc"),
-        ("FSC", "fsc.star, fsc.png"),
-        ("report", "report.html"),
+        ("map", FULL_MAP),
+        ("half maps", " and ".join(HALF_MAPS)),
+        ("FSC", f"{FSC}, {FSC_FIGURE}"),
+        ("report", REPORT),
     ):
         log.line(f"  {what}: {output / name}")
 

@@ -31,7 +31,7 @@ from emsplat.programs.classical import Classical
 from emsplat.programs.opening import write_config
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings, recipe_of
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, SETTINGS, checkpoint_name, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.stop import checkpoints
 
@@ -39,7 +39,7 @@ from emsplat.run.stop import checkpoints
 def batch_before(output: Path) -> int | Literal["auto"]:
     """The batch that an interrupted run with ``--batch auto`` found."""
     try:
-        batch = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))["settings"]["batch"]
+        batch = tomllib.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]["batch"]
     except (OSError, ValueError, KeyError, TypeError):
         return "auto"  # whether there is a run to resume is asked later
     return batch if isinstance(batch, int) and batch > 0 else "auto"
@@ -145,7 +145,7 @@ def _objective(stack: ParticleStack, settings: Settings) -> ImageObjective:
 
 def _files(run: Run[ReconstructConfig], name: str) -> tuple[Path, Path]:
     """Where the state of a fit is kept: at its end, and on the way."""
-    return run.folder / f"run_{name}.safetensors", run.folder / f"run_{name}.checkpoint.safetensors"
+    return run.folder / state_name(name), run.folder / checkpoint_name(name)
 
 
 def _saved(run: Run[ReconstructConfig], name: str) -> State[GaussianField] | None:

@@ -20,8 +20,8 @@ from scipy.interpolate import BSpline
 from torch import Tensor
 
 from emsplat import report
-from emsplat.assessment.curves import shell_curves
-from emsplat.assessment.maps import FIRST_SHELLS, RunMaps, read_run
+from emsplat.assessment.curves import half_map_curves
+from emsplat.assessment.maps import FIRST_SHELLS, read_run
 from emsplat.config import ChoiceOptions, ImageOptions, NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.io.files import json_text, replacing
@@ -30,15 +30,17 @@ from emsplat.io.paths import say_folders
 from emsplat.io.relion import write_table
 from emsplat.maths.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
 from emsplat.measures.crossvalidate import CrossValidation
-from emsplat.measures.fsc import crossing, fsc_curve, resolution
+from emsplat.measures.curves import crossing, resolution
+from emsplat.measures.fsc import fsc_curve
 from emsplat.particles.choose import open_stack
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.report.verdict import spacing
 from emsplat.report.words import DECISIVE, NULL_MEASURES, SILENT
+from emsplat.run.files import NULL_RUN, NULL_TESTS, NULL_TESTS_TABLE
 from emsplat.run.folder import write_text
 from emsplat.run.log import Log
-from emsplat.types import Curve, Grid
+from emsplat.types import Grid
 
 _POSE = ("AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "OriginX", "OriginY")
 _TOLERANCE = 2  # shells that interpolation and the mask carry detail across
@@ -121,7 +123,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
         log.line(f"--- {name}: {len(chosen):,} particles")
         star = _write(name, chosen, folder, from_shell, config.reconstruct.halves.seed)
-        summary = reconstruct(settings, star, folder / "run", Log(log.stream), name)
+        summary = reconstruct(settings, star, folder / NULL_RUN, Log(log.stream), name)
         (folder / "particles.mrcs").unlink()
         reported = summary["resolution"]["cross_validated"]
         if name == "unaltered":
@@ -131,7 +133,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         expected = "no resolution" if limit is None else f"none finer than {limit:.2f} Å"
         if name == "unaltered":
             expected = "a resolution"
-        outcomes.append(_judge(name, expected, limit, folder / "run", reported))
+        outcomes.append(_judge(name, expected, limit, folder / NULL_RUN, reported))
     passed = _report(outcomes, chosen.grid.length / (chosen.grid.size // 2), output, log)
     log.line(f"  report: {report.write_report(output)}")
     return passed
@@ -215,36 +217,31 @@ def _noise_like(images: Float[Tensor, "p y x"], rng: torch.Generator) -> Float[T
 def _judge(name: str, expected: str, limit: float | None, run: Path, reported: float | None) -> Outcome:
     """Resolutions as the curves of a run give them, before the run's own caution takes any back."""
     maps = read_run(run)
+    halves, raw = maps.halves, maps.raw
+    assert raw is not None  # noqa: S101 (reconstruct writes them)
     if name == "poses":
-        maps = _without_radial_part(maps)
-    columns, _ = shell_curves(maps)
-    frequency = torch.tensor(columns["rlnResolution"], dtype=torch.float64)
-
-    def at(column: str) -> float | None:
-        curve = Curve(frequency, torch.tensor(columns[column], dtype=torch.float64))
-        return resolution(curve, 0.143)
-
-    assert maps.raw is not None  # noqa: S101 (reconstruct writes them)
-    validation = CrossValidation(maps.raw, maps.mask, maps.grid, maps.copies)
+        halves, raw = _without_radial_part(halves), _without_radial_part(raw)
+    curves = half_map_curves(halves, maps.grid, maps.mask)
+    validation = CrossValidation(raw, maps.mask, maps.grid, maps.copies)
     return Outcome(
         name,
         expected,
         limit,
-        at("rlnFourierShellCorrelationMaskedMaps"),
-        at("rlnFourierShellCorrelationCorrected"),
-        resolution(fsc_curve(*maps.raw, maps.grid, maps.mask), 0.143),
-        crossing(validation.curve(maps.halves), 0.5),
+        resolution(curves["masked"], 0.143),
+        resolution(curves["corrected"], 0.143),
+        resolution(fsc_curve(*raw, maps.grid, maps.mask), 0.143),
+        crossing(validation.curve(halves), 0.5),
         reported,
     )
 
 
-def _without_radial_part(maps: RunMaps) -> RunMaps:
-    """The maps less their averages over all rotations about the centre.
+def _without_radial_part(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two maps less their averages over all rotations about the centre.
 
     The transform of such an average is real and a function of |k| alone: a cubic spline with two knots per shell,
     fitted to the transform of each map.
     """
-    size = maps.grid.size
+    size = len(pair[0])
     radius = shell_radius(size, 3).flatten().numpy()
     inner = np.arange(0, radius.max() + 0.5, 0.5)
     knots = np.concatenate([[0.0] * 3, inner, [inner[-1]] * 3])
@@ -258,9 +255,7 @@ def _without_radial_part(maps: RunMaps) -> RunMaps:
         radial = torch.from_numpy(basis @ profile).reshape(spectrum.shape)
         return irfft(spectrum - radial, 3).to(volume.dtype)
 
-    first, second = (rest(half) for half in maps.halves)
-    raw = None if maps.raw is None else (rest(maps.raw[0]), rest(maps.raw[1]))
-    return replace(maps, halves=(first, second), raw=raw)
+    return rest(pair[0]), rest(pair[1])
 
 
 def _report(outcomes: list[Outcome], nyquist: float, output: Path, log: Log) -> bool:
@@ -294,8 +289,8 @@ def _report(outcomes: list[Outcome], nyquist: float, output: Path, log: Log) -> 
         row | {"silent": found, "verdict": one.verdict} for row, found, one in zip(rows, silent, outcomes, strict=True)
     ]
     result = {"passed": passed, "tests": tests, "limit": {"nyquist": nyquist}}
-    write_text(output / "nulltest.json", json_text(result))
-    with replacing(output / "nulltest.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    write_text(output / NULL_TESTS, json_text(result))
+    with replacing(output / NULL_TESTS_TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -23,7 +23,7 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.process import describe_threads
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, PARTICLES, SETTINGS
 from emsplat.run.folder import plain, prepare_folder, write_text
 from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
@@ -55,7 +55,7 @@ def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Setti
     stack, skipped = _without_bad(stack, log) if config.run.skip_bad else (stack, ())
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), folder / "run_data.star", stack.half)
+    write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
     run = Run(config, particles, folder, log, stack, skipped, _symmetry(stack, config, log))
     write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
@@ -97,7 +97,7 @@ def _symmetry(stack: ParticleStack, config: RunConfig, log: Log) -> Finding | No
 def write_config(run: Run[RunConfig], settings: Settings | None) -> None:
     """config.toml: what was asked for, and what that came to."""
     write_text(
-        run.folder / "config.toml",
+        run.folder / SETTINGS,
         tomli_w.dumps(
             {
                 "program": f"emsplat {__version__}",

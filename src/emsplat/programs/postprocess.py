@@ -5,26 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from emsplat.assessment.curves import shell_curves
+from emsplat.assessment.curves import correction, half_map_curves
 from emsplat.assessment.maps import RunMaps, read_run
 from emsplat.config import PostprocessConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
-from emsplat.measures.fsc import PROTEIN_VOLUME, crossing, resolution
+from emsplat.measures.curves import Line, crossing, resolution
+from emsplat.measures.fsc import PROTEIN_VOLUME
 from emsplat.measures.sharpening import Guinier, fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
 from emsplat.process import threads
 from emsplat.report.verdict import spacing
 from emsplat.run.aliases import link_results
-from emsplat.run.files import HALF_MAPS
+from emsplat.run.files import FSC, FSC_XML, HALF_MAPS, MASK, POSTPROCESS, SHARPENED, SHARPENED_MASKED
 from emsplat.run.folder import write_text
 from emsplat.run.fsc_star import write_fsc_star
 from emsplat.run.log import Log
-from emsplat.types import Curve, Grid
-
-_CORRECTED = "rlnFourierShellCorrelationCorrected"
+from emsplat.types import Grid
 
 
 def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
 def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any]:
     maps = read_run(run, config.mask, log)
     grid = maps.grid
-    columns, masking = shell_curves(maps)
-    corrected = Curve(torch.arange(grid.size // 2 + 1).double() / grid.length, torch.tensor(columns[_CORRECTED]))
+    curves = half_map_curves(maps.halves, grid, maps.mask)
+    corrected, masking = curves["corrected"], correction(curves, maps.mask)
     weight, found, source = _weight(maps, corrected)
     if found is None:
         raise InputError(
             f"{run}: no resolution in this mask (the {source} is below its threshold from the start); expected maps "
-            "with signal; see fsc.star"
+            f"with signal; see {FSC}"
         )
     average = 0.5 * (maps.halves[0] + maps.halves[1])
     line: Guinier | None = None
@@ -64,44 +64,44 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
             log.warn(f"not sharpened: {error}")
     b_factor = config.b_factor if config.b_factor is not None else line.b_factor if line else 0.0
     sharp = sharpen(average, grid, b_factor, weight)
-    write_map(run / "postprocess.mrc", sharp, grid.pixel_size)
-    write_map(run / "postprocess_masked.mrc", sharp * maps.mask, grid.pixel_size)
+    write_map(run / SHARPENED, sharp, grid.pixel_size)
+    write_map(run / SHARPENED_MASKED, sharp * maps.mask, grid.pixel_size)
     about: dict[str, Any] = {
-        "rlnFinalResolution": round(found, 6),
-        "rlnBfactorUsedForSharpening": round(b_factor, 4),
-        "rlnUnfilteredMapHalf1": HALF_MAPS[0],
-        "rlnUnfilteredMapHalf2": HALF_MAPS[1],
-        "rlnPostprocessedMap": "postprocess.mrc",
-        "rlnPostprocessedMapMasked": "postprocess_masked.mrc",
-        "rlnMaskName": str(config.mask or "mask.mrc"),
-        "rlnParticleBoxFractionSolventMask": round(PROTEIN_VOLUME / masking["fraction"], 6),
-        "emsplatWeight": source,
+        "resolution": round(found, 6),
+        "b_factor": round(b_factor, 4),
+        "half_map_1": HALF_MAPS[0],
+        "half_map_2": HALF_MAPS[1],
+        "map": SHARPENED,
+        "masked_map": SHARPENED_MASKED,
+        "mask": str(config.mask or MASK),
+        "particle_fraction": round(PROTEIN_VOLUME / masking["fraction"], 6),
+        "weight": source,
     }
     if masking["randomised_from"] is not None:
-        about["rlnRandomiseFrom"] = masking["randomised_from"]
+        about["randomised_from"] = masking["randomised_from"]
     plot = None
     habit = _relion_b_factor(average, grid, corrected, config.b_factor_from)
     if line is not None:
-        about["rlnFittedSlopeGuinierPlot"] = round(line.slope, 5)
-        about["rlnFittedInterceptGuinierPlot"] = round(line.intercept, 5)
-        about["rlnCorrelationFitGuinierPlot"] = round(line.correlation, 6)
-        about["emsplatSlopeOfProtein"] = round(line.protein_slope, 5)
-        about["emsplatBfactorAgainstProtein"] = round(line.b_factor, 4)
+        about["slope"] = round(line.slope, 5)
+        about["intercept"] = round(line.intercept, 5)
+        about["correlation"] = round(line.correlation, 6)
+        about["protein_slope"] = round(line.protein_slope, 5)
+        about["b_factor_against_protein"] = round(line.b_factor, 4)
     if habit is not None:
-        about["emsplatBfactorByRelionsRule"] = round(habit, 4)
+        about["b_factor_by_relions_rule"] = round(habit, 4)
     if line is not None:
         square = line.frequency**2
         plot = {
-            "rlnResolutionSquared": square.tolist(),
-            "rlnLogAmplitudesOriginal": line.original.tolist(),
-            "rlnLogAmplitudesWeighted": line.weighted.tolist(),
-            "rlnLogAmplitudesSharpened": (line.weighted - b_factor * square / 4).tolist(),
-            "rlnLogAmplitudesIntercept": [line.intercept] * len(square),
-            "emsplatLogAmplitudesProtein": protein_amplitude(line.frequency).tolist(),
+            "square_frequency": square.numpy(),
+            "original": line.original.numpy(),
+            "weighted": line.weighted.numpy(),
+            "sharpened": (line.weighted - b_factor * square / 4).numpy(),
+            "intercept": np.full(len(square), line.intercept),
+            "protein": protein_amplitude(line.frequency).numpy(),
         }
-    write_fsc_star(run / "postprocess.star", {name: str(value) for name, value in about.items()}, columns, plot)
+    write_fsc_star(run / POSTPROCESS, about, curves, plot)
     title = "emsplat half maps, masked and corrected"
-    write_text(run / "postprocess_fsc.xml", fsc_xml(corrected, title))
+    write_text(run / FSC_XML, fsc_xml(corrected, title))
     log.line(f"resolution {spacing(found, grid.nyquist)} ({source}), sharpened with a B factor of {b_factor:.1f} Å²")
     if line is not None:
         log.line(
@@ -111,8 +111,8 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
     if habit is not None:
         log.line(f"  relion_postprocess would take {habit:.1f} Å² for these half maps (--b-factor {habit:.0f})")
     link_results(run)
-    log.line(f"  map: {run / 'postprocess.mrc'}, masked: {run / 'postprocess_masked.mrc'}")
-    log.line(f"  tables: {run / 'postprocess.star'}, FSC for EMDB: {run / 'postprocess_fsc.xml'}")
+    log.line(f"  map: {run / SHARPENED}, masked: {run / SHARPENED_MASKED}")
+    log.line(f"  tables: {run / POSTPROCESS}, FSC for EMDB: {run / FSC_XML}")
     return about
 
 
@@ -124,26 +124,27 @@ def _signal(maps: RunMaps, low: float) -> Guinier:
     Raises:
         InputError: too few shells.
     """
-    columns, _ = shell_curves(RunMaps(maps.grid, maps.data, None, None, maps.mask))
-    curve = Curve(torch.tensor(columns["rlnResolution"]), torch.tensor(columns[_CORRECTED]))
+    curve = half_map_curves(maps.data, maps.grid, maps.mask)["corrected"]
     high = resolution(curve, 0.143)
-    return guinier(
-        0.5 * (maps.data[0] + maps.data[1]) * maps.mask, maps.grid, fsc_weight(curve.value), low=low, high=high
-    )
+    return guinier(0.5 * (maps.data[0] + maps.data[1]) * maps.mask, maps.grid, _weight_of(curve), low=low, high=high)
 
 
-def _relion_b_factor(average: torch.Tensor, grid: Grid, corrected: Curve, low: float) -> float | None:
+def _relion_b_factor(average: torch.Tensor, grid: Grid, corrected: Line, low: float) -> float | None:
     """B by RELION's rule: a level line through the weighted amplitudes of the whole box; None with too few shells."""
     try:
-        return guinier(average, grid, fsc_weight(corrected.value), low=low).line_b_factor
+        return guinier(average, grid, _weight_of(corrected), low=low).line_b_factor
     except InputError:
         return None
 
 
-def _weight(maps: RunMaps, corrected: Curve) -> tuple[torch.Tensor, float | None, str]:
+def _weight_of(curve: Line) -> torch.Tensor:
+    return fsc_weight(torch.from_numpy(curve.value))
+
+
+def _weight(maps: RunMaps, corrected: Line) -> tuple[torch.Tensor, float | None, str]:
     """Weight per shell, resolution in Å, and what both come from."""
     if maps.raw is None:
-        return fsc_weight(corrected.value), resolution(corrected, 0.143), "corrected half-map FSC"
+        return _weight_of(corrected), resolution(corrected, 0.143), "corrected half-map FSC"
     curve = CrossValidation(maps.raw, maps.mask, maps.grid, maps.copies).curve(maps.halves)
     # The average of the halves is at least as good as one of them, which is what the estimate is about.
     value = curve.value.clamp(0, 1)

@@ -28,9 +28,9 @@ from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.image_engine import batch_before, fit_images, with_batch
 from emsplat.programs.opening import introduce_fit, open_run
 from emsplat.programs.run import Fits, Run
-from emsplat.programs.settings import settings_of
+from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
-from emsplat.run.files import HALVES, map_name
+from emsplat.run.files import HALVES, backprojection_name, map_name, model_name
 from emsplat.run.log import Log
 
 
@@ -70,9 +70,7 @@ def reconstruct(
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end():
-        settings = settings_of(config)
-        if config.run.resume and settings.batch == "auto":
-            settings = replace(settings, batch=batch_before(output))
+        settings = _settled(config, output)
         run = open_run(config, particles, output, log, settings)
         introduce_fit(log, settings)
         classical = accumulate_all(run)
@@ -82,6 +80,12 @@ def reconstruct(
             fits = fit_images(run, with_batch(run, settings, classical), classical)
         _write_fits(run, fits, classical)
         return finish(run, classical, _compared_with_images(run, fits), altered)
+
+
+def _settled(config: ReconstructConfig, output: Path) -> Settings:
+    """What the options come to; a run that is resumed keeps the batch that it has found."""
+    settings = settings_of(config)
+    return replace(settings, batch=batch_before(output)) if config.run.resume and settings.batch == "auto" else settings
 
 
 def _write_classical(run: Run[RunConfig], classical: Classical) -> None:
@@ -96,7 +100,7 @@ def _write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -
     for name, fitted in fits.by_name.items():
         _write_model(run, name, fitted.model)
     for name, volume in classical.raw.items():
-        write_map(run.folder / f"backprojection_{name}.mrc", volume, run.stack.grid.pixel_size)
+        write_map(run.folder / backprojection_name(name), volume, run.stack.grid.pixel_size)
 
 
 @torch.no_grad()
@@ -104,7 +108,7 @@ def _write_model(run: Run[ReconstructConfig], name: str, model: GaussianField) -
     grid, gaussians = run.stack.grid, model.gaussians()
     write_map(run.folder / map_name(name), voxelize(gaussians, grid), grid.pixel_size)
     write_ply(
-        run.folder / f"run_{name}.ply",
+        run.folder / model_name(name),
         gaussians.mean.cpu(),
         model.scales().cpu(),
         model.quaternion.cpu(),

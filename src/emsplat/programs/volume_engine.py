@@ -26,7 +26,7 @@ from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
-from emsplat.run.files import HALVES
+from emsplat.run.files import HALVES, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import Judged, Scored
 from emsplat.run.log import Log
@@ -121,7 +121,7 @@ def _carry_out(
     seconds = time.monotonic() - start
     for one in fits:
         histories[one.name].rewind(one.kept.step)
-        save_checkpoint(run.folder / f"run_{one.name}.safetensors", one.kept)
+        save_checkpoint(run.folder / state_name(one.name), one.kept)
     run.log.line(f"{label}: {', '.join(f'{len(one.kept.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
     return stages, {one.name: _fitted(one, seconds / len(fits), done / len(fits)) for one in fits}
 

@@ -21,6 +21,7 @@ from emsplat.report import page
 from emsplat.report.read import read_summary_or_nothing
 from emsplat.report.style import CSS, PAGE, SCRIPT
 from emsplat.report.verdict import Kind, kind_of
+from emsplat.run.files import REPORT
 
 _Part = Callable[[Path], str]
 _FITTED = frozenset({Kind.ONE_PASS, Kind.IMAGES})
@@ -63,7 +64,7 @@ def write_report(run: Path) -> Path:
         for anchor, title, parts, kinds in _SECTIONS
         if kind in kinds
     ]
-    target = run / "report.html"
+    target = run / REPORT
     # Listed last and with the page itself, so that the list shows what the reader finds.
     files = page.file_table({*(f.name for f in run.iterdir() if f.is_file()), target.name})
     sections = [section for section in sections if section[2]] + [("files", "Files", files)]

@@ -16,10 +16,13 @@ from emsplat.io.files import replacing
 from emsplat.report import read
 from emsplat.report.verdict import kind_of, spacing
 from emsplat.report.words import CURVE_NAMES
+from emsplat.run import files
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from emsplat.measures.curves import Curves
 
 # Okabe & Ito's colours stay apart for colour-blind readers; the dashes (drawn, left out, ... in line widths) keep the
 # lines apart in grey.
@@ -60,7 +63,7 @@ def draw_fsc(run: Path) -> Path:
     """
     panels = fsc_panels(run)
     entries = max(len([curve for curve in panel.curves if not curve.hidden]) for panel in panels)
-    with _figure(run / "fsc.png", 4.6 * len(panels), 3.9 + 0.17 * entries) as figure:
+    with _figure(run / files.FSC_FIGURE, 4.6 * len(panels), 3.9 + 0.17 * entries) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             axes.axhline(0, color="#999999", linewidth=0.6)
             axes.axhline(panel.threshold, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
@@ -76,7 +79,7 @@ def draw_fsc(run: Path) -> Path:
             axes.locator_params(axis="x", nbins=5)
             axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}\n{1 / k:.3g} Å" if k > 0 else "0")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), fontsize=8)
-    return run / "fsc.png"
+    return run / files.FSC_FIGURE
 
 
 def draw_slices(run: Path) -> Path:
@@ -91,14 +94,14 @@ def draw_slices(run: Path) -> Path:
     import numpy as np
 
     volume = read.read_full_map(run)
-    with _figure(run / "slices.png", 7.2, 5.2) as figure:
+    with _figure(run / files.SLICES_FIGURE, 7.2, 5.2) as figure:
         panels = figure.subplots(2, 3)
         for row, kind in zip(panels, ("slice", "projection"), strict=True):
             for axis, (axes, plane) in enumerate(zip(row, ("xy", "xz", "yz"), strict=True)):
                 image = _central(volume.values, axis) if kind == "slice" else volume.values.sum(axis)
                 _draw_plane(axes, image, volume.pixel_size, np.percentile(image, (0.5, 99.8)))
                 axes.set_title(f"{plane} {kind}", size=10)
-    return run / "slices.png"
+    return run / files.SLICES_FIGURE
 
 
 def draw_convergence(run: Path) -> Path:
@@ -111,7 +114,7 @@ def draw_convergence(run: Path) -> Path:
         OutputError: the figure cannot be written.
     """
     fits = read.read_convergence(run)
-    with _figure(run / "convergence.png", 7.2, 3.3) as figure:
+    with _figure(run / files.CONVERGENCE_FIGURE, 7.2, 3.3) as figure:
         whole, end = figure.subplots(1, 2)
         for axes, title, begin in ((whole, "whole fit", 0.0), (end, "last half, enlarged", 0.5)):
             for i, (name, (steps, losses)) in enumerate(fits.items()):
@@ -124,7 +127,7 @@ def draw_convergence(run: Path) -> Path:
             axes.set_title(title, size=10)
         whole.set(ylabel="loss")
         figure.legend(loc="outside lower center", ncols=min(4, len(fits)), fontsize=9)
-    return run / "convergence.png"
+    return run / files.CONVERGENCE_FIGURE
 
 
 def draw_local_resolution(run: Path) -> Path:
@@ -135,7 +138,7 @@ def draw_local_resolution(run: Path) -> Path:
         OutputError: the figure cannot be written.
     """
     distributions = local_resolutions(run)
-    with _figure(run / "local_resolution.png", 5.2, 3.4) as figure:
+    with _figure(run / files.LOCAL_RESOLUTION_FIGURE, 5.2, 3.4) as figure:
         axes = figure.add_subplot()
         edges = shared_bins(list(distributions.values()))
         for i, (name, values) in enumerate(distributions.items()):
@@ -144,7 +147,7 @@ def draw_local_resolution(run: Path) -> Path:
             axes.stairs(shares, edges, label=name, **_line(i))
         axes.set(xlabel="local resolution (Å)", ylabel="voxels inside the mask (%)")
         axes.legend(fontsize=9)
-    return run / "local_resolution.png"
+    return run / files.LOCAL_RESOLUTION_FIGURE
 
 
 def draw_local_resolution_slices(run: Path) -> Path:
@@ -161,7 +164,7 @@ def draw_local_resolution_slices(run: Path) -> Path:
     mask = read.read_mask(run, volume.values.shape)
     shown = local if mask is None else np.where(mask, local, np.nan)
     low, high = resolution_range(shown)
-    with _figure(run / "local_resolution_slices.png", 7.2, 2.6) as figure:
+    with _figure(run / files.LOCAL_RESOLUTION_SLICES_FIGURE, 7.2, 2.6) as figure:
         panels = figure.subplots(1, 3)
         for axis, (axes, plane) in enumerate(zip(panels, ("xy", "xz", "yz"), strict=True)):
             image = _central(volume.values, axis)
@@ -174,7 +177,7 @@ def draw_local_resolution_slices(run: Path) -> Path:
             axes.imshow(layer, cmap=_local_colours(), vmin=low, vmax=high, origin="lower", extent=extent, alpha=opacity)
             axes.set_title(f"{plane} slice", size=10)
         figure.colorbar(_scale(low, high), ax=panels, shrink=0.9, label="local resolution (Å)")
-    return run / "local_resolution_slices.png"
+    return run / files.LOCAL_RESOLUTION_SLICES_FIGURE
 
 
 def draw_directions(run: Path) -> Path:
@@ -186,7 +189,7 @@ def draw_directions(run: Path) -> Path:
     """
     found = read.read_directions(run)
     shown = direction_maps(found)
-    with _figure(run / "directions.png", 7.2, 2.2 * ((len(shown) + 1) // 2)) as figure:
+    with _figure(run / files.DIRECTIONS_FIGURE, 7.2, 2.2 * ((len(shown) + 1) // 2)) as figure:
         panels = figure.subplots((len(shown) + 1) // 2, 2).flat
         for axes, one in zip(panels, shown, strict=True):
             scale = {"cmap": one.colours.lower(), "vmin": one.range[0], "vmax": one.range[1]}
@@ -194,7 +197,7 @@ def draw_directions(run: Path) -> Path:
             axes.set(xlabel="rot (°)", ylabel="tilt (°)", xticks=range(0, 361, 90), yticks=range(0, 181, 45))
             axes.set_title(one.title, size=10)
             axes.invert_yaxis()
-    return run / "directions.png"
+    return run / files.DIRECTIONS_FIGURE
 
 
 def draw_residual(run: Path) -> Path:
@@ -205,7 +208,7 @@ def draw_residual(run: Path) -> Path:
         OutputError: the figure cannot be written.
     """
     frequency, ratios = residual_ratios(run)
-    with _figure(run / "residual.png", 5.6, 3.4) as figure:
+    with _figure(run / files.RESIDUAL_FIGURE, 5.6, 3.4) as figure:
         axes = figure.add_subplot()
         axes.axhline(1, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
         for i, (name, ratio) in enumerate(ratios.items()):
@@ -214,7 +217,7 @@ def draw_residual(run: Path) -> Path:
         axes.set(ylim=residual_range(ratios))
         axes.xaxis.set_major_formatter(lambda k, _: f"{k:g}\n{1 / k:.3g} Å" if k > 0 else f"{k:g}")
         axes.legend(fontsize=9)
-    return run / "residual.png"
+    return run / files.RESIDUAL_FIGURE
 
 
 def draw_gaussians(run: Path) -> Path:
@@ -225,7 +228,7 @@ def draw_gaussians(run: Path) -> Path:
         OutputError: the figure cannot be written.
     """
     widths = read.read_widths(run)
-    with _figure(run / "gaussians.png", 7.2, 3.2) as figure:
+    with _figure(run / files.GAUSSIANS_FIGURE, 7.2, 3.2) as figure:
         left, right = figure.subplots(1, 2)
         edges = shared_bins([widths.sigma.ravel()])
         for i, (name, values) in enumerate(zip(AXES, widths.sigma.T, strict=True)):
@@ -236,7 +239,7 @@ def draw_gaussians(run: Path) -> Path:
         shares = [100 * share for share in histogram(widths.anisotropy, edges)]
         right.stairs(shares, edges, color=LINES[0][0], fill=True, alpha=0.6)
         right.set(xlabel="anisotropy, largest / smallest σ", ylabel="Gaussians (%)")
-    return run / "gaussians.png"
+    return run / files.GAUSSIANS_FIGURE
 
 
 # What both kinds of figures show
@@ -283,31 +286,33 @@ def fsc_panels(run: Path) -> list[FscPanel]:
     Raises:
         InputError: ``fsc.star`` is missing, cannot be read or has no curve.
     """
-    shells = read.read_fsc(run)
+    curves = read.read_fsc(run)
     summary = read.read_summary_or_nothing(run)
-    kind, nyquist = kind_of(summary), 1 / shells.frequency[-1]
-    gaussians = kind.has_gaussians or "emsplatCrossValidated" in shells.curves
+    frequency = curves.frequency.tolist()
+    kind, nyquist = kind_of(summary), 1 / frequency[-1]
+    gaussians = kind.has_gaussians or "cross_validated" in curves
     maps = "half maps of the Gaussians" if gaussians else "half maps"
-    frequency, places = shells.frequency, {name: place for place, name in enumerate(CURVE_NAMES)}
+    places = {name: place for place, name in enumerate(CURVE_NAMES)}
     evident = summary.get("evident") is not False
     truth, between = [], []
-    for name in in_order(shells.curves):
-        values, place = shells.curves[name], places.get(name, len(places))
+    for name in in_order(curves):
+        values, place = curves[name].value[1:].tolist(), places.get(name, len(places))
         plain = CURVE_NAMES.get(name, name)
         found = ""
         if evident and name not in _WITHOUT_RESOLUTION:
-            found = f": {spacing(_reading(name, frequency, values), nyquist)}"
+            found = f": {spacing(_reading(name, curves), nyquist)}"
         if name in _AGAINST_TRUTH:
-            truth.append(FscCurve(plain + found, values[1:], place))
+            truth.append(FscCurve(plain + found, values, place))
             continue
-        between.append(FscCurve(plain + found, values[1:], place, hidden=name in _ON_REQUEST))
+        between.append(FscCurve(plain + found, values, place, hidden=name in _ON_REQUEST))
         if name in _IMPLYING:
-            origin = plain if name.startswith("emsplat") else f"{maps}, corrected"
-            truth.append(FscCurve(f"{origin}, implied{found}", implied(values[1:]), place))
+            origin = plain if name == "backprojection" else f"{maps}, corrected"
+            truth.append(FscCurve(f"{origin}, implied{found}", implied(values), place))
     panels = []
     truth = [curve for curve in truth if any(map(math.isfinite, curve.values))]
-    if truth and any(name in shells.curves for name in _AGAINST_TRUTH):
-        band = (shells.band[0][1:], shells.band[1][1:]) if shells.band else None
+    if truth and any(name in curves for name in _AGAINST_TRUTH):
+        low, high = (curves[name].value[1:].tolist() if name in curves else [] for name in _BAND)
+        band = (low, high) if low and high else None
         panels.append(
             FscPanel("against the truth", "correlation with the truth (FSC)", 0.5, frequency[1:], truth, band)
         )
@@ -316,11 +321,12 @@ def fsc_panels(run: Path) -> list[FscPanel]:
     return panels
 
 
-_AGAINST_TRUTH = ("emsplatCrossValidated", "emsplatReferenceMasked")
-_IMPLYING = ("emsplatBackprojectionMasked", "rlnFourierShellCorrelationCorrected")
+_AGAINST_TRUTH = ("cross_validated", "reference")
+_BAND = ("cross_validated_low", "cross_validated_high")
+_IMPLYING = ("backprojection", "corrected")
 # What maps share that share nothing: its curve says something about the mask, a resolution nothing.
-_WITHOUT_RESOLUTION = ("rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",)
-_ON_REQUEST = ("rlnFourierShellCorrelationParticleMaskFraction", "emsplatCryodrgnMaskedMaps")
+_WITHOUT_RESOLUTION = ("random_phases",)
+_ON_REQUEST = ("particle", "masked_cryodrgn")
 
 
 def implied(values: Sequence[float]) -> list[float]:
@@ -332,23 +338,25 @@ def implied(values: Sequence[float]) -> list[float]:
     return [math.sqrt(2 * f / (1 + f)) for f in values[:end]] + [math.nan] * (len(values) - end)
 
 
-def in_order(curves: dict[str, list[float]]) -> list[str]:
-    """The columns of fsc.star, known ones first."""
-    known = [name for name in CURVE_NAMES if name in curves]
-    return known + [name for name in curves if name not in CURVE_NAMES]
+def in_order(curves: Curves) -> list[str]:
+    """The names of the curves but those of the band, known ones first."""
+    names = [name for name in curves.values if name not in _BAND]
+    return sorted(names, key=lambda name: [*CURVE_NAMES, name].index(name))
 
 
-def _reading(name: str, frequency: Sequence[float], values: Sequence[float]) -> float | None:
+def _reading(name: str, curves: Curves) -> float | None:
     """The resolution of a curve by the rule that its number in the headline follows."""
+    from emsplat.measures.curves import crossing, last_crossing, resolution
+
     match name:
-        case "emsplatCrossValidated":
-            return read.crossing(frequency, values, 0.5)
-        case "emsplatReferenceMasked":
-            return read.resolution(frequency, values, 0.5)
-        case "emsplatCryodrgnMaskedMaps":
-            return read.last_crossing(frequency, values, 0.143)
+        case "cross_validated":
+            return crossing(curves[name], 0.5)
+        case "reference":
+            return resolution(curves[name], 0.5)
+        case "masked_cryodrgn":
+            return last_crossing(curves[name], 0.143)
         case _:
-            return read.resolution(frequency, values, 0.143)
+            return resolution(curves[name], 0.143)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -361,19 +369,19 @@ def local_resolutions(run: Path) -> dict[str, NDArray[np.float32]]:
     """Local resolutions in Å inside the mask, of the map that the headline uses and, if there, of the half maps."""
     import numpy as np
 
-    shape = read.read_volume(run / read.LOCAL_RESOLUTION).values.shape
+    shape = read.read_volume(run / files.LOCAL_RESOLUTION).values.shape
     mask = read.read_mask(run, shape)
-    names = {"local resolution": read.LOCAL_RESOLUTION}
-    if (run / read.LOCAL_RESOLUTION_HALF_MAPS).exists():
+    names = {"local resolution": files.LOCAL_RESOLUTION}
+    if (run / files.LOCAL_RESOLUTION_HALF_MAPS).exists():
         names = {
-            "cross-validated": read.LOCAL_RESOLUTION,
-            "half maps of the Gaussians": read.LOCAL_RESOLUTION_HALF_MAPS,
+            "cross-validated": files.LOCAL_RESOLUTION,
+            "half maps of the Gaussians": files.LOCAL_RESOLUTION_HALF_MAPS,
         }
     maps = {label: read.read_local_resolution(run, shape, name) for label, name in names.items()}
     found = {label: values[np.isfinite(values) & (True if mask is None else mask)] for label, values in maps.items()}
     if not all(len(values) for values in found.values()):
         raise InputError(
-            f"{run / read.LOCAL_RESOLUTION}: no resolution inside {read.MASK}; expected Å there; "
+            f"{run / files.LOCAL_RESOLUTION}: no resolution inside {files.MASK}; expected Å there; "
             "run the reconstruction again"
         )
     return found

@@ -15,6 +15,7 @@ from emsplat.errors import InputError
 from emsplat.report import figures, plots, read, verdict, words
 from emsplat.report.surface import make_surface
 from emsplat.report.verdict import Kind
+from emsplat.run import files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,9 +117,9 @@ def null_tests(run: Path) -> str:
         else "The cross-validated resolution is not silent where it must be, or the unaltered particles give none."
     )
     links = " · ".join(
-        f'<a href="{quote(name)}/run/report.html">{html.escape(name)}</a>'
+        f'<a href="{quote(name)}/{files.NULL_RUN}/{files.REPORT}">{html.escape(name)}</a>'
         for name, *_ in rows
-        if (run / name / "run" / "report.html").is_file()
+        if (run / name / files.NULL_RUN / files.REPORT).is_file()
     )
     head = ("Test", "What was done to the images", "Expected", *words.NULL_MEASURES.values(), "Verdict")
     return (
@@ -163,7 +164,7 @@ def surface(run: Path) -> str:
     else:
         colours = figures.resolution_range(local if mask is None else local[mask])
     found = make_surface(volume, mask, local, run)
-    box = "the whole box: there is no mask.mrc" if mask is None else "the box around mask.mrc"
+    box = f"the whole box: there is no {files.MASK}" if mask is None else f"the box around {files.MASK}"
     colour = (
         "Colour is the local resolution in Å, blue where it is finest; one colour all over means that it varies by "
         "less than a fifth. "
@@ -174,7 +175,7 @@ def surface(run: Path) -> str:
     return (
         _plot(plots.plot_surface(found, colours), "Isosurface of the full map")
         + _note(
-            f"The surface of {read.FULL_MAP} where its density has the level of the slider, in standard deviations of "
+            f"The surface of {files.FULL_MAP} where its density has the level of the slider, in standard deviations of "
             f"the map. Drag to turn, scroll to zoom. {colour}Look for one solid body that keeps its shape over several "
             "levels; crumbs in the surroundings that grow as fast as the body are noise or a wrong mask. Cut to "
             f"{box}{reduced}; a viewer of maps shows more."
@@ -190,8 +191,8 @@ def slices(run: Path) -> str:
     return (
         _picture(figures.draw_slices(run), "Central slices and projections of the full map")
         + _note(
-            f"Above, slices of {read.FULL_MAP} one voxel thick through the centre; below, sums along the same axes. "
-            "The first letter points right, the second up; white is dense. A good map has a bright particle in "
+            f"Above, slices of {read.shown_map(run)} one voxel thick through the centre; below, sums along the same "
+            "axes. The first letter points right, the second up; white is dense. A good map has a bright particle in "
             "even surroundings. A dark particle has the wrong contrast; streaks, rings and specks outside are noise, "
             "missing views or a wrong CTF."
         )
@@ -395,7 +396,7 @@ def stages(run: Path) -> str:
 
 def scores(run: Path) -> str:
     """The cross-validated score after each epoch; nothing where the engine of the run keeps none."""
-    if not (run / "scores.csv").exists():
+    if not (run / files.SCORES).exists():
         return ""
     return _plot(plots.plot_scores(run), "Score against epoch") + _note(
         "The mean over all shells of the cross-validated FSC after each epoch, stages one after another; 1 would be "
@@ -455,14 +456,14 @@ def _fits(found: Mapping[str, Any]) -> str:
 
 def config(run: Path) -> str:
     """The settings as they were given."""
-    path = run / "config.toml"
+    path = run / files.SETTINGS
     if verdict.kind_of(read.read_summary_or_nothing(run)) is Kind.HALF_MAPS and not path.exists():
         return ""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise read.unreadable(path, error, "the settings of the run") from error
-    return f"<details><summary>All settings (config.toml)</summary><pre>{html.escape(text)}</pre></details>\n"
+    return f"<details><summary>All settings ({files.SETTINGS})</summary><pre>{html.escape(text)}</pre></details>\n"
 
 
 def checks(run: Path) -> str:
@@ -548,7 +549,7 @@ def _example_caption(entry: Mapping[str, Any]) -> str:
 
 def _has_no_map(run: Path, summary: Mapping[str, Any]) -> bool:
     """Whether a full map is neither there nor to be expected: two half maps are enough to be measured."""
-    return verdict.kind_of(summary) is Kind.HALF_MAPS and not (run / read.FULL_MAP).exists()
+    return verdict.kind_of(summary) is Kind.HALF_MAPS and not (run / files.FULL_MAP).exists()
 
 
 def _was_not_measured(summary: Mapping[str, Any], name: str) -> bool:
@@ -573,7 +574,7 @@ def _input_text(key: str, value: object) -> str:
 
 
 def _absent(name: str) -> str:
-    return f'<p class="missing">Not shown. summary.json has no "{name}".</p>\n'
+    return f'<p class="missing">Not shown. {files.SUMMARY} has no "{name}".</p>\n'
 
 
 def _note(text: str) -> str:

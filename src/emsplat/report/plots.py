@@ -27,6 +27,7 @@ from emsplat.report.figures import (
     shared_bins,
 )
 from emsplat.report.surface import UNIT, Surface
+from emsplat.run.files import NULL_RUN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,20 +187,20 @@ def _plot_fsc_panel(panel: FscPanel, entries: int) -> Any:
 
 def plot_null_curves(run: Path, names: Sequence[str]) -> list[Any]:
     """The cross-validated curve and that of the half maps of each null test, a figure for each."""
-    tests = {name: read.read_fsc(run / name / "run") for name in names}
+    tests = {name: read.read_fsc(run / name / NULL_RUN) for name in names}
     panels = []
     for column, title, quantity, threshold in (
-        ("emsplatCrossValidated", "cross-validated", "correlation with the truth (FSC)", 0.5),
-        ("rlnFourierShellCorrelationCorrected", "half maps, masked and corrected", "FSC between half maps", 0.143),
+        ("cross_validated", "cross-validated", "correlation with the truth (FSC)", 0.5),
+        ("corrected", "half maps, masked and corrected", "FSC between half maps", 0.143),
     ):
-        curves = [
-            FscCurve(name, shells.curves[column][1:], place)
-            for place, (name, shells) in enumerate(tests.items())
-            if column in shells.curves
+        shown = [
+            FscCurve(name, curves[column].value[1:].tolist(), place)
+            for place, (name, curves) in enumerate(tests.items())
+            if column in curves
         ]
-        if curves:
-            frequency = next(iter(tests.values())).frequency[1:]
-            panels.append(FscPanel(title, quantity, threshold, frequency, curves))
+        if shown:
+            frequency = next(iter(tests.values())).frequency[1:].tolist()
+            panels.append(FscPanel(title, quantity, threshold, frequency, shown))
     return _plot_fsc_panels(panels) if panels else []
 
 

@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emsplat.errors import InputError
+from emsplat.run import files
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FULL_MAP = "run_class001.mrc"
-FULL_MODEL = "run_class001.ply"
-MASK = "mask.mrc"
-LOCAL_RESOLUTION = "local_resolution.mrc"
-LOCAL_RESOLUTION_HALF_MAPS = "local_resolution_half_maps.mrc"
-SUMMARIES = ("summary.json", "nulltest.json", "check.json")
-BAND = ("emsplatCrossValidatedLow", "emsplatCrossValidatedHigh")
-
-_ABSCISSAE = ("rlnSpectralIndex", "rlnResolution", "rlnAngstromResolution")
-_PLY_TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8", "uchar": "u1", "uint8": "u1"}
+    from emsplat.measures.curves import Curves
 
 
 @dataclass(frozen=True)
@@ -34,15 +26,6 @@ class Volume:
 
     values: NDArray[np.float32]
     pixel_size: float
-
-
-@dataclass(frozen=True)
-class Shells:
-    """The table of ``fsc.star``: frequencies in 1/Å, curves by column, and the band of the cross-validated curve."""
-
-    frequency: list[float]
-    curves: dict[str, list[float]]
-    band: tuple[list[float], list[float]] | None
 
 
 @dataclass(frozen=True)
@@ -69,37 +52,24 @@ class Widths:
         return self.sigma[:, 2] / self.sigma[:, 0]
 
 
-def read_fsc(run: Path) -> Shells:
-    """The curves of ``fsc.star``; entries that are not numbers become NaN."""
-    from gemmi import cif
+def read_fsc(run: Path) -> Curves:
+    """The curves of ``fsc.star``; entries that are not numbers are NaN."""
+    import numpy as np
 
-    path = run / "fsc.star"
-    try:
-        block = cif.read(str(path)).find_block("fsc")
-        loops = [item.loop for item in block or () if item.loop is not None]
-        columns = {
-            tag.removeprefix("_"): [cif.as_number(value) for value in block.find_loop(tag)]
-            for loop in loops
-            for tag in loop.tags
-        }
-    except (OSError, ValueError, RuntimeError) as error:
-        raise unreadable(path, error, "a STAR file") from error
-    frequency = columns.get("rlnResolution", [])
-    columns = {name: values for name, values in columns.items() if len(values) == len(frequency)}
-    curves = {name: values for name, values in columns.items() if name not in (*_ABSCISSAE, *BAND)}
-    if not curves or len(frequency) < 2 or not all(0 < k < math.inf for k in frequency[1:]):
-        raise InputError(
-            f"{path}: no FSC curve; expected data_fsc with rlnResolution and "
-            "rlnFourierShellCorrelationUnmaskedMaps; run the reconstruction again"
-        )
-    low, high = (columns.get(name) for name in BAND)
-    return Shells(frequency, curves, (low, high) if low and high else None)
+    from emsplat.run.fsc_star import read_fsc_star
+
+    path = _there(run / files.FSC, "a STAR file")
+    curves = read_fsc_star(path)
+    frequency = curves.frequency
+    if not curves.values or len(frequency) < 2 or not (np.isfinite(frequency) & (frequency > 0))[1:].all():
+        raise InputError(f"{path}: no FSC curve; expected some over frequencies above 0; run the reconstruction again")
+    return curves
 
 
 def read_convergence(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Steps and losses of each fit, in the order of the file."""
     fits: dict[str, tuple[list[float], list[float]]] = {}
-    for row in _rows(run / "convergence.csv", ("step", "loss"), ("fit",)):
+    for row in _rows(run / files.CONVERGENCE, ("step", "loss"), ("fit",)):
         steps, losses = fits.setdefault(str(row["fit"]), ([], []))
         steps.append(float(row["step"]))
         losses.append(float(row["loss"]))
@@ -109,7 +79,7 @@ def read_convergence(run: Path) -> dict[str, tuple[list[float], list[float]]]:
 def read_scores(run: Path) -> dict[str, list[tuple[float, float, float]]]:
     """Epoch, number of Gaussians and score of each fit, in the order of ``scores.csv``."""
     fits: dict[str, list[tuple[float, float, float]]] = {}
-    for row in _rows(run / "scores.csv", ("epoch", "gaussians", "score"), ()):
+    for row in _rows(run / files.SCORES, ("epoch", "gaussians", "score"), ()):
         entry = float(row["epoch"]), float(row["gaussians"]), float(row["score"])
         fits.setdefault(str(row.get("fit") or "all"), []).append(entry)
     return fits
@@ -120,11 +90,11 @@ def read_residual(run: Path) -> dict[str, NDArray[np.float64]]:
     import numpy as np
 
     names = ("frequency", "noise", "own", "other")
-    rows = list(_rows(run / "residual.csv", names, ()))
+    rows = list(_rows(run / files.RESIDUAL, names, ()))
     table = {name: np.array([float(row[name]) for row in rows]) for name in names}
     if not np.isfinite(table["frequency"]).all():
         raise InputError(
-            f"{run / 'residual.csv'}: a frequency is not a number; expected 1/Å; run the reconstruction again"
+            f"{run / files.RESIDUAL}: a frequency is not a number; expected 1/Å; run the reconstruction again"
         )
     return table
 
@@ -133,7 +103,7 @@ def read_directions(run: Path) -> Directions:
     """The grid of ``directions.csv``; cells that the file leaves out are NaN."""
     import numpy as np
 
-    path = run / "directions.csv"
+    path = run / files.DIRECTIONS
     names = ["tilt", "rot", "fslc", "conical_resolution"]
     rows = list(_rows(path, names, ()))
     views = [name for name in ("sampling", "particles") if name in rows[0]]
@@ -166,38 +136,36 @@ def read_directions(run: Path) -> Directions:
 
 def read_volume(path: Path) -> Volume:
     """A map as an array [z, y, x] of float32, with its pixel size."""
-    import mrcfile
-    import numpy as np
+    from emsplat.io.mrc_arrays import read_array
 
-    try:
-        with mrcfile.open(path) as file:
-            values, pixel_size = np.array(file.data, dtype=np.float32), float(file.voxel_size.x)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error, "an MRC volume") from error
-    if values.ndim != 3 or min(values.shape) < 2 or not pixel_size > 0:
-        raise InputError(
-            f"{path}: array of {values.ndim} dimensions with pixel size {pixel_size:g} Å; "
-            "expected a volume and a pixel size > 0; write the map again"
-        )
-    return Volume(values, pixel_size)
+    stored = read_array(_there(path, "an MRC volume"))
+    return Volume(stored.values, stored.pixel_size)
+
+
+def shown_map(run: Path) -> str:
+    """The map that a folder is about: the full map of a run, or the quick look of a check."""
+    is_check = (run / files.CHECK_MAP).exists() and not (run / files.FULL_MAP).exists()
+    return files.CHECK_MAP if is_check else files.FULL_MAP
 
 
 def read_full_map(run: Path) -> Volume:
     """The full map, all its values finite."""
     import numpy as np
 
-    volume = read_volume(run / FULL_MAP)
+    volume = read_volume(run / shown_map(run))
     if not np.isfinite(volume.values).all():
-        raise InputError(f"{run / FULL_MAP}: holds values that are not finite; expected a map; did the fit diverge?")
+        raise InputError(
+            f"{run / shown_map(run)}: holds values that are not finite; expected a map; did the fit diverge?"
+        )
     return volume
 
 
 def read_mask(run: Path, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     """Where ``mask.mrc`` exceeds 0.5; None where the folder has no mask."""
-    return _same_grid(run / MASK, shape) > 0.5 if (run / MASK).exists() else None
+    return _same_grid(run / files.MASK, shape) > 0.5 if (run / files.MASK).exists() else None
 
 
-def read_local_resolution(run: Path, shape: tuple[int, ...], name: str = LOCAL_RESOLUTION) -> NDArray[np.float32]:
+def read_local_resolution(run: Path, shape: tuple[int, ...], name: str = files.LOCAL_RESOLUTION) -> NDArray[np.float32]:
     """Local resolution in Å, NaN where the map gives none."""
     import numpy as np
 
@@ -220,53 +188,33 @@ def _same_grid(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 def read_examples(run: Path, most: int) -> list[tuple[NDArray[np.float32], ...]]:
     """Up to ``most`` triples of particle, projection and residual from ``examples.mrcs``."""
-    import mrcfile
     import numpy as np
 
-    path = run / "examples.mrcs"
-    try:
-        with mrcfile.open(path) as file:
-            images = np.array(file.data, dtype=np.float32)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error, "a stack of images") from error
-    if images.ndim != 3 or len(images) == 0 or len(images) % 3 or min(images.shape[1:]) < 2:
+    from emsplat.io.mrc_arrays import StackFile
+
+    path = _there(run / files.EXAMPLES, "a stack of images")
+    stack = StackFile(path)
+    if stack.count % 3:
         raise InputError(
-            f"{path}: array of shape {images.shape}; expected particle, projection and residual for each example; "
-            "run the reconstruction again"
+            f"{path}: {stack.count} images; expected particle, projection and residual for each example; run the "
+            "reconstruction again"
         )
+    images = np.zeros((min(stack.count, 3 * most), stack.box, stack.box), np.float32)
+    stack.read_into(images, range(len(images)), range(len(images)))
     images = np.nan_to_num(images, posinf=0, neginf=0)
-    return [(images[i], images[i + 1], images[i + 2]) for i in range(0, min(len(images), 3 * most), 3)]
+    return [(images[i], images[i + 1], images[i + 2]) for i in range(0, len(images), 3)]
 
 
 def read_widths(run: Path) -> Widths:
     """Standard deviations of the Gaussians of the full model, from the ``scale_*`` of its PLY file."""
     import numpy as np
 
-    path = run / FULL_MODEL
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error, "a PLY file of Gaussians") from error
-    head, found, body = content.partition(b"end_header\n")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    counts = [
-        int(words[2]) for words in lines if words[:2] == ["element", "vertex"] and " ".join(words[2:]).isdecimal()
-    ]
-    fields = [(words[2], _PLY_TYPES.get(words[1])) for words in lines if words[:1] == ["property"] and len(words) == 3]
-    names = [name for name, _ in fields]
-    scales = [f"scale_{axis}" for axis in range(3)]
-    known = all(kind for _, kind in fields) and len(set(names)) == len(names) and {*scales} <= {*names}
-    if not found or ["format", "binary_little_endian", "1.0"] not in lines or len(counts) != 1 or not known:
-        raise InputError(f"{path}: not a PLY file of Gaussians; expected one that emsplat wrote; write it again")
-    record = np.dtype([(name, kind) for name, kind in fields if kind])
-    if not 0 < counts[0] * record.itemsize <= len(body):
-        raise InputError(
-            f"{path}: {counts[0]} Gaussians need {counts[0] * record.itemsize} bytes and {len(body)} are there; "
-            "expected at least one, and all of it; write it again"
-        )
-    table = np.frombuffer(body, record, counts[0])
+    from emsplat.io.ply_arrays import read_vertices
+
+    path = _there(run / files.FULL_MODEL, "a PLY file of Gaussians")
+    logarithm = read_vertices(path).columns("scale_0", "scale_1", "scale_2")
     with np.errstate(over="ignore"):
-        sigma = np.exp(np.stack([table[name] for name in scales], 1).astype(np.float64))
+        sigma = np.exp(logarithm.astype(np.float64))
     if not np.isfinite(sigma).all() or not (sigma > 0).all():
         raise InputError(f"{path}: scale_* hold numbers that are no widths; expected ln(sigma in Å)")
     return Widths(np.sort(sigma, 1))
@@ -274,7 +222,7 @@ def read_widths(run: Path) -> Widths:
 
 def read_summary(run: Path) -> dict[str, Any]:
     """The object that says what a folder holds: ``summary.json`` of a run, or what `check` and `nulltest` write."""
-    path = next((run / name for name in SUMMARIES if (run / name).exists()), run / SUMMARIES[0])
+    path = next((run / name for name in files.SUMMARIES if (run / name).exists()), run / files.SUMMARIES[0])
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -304,36 +252,17 @@ def entries(summary: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
-def resolution(frequency: Sequence[float], values: Sequence[float], threshold: float) -> float | None:
-    """`emsplat.assess.fsc.resolution` without torch; a test holds the two together."""
-    shells = range(1, len(values))
-    shell = next((s for s in shells if not values[s] >= threshold), len(values)) - 1
-    return 1 / frequency[shell] if shell > 0 else None
-
-
-def crossing(frequency: Sequence[float], values: Sequence[float], threshold: float) -> float | None:
-    """`emsplat.assess.fsc.crossing` without torch; a test holds the two together."""
-    shells = range(1, len(values))
-    shell = next((s for s in shells if not values[s] >= threshold), len(values))
-    if shell == 1:
-        return None
-    if shell == len(values) or math.isnan(values[shell]):
-        return 1 / frequency[shell - 1]
-    high, low = values[shell - 1 : shell + 1]
-    start, end = frequency[shell - 1 : shell + 1]
-    return 1 / (start + (end - start) * (high - threshold) / (high - low))
-
-
-def last_crossing(frequency: Sequence[float], values: Sequence[float], threshold: float) -> float | None:
-    """`emsplat.assess.fsc.last_crossing` without torch; a test holds the two together."""
-    shell = max((s for s in range(1, len(values)) if values[s] >= threshold), default=0)
-    return 1 / frequency[shell] if shell else None
-
-
 def unreadable(path: Path, error: Exception, expected: str) -> InputError:
     """What the report says of a file that is missing or damaged."""
     reason = "missing" if not path.exists() else f"cannot be read ({' '.join(str(error).split())})"
     return InputError(f"{path}: {reason}; expected {expected}; was the run interrupted or the folder changed?")
+
+
+def _there(path: Path, expected: str) -> Path:
+    """The path of a file that has to be there."""
+    if not path.exists():
+        raise unreadable(path, FileNotFoundError(), expected)
+    return path
 
 
 def _rows(path: Path, numbers: Sequence[str], texts: Sequence[str]) -> Iterator[dict[str, Any]]:

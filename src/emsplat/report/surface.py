@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from emsplat.errors import InputError
 from emsplat.report import read
+from emsplat.run.files import FULL_MAP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,7 @@ def make_surface(
     if not meshes:
         why = "inverted (protein dark)" if -float(part.min()) > float(part.max()) else "empty"
         raise InputError(
-            f"{run / read.FULL_MAP}: no level has a surface (standard deviation {spread:g}); expected a map with "
+            f"{run / FULL_MAP}: no level has a surface (standard deviation {spread:g}); expected a map with "
             f"bright protein; is it {why}?"
         )
     nearest = min(range(len(meshes)), key=lambda i: abs(meshes[i].level - default))

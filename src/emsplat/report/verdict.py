@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from emsplat.report.words import ALTERED, CURVES, RELIONS_RULE, Measured
+from emsplat.run.files import SLICES_FIGURE
 
 
 class Kind(StrEnum):
@@ -100,8 +101,8 @@ def headline(summary: Mapping[str, Any]) -> Headline | None:
     if summary.get("evident") is False:
         if not remarks:
             remarks = [
-                "Look at poses, CTF and contrast with `emsplat check`, at slices.png, and whether there are enough "
-                "particles."
+                f"Look at poses, CTF and contrast with `emsplat check`, at {SLICES_FIGURE}, and whether there are "
+                "enough particles."
             ]
         return Headline(NOTHING, _NOTHING, tuple(remarks))
     name, measure = "half_map_corrected", f"{_MAPS[kind]}, masked and corrected for the mask; {RELIONS_RULE}"

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-# Columns of fsc.star, the most telling first; unknown columns come last.
+from emsplat.run import files
+
+# Names of `Curves`, the most telling first; unknown ones come last.
 CURVE_NAMES = {
-    "emsplatCrossValidated": "cross-validated",
-    "emsplatReferenceMasked": "full map against the reference",
-    "emsplatBackprojectionMasked": "classical half maps, masked",
-    "rlnFourierShellCorrelationCorrected": "masked and corrected",
-    "rlnFourierShellCorrelationMaskedMaps": "masked",
-    "rlnFourierShellCorrelationUnmaskedMaps": "unmasked",
-    "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps": "masked, phases randomised",
-    "rlnFourierShellCorrelationParticleMaskFraction": "unmasked, scaled to the particle",
-    "emsplatCryodrgnMaskedMaps": "masked, cryoDRGN's shells",
+    "cross_validated": "cross-validated",
+    "reference": "full map against the reference",
+    "backprojection": "classical half maps, masked",
+    "corrected": "masked and corrected",
+    "masked": "masked",
+    "unmasked": "unmasked",
+    "random_phases": "masked, phases randomised",
+    "particle": "unmasked, scaled to the particle",
+    "masked_cryodrgn": "masked, cryoDRGN's shells",
 }
 
 RELIONS_RULE = "FSC 0.143 by RELION's rule, last shell before the first drop"
@@ -162,45 +164,53 @@ ELSEWHERE = (
     *("settings", "options", "assessment", "input", "fits", "versions", "altered"),
 )
 
+
+def _both(figure: str) -> str:
+    """The pattern of a figure as PNG and SVG."""
+    return figure.replace(".png", ".*")
+
+
 # What the files of a run folder are; the first pattern that matches counts.
 _FILES = (
     ("run_half[12]_class*_unfil.mrc", "half map, of one half-set; no mask, filter or sharpening"),
     ("run_class*.mrc", "full map, of all particles"),
     ("backprojection_half[12].mrc", "classical half map: back-projection of one half-set"),
     ("backprojection_*.mrc", "classical map: back-projection of all particles"),
-    ("postprocess.mrc", "full map, sharpened and filtered"),
-    ("postprocess_masked.mrc", "full map, sharpened, filtered and masked"),
-    ("local_resolution_half_maps.mrc", "local resolution in Å from the half maps of the Gaussians"),
+    (files.SHARPENED, "full map, sharpened and filtered"),
+    (files.SHARPENED_MASKED, "full map, sharpened, filtered and masked"),
+    (files.LOCAL_RESOLUTION_HALF_MAPS, "local resolution in Å from the half maps of the Gaussians"),
     ("local_resolution*.mrc", "local resolution in Å"),
-    ("sampling.mrc", "weight of the data in Fourier space, relative to the mean of its shell"),
-    ("examples.mrcs", "particle, projection and residual of some particles"),
-    ("run_data.star", "the particles as used, with their half-sets (RELION)"),
+    (files.SAMPLING, "weight of the data in Fourier space, relative to the mean of its shell"),
+    (files.EXAMPLES, "particle, projection and residual of some particles"),
+    (files.PARTICLES, "the particles as used, with their half-sets (RELION)"),
+    (files.CHECK_MAP, "quick back-projection of a sample, for a look"),
     ("*mask*.mrc", "mask"),
     ("*.mrc", "map"),
-    ("fsc.star", "Fourier shell correlation of the half maps, in RELION's columns"),
+    (files.FSC, "Fourier shell correlation of the half maps, in RELION's columns"),
     ("*fsc*.xml", "Fourier shell correlation for deposition in EMDB"),
     ("*.star", "table in RELION's format"),
-    ("summary.json", "the numbers on this page"),
-    ("nulltest.json", "the table of the null tests"),
-    ("nulltest.csv", "the table of the null tests"),
-    ("check.json", "what was understood of the input"),
-    ("config.toml", "the settings of the run"),
-    ("convergence.csv", "loss at each step of each fit"),
-    ("scores.csv", "mean cross-validated FSC after each epoch"),
-    ("directions.csv", "resolution, sampling and particles by direction"),
-    ("residual.csv", "power of noise and residuals by frequency"),
-    ("fsc.*", "figure: Fourier shell correlation"),
-    ("slices.*", "figure: central slices and projections"),
-    ("convergence.*", "figure: convergence of the fits"),
-    ("local_resolution.*", "figure: distribution of the local resolution"),
-    ("local_resolution_slices.*", "figure: local resolution over the map"),
-    ("directions.*", "figure: resolution and views by direction"),
-    ("residual.*", "figure: residuals against the noise"),
-    ("gaussians.*", "figure: sizes and shapes of the Gaussians"),
+    (files.SUMMARY, "the numbers on this page"),
+    (files.NULL_TESTS, "the table of the null tests"),
+    (files.NULL_TESTS_TABLE, "the table of the null tests"),
+    (files.CHECK, "what was understood of the input"),
+    (files.SETTINGS, "the settings of the run"),
+    (files.JOURNAL, "what happened and when, one JSON object per line"),
+    (files.CONVERGENCE, "loss at each step of each fit"),
+    (files.SCORES, "mean cross-validated FSC after each epoch"),
+    (files.DIRECTIONS, "resolution, sampling and particles by direction"),
+    (files.RESIDUAL, "power of noise and residuals by frequency"),
+    (_both(files.FSC_FIGURE), "figure: Fourier shell correlation"),
+    (_both(files.SLICES_FIGURE), "figure: central slices and projections"),
+    (_both(files.CONVERGENCE_FIGURE), "figure: convergence of the fits"),
+    (_both(files.LOCAL_RESOLUTION_FIGURE), "figure: distribution of the local resolution"),
+    (_both(files.LOCAL_RESOLUTION_SLICES_FIGURE), "figure: local resolution over the map"),
+    (_both(files.DIRECTIONS_FIGURE), "figure: resolution and views by direction"),
+    (_both(files.RESIDUAL_FIGURE), "figure: residuals against the noise"),
+    (_both(files.GAUSSIANS_FIGURE), "figure: sizes and shapes of the Gaussians"),
     ("*.safetensors", "Gaussians: means, covariances, amplitudes"),
     ("*.ply", "Gaussians for splat viewers"),
     ("*.log", "log of the run"),
-    ("report.html", "this page"),
+    (files.REPORT, "this page"),
 )
 
 

@@ -7,35 +7,32 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from gemmi import cif
 
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.files import replacing
 from emsplat.io.table import ParticleTable
+from emsplat.run.files import FSC, FULL_MAP, HALF_MAPS, MASK, SHARPENED
+from emsplat.run.fsc_star import read_fsc_star
 from emsplat.run.log import Log
 
 _MAPS = {
     "cryosparc": {
-        "run_class001.mrc": "{run}_volume_map.mrc",
-        "run_half1_class001_unfil.mrc": "{run}_volume_map_half_A.mrc",
-        "run_half2_class001_unfil.mrc": "{run}_volume_map_half_B.mrc",
-        "postprocess.mrc": "{run}_volume_map_sharp.mrc",
-        "mask.mrc": "{run}_volume_mask_fsc.mrc",
+        FULL_MAP: "{run}_volume_map.mrc",
+        HALF_MAPS[0]: "{run}_volume_map_half_A.mrc",
+        HALF_MAPS[1]: "{run}_volume_map_half_B.mrc",
+        SHARPENED: "{run}_volume_map_sharp.mrc",
+        MASK: "{run}_volume_mask_fsc.mrc",
     },
     "cryodrgn": {
-        "run_class001.mrc": "backproject.mrc",
-        "run_half1_class001_unfil.mrc": "half_map_a.mrc",
-        "run_half2_class001_unfil.mrc": "half_map_b.mrc",
-        "mask.mrc": "mask.mrc",
+        FULL_MAP: "backproject.mrc",
+        HALF_MAPS[0]: "half_map_a.mrc",
+        HALF_MAPS[1]: "half_map_b.mrc",
+        MASK: MASK,
     },
 }
-_CURVES = {
-    "no_mask": "_rlnFourierShellCorrelationUnmaskedMaps",
-    "mask": "_rlnFourierShellCorrelationMaskedMaps",
-    "mask_corrected": "_rlnFourierShellCorrelationCorrected",
-}
+_CURVES = {"no_mask": "unmasked", "mask": "masked", "mask_corrected": "corrected"}
 
 
 def link_results(run: Path) -> None:
@@ -57,8 +54,8 @@ def link_results(run: Path) -> None:
                         os.link(run / ours, temporary)
                     except OSError:
                         shutil.copyfile(run / ours, temporary)
-        if program == "cryodrgn" and (run / "fsc.star").is_file():
-            _write_fsc(run / "fsc.star", folder / "fsc-vals.txt")
+        if program == "cryodrgn" and (run / FSC).is_file():
+            _write_fsc(run / FSC, folder / "fsc-vals.txt")
 
 
 def name_results(run: Path, program: str, table: ParticleTable, log: Log) -> None:
@@ -82,10 +79,9 @@ def name_results(run: Path, program: str, table: ParticleTable, log: Log) -> Non
 
 def _write_fsc(star: Path, target: Path) -> None:
     """cryoDRGN's table: frequency in 1/pixel and a column for each mask."""
-    block = cif.read_file(str(star)).find_block("fsc")
-    found = {name: [float(v) for v in block.find_values(tag)] for name, tag in _CURVES.items()}
-    curves = {name: values for name, values in found.items() if values}
-    shells = len(next(iter(curves.values())))
+    known = read_fsc_star(star)
+    curves = {theirs: known[name].value for theirs, name in _CURVES.items() if name in known}
+    shells = len(known.frequency)
     rows = np.column_stack([np.arange(shells) / (2 * (shells - 1)), *curves.values()])
     with replacing(target) as temporary:
         np.savetxt(temporary, rows, fmt="%.6f", header=" ".join(["pixres", *curves]), comments="")

@@ -1,13 +1,84 @@
-"""The names of the files in a run folder."""
+"""The names of the files in a run folder, each written here and nowhere else. Loads nothing, so that all may ask."""
 
 from __future__ import annotations
 
 HALVES = {"half1": 1, "half2": 2}  # the fits of half-sets and the numbers of these; that of all is "class001"
+
+
+def model_name(fit: str) -> str:
+    """The Gaussians of a fit."""
+    return f"run_{fit}.ply"
+
+
+def backprojection_name(fit: str) -> str:
+    """The classical map of the images of a fit."""
+    return f"backprojection_{fit}.mrc"
+
+
+# What went in, and how.
+SETTINGS = "config.toml"
+LOG = "run.log"
+PARTICLES = "run_data.star"
+
+# Maps, called as RELION calls those of a refinement, and models.
 HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")
 FULL_MAP = "run_class001.mrc"
-BACKPROJECTIONS = ("backprojection_half1.mrc", "backprojection_half2.mrc")
+FULL_MODEL = model_name("class001")
+BACKPROJECTIONS = (backprojection_name("half1"), backprojection_name("half2"))
+MASK = "mask.mrc"
+SAMPLING = "sampling.mrc"
+SHARPENED = "postprocess.mrc"
+SHARPENED_MASKED = "postprocess_masked.mrc"
+LOCAL_RESOLUTION = "local_resolution.mrc"
+LOCAL_RESOLUTION_HALF_MAPS = "local_resolution_half_maps.mrc"
+EXAMPLES = "examples.mrcs"  # particle, projection and residual in turn
+
+# Tables.
+FSC = "fsc.star"
+POSTPROCESS = "postprocess.star"
+FSC_XML = "postprocess_fsc.xml"
+JOURNAL = "journal.jsonl"
+CONVERGENCE = "convergence.csv"
+SCORES = "scores.csv"
+DIRECTIONS = "directions.csv"
+RESIDUAL = "residual.csv"
+
+# What was found: of a run, of `check` and of `nulltest`.
+SUMMARY = "summary.json"
+CHECK = "check.json"
+CHECK_MAP = "check.mrc"
+NULL_TESTS = "nulltest.json"
+NULL_TESTS_TABLE = "nulltest.csv"
+SUMMARIES = (SUMMARY, NULL_TESTS, CHECK)
+NULL_RUN = "run"  # the run folder of a null test, in the folder of its name
+REPORT = "report.html"
+
+# Figures, each as PNG and beside it as SVG.
+FSC_FIGURE = "fsc.png"
+SLICES_FIGURE = "slices.png"
+CONVERGENCE_FIGURE = "convergence.png"
+LOCAL_RESOLUTION_FIGURE = "local_resolution.png"
+LOCAL_RESOLUTION_SLICES_FIGURE = "local_resolution_slices.png"
+DIRECTIONS_FIGURE = "directions.png"
+RESIDUAL_FIGURE = "residual.png"
+GAUSSIANS_FIGURE = "gaussians.png"
 
 
 def map_name(fit: str) -> str:
-    """The map of a fit, called as RELION calls those of a refinement."""
+    """The map of a fit."""
     return FULL_MAP if fit == "class001" else HALF_MAPS[HALVES[fit] - 1]
+
+
+def state_name(fit: str) -> str:
+    """The finished fit."""
+    return f"run_{fit}.safetensors"
+
+
+def checkpoint_name(fit: str) -> str:
+    """The fit on its way."""
+    return f"run_{fit}.checkpoint.safetensors"
+
+
+def statistics_name(fit: str, part: int | str = "") -> str:
+    """The sums over the images of a fit; of some kinds of images where there are several. A pattern with "*"."""
+    return f"run_{fit}_statistics{part}.safetensors"

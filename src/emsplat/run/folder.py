@@ -10,6 +10,7 @@ from typing import Any
 from emsplat.config import ReconstructConfig, RunConfig, flat
 from emsplat.errors import InputError, OutputError
 from emsplat.io.files import replacing
+from emsplat.run.files import SETTINGS, SUMMARY
 
 
 def prepare_folder(config: RunConfig, particles: Path, output: Path) -> None:
@@ -26,9 +27,9 @@ def prepare_folder(config: RunConfig, particles: Path, output: Path) -> None:
             raise OutputError(
                 f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
             )
-        if not (output / "config.toml").is_file():
+        if not (output / SETTINGS).is_file():
             raise OutputError(
-                f"{output}: does not look like a run folder (no config.toml); --overwrite removes only those"
+                f"{output}: does not look like a run folder (no {SETTINGS}); --overwrite removes only those"
             )
         if particles.resolve().is_relative_to(output.resolve()):
             raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
@@ -71,7 +72,7 @@ def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:
     import tomllib
 
     try:
-        before = tomllib.loads((output / "config.toml").read_text(encoding="utf-8"))
+        before = tomllib.loads((output / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{output}: no run to resume ({error}); start it without --resume") from error
     # What the run does not say it had by default: it may be older than an option.
@@ -87,7 +88,7 @@ def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:
     if changed:
         raise InputError(
             f"{output}: was run with another {', '.join(sorted(changed))}; resume with the same options, see "
-            f"{output / 'config.toml'}"
+            f"{output / SETTINGS}"
         )
 
 
@@ -113,7 +114,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     Raises:
         InputError: summary.json cannot be read.
     """
-    path = run / "summary.json"
+    path = run / SUMMARY
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:

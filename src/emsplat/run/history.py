@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emsplat.io.files import number_text, replacing
+from emsplat.run.files import CONVERGENCE, SCORES
 from emsplat.run.journal import Journal, Loss, Scored, read_journal
 
 
@@ -58,13 +59,13 @@ def write_tables(folder: Path) -> None:
     losses = [one for one in happened if isinstance(one, Loss)]
     scores = [one for one in happened if isinstance(one, Scored)]
     _write_table(
-        folder / "convergence.csv",
+        folder / CONVERGENCE,
         ("fit", "epoch", "step", "images", "loss"),
         ((one.fit, one.epoch, one.step, one.images, number_text(one.loss, "")) for one in losses),
     )
     if scores:
         _write_table(
-            folder / "scores.csv",
+            folder / SCORES,
             ("epoch", "gaussians", "score"),
             ((one.epoch, one.gaussians, number_text(one.score, ".6f")) for one in scores),
         )

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emsplat.errors import InputError, Interrupted, OutputError
-
-JOURNAL = "journal.jsonl"
+from emsplat.run.files import JOURNAL
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _row(line: bytes, where: str) -> Row | None:
         return Row(
             _value(given["time"], "float"), kind(**{f.name: _value(given[f.name], f.type) for f in fields(kind)})
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{where}: not a row of a journal ({type(error).__name__}: {error}); expected a JSON object as emsplat "
             "writes it; remove the file to go on without"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from emsplat.errors import OutputError
+from emsplat.run.files import LOG
 from emsplat.run.journal import Ended, Journal, Part, Progress, Warned, how_it_ended
 
 _PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
@@ -53,7 +54,7 @@ class Log:
 
     def keep_in(self, folder: Path) -> None:
         """Appends every further line to run.log of a folder, with the time, and what happens to its journal."""
-        self._file = folder / "run.log"
+        self._file = folder / LOG
         self.journal = Journal(folder)
 
     @contextmanager

@@ -127,6 +127,8 @@ class FourierStatistics:
 
     def gather(self, world: World) -> None:
         """The sums of all processes in each of them. They have read different particles of one stack."""
+        if world.size == 1:
+            return
         count = torch.tensor(self.particles, device=self.weight.device)
         world.sum_(self.numerator, self.weight, count)
         self.particles = int(count)
