@@ -1,4 +1,4 @@
-"""The table in `emsplat.assess.sharpening`: how the amplitudes of proteins fall off before any B factor.
+"""The table in `emsplat.measures.sharpening`: how the amplitudes of proteins fall off before any B factor.
 
     python benchmarks/protein_amplitudes.py a.pdb b.cif.gz ...
 

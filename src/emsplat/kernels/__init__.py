@@ -3,7 +3,7 @@
 The contract, for flat tensors of one dtype on one device: ``project`` and ``voxelize`` return an image stack or a
 volume, ``project_each`` draws into every image a mixture of its own; functions with ``gradient`` in their names take
 the upstream gradient and return the gradients with respect to the inputs; ``insert`` adds slices to a half space in
-place (`emsplat.accumulate`). ``reference`` holds the operators as plain differentiable PyTorch; every fast twin is
+place (`emsplat.sums.statistics`). ``reference`` holds the operators as plain differentiable PyTorch; every fast twin is
 tested against a slow one. The back end is chosen by the device of the data (`backend`): ``cpu`` binds the C++ of
 native/, ``gpu`` launches Triton kernels.
 """
@@ -19,7 +19,7 @@ from emsplat.errors import EmsplatError
 
 
 class Kernels(Protocol):
-    """What a back end offers; shapes as in `emsplat.project`, ``pixel_size`` in Å, ``cutoff`` in σ."""
+    """What a back end offers; shapes as in `emsplat.imaging.project`, ``pixel_size`` in Å, ``cutoff`` in σ."""
 
     def project(
         self,

@@ -88,7 +88,7 @@ def local_cross_validated(
     window: float,
     threshold: float = 0.5,
 ) -> LocalResolution:
-    """Local resolution from the cross-validated FSC of two models (`emsplat.assess.crossvalidate`).
+    """Local resolution from the cross-validated FSC of two models (`emsplat.measures.crossvalidate`).
 
     In each window and band FSC(M_A, R_B) / sqrt(FSC(R_A, R_B)), mean of both directions. Where the back-projections do
     not agree beyond chance the data end: that band counts as the first below the threshold.
