@@ -17,10 +17,11 @@ from emsplat import config as config_module
 from emsplat.cli import commands, main
 from emsplat.commandline import completion
 from emsplat.commandline.arguments import command_of
-from emsplat.commandline.help import command_help, program_help
+from emsplat.commandline.help import Page, command_help, program_help, terminal
 from emsplat.commandline.parse import call, did_you_mean, parse
 from emsplat.config import Angstrom, Name, ReconstructConfig, change, configure, flat, names
 from emsplat.errors import InputError
+from emsplat.run.folder import check_same_run
 
 EVERY = [*commands().values(), command_of(relion_job.job, "emsplat-relion")]
 each_command = pytest.mark.parametrize("command", EVERY, ids=lambda command: command.program)
@@ -115,7 +116,7 @@ def test_what_cannot_be_read_is_said_in_one_line(words, said):
 
 
 def test_help_is_panels_with_the_docstrings_of_the_fields():
-    text = command_help(COMMAND, 70)
+    text = command_help(COMMAND, Page(70))
     assert text.startswith("Usage: prog work FIRST [SECOND] [OPTIONS]\n\nDoes a thing. And more.\n")
     panels = re.findall(r"^(\S.*):$", text, re.MULTILINE)
     assert panels == ["Arguments", "Options", "What is done", "How it is read", "Examples"]
@@ -137,7 +138,7 @@ def test_help_is_panels_with_the_docstrings_of_the_fields():
 @each_command
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_help_of_every_command(command, width):
-    text = command_help(command, width)
+    text = command_help(command, Page(width))
     assert "None" not in text
     assert "config" not in "".join(panel.title for panel in command.panels)
     for line in text.partition("\nExamples:")[0].splitlines():
@@ -186,7 +187,7 @@ def test_help_of_the_program_names_every_command(capsys):
     text = capsys.readouterr().out
     for name in commands():
         assert f"\n  {name} " in text
-    assert program_help("About.", {}, (), 10).startswith("Usage: emsplat")
+    assert program_help("About.", {}, (), Page(10)).startswith("Usage: emsplat")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,16 @@ def test_an_option_may_be_called_as_an_argument_is(monkeypatch, tmp_path):
         parse(commands()["completion"], ["zhs"])
 
 
+def test_colour_is_for_terminals_that_want_it(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert terminal().color
+    assert "\033[1mOptions:\033[0m\n" in command_help(COMMAND, Page(80, color=True))
+    assert "\033" not in command_help(COMMAND, Page(80))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not terminal().color
+
+
 def test_hints():
     assert did_you_mean("backprojct", commands()) == "; did you mean backproject?"
     assert did_you_mean("zzz", commands()) == ""
@@ -244,6 +255,16 @@ def test_options_by_their_names():
     for wrong in (configure, change):
         with pytest.raises(TypeError, match="ReconstructConfig has no option epoch"):
             wrong(ReconstructConfig if wrong is configure else config, epoch=3)
+
+
+def test_older_runs_are_resumed_by_the_names_of_their_options(tmp_path):
+    """config.toml is flat, as before there were groups."""
+    text = 'particles = "a.star"\n[settings]\nengine = "one-pass"\n[options]\nsymmetry = "D2"\nclass = 1\nepochs = 3\n'
+    (tmp_path / "config.toml").write_text(text.replace("class", "particle_class"))
+    config = configure(ReconstructConfig, symmetry="D2", particle_class=1, epochs=3, resume=True, threads=2)
+    check_same_run(config, Path("a.star"), tmp_path)
+    with pytest.raises(InputError, match="was run with another epochs, seed; resume"):
+        check_same_run(change(config, epochs=4, seed=1), Path("a.star"), tmp_path)
 
 
 def test_panels_of_a_reconstruction():

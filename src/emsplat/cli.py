@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from emsplat import __version__
 from emsplat.commandline.arguments import Command, command_of
-from emsplat.commandline.help import program_help
+from emsplat.commandline.help import program_help, terminal
 from emsplat.commandline.parse import call, did_you_mean
 from emsplat.config import (
     AssessConfig,
@@ -543,7 +542,7 @@ def _run(words: list[str]) -> Any:
             groups = {
                 title: {run.__name__: all_of_them[run.__name__] for run in _COMMANDS[title]} for title in _COMMANDS
             }
-            print(program_help(_ABOUT, groups, _FOOTER, shutil.get_terminal_size().columns, color=sys.stdout.isatty()))
+            print(program_help(_ABOUT, groups, _FOOTER, terminal()))
             return 0 if words else 2
         case ["help", name, *_] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), ["--help"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from emsplat.commandline.arguments import Argument, Command
 
@@ -12,9 +16,22 @@ _INDENT = 28  # columns before the help of an option
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
-def command_help(command: Command, width: int, *, color: bool = False) -> str:
+@dataclass(frozen=True)
+class Page:
+    """What a help is written for."""
+
+    columns: int
+    color: bool = False
+
+
+def terminal() -> Page:
+    """The terminal; no colour where its output goes to a file, nor where NO_COLOR is set (https://no-color.org)."""
+    return Page(shutil.get_terminal_size().columns, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+def command_help(command: Command, page: Page) -> str:
     """The help of a command: what it does, how it is called, its arguments panel by panel, examples."""
-    width = _fitting(width)
+    width, color = _fitting(page.columns), page.color
     lines = [f"{_title('Usage', color)} {_usage(command)}", ""]
     for paragraph in command.about.split("\n\n"):
         lines += [*textwrap.wrap(" ".join(paragraph.split()), width, break_on_hyphens=False), ""]
@@ -32,11 +49,9 @@ def command_help(command: Command, width: int, *, color: bool = False) -> str:
     return "\n".join(lines).rstrip()
 
 
-def program_help(
-    about: str, groups: dict[str, dict[str, Command]], footer: Iterable[str], width: int, *, color: bool = False
-) -> str:
+def program_help(about: str, groups: dict[str, dict[str, Command]], footer: Iterable[str], page: Page) -> str:
     """The help of the program: its commands, group by group, each with the first sentence of what it does."""
-    width = _fitting(width)
+    width, color = _fitting(page.columns), page.color
     lines = [f"{_title('Usage', color)} emsplat COMMAND ...", "", *textwrap.wrap(about, width), ""]
     for title, commands in groups.items():
         lines.append(_title(title, color))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -13,7 +11,7 @@ from inspect import signature
 from typing import Any, NoReturn, get_type_hints
 
 from emsplat.commandline.arguments import Argument, Command
-from emsplat.commandline.help import command_help
+from emsplat.commandline.help import command_help, terminal
 from emsplat.config import configure, names
 from emsplat.errors import InputError
 
@@ -28,7 +26,7 @@ def call(command: Command, words: list[str]) -> Any:
         InputError: a word that no argument takes, a value of another kind, or an argument that is missing.
     """
     if {"-h", "--help"} & set(words[: words.index("--")] if "--" in words else words):
-        print(command_help(command, shutil.get_terminal_size().columns, color=sys.stdout.isatty()))
+        print(command_help(command, terminal()))
         return None
     positional, given = parse(command, words)
     hints = get_type_hints(command.run)
