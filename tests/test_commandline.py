@@ -200,7 +200,7 @@ def test_help_of_the_program_names_every_command(capsys):
             ["reconstruct", "a.star", "--symetry", "D2"],
             "emsplat: reconstruct --symetry: no such option; did you mean --symmetry? (see emsplat",
         ),
-        (["voxelize", "a.ply"], "emsplat: voxelize -o, --output PATH is missing: MRC map to write."),
+        (["voxelize", "a.ply"], "emsplat: voxelize -o, --output MAP is missing: MRC map to write."),
     ],
 )
 def test_misspelt_words(words, said, capsys, tmp_path, monkeypatch):

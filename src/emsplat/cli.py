@@ -13,11 +13,16 @@ from emsplat.commandline.arguments import Command, command_of
 from emsplat.commandline.help import program_help, terminal
 from emsplat.commandline.parse import call, did_you_mean
 from emsplat.config import (
+    Angstrom,
     AssessConfig,
     BackprojectConfig,
     CheckConfig,
     ConvertConfig,
+    File,
+    Folder,
+    MapFile,
     NullTestConfig,
+    Pixels,
     PostprocessConfig,
     PreprocessConfig,
     ReconstructConfig,
@@ -36,7 +41,7 @@ _SAME = 1e-6  # by which an FSC may fall short of 1 by rounding
 def reconstruct(
     particles: Path,
     /,
-    output: Path | None = None,
+    output: Folder | None = None,
     config: ReconstructConfig = ReconstructConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Reconstruct a density map and two half maps from particles with known poses.
@@ -65,7 +70,7 @@ def reconstruct(
 def backproject(
     particles: Path,
     /,
-    output: Path | None = None,
+    output: Folder | None = None,
     config: BackprojectConfig = BackprojectConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Classical half maps and a full map, regularised by their signal-to-noise ratio, in one pass.
@@ -94,7 +99,7 @@ def backproject(
 def simulate(
     model: Path | None = None,
     /,
-    output: Path | None = None,
+    output: Folder | None = None,
     threads: int | None = None,
     config: SimulateConfig = SimulateConfig(),  # noqa: B008 (frozen)
 ) -> None:
@@ -126,7 +131,7 @@ def simulate(
 def check(
     particles: Path,
     /,
-    output: Path | None = None,
+    output: Folder | None = None,
     json: bool = False,
     threads: int | None = None,
     config: CheckConfig = CheckConfig(),  # noqa: B008 (frozen)
@@ -192,7 +197,7 @@ def convert(
 def preprocess(
     particles: Path,
     /,
-    output: Path | None = None,
+    output: Folder | None = None,
     config: PreprocessConfig = PreprocessConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Write a new particle stack: another box or pixel size, normalised, inverted, recentred; all metadata stay.
@@ -242,7 +247,7 @@ def assess(
 def nulltest(
     particles: Path,
     /,
-    output: Path | None = None,
+    output: Folder | None = None,
     config: NullTestConfig = NullTestConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Reconstruct noise, random phases and shuffled poses, and see whether the resolution stays silent.
@@ -294,8 +299,8 @@ def fsc(
     a: Path,
     b: Path,
     /,
-    mask: Path | None = None,
-    output: Path | None = None,
+    mask: MapFile | None = None,
+    output: File | None = None,
     threads: int | None = None,
 ) -> None:
     """Fourier shell correlation of two maps: RELION's shells and first crossing, and cryoDRGN's beside them.
@@ -374,9 +379,9 @@ def _fsc(a: Path, b: Path, mask: Path | None, output: Path | None) -> None:
 def voxelize(
     model: Path,
     /,
-    output: Path,
-    box: int | None = None,
-    pixel_size: float | None = None,
+    output: MapFile,
+    box: Pixels | None = None,
+    pixel_size: Angstrom | None = None,
     threads: int | None = None,
 ) -> None:
     """Turn Gaussians into a density map.
