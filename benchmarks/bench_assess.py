@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common import best_time, save
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig, SimulateConfig, configure
 from emsplat.measures.directional import conical_fsc, direction_grid, slice_correlation
 from emsplat.measures.fsc import fsc
 from emsplat.measures.local_resolution import local_cross_validated, local_resolution, windowed_fsc
@@ -68,7 +68,7 @@ def main():
         folder = Path(temporary)
         star = simulate(SimulateConfig(box=128, pixel_size=1.5, particles=1000), None, folder / "particles")
         with (folder / "log").open("w") as log:
-            reconstruct(ReconstructConfig(epochs=3), star, folder / "run", Log(log))
+            reconstruct(configure(ReconstructConfig, epochs=3), star, folder / "run", Log(log))
         start = time.perf_counter()
         page = write_report(folder / "run")
         record("report", box=128, seconds=time.perf_counter() - start, megabytes=page.stat().st_size / 1e6)

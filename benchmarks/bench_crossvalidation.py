@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from common import save
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig, SimulateConfig, configure
 from emsplat.io.atoms import Atoms
 from emsplat.io.mrc import read_map
 from emsplat.maths.fourier import shell_index, shell_radius
@@ -192,7 +192,7 @@ def main():
             for engine in ("one-pass", "images"):
                 run = folder / engine
                 reconstruct(
-                    ReconstructConfig(engine=engine, gaussians=gaussians),
+                    configure(ReconstructConfig, engine=engine, gaussians=gaussians),
                     star,
                     run,
                     Log((run.parent / "log").open("a")),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import random_poses, save
-from emsplat.config import PreprocessConfig
+from emsplat.config import PreprocessConfig, configure
 from emsplat.io.mrc import writing_stack
 from emsplat.io.relion import write_particles_star
 from emsplat.programs.preprocess import preprocess
@@ -56,7 +56,7 @@ def main():
             ("cropped to 128", {"box": 128}),
         ):
             copied = flushed(lambda: shutil.copyfile(folder / "p.mrcs", folder / "copy.mrcs"))
-            config = PreprocessConfig(**options)
+            config = configure(PreprocessConfig, **options)
             ours = flushed(lambda config=config: preprocess(config, folder / "p.star", folder / "out", Log()))
             shutil.rmtree(folder / "out")
             row = {

@@ -15,7 +15,7 @@ import gemmi
 import numpy as np
 
 from common import save
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig, SimulateConfig, configure
 from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.measures.curves import crossing
@@ -58,7 +58,11 @@ def run(rows, name, particles, config, truth, grid, mask, folder, *, classical=F
 
 def simulated(rows, data, folder):
     config = SimulateConfig(box=96, pixel_size=1.5, particles=6000, snr=0.05)
-    model, default, images = one_subunit(data, folder), ReconstructConfig(), ReconstructConfig(engine="images")
+    model, default, images = (
+        one_subunit(data, folder),
+        ReconstructConfig(),
+        configure(ReconstructConfig, engine="images"),
+    )
     star = simulate(config, model, folder / "particles")
     truth, grid = read_map(folder / "particles" / "truth.mrc")
     mask = solvent_mask(truth, grid, 0.9 * grid.length, lowpass=8.0, extend=3.0, edge=9.0)
@@ -87,7 +91,7 @@ def experimental(rows, data, folder):
     _, grid = read_map(data / "bgal" / "mask_soft.mrc")
     atoms = place_atoms(read_atoms(data / "bgal" / "8bk7_in_map_frame.cif.gz"), grid, keep_frame=True)
     truth, (mask, _) = truth_map(atoms, grid, 60.0), read_map(data / "bgal" / "mask_soft.mrc")
-    default = ReconstructConfig(symmetry="D2")
+    default = configure(ReconstructConfig, symmetry="D2")
     same = (truth, grid, mask, folder)
     for seed in range(5):
         run(rows, f"8BK7, seed {seed}", star, dataclasses.replace(default, seed=seed), *same, classical=seed == 0)

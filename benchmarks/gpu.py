@@ -26,7 +26,7 @@ import torch
 
 import roofline
 from common import globule, random_poses, save
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig, SimulateConfig, configure
 from emsplat.fitting.images import ImageObjective
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
@@ -356,7 +356,7 @@ def whole(bench):
     grid = Grid(size, 1.0)
     with tempfile.TemporaryDirectory() as name:
         star, stack = scene(Path(name), images, grid, bench.device)
-        config = ReconstructConfig(gaussians=200 if bench.smoke else 30_000, device=bench.device.type)
+        config = configure(ReconstructConfig, gaussians=200 if bench.smoke else 30_000, device=bench.device.type)
         start = time.perf_counter()
         with mock.patch.object(opening, "open_stack", return_value=stack):
             summary = reconstruct(config, star, Path(name) / "run", Log(sys.stderr))

@@ -14,7 +14,7 @@ from emsplat.assessment.assess import assess
 from emsplat.assessment.curves import correction, half_map_curves
 from emsplat.assessment.maps import read_run
 from emsplat.cli import main
-from emsplat.config import AssessConfig
+from emsplat.config import AssessConfig, configure
 from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
@@ -57,7 +57,7 @@ def write_run(folder, *, halves=MODELS, raw=RAW, mask=MASK, full=TRUTH):
 
 def measure(run, **options):
     log = Log(StringIO())
-    result = assess(run, AssessConfig(**options), log, diameter=None, symmetry="C1")
+    result = assess(run, configure(AssessConfig, **options), log, diameter=None, symmetry="C1")
     return result, log.warnings
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from emsplat.cli import main
-from emsplat.config import ChoiceConfig, InputConfig, PreprocessConfig, SimulateConfig, SourceConfig
+from emsplat.config import BackprojectConfig, ChoiceOptions, PreprocessConfig, SimulateConfig, configure
 from emsplat.errors import InputError
 from emsplat.fitting.images import ImageObjective
 from emsplat.io.cryosparc import write_cs
@@ -100,7 +100,7 @@ def test_an_image_is_known_over_spellings_and_links(stack, poses, tmp_path):
     table = read_star(star(tmp_path / "p.star", spellings, [3, 3, 3, 4], poses[:4]))
     assert image_numbers(table).tolist() == [0, 0, 0, 1]
     other = star(tmp_path / "job" / "q.star", "link.mrcs", [4, 5], poses[:2])
-    merged = read_table(SourceConfig(merge=(other,)), tmp_path / "p.star")
+    merged = read_table(ChoiceOptions(merge=(other,)), tmp_path / "p.star")
     assert image_numbers(merged).tolist() == [0, 0, 0, 1, 1, 2]
     # Stacks that are not there go by their names.
     absent = star(tmp_path / "absent.star", ["a/s.mrcs", "a/./s.mrcs", "b/s.mrcs"], [1, 1, 1], poses[:3])
@@ -113,7 +113,7 @@ def test_an_image_is_known_over_hard_links_of_several_files(stack, poses, tmp_pa
     os.link(tmp_path / "one.mrcs", other)
     one = star(tmp_path / "a.star", tmp_path / "one.mrcs", range(8), poses[:8], RandomSubset=[1] * 8)
     two = star(tmp_path / "b.star", other, range(8), poses[:8], RandomSubset=[2] * 8)
-    table = read_table(ChoiceConfig(merge=(two,)), one)
+    table = read_table(ChoiceOptions(merge=(two,)), one)
     assert copies(table, "C1").rows == 8
     with pytest.raises(InputError, match="16 of 16 rows name an image that is in both"):
         settle_halves(table, 0)
@@ -124,8 +124,8 @@ def test_a_particle_is_known_before_something_was_subtracted(stack, poses, tmp_p
     names = [f"{row // 2 + 1:06d}@Extract/x.mrcs" for row in range(8)]
     one = star(tmp_path / "a.star", stack, range(8), poses[:8], ImageOriginalName=names, RandomSubset=[1, 2] * 4)
     with pytest.raises(InputError, match=r"8 of 8 rows name a particle .* in both"):
-        settle_halves(read_table(ChoiceConfig(), one), 0)
-    half = settle_halves(replace(read_table(ChoiceConfig(), one), half=None), 0)
+        settle_halves(read_table(ChoiceOptions(), one), 0)
+    half = settle_halves(replace(read_table(ChoiceOptions(), one), half=None), 0)
     assert torch.equal(half[::2], half[1::2])
     away = star(tmp_path / "away" / "a.star", tmp_path / "gone.mrcs", range(8), poses[:8], ImageOriginalName=names)
     projects = [read_star(path, need_stacks=False).origin for path in (one, away)]
@@ -133,7 +133,7 @@ def test_a_particle_is_known_before_something_was_subtracted(stack, poses, tmp_p
     unknown = star(
         tmp_path / "b.star", stack, range(8), poses[:8], ImageOriginalName=["None"] * 8, RandomSubset=[1, 2] * 4
     )
-    assert copies(read_table(ChoiceConfig(), unknown), "C1").crossing == 0
+    assert copies(read_table(ChoiceOptions(), unknown), "C1").crossing == 0
 
 
 def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_path):
@@ -149,8 +149,8 @@ def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_pat
             write_cs(files[-1], replace(table, uid=numbers), half)
     one, counted, two, other = files
     with pytest.raises(InputError, match=r"16 of 16 rows name a particle .* in both"):
-        settle_halves(read_table(ChoiceConfig(merge=(two,)), one), 0)
-    assert copies(read_table(ChoiceConfig(merge=(other,)), counted), "C1").crossing == 0
+        settle_halves(read_table(ChoiceOptions(merge=(two,)), one), 0)
+    assert copies(read_table(ChoiceOptions(merge=(other,)), counted), "C1").crossing == 0
 
 
 def restacked(tmp_path, stack, poses, count=8):
@@ -166,15 +166,15 @@ def restacked(tmp_path, stack, poses, count=8):
 
 def test_a_particle_in_two_stacks_counts_once(stack, poses, tmp_path, capsys):
     one, two = restacked(tmp_path, stack, poses)
-    table = read_table(ChoiceConfig(merge=(two,)), one)
+    table = read_table(ChoiceOptions(merge=(two,)), one)
     found = copies(table, "C1")
     assert (found.images, found.rows, found.again) == (16, 0, 8)
     assert found.text == (
         "8 images show a particle that an earlier row shows in another image (by uid or rlnImageOriginalName; "
         "8 different particles)"
     )
-    assert open_stack(SourceConfig(merge=(two,)), one).share.tolist() == [0.5] * 16
-    unique = read_table(ChoiceConfig(merge=(two,), unique=True), one)
+    assert open_stack(configure(BackprojectConfig, merge=(two,)), one).share.tolist() == [0.5] * 16
+    unique = read_table(ChoiceOptions(merge=(two,), unique=True), one)
     assert (unique.source.tolist(), unique.row.tolist(), unique.left_out) == ([0] * 8, list(range(8)), 8)
     assert main(["check", str(one), "--merge", str(two), "--metadata-only"]) == 1
     assert "look  repeated images: 8 images show a particle that an earlier row shows" in capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_a_particle_in_two_stacks_counts_once(stack, poses, tmp_path, capsys):
     path = star(tmp_path / "c.star", stack, rows, poses[particle], ImageOriginalName=names)
     found = copies(read_star(path), "C1")
     assert (found.images, found.rows, found.again) == (10, 2, 6)
-    assert read_table(ChoiceConfig(unique=True), path).row.tolist() == [0, 1, 2, 3]
+    assert read_table(ChoiceOptions(unique=True), path).row.tolist() == [0, 1, 2, 3]
 
 
 def test_copies_in_both_halves_may_be_left_out_where_one_of_them_stays(stack, poses, tmp_path):
@@ -194,7 +194,7 @@ def test_copies_in_both_halves_may_be_left_out_where_one_of_them_stays(stack, po
     alike = star(tmp_path / "a.star", stack, range(8), poses[torch.arange(8) // 2], **halves)
     with pytest.raises(InputError, match=r"a particle .*--redraw-halves, or keep the first row of each with --unique"):
         settle_halves(read_star(alike), 0)
-    assert settle_halves(read_table(ChoiceConfig(unique=True), alike), 0).tolist() == [1] * 4
+    assert settle_halves(read_table(ChoiceOptions(unique=True), alike), 0).tolist() == [1] * 4
     turned = star(tmp_path / "b.star", stack, range(8), poses[:8], **halves)
     with pytest.raises(InputError, match=r"--redraw-halves$"):
         settle_halves(read_star(turned), 0)
@@ -211,13 +211,13 @@ def test_subtracted_after_expansion_are_images_of_their_own(stack, poses, tmp_pa
     assert found.text == (
         "symmetry-expanded by D2: 6 particles in 24 rows, with images of their own (by uid or rlnImageOriginalName)"
     )
-    particles = open_stack(SourceConfig(), path)
+    particles = open_stack(BackprojectConfig(), path)
     assert particles.share is None
     assert torch.equal(particles.half, particles.half[torch.arange(24) // 4 * 4])
-    assert read_table(ChoiceConfig(unique=True), path).left_out == 0
+    assert read_table(ChoiceOptions(unique=True), path).left_out == 0
     # Where all poses are one by the symmetry that is asked for, so are they.
-    assert open_stack(SourceConfig(symmetry="D2"), path).share.tolist() == [0.25] * 24
-    assert read_table(ChoiceConfig(unique=True, symmetry="D2"), path).row.tolist() == list(range(0, 24, 4))
+    assert open_stack(configure(BackprojectConfig, symmetry="D2"), path).share.tolist() == [0.25] * 24
+    assert read_table(ChoiceOptions(unique=True, symmetry="D2"), path).row.tolist() == list(range(0, 24, 4))
     # One is left per particle by ordinary subtraction.
     plain = star(tmp_path / "b.star", stack, range(6), poses[:6], ImageOriginalName=names[::4])
     assert copies(read_star(plain), "C1").text == ""
@@ -233,7 +233,7 @@ def test_marks_know_links_and_particles(stack, poses, tmp_path):
     )
     assert one.shape == (4, 3)
     assert len(marks_in(one, linked_to)) == len(marks_in(linked_to, one)) == 2
-    first, second = (image_marks(read_table(ChoiceConfig(), path)) for path in restacked(tmp_path, stack, poses))
+    first, second = (image_marks(read_table(ChoiceOptions(), path)) for path in restacked(tmp_path, stack, poses))
     assert len(marks_in(first, second)) == 8
     assert len(marks_in(one, first)) == 0
     twice = image_marks(read_star(star(tmp_path / "t.star", stack, [0, 1, 0], poses[:3])))
@@ -251,7 +251,7 @@ def test_one_micrograph_however_its_name_is_spelled(stack, poses, tmp_path):
         "m/gone.mrc",
         "./m/gone.mrc",
     ]
-    table = read_table(ChoiceConfig(), star(tmp_path / "a.star", stack, range(6), poses[:6], MicrographName=names))
+    table = read_table(ChoiceOptions(), star(tmp_path / "a.star", stack, range(6), poses[:6], MicrographName=names))
     assert table.micrograph.tolist() == [0, 0, 0, 0, 1, 1]
     assert table.micrograph_names == ("m/there.mrc", "m/gone.mrc")
 
@@ -263,10 +263,10 @@ def test_micrographs_that_are_gone_go_by_the_end_of_their_names(stack, poses, tm
     second = ["m/gone.mrc", "m/there.mrc", "gone.mrc", "project/m/gone.mrc"]
     one = star(tmp_path / "a.star", stack, range(4), poses[:4], MicrographName=first)
     two = star(tmp_path / "b.star", stack, range(4, 8), poses[4:8], MicrographName=second)
-    merged = read_table(ChoiceConfig(merge=(two,)), one)
+    merged = read_table(ChoiceOptions(merge=(two,)), one)
     assert merged.micrograph.tolist() == [0, 0, 1, 2, 0, 1, 3, 0]
     assert merged.micrograph_names == ("m/gone.mrc", "m/there.mrc", "am/gone.mrc", "gone.mrc")
-    other_way = read_table(ChoiceConfig(merge=(one,)), two)
+    other_way = read_table(ChoiceOptions(merge=(one,)), two)
     assert other_way.micrograph.tolist() == [0, 1, 2, 0, 0, 0, 1, 3]
 
 
@@ -287,7 +287,7 @@ def test_overlapping_selections_share_no_image_between_halves(stack, poses, tmp_
     a = star(tmp_path / "a" / "a.star", stack, range(16), poses[:16], MicrographName=micrographs[:16])
     b = star(tmp_path / "b" / "b.star", stack, range(8, 24), poses[8:], MicrographName=micrographs[8:])
     for seed in range(4):
-        merged = open_stack(SourceConfig(merge=(b,), seed=seed), a)
+        merged = open_stack(configure(BackprojectConfig, merge=(b,), seed=seed), a)
         assert parted(merged) == 0
         assert [int((merged.half == half).sum()) for half in (1, 2)] == pytest.approx([16, 16], abs=6)
         for number in merged.table.micrograph.unique():
@@ -301,9 +301,9 @@ def test_noise_in_both_halves_would_correlate(stack, poses, tmp_path):
     """What is at stake: the same images in both halves give noise an FSC near 1, whole copies give none."""
     twice = [i for i in range(IMAGES) for _ in "12"]
     path = star(tmp_path / "p.star", stack, twice, poses[twice])
-    good = open_stack(SourceConfig(), path)
+    good = open_stack(BackprojectConfig(), path)
     assert parted(good) == 0
-    bad = open_stack(SourceConfig(), path)
+    bad = open_stack(BackprojectConfig(), path)
     bad = replace(bad, table=replace(bad.table, half=torch.tensor([1, 2] * IMAGES)))
 
     def likeness(particles):
@@ -319,12 +319,12 @@ def test_half_sets_of_the_file_that_cross_are_refused(stack, poses, tmp_path, ca
     half = [1 + i % 2 for i in range(12)] + [2 - i % 2 for i in range(6)] + [1 + i % 2 for i in range(6, 9)]
     path = star(tmp_path / "p.star", stack, rows, poses[rows], RandomSubset=half)
     with pytest.raises(InputError, match=r"cross: 12 of 21 rows .* row 1, .* row 13.*--redraw-halves.*--unique"):
-        open_stack(SourceConfig(), path)
+        open_stack(BackprojectConfig(), path)
     assert main(["backproject", str(path), "-o", str(tmp_path / "run")]) == 2
     assert "--redraw-halves" in capsys.readouterr().err
-    redrawn = open_stack(SourceConfig(redraw_halves=True), path)
+    redrawn = open_stack(configure(BackprojectConfig, redraw_halves=True), path)
     assert parted(redrawn) == 0
-    kept = open_stack(SourceConfig(unique=True), path)
+    kept = open_stack(configure(BackprojectConfig, unique=True), path)
     assert kept.half.tolist() == half[:12]
 
 
@@ -332,7 +332,7 @@ def test_rows_without_a_half_follow_their_copies(stack, poses, tmp_path):
     a = star(tmp_path / "a.star", stack, range(12), poses[:12], RandomSubset=[1 + i % 2 for i in range(12)])
     b = star(tmp_path / "b.star", stack, range(6, 20), poses[6:20])
     for first, second in ((a, b), (b, a)):
-        merged = open_stack(SourceConfig(merge=(second,)), first)
+        merged = open_stack(configure(BackprojectConfig, merge=(second,)), first)
         assert parted(merged) == 0
         assert merged.half[~merged.table.drawn].tolist() == [1 + i % 2 for i in range(12)]
         assert [int((merged.half == half).sum()) for half in (1, 2)] == [13, 13]
@@ -341,7 +341,7 @@ def test_rows_without_a_half_follow_their_copies(stack, poses, tmp_path):
 def test_all_rows_without_a_half_may_be_copies(stack, poses, tmp_path):
     one = star(tmp_path / "a.star", stack, range(4), poses[:4], RandomSubset=[1, 2, 1, 2])
     two = star(tmp_path / "b.star", stack, range(4), poses[:4])
-    assert settle_halves(read_table(ChoiceConfig(merge=(two,)), one), 0).tolist() == [1, 2, 1, 2] * 2
+    assert settle_halves(read_table(ChoiceOptions(merge=(two,)), one), 0).tolist() == [1, 2, 1, 2] * 2
 
 
 def test_drawing_keeps_copies_and_places_together():
@@ -370,17 +370,17 @@ def test_micrographs_over_files(stack, poses, tmp_path):
     second = ["mics/a.mrc", "../one/mics/alias.mrc", "mics/gone.mrc"]
     one = star(tmp_path / "one" / "p.star", stack, range(3), poses[:3], MicrographName=first)
     two = star(tmp_path / "two" / "p.star", stack, range(3, 6), poses[3:6], MicrographName=second)
-    merged = read_table(SourceConfig(merge=(two,)), one)
+    merged = read_table(ChoiceOptions(merge=(two,)), one)
     a, b, gone, other_a, alias, other_gone = merged.micrograph.tolist()
     assert b == alias
     assert gone == other_gone
     assert len({a, other_a, b, gone}) == 4
     assert merged.micrograph_names[a] == merged.micrograph_names[other_a] == "mics/a.mrc"
     away = star(tmp_path / "three" / "p.star", stack, [6], poses[6:7], MicrographName=["mics/a.mrc"])
-    assert read_table(SourceConfig(merge=(away,)), one).micrograph.tolist() == [0, 1, 2, 0]
+    assert read_table(ChoiceOptions(merge=(away,)), one).micrograph.tolist() == [0, 1, 2, 0]
     # Stacks that stand for micrographs do so in a merged table.
     plain = star(tmp_path / "plain.star", stack, [7, 8], poses[:2])
-    merged = read_table(SourceConfig(merge=(star(tmp_path / "more.star", stack, [9], poses[:1]),)), plain)
+    merged = read_table(ChoiceOptions(merge=(star(tmp_path / "more.star", stack, [9], poses[:1]),)), plain)
     assert merged.micrograph.tolist() == [0, 0, 0]
 
 
@@ -397,7 +397,7 @@ def test_particles_picked_twice(stack, poses, tmp_path):
     assert (found.rows, found.crossing, found.close) == (0, 0, 24)
     assert "--redraw-halves" in found.near
     assert settle_halves(read_star(path), 0).tolist() == half
-    drawn = open_stack(SourceConfig(redraw_halves=True), path)
+    drawn = open_stack(configure(BackprojectConfig, redraw_halves=True), path)
     assert drawn.half[:12].tolist() == drawn.half[12:].tolist()
     assert set(drawn.half.tolist()) == {1, 2}
     apart = star(tmp_path / "q.star", stack, range(24), poses, RandomSubset=half, **columns)
@@ -463,7 +463,7 @@ def test_halves_that_part_neighbours_say_so(stack, poses, tmp_path, capsys):
     said = f"look  repeated particles: {beside} particles lie within 20 Å of one of the other half-set"
     assert said in capsys.readouterr().out
     log = Log()
-    summary = backproject(InputConfig(), path, tmp_path / "run", log)
+    summary = backproject(BackprojectConfig(), path, tmp_path / "run", log)
     assert any(
         text.startswith(f"{beside} particles lie within 20 Å") and "more than a third" in text for text in log.warnings
     )
@@ -489,8 +489,8 @@ def test_symmetry_expanded_sets_are_recognised(stack, poses, tmp_path, symbol, n
         found = copies(read_star(path), asked)
         assert found.expansion == symbol
         assert found.images == 8
-    assert parted(open_stack(SourceConfig(), path)) == 0
-    assert len(read_table(SourceConfig(unique=True), path)) == 8
+    assert parted(open_stack(BackprojectConfig(), path)) == 0
+    assert len(read_table(ChoiceOptions(unique=True), path)) == 8
     some = read_star(path).take(torch.arange(4 if symbol == "I2" else 3))
     assert copies(some, "C1").expansion is None or len(symmetry_group(symbol)) < 4
 
@@ -513,7 +513,7 @@ def test_expanded_sets_give_the_sums_of_the_symmetry(stack, poses, tmp_path):
     more = expanded(tmp_path / "more.star", stack, poses, group)
 
     def sums(path, symmetry):
-        return equations_of(open_stack(SourceConfig(symmetry=symmetry), path))
+        return equations_of(open_stack(configure(BackprojectConfig, symmetry=symmetry), path))
 
     wanted = sums(plain, "D2")
     for symmetry in ("C1", "D2"):
@@ -556,9 +556,9 @@ def test_copies_count_once(stack, poses, tmp_path):
     rows = [*range(IMAGES), *range(10)]
     turn = torch.from_numpy(axis_rotation([1.0, 2, 3], np.radians(1.5)))
     path = star(tmp_path / "p.star", stack, rows, torch.cat([poses, poses[:10] @ turn]))
-    doubled = open_stack(SourceConfig(), path)
+    doubled = open_stack(BackprojectConfig(), path)
     assert doubled.share.tolist() == [0.5] * 10 + [1.0] * 14 + [0.5] * 10
-    once = open_stack(SourceConfig(unique=True), path)
+    once = open_stack(configure(BackprojectConfig, unique=True), path)
     assert once.share is None
     weights = [equations_of(part).kernel.max() for part in (doubled, once)]
     assert float(weights[0] / weights[1]) == pytest.approx(1, abs=0.05)
@@ -570,7 +570,7 @@ def test_image_engine_counts_copies_once(stack, poses, tmp_path):
     gaussians = Gaussians(torch.zeros(1, 3), 100 * torch.eye(3)[None], torch.ones(1))
 
     def total(unique):
-        particles = open_stack(SourceConfig(unique=unique), path)
+        particles = open_stack(configure(BackprojectConfig, unique=unique), path)
         (batch,) = particles.sequential(100)
         return float(ImageObjective(particles, batch=100, seed=0).loss(gaussians, batch)) * len(batch)
 
@@ -582,7 +582,7 @@ def test_unique_comes_after_subset_and_class_and_before_first(stack, poses, tmp_
     path = star(tmp_path / "p.star", stack, rows, poses[rows], ClassNumber=[1, 1, 1, 2, 2, 2, 2, 2])
 
     def chosen(**options):
-        table = read_table(ChoiceConfig(unique=True, **options), path)
+        table = read_table(ChoiceOptions(unique=True, **options), path)
         return table.row.tolist(), table.left_out
 
     assert chosen() == ([0, 1, 2, 6, 7], 3)
@@ -590,7 +590,7 @@ def test_unique_comes_after_subset_and_class_and_before_first(stack, poses, tmp_
     assert chosen(particle_class=2, first=2) == ([3, 4], 0)
     np.savetxt(tmp_path / "rows.txt", [4, 1, 7], fmt="%d")
     assert chosen(subset=tmp_path / "rows.txt") == ([4, 7], 1)
-    merged = read_table(ChoiceConfig(unique=True, merge=(path,)), path)
+    merged = read_table(ChoiceOptions(unique=True, merge=(path,)), path)
     assert (merged.row.tolist(), merged.left_out) == ([0, 1, 2, 6, 7], 11)
 
 
@@ -599,7 +599,7 @@ def test_subsets_find_images_through_links(stack, poses, tmp_path):
     (tmp_path / "import").mkdir()
     (tmp_path / "import" / "123_s.mrcs").symlink_to(stack)
     chosen = star(tmp_path / "import" / "sub.star", "123_s.mrcs", [5, 2], poses[:2])
-    assert read_table(ChoiceConfig(subset=chosen), path).row.tolist() == [2, 5]
+    assert read_table(ChoiceOptions(subset=chosen), path).row.tolist() == [2, 5]
     # Folders are compared whole: "job1" is not the end of "myjob1".
     table = read_star(path)
     for folder in ("myjob1", "job1"):
@@ -611,17 +611,17 @@ def test_subsets_find_images_through_links(stack, poses, tmp_path):
     (tmp_path / "away").mkdir()
     named = star(tmp_path / "away" / "sub.star", "/elsewhere/job1/t.mrcs", [1], poses[:1])
     named.write_text(named.read_text().replace("/elsewhere/", ""))
-    assert read_table(ChoiceConfig(subset=named), tmp_path / "two.star").row.tolist() == [5]
+    assert read_table(ChoiceOptions(subset=named), tmp_path / "two.star").row.tolist() == [5]
 
 
 def test_a_subset_that_names_fewer_rows_than_images_have_is_told(stack, poses, tmp_path):
     rows = [0, 0, 1, 1, 2, 2]
     whole = star(tmp_path / "a.star", stack, rows, poses[:6])
     part = star(tmp_path / "b.star", stack, rows[::2], poses[:3])
-    table = read_table(ChoiceConfig(subset=part), whole)
+    table = read_table(ChoiceOptions(subset=part), whole)
     assert len(table) == 6
     assert any("names 3 rows, and 6 of" in text for text in table.warnings)
-    assert not any("names 6 rows" in text for text in read_table(ChoiceConfig(subset=whole), whole).warnings)
+    assert not any("names 6 rows" in text for text in read_table(ChoiceOptions(subset=whole), whole).warnings)
 
 
 def test_preprocess_writes_an_image_once(stack, poses, tmp_path):
@@ -639,7 +639,7 @@ def test_preprocess_writes_an_image_once(stack, poses, tmp_path):
 
 def test_null_tests_alter_an_image_once(stack, poses, tmp_path):
     twice = [*range(IMAGES), *range(IMAGES)]
-    particles = open_stack(SourceConfig(), star(tmp_path / "p.star", stack, twice, poses[twice]))
+    particles = open_stack(BackprojectConfig(), star(tmp_path / "p.star", stack, twice, poses[twice]))
     table = read_star(_write("noise", particles, tmp_path, 3, seed=0))
     assert StackFile(tmp_path / "particles.mrcs").count == IMAGES
     assert table.image.tolist() == twice
@@ -670,7 +670,7 @@ def test_check_and_run_say_what_is_repeated(tmp_path, capsys):
     assert items["classes"]["verdict"] == "look"
     assert "class 0: 14, class 1: 13, class 2: 13" in items["classes"]["text"]
     log = Log()
-    summary = backproject(InputConfig(merge=(b,)), a, tmp_path / "run", log)
+    summary = backproject(configure(BackprojectConfig, merge=(b,)), a, tmp_path / "run", log)
     about = summary["input"]
     assert (about["particles"], about["images"], about["repeated_rows"], about["micrographs"]) == (80, 60, 20, 10)
     assert about["half_sets_from"] == "drawn per micrograph"
@@ -678,21 +678,23 @@ def test_check_and_run_say_what_is_repeated(tmp_path, capsys):
     assert any("3 classes are mixed" in text and "--class" in text for text in log.warnings)
     used = read_star(tmp_path / "run" / "run_data.star")
     assert copies(used, "C1").crossing == 0
-    unique = backproject(InputConfig(merge=(b,), unique=True), a, tmp_path / "unique", log)
+    unique = backproject(configure(BackprojectConfig, merge=(b,), unique=True), a, tmp_path / "unique", log)
     assert (unique["input"]["particles"], unique["input"]["left_out_rows"]) == (60, 20)
-    again = backproject(InputConfig(redraw_halves=True, seed=5), tmp_path / "run" / "run_data.star", tmp_path / "again")
+    again = backproject(
+        configure(BackprojectConfig, redraw_halves=True, seed=5), tmp_path / "run" / "run_data.star", tmp_path / "again"
+    )
     assert again["input"]["half_sets_from"] == "redrawn per micrograph"
 
 
 def test_classes_of_several_files_are_not_compared(stack, poses, tmp_path):
     one = star(tmp_path / "a.star", stack, range(4), poses[:4], ClassNumber=[1] * 4)
     two = star(tmp_path / "b.star", stack, range(4, 8), poses[:4], ClassNumber=[2] * 4)
-    assert mixed_classes(read_table(SourceConfig(merge=(two,)), one)) == ""
+    assert mixed_classes(read_table(ChoiceOptions(merge=(two,)), one)) == ""
     mixed = star(tmp_path / "c.star", stack, range(4), poses[:4], ClassNumber=[1, 2, 2, 2])
     assert "c.star: 2 classes are mixed (class 1: 1, class 2: 3)" in mixed_classes(
-        read_table(SourceConfig(merge=(mixed,)), one)
+        read_table(ChoiceOptions(merge=(mixed,)), one)
     )
-    assert mixed_classes(read_table(SourceConfig(particle_class=2), mixed)) == ""
+    assert mixed_classes(read_table(ChoiceOptions(particle_class=2), mixed)) == ""
 
 
 def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path):
@@ -700,8 +702,8 @@ def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path
     one = star(tmp_path / "a.star", stack, range(12), poses[:12], RandomSubset=half)
     same = star(tmp_path / "b.star", stack, range(6, 18), poses[6:18], RandomSubset=half)
     other = star(tmp_path / "c.star", stack, range(7, 19), poses[7:19], RandomSubset=half)
-    backproject(InputConfig(keep_statistics=True), one, tmp_path / "one")
-    add, log = InputConfig(add_statistics=(tmp_path / "one",)), Log()
+    backproject(configure(BackprojectConfig, keep_statistics=True), one, tmp_path / "one")
+    add, log = configure(BackprojectConfig, add_statistics=(tmp_path / "one",)), Log()
     backproject(add, same, tmp_path / "same", log)
     assert any("3 images" in text and "count twice" in text for text in log.warnings)
     with pytest.raises(InputError, match=r"half1, and .*half2, hold the same images"):
@@ -710,19 +712,21 @@ def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path
 
 def test_added_sums_of_particles_in_another_stack_are_noticed(stack, poses, tmp_path):
     one, two = restacked(tmp_path, stack, poses, 12)
-    backproject(InputConfig(keep_statistics=True), one, tmp_path / "one")
+    backproject(configure(BackprojectConfig, keep_statistics=True), one, tmp_path / "one")
     log = Log()
-    backproject(InputConfig(add_statistics=(tmp_path / "one",)), two, tmp_path / "same", log)
+    backproject(configure(BackprojectConfig, add_statistics=(tmp_path / "one",)), two, tmp_path / "same", log)
     assert sum("6 images" in text and "count twice" in text for text in log.warnings) == 2
     with pytest.raises(InputError, match=r"half1, and .*half2, hold the same images"):
         backproject(
-            InputConfig(add_statistics=(tmp_path / "one",), redraw_halves=True, seed=1), two, tmp_path / "other"
+            configure(BackprojectConfig, add_statistics=(tmp_path / "one",), redraw_halves=True, seed=1),
+            two,
+            tmp_path / "other",
         )
 
 
 def test_sums_of_earlier_versions_know_their_images_by_path(stack, poses, tmp_path):
     path = star(tmp_path / "a.star", stack, range(12), poses[:12])
-    sums = begin(open_stack(SourceConfig(), path))
+    sums = begin(open_stack(BackprojectConfig(), path))
     marks = sums.images
     sums.images = marks[:, 0].contiguous()
     sums.save(tmp_path / "old.safetensors")
@@ -738,7 +742,7 @@ def test_sums_of_earlier_versions_know_their_images_by_path(stack, poses, tmp_pa
 def test_an_empty_list_of_rows_is_refused_in_our_words(stack, poses, tmp_path):
     path = star(tmp_path / "a.star", stack, range(4), poses[:4])
     (tmp_path / "rows.txt").write_text("")
-    config = ChoiceConfig(subset=tmp_path / "rows.txt")
+    config = ChoiceOptions(subset=tmp_path / "rows.txt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(InputError, match=r"rows\.txt: expected row numbers from 0 to 3"):
@@ -748,13 +752,13 @@ def test_an_empty_list_of_rows_is_refused_in_our_words(stack, poses, tmp_path):
 def test_too_few_different_particles_are_told(stack, poses, tmp_path, capsys):
     same = star(tmp_path / "a.star", stack, [0] * 6, poses[:6])
     with pytest.raises(InputError, match=r"half-set 2 has 0 particles.* 6 rows show 1 different particle; .*--merge"):
-        open_stack(SourceConfig(), same)
+        open_stack(BackprojectConfig(), same)
     assert main(["check", str(same), "--metadata-only"]) == 2
     assert "6 in 1 stack from 1 micrograph or group, which show 1; expected at least 4" in capsys.readouterr().out
     one = star(tmp_path / "b.star", stack, range(6), poses[:6], RandomSubset=[1] * 6)
     with pytest.raises(InputError, match=r"half-set 2 has 0 particles; .*--redraw-halves.*--merge"):
-        open_stack(SourceConfig(), one)
-    assert sorted(open_stack(SourceConfig(redraw_halves=True), one).half.tolist()) == [1, 1, 1, 2, 2, 2]
+        open_stack(BackprojectConfig(), one)
+    assert sorted(open_stack(configure(BackprojectConfig, redraw_halves=True), one).half.tolist()) == [1, 1, 1, 2, 2, 2]
     three = star(tmp_path / "c.star", stack, range(3), poses[:3])
     with pytest.raises(InputError, match=r"c\.star: 3 particles; expected at least 4, .*--first"):
-        open_stack(SourceConfig(), three)
+        open_stack(BackprojectConfig(), three)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from emsplat.cli import main
-from emsplat.config import InputConfig
+from emsplat.config import BackprojectConfig, configure
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import read_map
@@ -215,9 +215,9 @@ def test_every_format_gives_the_same_map(star, tmp_path):
     poses, ctf = pickles(table, tmp_path)
     stack = star.parent / "particles.mrcs"
     inputs = {
-        "star": (star, InputConfig()),
-        "cs": (as_cs(table, tmp_path), InputConfig()),
-        "pkl": (stack, InputConfig(poses=poses, ctf=ctf)),
+        "star": (star, BackprojectConfig()),
+        "cs": (as_cs(table, tmp_path), BackprojectConfig()),
+        "pkl": (stack, configure(BackprojectConfig, poses=poses, ctf=ctf)),
     }
     maps = {}
     for name, (path, config) in inputs.items():

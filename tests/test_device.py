@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from emsplat import device
-from emsplat.config import InputConfig, ReconstructConfig
+from emsplat.config import BackprojectConfig, ReconstructConfig, change, configure
 from emsplat.device import choose_device, fits_memory, within_memory
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
@@ -394,8 +394,10 @@ def test_memory_that_runs_out_is_said_in_a_line():
 
 
 QUICK = {
-    "one-pass": ReconstructConfig(epochs=4, gaussians=200, threads=1),
-    "images": ReconstructConfig(engine="images", epochs=2, gaussians=200, batch=16, threads=1, split_after=(1,)),
+    "one-pass": configure(ReconstructConfig, epochs=4, gaussians=200, threads=1),
+    "images": configure(
+        ReconstructConfig, engine="images", epochs=2, gaussians=200, batch=16, threads=1, split_after=(1,)
+    ),
 }
 
 
@@ -431,10 +433,10 @@ def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path, en
 
 @pytest.mark.slow
 def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path):
-    config = InputConfig(symmetry="C2", threads=1, keep_statistics=True, box=28)
+    config = configure(BackprojectConfig, symmetry="C2", threads=1, keep_statistics=True, box=28)
     backproject(config, particles, tmp_path / "cpu")
     on(monkeypatch, gpu)
-    added = dataclasses.replace(config, add_statistics=())
+    added = change(config, add_statistics=())
     backproject(added, particles, tmp_path / "gpu")
     for name in ("run_class001.mrc", "run_half1_class001_unfil.mrc", "sampling.mrc", "mask.mrc"):
         assert likeness(tmp_path / "cpu", tmp_path / "gpu", name) > 0.99999
@@ -443,7 +445,7 @@ def test_a_back_projection_is_the_same_on_a_device(gpu, monkeypatch, particles, 
 @pytest.mark.slow
 def test_experimental_particles_on_a_device(gpu, monkeypatch, shared_data, tmp_path):
     star = shared_data / "bgal" / "particles.star"
-    config = InputConfig(symmetry="D2", first=400, threads=1)
+    config = configure(BackprojectConfig, symmetry="D2", first=400, threads=1)
     backproject(config, star, tmp_path / "cpu")
     on(monkeypatch, gpu)
     backproject(config, star, tmp_path / "gpu")
@@ -475,7 +477,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_either_device(gpu, monkeypatch, pa
         with pytest.raises(Interrupted, match="step"):
             reconstruct(config, particles, tmp_path / "gpu")
     assert list((tmp_path / "gpu").glob("*.checkpoint.safetensors"))
-    resumed = dataclasses.replace(config, resume=True)
+    resumed = change(config, resume=True)
     with monkeypatch.context() as patch:
         on(patch, gpu)
         stopped_after(patch, 3)
@@ -499,7 +501,7 @@ def small_memory(monkeypatch, images):
 
 @pytest.mark.slow
 def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, particles, tmp_path):
-    config = dataclasses.replace(QUICK["images"], batch="auto")
+    config = change(QUICK["images"], batch="auto")
     on(monkeypatch, gpu)
     with monkeypatch.context() as patch:
         small_memory(patch, 20)
@@ -508,7 +510,7 @@ def test_the_batch_that_fits_is_found_and_kept(gpu, monkeypatch, particles, tmp_
             reconstruct(config, particles, tmp_path)
     assert "batches of 16 images, since 32 do not fit the memory" in (tmp_path / "run.log").read_text()
     assert tomllib.loads((tmp_path / "config.toml").read_text())["settings"]["batch"] == 16
-    summary = reconstruct(dataclasses.replace(config, resume=True), particles, tmp_path)  # 128 would fit now
+    summary = reconstruct(change(config, resume=True), particles, tmp_path)  # 128 would fit now
     assert summary["settings"]["batch"] == 16
     assert summary["options"]["batch"] == "auto"
     assert summary["fits"]["half1"]["steps"] == 2 * 2
@@ -527,7 +529,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(gpu, monkeypatc
 
 def test_the_batch_of_the_recipe_is_taken_on_the_cpu(monkeypatch, particles, tmp_path):
     on(monkeypatch, torch.device("cpu"))
-    summary = reconstruct(dataclasses.replace(QUICK["images"], batch="auto"), particles, tmp_path)
+    summary = reconstruct(change(QUICK["images"], batch="auto"), particles, tmp_path)
     assert summary["settings"]["batch"] == 128
 
 
@@ -553,8 +555,8 @@ def test_a_job_for_a_gpu_is_red_without_one():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("engine", QUICK)
 def test_a_run_is_the_same_with_cuda(particles, tmp_path, engine):
-    reconstruct(dataclasses.replace(QUICK[engine], device="cpu"), particles, tmp_path / "cpu")
-    summary = reconstruct(dataclasses.replace(QUICK[engine], device="cuda"), particles, tmp_path / "gpu")
+    reconstruct(change(QUICK[engine], device="cpu"), particles, tmp_path / "cpu")
+    summary = reconstruct(change(QUICK[engine], device="cuda"), particles, tmp_path / "gpu")
     check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
     assert summary["device"] == torch.cuda.get_device_name()
     assert summary["peak_gpu_memory_mb"] > 0

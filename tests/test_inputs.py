@@ -10,7 +10,7 @@ import torch
 from gemmi import cif
 
 from emsplat.cli import main
-from emsplat.config import SourceConfig
+from emsplat.config import BackprojectConfig, ChoiceOptions, configure
 from emsplat.errors import InputError
 from emsplat.imaging.project import project
 from emsplat.io.cryosparc import write_cs
@@ -32,7 +32,7 @@ def particles(simulated):
 
 
 def table_of(particles, **options):
-    return read_table(SourceConfig(**options), particles)
+    return read_table(ChoiceOptions(**options), particles)
 
 
 def classical(stack):
@@ -115,11 +115,11 @@ def test_merged_files(particles, tmp_path):
     assert [group.name for group in merged.groups] == ["opticsGroup1", "opticsGroup1_2"]
     assert merged.micrograph_names == table.micrograph_names
     assert merged.half.tolist() == table.half[:200].tolist() + [0] * 200
-    stack = open_stack(SourceConfig(merge=(tmp_path / "b.star",)), tmp_path / "a.star")
+    stack = open_stack(configure(BackprojectConfig, merge=(tmp_path / "b.star",)), tmp_path / "a.star")
     assert torch.equal(stack.half[:200], table.half[:200])
     assert set(stack.half[200:].tolist()) == {1, 2}
     assert merged.place(250).endswith("b.star, row 51")
-    assert likeness(classical(stack), classical(open_stack(SourceConfig(), particles))) > 0.9999
+    assert likeness(classical(stack), classical(open_stack(BackprojectConfig(), particles))) > 0.9999
     run = tmp_path / "run"
     words = ["--merge", str(tmp_path / "b.star"), "-o", str(run)]
     assert main(["backproject", str(tmp_path / "a.star"), *words]) == 0
@@ -248,9 +248,9 @@ def test_every_format_gives_the_same_map(particles, tmp_path):
         np.save(file, data)
     assert main(["convert", str(particles), str(tmp_path / "poses.pkl")]) == 0
     pickles = {"poses": tmp_path / "poses.pkl", "ctf": tmp_path / "ctf.pkl"}
-    expected = classical(open_stack(SourceConfig(), particles))
-    stacks = {name: open_stack(SourceConfig(), path) for name, path in paths.items()}
-    stacks["pkl"] = open_stack(SourceConfig(**pickles), here)
+    expected = classical(open_stack(BackprojectConfig(), particles))
+    stacks = {name: open_stack(BackprojectConfig(), path) for name, path in paths.items()}
+    stacks["pkl"] = open_stack(configure(BackprojectConfig, **pickles), here)
     assert len(stacks["three"].table.groups) == 3
     for name, stack in stacks.items():
         assert likeness(classical(stack), expected) > 0.9999, name
@@ -263,7 +263,7 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
     """The same molecule at three magnifications, put together, is as good as at one."""
     truth = read_map(particles.parent / "truth.mrc")[0]
     table = read_star(particles)
-    source = open_stack(SourceConfig(), particles)
+    source = open_stack(BackprojectConfig(), particles)
     raw = source.files.read(torch.arange(400))
     from emsplat.particles.resample import resample
 
@@ -285,7 +285,7 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
         image=place,
     )
     write_table(tmp_path / "mixed.star", mixed, table.half)
-    one, several = (classical(open_stack(SourceConfig(), path)) for path in (particles, tmp_path / "mixed.star"))
+    one, several = (classical(open_stack(BackprojectConfig(), path)) for path in (particles, tmp_path / "mixed.star"))
     one, several, truth = (_lowpass(volume, 4.0) for volume in (one, several, truth))
     assert likeness(several, one) > 0.98
     assert likeness(several, truth) > likeness(one, truth) - 0.01
@@ -293,4 +293,4 @@ def test_three_optics_groups_of_three_pixel_sizes_give_one_map(particles, tmp_pa
 
 def test_a_datadir_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--datadir .*/none: no such folder"):
-        read_table(SourceConfig(datadir=tmp_path / "none"), tmp_path / "p.star")
+        read_table(ChoiceOptions(datadir=tmp_path / "none"), tmp_path / "p.star")

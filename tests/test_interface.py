@@ -105,7 +105,7 @@ def test_interface_loads_no_command_line_and_draws_nothing():
     code = "import sys, emsplat as em; em.read_run, em.fit, em.reconstruct; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
     assert "torch" in loaded
-    assert not {"matplotlib", "plotly", "tyro", "rich", "emsplat.cli"} & loaded
+    assert not {"matplotlib", "plotly", "emsplat.commandline", "rich", "emsplat.cli"} & loaded
 
 
 def test_the_example_of_the_readme(star, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The journal of a run: written as it goes, readable at any moment, true after a crash and after going back."""
 
-import dataclasses
 import io
 import json
 import math
@@ -10,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from emsplat.config import ReconstructConfig
+from emsplat.config import ReconstructConfig, change, configure
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fitting.course import Score, Stage
 from emsplat.programs import image_engine
@@ -240,8 +239,8 @@ def particles(simulated):
     return simulated(particles=60)
 
 
-ONE_PASS = ReconstructConfig(epochs=3, gaussians=200, growth=1, threads=1)
-IMAGES = ReconstructConfig(engine="images", epochs=3, gaussians=200, batch=16, threads=1, checkpoint_every=0)
+ONE_PASS = configure(ReconstructConfig, epochs=3, gaussians=200, growth=1, threads=1)
+IMAGES = configure(ReconstructConfig, engine="images", epochs=3, gaussians=200, batch=16, threads=1, checkpoint_every=0)
 
 
 def steps(folder):
@@ -276,7 +275,7 @@ def test_a_run_of_one_pass_is_in_its_journal(particles, tmp_path):
 
 
 def test_a_back_projection_has_a_journal_too(particles, tmp_path):
-    backproject(dataclasses.replace(IMAGES), particles, tmp_path / "run")
+    backproject(IMAGES, particles, tmp_path / "run")
     rows = what(tmp_path / "run")
     assert rows[0].program == "emsplat backproject"
     assert rows[-1].how == "finished"
@@ -286,7 +285,7 @@ def test_a_resumed_run_goes_on_in_the_same_journal(particles, tmp_path, monkeypa
     """A crash between two checkpoints: what came after the last one is done again and counts once."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     reconstruct(IMAGES, particles, whole)
-    config = dataclasses.replace(IMAGES, checkpoint_every=1e9)
+    config = change(IMAGES, checkpoint_every=1e9)
     save, doubling = image_engine.save_checkpoint, image_engine.fit_doubling
 
     def crashing(state, *others):
@@ -305,7 +304,7 @@ def test_a_resumed_run_goes_on_in_the_same_journal(particles, tmp_path, monkeypa
     assert steps(cut) == [("half1", 2), ("half1", 4)]
     with (cut / JOURNAL).open("ab") as file:
         file.write(b'{"kind": "loss", "ti')  # and it was cut off
-    reconstruct(dataclasses.replace(config, resume=True), particles, cut)
+    reconstruct(change(config, resume=True), particles, cut)
     assert steps(cut) == steps(whole)
     assert what(cut, Rewound) == [Rewound("half1", 2)]
     assert [one.resumed for one in what(cut, Begun)] == [False, True]
@@ -325,6 +324,6 @@ def test_fits_that_begin_anew_take_back_their_scores(particles, tmp_path, monkey
         with pytest.raises(MemoryError):
             reconstruct(ONE_PASS, particles, cut)
     assert len(what(cut, Scored)) == 4
-    reconstruct(dataclasses.replace(ONE_PASS, resume=True), particles, cut)
+    reconstruct(change(ONE_PASS, resume=True), particles, cut)
     for name in ("convergence.csv", "scores.csv"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()

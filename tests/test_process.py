@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from emsplat import process
-from emsplat.config import AssessConfig, InputConfig
+from emsplat.config import AssessConfig, BackprojectConfig, configure
 from emsplat.errors import InputError, Interrupted
 from emsplat.process import Granted, granted_cores, run, started
 from emsplat.programs.assess import reassess
@@ -107,7 +107,7 @@ def test_threads_are_those_asked_for_and_given_back(monkeypatch):
 @pytest.mark.parametrize("wanted", [-1, 0, 100_000])
 def test_impossible_numbers_of_threads_are_one_line(wanted, particles, tmp_path):
     with pytest.raises(InputError, match=f"--threads {wanted}: expected from 1"):
-        backproject(InputConfig(threads=wanted), particles, tmp_path / "run")
+        backproject(configure(BackprojectConfig, threads=wanted), particles, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -132,9 +132,9 @@ before, filters = state(), warnings.filters[:]
 import emsplat.cli, emsplat.relion_job
 assert [f for f in warnings.filters if f not in filters and "emsplat" in str(f)] == []
 assert state() == before
-from emsplat.config import InputConfig
+from emsplat.config import BackprojectConfig, configure
 from emsplat.programs.reconstruct import backproject
-backproject(InputConfig(threads=2), Path(sys.argv[1]), Path("run"))
+backproject(configure(BackprojectConfig, threads=2), Path(sys.argv[1]), Path("run"))
 import matplotlib
 assert matplotlib.rcParams["font.size"] == 30 and matplotlib.rcParams["text.usetex"]
 assert "matplotlib.pyplot" not in sys.modules
@@ -291,7 +291,7 @@ def test_a_command_in_hard_surroundings(particles, tmp_path):
 
 
 def test_symmetry_that_is_meant(particles, tmp_path):
-    words = InputConfig(symmetry="C2", force=True)
+    words = configure(BackprojectConfig, symmetry="C2", force=True)
     log = Log(io.StringIO())
     summary = backproject(words, particles, tmp_path / "run", log)
     assert summary["symmetry"]["verdict"] == "wrong"
@@ -319,7 +319,7 @@ def test_ctrl_c_during_the_imports_is_one_line():
         "import sys, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Press:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'tyro': signal.raise_signal(signal.SIGINT)\n"
+        "        if name == 'emsplat.config': signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Press()); sys.argv = ['emsplat', '--version']\n"
         "from emsplat.__main__ import main; sys.exit(main())"
     )

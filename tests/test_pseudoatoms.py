@@ -15,7 +15,7 @@ from scipy.ndimage import map_coordinates
 
 from emsplat import report
 from emsplat.cli import main
-from emsplat.config import ReconstructConfig
+from emsplat.config import ReconstructConfig, configure
 from emsplat.errors import InputError, OutputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.atoms import read_atoms
@@ -222,7 +222,7 @@ def run(simulated, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda run: None)  # drawing takes longer than the run
-        reconstruct(ReconstructConfig(epochs=4, gaussians=400, threads=1), simulated(particles=300), folder)
+        reconstruct(configure(ReconstructConfig, epochs=4, gaussians=400, threads=1), simulated(particles=300), folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """The main job on small simulated stacks: what is written, that halves stay apart, resuming, noise, every option."""
 
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -19,7 +18,7 @@ import torch
 from gemmi import cif
 
 from emsplat.cli import main
-from emsplat.config import RECIPES, InputConfig, ReconstructConfig, SimulateConfig
+from emsplat.config import BackprojectConfig, ReconstructConfig, SimulateConfig, change, configure, names
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map, write_map
@@ -28,7 +27,7 @@ from emsplat.measures.curves import crossing
 from emsplat.measures.fsc import fsc_curve
 from emsplat.measures.mask import spherical_mask
 from emsplat.programs.reconstruct import backproject, reconstruct
-from emsplat.programs.settings import settings_of
+from emsplat.programs.settings import RECIPES, settings_of
 from emsplat.programs.simulate import simulate
 from emsplat.report import verdict
 from emsplat.report.verdict import Kind, kind_of
@@ -36,8 +35,8 @@ from emsplat.run.folder import check_same_run
 from emsplat.run.log import Log
 from emsplat.types import Grid
 
-QUICK = ReconstructConfig(epochs=2, gaussians=400)
-IMAGES = ReconstructConfig(engine="images", epochs=2, gaussians=400, batch=32)
+QUICK = configure(ReconstructConfig, epochs=2, gaussians=400)
+IMAGES = configure(ReconstructConfig, engine="images", epochs=2, gaussians=400, batch=32)
 ENGINES = {"one-pass": QUICK, "images": IMAGES}
 
 
@@ -50,7 +49,7 @@ def particles(simulated):
 @pytest.fixture(scope="module", params=list(ENGINES))
 def run(request, particles, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "run"
-    summary = reconstruct(dataclasses.replace(ENGINES[request.param], epochs=6), particles, output)
+    summary = reconstruct(change(ENGINES[request.param], epochs=6), particles, output)
     return output, summary
 
 
@@ -127,12 +126,12 @@ def test_ply_gives_the_map_again(run, tmp_path):
     assert read_map(tmp_path / "fine.mrc")[1].size == 64
 
 
-@pytest.mark.parametrize("config", [dataclasses.replace(QUICK, independent_halves=True), IMAGES])
+@pytest.mark.parametrize("config", [change(QUICK, independent_halves=True), IMAGES])
 def test_a_half_map_depends_on_its_own_half_only(config, particles, tmp_path):
     """Spoiling every image of half 2 leaves half 1 as it was, bit for bit."""
     mask = tmp_path / "mask.mrc"  # the automatic one is made from both halves
     write_map(mask, spherical_mask(Grid(32, 4.0), 90.0, 12.0), 4.0)
-    config = dataclasses.replace(config, mask=mask)
+    config = change(config, mask=mask)
     reconstruct(config, particles, tmp_path / "before")
     spoiled = tmp_path / "spoiled"
     spoiled.mkdir()
@@ -196,7 +195,7 @@ def test_interrupted_pass_over_the_particles_goes_on(particles, tmp_path):
     """The sums of an interrupted run are taken up again; the map is the same, and they are removed in the end."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     reconstruct(QUICK, particles, whole)
-    config = dataclasses.replace(QUICK, checkpoint_every=0)
+    config = change(QUICK, checkpoint_every=0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 
     class Stopping(Log):
@@ -209,7 +208,7 @@ def test_interrupted_pass_over_the_particles_goes_on(particles, tmp_path):
         reconstruct(config, particles, cut, Stopping())
     signal.signal(signal.SIGINT, before)
     assert (cut / "run_half1_statistics.safetensors").is_file()
-    reconstruct(dataclasses.replace(config, resume=True), particles, cut)
+    reconstruct(change(config, resume=True), particles, cut)
     name = "run_class001.mrc"
     assert (whole / name).read_bytes() == (cut / name).read_bytes()
     assert not list(cut.glob("*statistics*"))
@@ -226,11 +225,11 @@ def test_sums_of_other_particles_are_added(particles, tmp_path):
         for row in part:
             loop.add_row(row)
         document.write_file(str(particles.parent / f"{name}.star"))
-    keep = dataclasses.replace(QUICK, keep_statistics=True)
+    keep = change(QUICK, keep_statistics=True)
     reconstruct(keep, particles.parent / "first.star", tmp_path / "first")
-    add = dataclasses.replace(QUICK, add_statistics=(tmp_path / "first",))
+    add = change(QUICK, add_statistics=(tmp_path / "first",))
     reconstruct(add, particles.parent / "rest.star", tmp_path / "both")
-    backproject(InputConfig(), particles, tmp_path / "whole")
+    backproject(BackprojectConfig(), particles, tmp_path / "whole")
     both, _ = read_map(tmp_path / "both" / "backprojection_half1.mrc")
     whole, grid = read_map(tmp_path / "whole" / "run_half1_class001_unfil.mrc")
     assert float(fsc_curve(both, whole, grid).value[1:].min()) > 0.98
@@ -239,7 +238,7 @@ def test_sums_of_other_particles_are_added(particles, tmp_path):
 
 
 def test_back_projection_is_a_run_of_its_own(particles, tmp_path, capsys):
-    summary = backproject(InputConfig(symmetry="C1"), particles, tmp_path / "run")
+    summary = backproject(configure(BackprojectConfig, symmetry="C1"), particles, tmp_path / "run")
     said = capsys.readouterr().out
     assert "resolution: " in said
     assert "classical half maps, masked and corrected for the mask; FSC 0.143" in said
@@ -278,10 +277,10 @@ def several_grids(particles):
 
 
 def test_several_boxes_and_pixel_sizes_make_one_map(several_grids, particles, tmp_path):
-    summary = backproject(InputConfig(), several_grids, tmp_path / "mixed")
+    summary = backproject(BackprojectConfig(), several_grids, tmp_path / "mixed")
     assert summary["input"]["particles"] == 420
     assert summary["input"]["box"] == 32
-    backproject(InputConfig(), particles, tmp_path / "alone")
+    backproject(BackprojectConfig(), particles, tmp_path / "alone")
     truth, grid = read_map(particles.parent / "truth.mrc")
     mask, _ = read_map(tmp_path / "mixed" / "mask.mrc")
     scores = []
@@ -295,26 +294,26 @@ def test_several_boxes_and_pixel_sizes_make_one_map(several_grids, particles, tm
 
 
 def test_options_of_the_other_engine_are_refused(particles, tmp_path):
-    for change, word in (
+    for given, word in (
         ({"batch": 5}, "--batch belongs to --engine images"),
         ({"engine": "images", "growth": 1}, "--growth belongs to --engine one-pass"),
         ({"engine": "one-pass", "recipe": "gem"}, "--recipe gem trains on images"),
     ):
         with pytest.raises(InputError, match=word):
-            reconstruct(ReconstructConfig(**change), particles, tmp_path / "run")
+            reconstruct(configure(ReconstructConfig, **given), particles, tmp_path / "run")
 
 
 def test_masks_are_checked_before_the_work(particles, tmp_path):
     write_map(tmp_path / "mask.mrc", torch.full((32, 32, 32), 2.0), 4.0)
     with pytest.raises(InputError, match="expected 0 to 1"):
-        reconstruct(dataclasses.replace(QUICK, mask=tmp_path / "mask.mrc"), particles, tmp_path / "run")
+        reconstruct(change(QUICK, mask=tmp_path / "mask.mrc"), particles, tmp_path / "run")
     write_map(tmp_path / "mask.mrc", torch.ones(16, 16, 16), 4.0)
     with pytest.raises(InputError, match="box 16"):
-        reconstruct(dataclasses.replace(QUICK, mask=tmp_path / "mask.mrc"), particles, tmp_path / "run")
+        reconstruct(change(QUICK, mask=tmp_path / "mask.mrc"), particles, tmp_path / "run")
 
 
 def test_stages_are_taken_back_where_they_lose(particles, tmp_path):
-    summary = reconstruct(dataclasses.replace(QUICK, epochs=4, growth=2), particles, tmp_path / "run")
+    summary = reconstruct(change(QUICK, epochs=4, growth=2), particles, tmp_path / "run")
     stages = summary["course"]
     assert stages[0]["gaussians"] == 400
     kept = [stage for stage in stages if stage["kept"]]
@@ -341,16 +340,16 @@ def finished(particles, tmp_path_factory):
 def test_resume_refuses_another_run(finished, particles):
     output, _ = finished
     with pytest.raises(InputError, match=r"was run with another .*epochs.*config\.toml"):
-        reconstruct(dataclasses.replace(QUICK, resume=True, epochs=3), particles, output)
+        reconstruct(change(QUICK, resume=True, epochs=3), particles, output)
     with pytest.raises(InputError, match=r"was run with another .*recipe"):
-        backproject(InputConfig(resume=True), particles, output)
+        backproject(configure(BackprojectConfig, resume=True), particles, output)
 
 
 def test_resume_of_a_finished_run_does_nothing_and_says_so(finished, particles, monkeypatch):
     output, summary = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     log = Log(io.StringIO())
-    again = reconstruct(dataclasses.replace(QUICK, resume=True), particles, output, log)
+    again = reconstruct(change(QUICK, resume=True), particles, output, log)
     assert again["resolution"] == json.loads(json.dumps(summary["resolution"]))
     said = log.stream.getvalue()
     assert "this run is finished" in said
@@ -358,7 +357,7 @@ def test_resume_of_a_finished_run_does_nothing_and_says_so(finished, particles, 
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     # The same file by another name is the same input.
     monkeypatch.chdir(particles.parent)
-    reconstruct(dataclasses.replace(QUICK, resume=True), Path(particles.name), output)
+    reconstruct(change(QUICK, resume=True), Path(particles.name), output)
 
 
 def test_resume_of_a_run_that_is_older_than_an_option(finished, particles, tmp_path):
@@ -369,15 +368,15 @@ def test_resume_of_a_run_that_is_older_than_an_option(finished, particles, tmp_p
     lines = [line for line in text.splitlines() if not line.startswith(("skip_bad", "naming"))]
     assert len(lines) == len(text.splitlines()) - 2
     (output / "config.toml").write_text("\n".join(lines))
-    check_same_run(dataclasses.replace(QUICK, resume=True), particles, output)
+    check_same_run(change(QUICK, resume=True), particles, output)
     with pytest.raises(InputError, match="was run with another naming, skip_bad;"):
-        check_same_run(dataclasses.replace(QUICK, resume=True, skip_bad=True, naming="cryodrgn"), particles, output)
+        check_same_run(change(QUICK, resume=True, skip_bad=True, naming="cryodrgn"), particles, output)
 
 
 def test_a_fit_does_not_resume_a_back_projection(particles, tmp_path):
-    backproject(InputConfig(), particles, tmp_path / "run")
+    backproject(BackprojectConfig(), particles, tmp_path / "run")
     with pytest.raises(InputError, match="was run with another command"):
-        reconstruct(ReconstructConfig(resume=True), particles, tmp_path / "run")
+        reconstruct(configure(ReconstructConfig, resume=True), particles, tmp_path / "run")
 
 
 def test_folder_that_holds_something_is_left_alone(particles, tmp_path):
@@ -385,19 +384,19 @@ def test_folder_that_holds_something_is_left_alone(particles, tmp_path):
     with pytest.raises(OutputError, match="--overwrite"):
         reconstruct(QUICK, particles, tmp_path)
     with pytest.raises(OutputError, match="does not look like a run folder"):
-        reconstruct(dataclasses.replace(QUICK, overwrite=True), particles, tmp_path)
+        reconstruct(change(QUICK, overwrite=True), particles, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
 def test_bad_input_leaves_nothing_behind(particles, tmp_path):
     with pytest.raises(InputError):
-        reconstruct(dataclasses.replace(QUICK, symmetry="Q7"), particles, tmp_path / "run")
+        reconstruct(change(QUICK, symmetry="Q7"), particles, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_noise_alone_has_no_resolution(simulated, tmp_path, capsys):
     star = simulated(box=48, pixel_size=3.0, particles=600, snr=0.05, noise_only=True, seed=0)
-    summary = reconstruct(dataclasses.replace(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
+    summary = reconstruct(change(QUICK, epochs=4, gaussians=1500), star, tmp_path / "run")
     assert set(summary["resolution"].values()) == {None}
     assert any("no particle" in warning for warning in summary["warnings"])
     assert summary["evident"] is False
@@ -408,7 +407,7 @@ def test_noise_alone_has_no_resolution(simulated, tmp_path, capsys):
 
 
 def test_inverted_images_are_noticed(particles, tmp_path, capsys):
-    summary = reconstruct(dataclasses.replace(QUICK, invert=True), particles, tmp_path / "run")
+    summary = reconstruct(change(QUICK, invert=True), particles, tmp_path / "run")
     assert any("--invert" in warning for warning in summary["warnings"])
     assert "inverted with --invert" in capsys.readouterr().out
 
@@ -440,25 +439,25 @@ def test_skip_bad_leaves_out_and_records(particles, tmp_path):
         file.data[11] = 1.0
     with pytest.raises(InputError, match=r"row (7|12): [12] of .*--skip-bad"):
         reconstruct(QUICK, folder / "particles.star", tmp_path / "refused")
-    summary = reconstruct(dataclasses.replace(QUICK, skip_bad=True), folder / "particles.star", tmp_path / "run")
+    summary = reconstruct(change(QUICK, skip_bad=True), folder / "particles.star", tmp_path / "run")
     assert summary["input"]["skipped_rows"] == [7, 12]
     assert summary["input"]["particles"] == 298
 
 
 @pytest.mark.parametrize("recipe", ["default", "cryosplat", "gem"])
 def test_recipes_give_what_they_promise(recipe):
-    settings = settings_of(ReconstructConfig(recipe=recipe))
+    settings = settings_of(configure(ReconstructConfig, recipe=recipe))
     assert settings.epochs == RECIPES[recipe].epochs
     assert settings.init == RECIPES[recipe].init
     assert settings.engine == RECIPES[recipe].engine
-    assert settings_of(ReconstructConfig(recipe=recipe, epochs=7)).epochs == 7
+    assert settings_of(configure(ReconstructConfig, recipe=recipe, epochs=7)).epochs == 7
 
 
 def test_every_option_of_reconstruct(particles, tmp_path):
     """Each option is understood and changes what it says."""
     mask, other = tmp_path / "mask.mrc", tmp_path / "other"
     write_map(mask, spherical_mask(Grid(32, 4.0), 90.0, 12.0), 4.0)
-    config = InputConfig(symmetry="C2", keep_statistics=True, invert=True, diameter=90.0)
+    config = configure(BackprojectConfig, symmetry="C2", keep_statistics=True, invert=True, diameter=90.0)
     backproject(config, particles, other)
     options = {
         "--symmetry": ["C2"],
@@ -502,7 +501,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
     assert (output / "cryodrgn" / "poses.pkl").is_file()
     assert summary["threads"] == 1
     assert summary["device"] == "cpu"
-    named = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(ReconstructConfig)}
+    named = {f"--{name.replace('_', '-')}" for name in names(ReconstructConfig)}
     elsewhere = {"--growth", "--independent-halves", "--mask-diameter"}  # not beside these
     elsewhere |= {"--poses", "--ctf", "--passthrough"}  # of other formats
     elsewhere |= {"--merge", "--subset", "--particle-class"}  # tests/test_inputs.py
@@ -518,7 +517,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
 @pytest.mark.slow
 def test_experimental_particles(shared_data, tmp_path):
     """Beta-galactosidase with default settings: Nyquist against the atomic model, above the classical map."""
-    config = ReconstructConfig(symmetry="D2")
+    config = configure(ReconstructConfig, symmetry="D2")
     reconstruct(config, shared_data / "bgal" / "particles.star", tmp_path / "run")
     volume, grid = read_map(tmp_path / "run" / "run_class001.mrc")
     from emsplat.io.atoms import read_atoms
@@ -558,8 +557,8 @@ def test_a_stack_without_micrographs_is_drawn_particle_by_particle(tmp_path, cap
     config = SimulateConfig(box=16, pixel_size=8.0, particles=80, snr=10.0, atoms=300)
     star = simulate(config, None, tmp_path / "made")
     assert main(["convert", str(star), str(tmp_path / "new" / "poses.pkl")]) == 0
-    files = InputConfig(poses=tmp_path / "new" / "poses.pkl", ctf=tmp_path / "new" / "ctf.pkl")
-    words = ["--poses", str(files.poses), "--ctf", str(files.ctf), "--metadata-only"]
+    files = configure(BackprojectConfig, poses=tmp_path / "new" / "poses.pkl", ctf=tmp_path / "new" / "ctf.pkl")
+    words = ["--poses", str(files.choice.poses), "--ctf", str(files.choice.ctf), "--metadata-only"]
     assert main(["check", str(star.with_suffix(".mrcs")), *words]) in (0, 1)
     assert "80 in 1 stack from micrographs that are not known" in capsys.readouterr().out
     summary = backproject(files, star.with_suffix(".mrcs"), tmp_path / "run")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emsplat.assessment.residuals import write_residuals
-from emsplat.config import ReconstructConfig
+from emsplat.config import ReconstructConfig, configure
 from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.run.log import Log
@@ -26,7 +26,7 @@ def model(stack, tmp_path_factory):
     run = tmp_path_factory.mktemp("r") / "run"
     with (run.parent / "log").open("w") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr("emsplat.report.write_report", lambda run: None)
-        reconstruct(ReconstructConfig(epochs=8, gaussians=800), stack.table.sources[0], run, Log(file))
+        reconstruct(configure(ReconstructConfig, epochs=8, gaussians=800), stack.table.sources[0], run, Log(file))
     return read_ply(run / "run_class001.ply")[0]
 
 

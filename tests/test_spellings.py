@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from emsplat.config import InputConfig, SimulateConfig
+from emsplat.config import BackprojectConfig, SimulateConfig
 from emsplat.io.star import read_star_file
 from emsplat.particles.choose import open_stack
 from emsplat.programs.simulate import simulate
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
 
 def sums(star):
     """All that a reconstruction knows of the images: the normal equations of each half-set."""
-    stack = open_stack(InputConfig(), star)
+    stack = open_stack(BackprojectConfig(), star)
     parts = [equations_of(stack.only(half), None) for half in (1, 2)]
     return [(part.particles, part.solve()) for part in parts]
 

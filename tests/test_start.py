@@ -1,6 +1,5 @@
 """Starts from a file: what the Gaussians are put on, that the fit gets to the data, and what is refused."""
 
-import dataclasses
 import gzip
 import shutil
 
@@ -8,7 +7,7 @@ import mrcfile
 import pytest
 import torch
 
-from emsplat.config import ReconstructConfig, SimulateConfig
+from emsplat.config import ReconstructConfig, SimulateConfig, change, configure
 from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.atoms import read_atoms
@@ -24,7 +23,7 @@ from emsplat.programs.simulate import place_atoms, simulate, truth_map
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(32, 4.0)
-QUICK = ReconstructConfig(epochs=4, gaussians=400, threads=1)
+QUICK = configure(ReconstructConfig, epochs=4, gaussians=400, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_a_start_from_each_kind_of_file(files, particles, usual, tmp_path, name,
     """The Gaussians of the file, or as many as asked for, reach the truth whatever the grey values of the file."""
     init = str(files / name)
     count = 300 if name == "map.mrc" else None
-    config = ReconstructConfig(init=init, gaussians=count, epochs=4, engine=engine, threads=1)
+    config = configure(ReconstructConfig, init=init, gaussians=count, epochs=4, engine=engine, threads=1)
     summary = reconstruct(config, particles, tmp_path / "run")
     assert {fit["gaussians"] for fit in summary["fits"].values()} == {count or 400}
     assert summary["settings"]["init"] == init
@@ -77,7 +76,7 @@ def test_a_start_from_each_kind_of_file(files, particles, usual, tmp_path, name,
 
 @pytest.mark.parametrize("init", ["map", "ball", "uniform"])
 def test_starts_without_a_file_warn_of_nothing(particles, tmp_path, init):
-    summary = reconstruct(dataclasses.replace(QUICK, init=init, epochs=1), particles, tmp_path / "run")
+    summary = reconstruct(change(QUICK, init=init, epochs=1), particles, tmp_path / "run")
     assert summary["warnings"] == []
     assert read_start(init, GRID) is None
 
@@ -87,12 +86,12 @@ def test_each_half_starts_from_its_own_file(files, particles, tmp_path):
     first, second = tmp_path / "run_half1.ply", tmp_path / "run_half2.ply"
     shutil.copy(files / "model.ply", first)
     with pytest.raises(InputError, match=r"run_half2.ply: no such file"):
-        settings_of(ReconstructConfig(init=str(first)))
+        settings_of(configure(ReconstructConfig, init=str(first)))
     gaussians, _ = read_gaussians(first)
     write_gaussians(
         second, Gaussians(gaussians.mean[:350], gaussians.covariance[:350], gaussians.amplitude[:350]), GRID
     )
-    config = ReconstructConfig(init=str(first), epochs=2, independent_halves=True, threads=1)
+    config = configure(ReconstructConfig, init=str(first), epochs=2, independent_halves=True, threads=1)
     summary = reconstruct(config, particles, tmp_path / "run")
     found = {name: fit["gaussians"] for name, fit in summary["fits"].items()}
     assert found == {"half1": 400, "half2": 350, "class001": 400}
@@ -100,10 +99,10 @@ def test_each_half_starts_from_its_own_file(files, particles, tmp_path):
 
 
 def test_a_model_keeps_its_number_unless_growth_is_asked_for(files):
-    one = settings_of(ReconstructConfig(init=str(files / "model.ply")))
+    one = settings_of(configure(ReconstructConfig, init=str(files / "model.ply")))
     assert one.growth == 0
-    assert settings_of(ReconstructConfig(init=str(files / "model.ply"), growth=1)).growth == 1
-    assert settings_of(ReconstructConfig(init=str(files / "map.mrc"))).growth == 2
+    assert settings_of(configure(ReconstructConfig, init=str(files / "model.ply"), growth=1)).growth == 1
+    assert settings_of(configure(ReconstructConfig, init=str(files / "map.mrc"))).growth == 2
 
 
 def test_a_map_of_another_grid_lies_where_ours_does_and_has_no_fine_detail(files, tmp_path):
@@ -138,7 +137,7 @@ def test_an_atomic_model_is_a_start(shared_data, tmp_path):
     # The simulation moves the centre of mass to the centre of the box: so must the model, as if fitted into the map.
     shift = 64.0 - (atoms.position - place_atoms(atoms, GRID).position)[0]
     fitted = moved(path, tmp_path / "fitted.pdb", shift.tolist())
-    summary = reconstruct(ReconstructConfig(init=str(fitted), epochs=3, threads=1), star, tmp_path / "run")
+    summary = reconstruct(configure(ReconstructConfig, init=str(fitted), epochs=3, threads=1), star, tmp_path / "run")
     assert summary["fits"]["class001"]["gaussians"] == len(atoms)
     volume, _ = read_map(tmp_path / "run" / "run_class001.mrc")
     truth = truth_map(place_atoms(atoms, GRID), GRID, 60.0)
@@ -167,15 +166,15 @@ def test_starts_that_do_not_exist_are_refused(init, message):
     with pytest.raises(InputError, match=f"--init {init}: .*{message}|--init {init}: {message}"):
         check_start(init)
     with pytest.raises(InputError, match=message):
-        settings_of(ReconstructConfig(init=init))
+        settings_of(configure(ReconstructConfig, init=init))
 
 
 def test_options_that_contradict_the_file_are_refused(files):
     with pytest.raises(InputError, match="the file says how many"):
-        settings_of(ReconstructConfig(init=str(files / "model.cif"), gaussians=10))
+        settings_of(configure(ReconstructConfig, init=str(files / "model.cif"), gaussians=10))
     for name in ("model.ply", "map.mrc"):
         with pytest.raises(InputError, match="--independent-halves with --init"):
-            settings_of(ReconstructConfig(init=str(files / name), independent_halves=True))
+            settings_of(configure(ReconstructConfig, init=str(files / name), independent_halves=True))
 
 
 def test_files_that_hold_no_start_are_refused_before_the_run_folder_is_made(particles, tmp_path):
@@ -193,7 +192,7 @@ def test_files_that_hold_no_start_are_refused_before_the_run_folder_is_made(part
         ("empty.ply", "no amplitude above 0"),
         ("broken.cif", "not readable"),
     ):
-        config = ReconstructConfig(init=str(tmp_path / name))
+        config = configure(ReconstructConfig, init=str(tmp_path / name))
         with pytest.raises(InputError, match=message) as caught:
             reconstruct(config, particles, tmp_path / "run")
         assert "\n" not in str(caught.value)
@@ -205,7 +204,7 @@ def test_experimental_particles_from_an_atomic_model(shared_data, tmp_path):
     """Beta-galactosidase from the model that lies in its map: at least what the usual start gives."""
     folder = shared_data / "bgal"
     path = folder / "8bk7_in_map_frame.cif.gz"
-    config = ReconstructConfig(symmetry="D2", init=str(path), threads=1)
+    config = configure(ReconstructConfig, symmetry="D2", init=str(path), threads=1)
     summary = reconstruct(config, folder / "particles.star", tmp_path / "run")
     volume, grid = read_map(tmp_path / "run" / "run_class001.mrc")
     mask, _ = read_map(folder / "mask_soft.mrc")

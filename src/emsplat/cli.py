@@ -1,38 +1,48 @@
-"""The command line: options from the dataclasses of `emsplat.config`, errors as one line."""
+"""The command line: what each command takes and says, and the functions that it calls."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any, Literal
 
 from emsplat import __version__
+from emsplat.commandline.arguments import Command, command_of
+from emsplat.commandline.help import program_help, terminal
+from emsplat.commandline.parse import call, did_you_mean
 from emsplat.config import (
+    Angstrom,
     AssessConfig,
+    BackprojectConfig,
     CheckConfig,
     ConvertConfig,
-    InputConfig,
+    File,
+    Folder,
+    MapFile,
     NullTestConfig,
+    Pixels,
     PostprocessConfig,
     PreprocessConfig,
     ReconstructConfig,
+    RunOptions,
     SimulateConfig,
 )
-from emsplat.errors import EmsplatError, InputError
+from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.process import started
+from emsplat.process import threads as with_threads
 from emsplat.run.files import REPORT
 from emsplat.run.log import Log
 
 _SAME = 1e-6  # by which an FSC may fall short of 1 by rounding
-_Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
 def reconstruct(
-    particles: tyro.conf.Positional[Path],
-    output: _Output,
-    config: tyro.conf.OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),  # noqa: B008 (frozen)
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: ReconstructConfig = ReconstructConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Reconstruct a density map and two half maps from particles with known poses.
 
@@ -40,18 +50,28 @@ def reconstruct(
 
     Args:
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
-        output: Run folder.
+        output: Run folder; without it a new one here, reconstruct_001 or the next free number.
+
+    Examples:
+        # particles of RELION (Refine3D) or cryoSPARC (refinement), results in run/
+        emsplat reconstruct run_data.star -o run --symmetry D2
+        # quickly, to see what the particles hold: a part of them, on fewer pixels
+        emsplat reconstruct particles.cs --first 20000 --box 128
+        # go on with a run that was interrupted
+        emsplat reconstruct run_data.star -o run --symmetry D2 --resume
     """
     from emsplat.programs.finish import exit_code
     from emsplat.programs.reconstruct import reconstruct as run
 
-    return exit_code(run(config, particles, output, _log()))
+    with _folder(output, "reconstruct", again=_again(config.run)) as folder:
+        return exit_code(run(config, particles, folder, _log()))
 
 
 def backproject(
-    particles: tyro.conf.Positional[Path],
-    output: _Output,
-    config: tyro.conf.OmitArgPrefixes[InputConfig] = InputConfig(),  # noqa: B008 (frozen)
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: BackprojectConfig = BackprojectConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Classical half maps and a full map, regularised by their signal-to-noise ratio, in one pass.
 
@@ -59,39 +79,62 @@ def backproject(
 
     Args:
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
-        output: Run folder.
+        output: Run folder; without it a new one here, backproject_001 or the next free number.
+
+    Examples:
+        # the maps of a RELION refinement again, in minutes
+        emsplat backproject run_data.star -o classical --symmetry C4
+        # images that lie elsewhere than the STAR file says
+        emsplat backproject particles.star --datadir /data/project
+        # one class, with a spherical mask for the FSC
+        emsplat backproject run_data.star --class 2 --mask-diameter 180
     """
     from emsplat.programs.finish import exit_code
     from emsplat.programs.reconstruct import backproject as run
 
-    return exit_code(run(config, particles, output, _log()))
+    with _folder(output, "backproject", again=_again(config.run)) as folder:
+        return exit_code(run(config, particles, folder, _log()))
 
 
 def simulate(
-    model: tyro.conf.Positional[Path | None] = None,
-    *,
-    output: _Output,
-    config: tyro.conf.OmitArgPrefixes[SimulateConfig] = SimulateConfig(),  # noqa: B008 (frozen)
+    model: Path | None = None,
+    /,
+    output: Folder | None = None,
+    threads: int | None = None,
+    config: SimulateConfig = SimulateConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Simulate a particle stack from an atomic model, or from a procedural protein where none is given.
 
     Args:
         model: mmCIF or PDB file (may be gzipped).
-        output: Folder for particles.mrcs, particles.star and truth.mrc.
+        output: Folder for particles.mrcs, particles.star and truth.mrc; without it a new one here, simulate_001 or the
+            next free number.
+        threads: Threads of the computation; without it as many as cores were granted.
+
+    Examples:
+        # a small set to try emsplat with
+        emsplat simulate -o demo --particles 2000 --box 64 --pixel-size 3
+        # particles of a known structure
+        emsplat simulate 6z6u.cif -o apoferritin --box 192 --pixel-size 1.2
+        # noise alone: no method should find anything in it
+        emsplat simulate -o nothing --noise-only
     """
     from emsplat.io.paths import say_start
     from emsplat.programs.simulate import simulate as run
 
-    star = run(config, model, output)
-    print(f"particles: {star}")
-    print(f"  {say_start(star, output / 'particles.mrcs')}")
+    with _folder(output, "simulate") as folder, with_threads(threads):
+        star = run(config, model, folder)
+        print(f"particles: {star}")
+        print(f"  {say_start(star, folder / 'particles.mrcs')}")
 
 
 def check(
-    particles: tyro.conf.Positional[Path],
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    particles: Path,
+    /,
+    output: Folder | None = None,
     json: bool = False,
-    config: tyro.conf.OmitArgPrefixes[CheckConfig] = CheckConfig(),  # noqa: B008 (frozen)
+    threads: int | None = None,
+    config: CheckConfig = CheckConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Say what is understood of a particle set, with a verdict for each item: ok, look or wrong.
 
@@ -99,14 +142,25 @@ def check(
 
     Args:
         particles: Particles, as for `emsplat reconstruct`.
-        output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json.
+        output: Folder for report.html, slices.png and directions.png of a quick back-projection, and check.json;
+            without it nothing is written.
         json: Print the result as one JSON object.
+        threads: Threads of the computation; without it as many as cores were granted.
+
+    Examples:
+        # before a long run
+        emsplat check particles.star --symmetry D2
+        # with a page of slices and views
+        emsplat check particles.cs -o look
+        # only the metadata, where the images are not at hand
+        emsplat check particles.star --metadata-only
     """
     from emsplat.io.files import json_text
     from emsplat.programs.check import check as work
     from emsplat.programs.check import describe, exit_code
 
-    result = work(config, particles, output)
+    with with_threads(threads):
+        result = work(config, particles, output)
     print(json_text(result) if json else describe(result))
     if output is not None and not json:
         print(f"report: {output / REPORT}")
@@ -114,9 +168,10 @@ def check(
 
 
 def convert(
-    particles: tyro.conf.Positional[Path],
-    output: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008 (frozen)
+    particles: Path,
+    output: Path,
+    /,
+    config: ConvertConfig = ConvertConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Convert particle metadata between RELION (.star), cryoSPARC (.cs) and cryoDRGN (.pkl), or Gaussians between .ply
     and pseudo-atoms (.cif, .pdb). Images stay as they are.
@@ -124,6 +179,14 @@ def convert(
     Args:
         particles: Particles, as for `emsplat reconstruct`, or Gaussians or an atomic model.
         output: File to write, by its ending. For cryoDRGN poses.pkl, beside which ctf.pkl is written.
+
+    Examples:
+        # cryoSPARC to RELION
+        emsplat convert J24/cryosparc_P12_J24_particles.cs particles.star
+        # RELION to cryoDRGN
+        emsplat convert run_data.star poses.pkl
+        # Gaussians to pseudo-atoms, for ChimeraX
+        emsplat convert run/run_half1.ply model.cif
     """
     from emsplat.programs.convert import convert as run
 
@@ -132,29 +195,49 @@ def convert(
 
 
 def preprocess(
-    particles: tyro.conf.Positional[Path],
-    output: _Output,
-    config: tyro.conf.OmitArgPrefixes[PreprocessConfig] = PreprocessConfig(),  # noqa: B008 (frozen)
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: PreprocessConfig = PreprocessConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Write a new particle stack: another box or pixel size, normalised, inverted, recentred; all metadata stay.
 
     Args:
         particles: Particles, as for `emsplat reconstruct`.
-        output: Folder for particles.mrcs and particles.star.
+        output: Folder for particles.mrcs and particles.star; without it a new one here, preprocess_001 or the next free
+            number.
+
+    Examples:
+        # on fewer pixels
+        emsplat preprocess particles.star -o small --box 128
+        # half the disk space
+        emsplat preprocess particles.star -o half --dtype float16
+        # other contrast, nothing else
+        emsplat preprocess particles.star --invert --no-normalise --no-recentre
     """
     from emsplat.programs.preprocess import preprocess as run
 
-    run(config, particles, output, _log())
+    with _folder(output, "preprocess") as folder:
+        run(config, particles, folder, _log())
 
 
 def assess(
-    run: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[AssessConfig] = AssessConfig(),  # noqa: B008 (frozen)
+    run: Path,
+    /,
+    config: AssessConfig = AssessConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Measure the maps of a run folder again: FSC, local resolution, resolution by direction; write the report.
 
     Args:
         run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
+
+    Examples:
+        # with a mask of your own
+        emsplat assess run --mask mask.mrc
+        # against a model that lies in the map
+        emsplat assess run --reference model.cif
+        # finer detail in the local resolution
+        emsplat assess run --window 15
     """
     from emsplat.programs.assess import reassess as work
 
@@ -162,9 +245,10 @@ def assess(
 
 
 def nulltest(
-    particles: tyro.conf.Positional[Path],
-    output: _Output,
-    config: tyro.conf.OmitArgPrefixes[NullTestConfig] = NullTestConfig(),  # noqa: B008 (frozen)
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: NullTestConfig = NullTestConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Reconstruct noise, random phases and shuffled poses, and see whether the resolution stays silent.
 
@@ -172,21 +256,39 @@ def nulltest(
 
     Args:
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
-        output: Folder for the tests and their table.
+        output: Folder for the tests and their table; without it a new one here, nulltest_001 or the next free number.
+
+    Examples:
+        # is the resolution of these particles real?
+        emsplat nulltest run_data.star -o null --symmetry D2
+        # more particles, for a surer answer
+        emsplat nulltest run_data.star -o null --particles 10000
+        # random phases from 8 Å on
+        emsplat nulltest run_data.star --randomise-from 8
     """
     from emsplat.programs.nulltest import null_test
 
-    return 0 if null_test(config, particles, output, _log()) else 1
+    with _folder(output, "nulltest", again=_again(config.reconstruct.run)) as folder:
+        return 0 if null_test(config, particles, folder, _log()) else 1
 
 
 def postprocess(
-    run: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[PostprocessConfig] = PostprocessConfig(),  # noqa: B008 (frozen)
+    run: Path,
+    /,
+    config: PostprocessConfig = PostprocessConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Weight and sharpen the average of the half maps; write postprocess.mrc, postprocess.star and EMDB's FSC.
 
     Args:
         run: Run folder of `emsplat reconstruct` or `emsplat backproject`.
+
+    Examples:
+        # with the B factor that the data show
+        emsplat postprocess run
+        # less sharp
+        emsplat postprocess run --b-factor -40
+        # with a mask of your own
+        emsplat postprocess run --mask mask.mrc
     """
     from emsplat.programs.postprocess import postprocess as work
 
@@ -194,10 +296,12 @@ def postprocess(
 
 
 def fsc(
-    a: tyro.conf.Positional[Path],
-    b: tyro.conf.Positional[Path],
-    mask: Path | None = None,
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    a: Path,
+    b: Path,
+    /,
+    mask: MapFile | None = None,
+    output: File | None = None,
+    threads: int | None = None,
 ) -> None:
     """Fourier shell correlation of two maps: RELION's shells and first crossing, and cryoDRGN's beside them.
 
@@ -209,7 +313,21 @@ def fsc(
         b: MRC map of the same box and pixel size, or an atomic model or Gaussians that lie in map a.
         mask: MRC map of the same box, values from 0 to 1, that both maps are multiplied with.
         output: Write the curves to this STAR file as well.
+        threads: Threads of the computation; without it as many as cores were granted.
+
+    Examples:
+        # two half maps
+        emsplat fsc run/run_half1_class001_unfil.mrc run/run_half2_class001_unfil.mrc --mask mask.mrc
+        # a map and the model in it
+        emsplat fsc run/run_class001.mrc model.cif
+        # the curves as a file
+        emsplat fsc a.mrc b.mrc -o fsc.star
     """
+    with with_threads(threads):
+        _fsc(a, b, mask, output)
+
+
+def _fsc(a: Path, b: Path, mask: Path | None, output: Path | None) -> None:
     import torch
 
     from emsplat.assessment.curves import half_map_curves
@@ -259,10 +377,12 @@ def fsc(
 
 
 def voxelize(
-    model: tyro.conf.Positional[Path],
-    output: _Output,
-    box: int | None = None,
-    pixel_size: float | None = None,
+    model: Path,
+    /,
+    output: MapFile,
+    box: Pixels | None = None,
+    pixel_size: Angstrom | None = None,
+    threads: int | None = None,
 ) -> None:
     """Turn Gaussians into a density map.
 
@@ -270,8 +390,17 @@ def voxelize(
         model: Gaussians of emsplat (.ply, .cif, .pdb), or an atomic model (.cif, .pdb) in a map of this box and pixel
             size with MRC origin 0.
         output: MRC map to write.
-        box: Box size in pixels; default: the one the model was fitted on.
-        pixel_size: Pixel size in Å; default: the one the model was fitted on.
+        box: Box size in pixels; without it the one the model was fitted on.
+        pixel_size: Pixel size in Å; without it the one the model was fitted on.
+        threads: Threads of the computation; without it as many as cores were granted.
+
+    Examples:
+        # on the grid of the particles
+        emsplat voxelize run/run_half1.ply -o half1.mrc
+        # on finer voxels
+        emsplat voxelize run/run_half1.ply -o fine.mrc --box 512 --pixel-size 0.5
+        # a map of an atomic model
+        emsplat voxelize model.cif -o model.mrc --box 256 --pixel-size 1.1
     """
     from emsplat.imaging.project import voxelize as run
     from emsplat.io.gaussians import read_gaussians
@@ -283,19 +412,91 @@ def voxelize(
         raise InputError(f"--box {box} --pixel-size {pixel_size}: expected at least 2 pixels of a size above 0")
     gaussians, fitted = read_gaussians(model, given)
     size, spacing = box or fitted.size, pixel_size or fitted.pixel_size
-    write_map(output, run(gaussians, Grid(size, spacing)), spacing)
+    with with_threads(threads):
+        write_map(output, run(gaussians, Grid(size, spacing)), spacing)
     print(f"map: {output} ({size}³ voxels of {spacing:g} Å)")
 
 
-def report(run: tyro.conf.Positional[Path]) -> None:
+def report(run: Path, /) -> None:
     """Draw the figures and the page of a run folder again.
 
     Args:
         run: Run folder.
+
+    Examples:
+        # of any run
+        emsplat report run
+        # of a null test
+        emsplat report null
+        # of an interrupted run: what there is
+        emsplat report reconstruct_001
     """
     from emsplat.report import write_report
 
     print(f"report: {write_report(run)}")
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print a script with which a shell completes commands, options and their values.
+
+    Args:
+        shell: bash, zsh or fish.
+
+    Examples:
+        # bash, for all that are opened from now on (needs the package bash-completion)
+        emsplat completion bash > ~/.local/share/bash-completion/completions/emsplat
+        # zsh: a folder of $fpath
+        emsplat completion zsh > ~/.zfunc/_emsplat
+        # fish
+        emsplat completion fish > ~/.config/fish/completions/emsplat.fish
+    """
+    from emsplat.commandline.completion import script
+
+    print(script(shell, commands()))
+
+
+@contextmanager
+def _folder(output: Path | None, name: str, *, again: str = "") -> Iterator[Path]:
+    """The folder that results go to: the one that was named, or here a new one under the next free number, which goes
+    again where nothing was written into it. ``again``: an option that means an earlier folder.
+
+    Raises:
+        InputError: no folder is named, but an earlier one is meant.
+        OutputError: a folder cannot be made here.
+    """
+    if output is not None:
+        yield output
+        return
+    taken = {int(path.name.rpartition("_")[2]): path for path in Path().glob(f"{name}_*[0-9]") if _is_numbered(path)}
+    if again:
+        newest = f"; the newest here is -o {taken[max(taken)]}" if taken else ""
+        raise InputError(f"--{again}: say of which run, with -o FOLDER{newest}")
+    number = max(taken, default=0)
+    while True:
+        number += 1
+        folder = Path(f"{name}_{number:03d}")
+        try:
+            folder.mkdir()  # at once, so that no other process takes the number
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
+    print(f"output: {folder} (new; -o names another)", flush=True)
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.name.rpartition("_")[2].isdecimal()
+
+
+def _again(run: RunOptions) -> str:
+    """The option that means the folder of an earlier run."""
+    return "resume" if run.resume else "overwrite" if run.overwrite else ""
 
 
 def _log() -> Log:
@@ -303,20 +504,22 @@ def _log() -> Log:
     return Log(began=started())
 
 
-_COMMANDS: dict[str, Any] = {
-    "reconstruct": reconstruct,
-    "backproject": backproject,
-    "check": check,
-    "convert": convert,
-    "preprocess": preprocess,
-    "assess": assess,
-    "postprocess": postprocess,
-    "nulltest": nulltest,
-    "simulate": simulate,
-    "fsc": fsc,
-    "voxelize": voxelize,
-    "report": report,
+_COMMANDS: dict[str, tuple[Any, ...]] = {
+    "Reconstruct": (reconstruct, backproject),
+    "Look at the input": (check, convert, preprocess, simulate),
+    "Look at the result": (assess, postprocess, nulltest, fsc, voxelize, report),
+    "Shell": (completion,),
 }
+_ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
+_FOOTER = (
+    "`emsplat COMMAND --help` lists the options of a command, with examples; `emsplat --version` tells the version.",
+    "New here? `emsplat check particles.star` says what is understood of a particle file.",
+)
+
+
+def commands() -> dict[str, Command]:
+    """Every command of `emsplat` by its name."""
+    return {run.__name__: command_of(run, f"emsplat {run.__name__}") for group in _COMMANDS.values() for run in group}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,17 +529,29 @@ def main(arguments: list[str] | None = None) -> int:
     Streams, signals and environment of the process are left as they are: the program is `emsplat.__main__`.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    if words == ["--version"]:
-        print(f"emsplat {__version__}")
-        return 0
     try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            _COMMANDS,
-            prog="emsplat",
-            description="Cryo-EM reconstruction with mixtures of 3D Gaussians.",
-            args=words,
-        )
+        code = _run(words)
     except EmsplatError as error:
         print(f"emsplat: {error}", file=sys.stderr)
         return error.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _run(words: list[str]) -> Any:
+    runs = {run.__name__: run for group in _COMMANDS.values() for run in group}
+    match words:
+        case ["--version" | "-V", *_]:
+            print(f"emsplat {__version__}")
+        case [] | ["-h" | "--help" | "help"]:
+            all_of_them = commands()
+            groups = {
+                title: {run.__name__: all_of_them[run.__name__] for run in _COMMANDS[title]} for title in _COMMANDS
+            }
+            print(program_help(_ABOUT, groups, _FOOTER, terminal()))
+            return 0 if words else 2
+        case ["help", name, *_] if name in runs:
+            return call(command_of(runs[name], f"emsplat {name}"), ["--help"])
+        case [name, *rest] if name in runs:
+            return call(command_of(runs[name], f"emsplat {name}"), rest)
+        case [name, *_]:
+            raise InputError(f"{name}: no such command{did_you_mean(name, runs)} (see emsplat --help)")

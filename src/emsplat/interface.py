@@ -9,7 +9,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import is_evident, particle_mask
-from emsplat.config import RECIPES, ReconstructConfig
+from emsplat.config import ReconstructConfig, configure, names
 from emsplat.errors import InputError
 from emsplat.fitting.loop import fit as fit_steps
 from emsplat.fitting.state import Plan, State
@@ -38,6 +38,7 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.programs import reconstruct as programs
 from emsplat.programs.begin import gaussian_count
 from emsplat.programs.classical import ssnr_prior
+from emsplat.programs.settings import RECIPES
 from emsplat.report import verdict
 from emsplat.run import files
 from emsplat.run.folder import read_summary
@@ -353,11 +354,10 @@ def reconstruct(particles: str | Path, folder: str | Path, *, verbose: bool = Fa
         InputError: an option that there is not, or what the command refuses.
         OutputError: the folder is not empty or cannot be written.
     """
-    known = {field.name for field in fields(ReconstructConfig)}
-    if unknown := sorted(options.keys() - known):
+    if unknown := sorted(options.keys() - set(names(ReconstructConfig))):
         raise InputError(f"{', '.join(unknown)}: no such option; expected those of `emsplat reconstruct --help`")
     log = Log() if verbose else Log(io.StringIO())
-    programs.reconstruct(ReconstructConfig(**options), Path(particles), Path(folder), log)
+    programs.reconstruct(configure(ReconstructConfig, **options), Path(particles), Path(folder), log)
     return RunFolder(folder)
 
 

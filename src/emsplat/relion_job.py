@@ -13,13 +13,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-import tyro
 from gemmi import cif
 
-from emsplat.config import ReconstructConfig
+from emsplat.commandline.arguments import Command, command_of
+from emsplat.commandline.parse import call
+from emsplat.config import ReconstructConfig, change
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.io.files import replacing
 from emsplat.process import Stopped, started
@@ -57,7 +57,7 @@ def job(
     in_3dref: Path | None = None,
     j: int = 1,
     pipeline_control: Path | None = None,
-    config: tyro.conf.OmitArgPrefixes[ReconstructConfig] = ReconstructConfig(),  # noqa: B008 (frozen)
+    config: ReconstructConfig = ReconstructConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Reconstruct a density map and two half maps, as a job of type External of RELION.
 
@@ -86,23 +86,23 @@ def job(
         raise InputError('--in_parts: missing; give a particle STAR file in the box "Input particles"')
     if pipeline_control is not None and pipeline_control.resolve() != o.resolve():
         raise InputError(f"--pipeline_control {pipeline_control}: another folder than --o {o}; expected the same")
-    if config.threads is not None:
+    if config.run.threads is not None:
         raise InputError('--threads: set "Number of threads" on the tab Running instead')
-    if in_mask is not None and config.mask is not None:
+    if in_mask is not None and config.mask.mask is not None:
         raise InputError('--mask and the box "Input 3D mask": expected one of them; leave the other out')
-    config = replace(config, threads=j, mask=in_mask or config.mask)
-    if (o / SETTINGS).is_file() and not config.overwrite:
-        config = replace(config, resume=True)
+    config = change(config, threads=j, mask=in_mask or config.mask.mask)
+    if (o / SETTINGS).is_file() and not config.run.overwrite:
+        config = change(config, resume=True)
         if (o / _LAST_FILE).is_file():
             check_same_run(config, in_parts, o)
-            _require_symmetry(o, force=config.force)
+            _require_symmetry(o, force=config.run.force)
             print(f"{o}: the run is finished; its files are listed for RELION again")
             write_nodes(o, in_parts)
             return
     from emsplat.programs.reconstruct import reconstruct
 
     reconstruct(config, in_parts, o, Log(began=started()))
-    _require_symmetry(o, force=config.force)
+    _require_symmetry(o, force=config.run.force)
     write_nodes(o, in_parts)
 
 
@@ -188,18 +188,29 @@ def _abortable(folder: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _without_folder(command: Command, words: list[str]) -> int:
+    """The help, or what is wrong with the words."""
+    try:
+        call(command, words)
+    except EmsplatError as error:
+        print(f"emsplat-relion: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a job and says in its folder how it ended; the exit code is that of `emsplat`."""
     words = sys.argv[1:] if arguments is None else arguments
-    if "--o" not in words[:-1]:
-        tyro.cli(job, prog="emsplat-relion", args=words)  # for its help, or its complaint
+    command = command_of(job, "emsplat-relion")
+    if "--o" not in words[:-1] or {"-h", "--help"} & set(words):
+        return _without_folder(command, words)
     folder = Path(words[words.index("--o") + 1])
     for ending in _ENDINGS:
         (folder / f"RELION_JOB_EXIT_{ending}").unlink(missing_ok=True)
     ending = "FAILURE"
     try:
         with _abortable(folder):
-            tyro.cli(job, prog="emsplat-relion", args=words)
+            call(command, words)
         ending = "SUCCESS"
         return 0
     except Interrupted as error:

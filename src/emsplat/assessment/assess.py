@@ -40,7 +40,7 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
     """
     maps = read_run(run, log=log)
     grid = maps.grid
-    mask = given_mask(config, grid, log, maps.origin)
+    mask = given_mask(config.mask, grid, log, maps.origin)
     if mask is not None:
         maps = replace(maps, mask=mask)
         write_map(run / MASK, mask, grid.pixel_size)

@@ -87,7 +87,7 @@ def measure_shells(
             log.warn(say_opposite(str(config.reference), FULL_MAP))
         curves = curves.joined(reference=curve.value)
         found["reference_masked_0.5"] = resolution(curve, 0.5)
-    return curves, found, with_data, masking | _tightness(maps, validation, log, given=config.mask is not None)
+    return curves, found, with_data, masking | _tightness(maps, validation, log, given=config.mask.mask is not None)
 
 
 def _random_phases(halves: tuple[Tensor, Tensor], start: int, grid: Grid, mask: Tensor) -> Curve:

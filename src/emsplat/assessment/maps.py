@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emsplat.config import AssessConfig, InputConfig
+from emsplat.config import MaskOptions
 from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import holds_gaussians
@@ -167,7 +167,7 @@ def read_mask(path: Path, grid: Grid, log: Log | None = None, origin: Origin = _
 
 
 def given_mask(
-    config: InputConfig | AssessConfig,
+    options: MaskOptions,
     grid: Grid,
     log: Log | None = None,
     origin: Origin = _NOWHERE,
@@ -177,11 +177,11 @@ def given_mask(
     Raises:
         InputError: they ask for two, or one that does not fit.
     """
-    if config.mask is not None and config.mask_diameter is not None:
+    if options.mask is not None and options.mask_diameter is not None:
         raise InputError("--mask and --mask-diameter: expected one of them; leave the other out")
-    if config.mask is not None:
-        return read_mask(config.mask, grid, log, origin)
-    return None if config.mask_diameter is None else sphere(grid, config.mask_diameter)
+    if options.mask is not None:
+        return read_mask(options.mask, grid, log, origin)
+    return None if options.mask_diameter is None else sphere(grid, options.mask_diameter)
 
 
 def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> RunMaps:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.config import ChoiceConfig, ImagesConfig, SourceConfig
+from emsplat.config import ChoiceOptions, ImageOptions, SourceConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.particles import image_keys, read_particles
@@ -28,28 +28,35 @@ _MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
 _HALF_TURN = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 
 
-def read_table(config: ChoiceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
-    """The particles that the options describe: files merged, some of them chosen, in the hand asked for, without the
-    half-sets of the files where new ones are wanted.
+def read_table(choice: ChoiceOptions, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+    """The particles that the options describe: files merged, some of them chosen, in the hand asked for.
 
     Raises:
         InputError: a file cannot be read, or nothing is left.
     """
-    if config.datadir is not None and not config.datadir.is_dir():
-        raise InputError(f"--datadir {config.datadir}: no such folder; expected the one that image paths start from")
+    if choice.datadir is not None and not choice.datadir.is_dir():
+        raise InputError(f"--datadir {choice.datadir}: no such folder; expected the one that image paths start from")
     first = read_particles(
         particles,
-        datadir=config.datadir,
-        poses=config.poses,
-        ctf=config.ctf,
-        passthrough=config.passthrough,
+        datadir=choice.datadir,
+        poses=choice.poses,
+        ctf=choice.ctf,
+        passthrough=choice.passthrough,
         need_stacks=need_stacks,
     )
-    more = [read_particles(path, datadir=config.datadir, need_stacks=need_stacks) for path in config.merge]
-    table = _choose(config, merge_tables([first, *more]))
-    if isinstance(config, SourceConfig) and config.redraw_halves:
-        table = replace(table, half=None)
-    return flip_hand(table, symmetry_group(config.symmetry)) if config.flip_hand else table
+    more = [read_particles(path, datadir=choice.datadir, need_stacks=need_stacks) for path in choice.merge]
+    table = _choose(choice, merge_tables([first, *more]))
+    return flip_hand(table, symmetry_group(choice.symmetry)) if choice.flip_hand else table
+
+
+def read_source(config: SourceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+    """As `read_table`, without the half-sets of the files where new ones are wanted.
+
+    Raises:
+        InputError: through `read_table`.
+    """
+    table = read_table(config.choice, particles, need_stacks=need_stacks)
+    return replace(table, half=None) if config.halves.redraw_halves else table
 
 
 def with_boxes(table: ParticleTable) -> ParticleTable:
@@ -67,7 +74,12 @@ def with_boxes(table: ParticleTable) -> ParticleTable:
 
 
 def open_images(
-    config: ImagesConfig, table: ParticleTable, *, finer: bool = False, recentre: bool | None = None
+    choice: ChoiceOptions,
+    images: ImageOptions,
+    table: ParticleTable,
+    *,
+    finer: bool = False,
+    recentre: bool | None = None,
 ) -> ParticleStack:
     """The images of a table as the options describe them; ``finer`` and ``recentre`` as in `open_table`.
 
@@ -76,12 +88,12 @@ def open_images(
     """
     return open_table(
         table,
-        symmetry=config.symmetry,
-        invert=config.invert,
-        diameter=config.diameter,
-        trust_star_pixel_size=config.trust_star_pixel_size,
-        box=config.box,
-        pixel_size=config.pixel_size,
+        symmetry=choice.symmetry,
+        invert=images.invert,
+        diameter=images.diameter,
+        trust_star_pixel_size=images.trust_star_pixel_size,
+        box=images.box,
+        pixel_size=images.pixel_size,
         finer=finer,
         recentre=recentre,
     )
@@ -93,29 +105,29 @@ def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
     Raises:
         InputError: through `read_table` and `open_table`.
     """
-    return open_images(config, read_table(config, particles)).with_halves(config.seed)
+    return open_images(config.choice, config.images, read_source(config, particles)).with_halves(config.halves.seed)
 
 
-def _choose(config: ChoiceConfig, table: ParticleTable) -> ParticleTable:
+def _choose(choice: ChoiceOptions, table: ParticleTable) -> ParticleTable:
     """A subset of all particles, of these one class, of these each image or particle once, of these the first."""
-    if config.subset is not None:
-        rows, said = _listed(config.subset, table, config.datadir)
+    if choice.subset is not None:
+        rows, said = _listed(choice.subset, table, choice.datadir)
         table = replace(table.take(rows), warnings=(*table.warnings, *said))
-    if config.particle_class is not None:
+    if choice.particle_class is not None:
         if table.particle_class is None:
             raise InputError(f"{table.name}: not every file has classes (rlnClassNumber); leave --class out")
-        found = (table.particle_class == config.particle_class).nonzero()[:, 0]
+        found = (table.particle_class == choice.particle_class).nonzero()[:, 0]
         if not len(found):
             there = ", ".join(map(str, torch.unique(table.particle_class).tolist()[:20]))
-            raise InputError(f"{table.name}: no particle of class {config.particle_class}; there are {there}")
+            raise InputError(f"{table.name}: no particle of class {choice.particle_class}; there are {there}")
         table = table.take(found)
-    if config.unique:
-        rows = unique_rows(table, symmetry_group(config.symmetry))
+    if choice.unique:
+        rows = unique_rows(table, symmetry_group(choice.symmetry))
         table = replace(table.take(rows), left_out=len(table) - len(rows))
-    if config.first is not None:
-        if config.first < 1:
-            raise InputError(f"--first {config.first}: expected at least 1")
-        table = table.take(torch.arange(min(config.first, len(table))))
+    if choice.first is not None:
+        if choice.first < 1:
+            raise InputError(f"--first {choice.first}: expected at least 1")
+        table = table.take(torch.arange(min(choice.first, len(table))))
     return table
 
 

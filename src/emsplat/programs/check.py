@@ -26,7 +26,7 @@ from emsplat.maths.groups import symmetry_group
 from emsplat.measures.curves import resolution
 from emsplat.measures.directional import fourier_sampling, sampling_compensation
 from emsplat.measures.fsc import fsc_curve
-from emsplat.particles.choose import open_images, read_table
+from emsplat.particles.choose import open_images, read_source
 from emsplat.particles.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.particles.stack import ParticleStack
 from emsplat.report.verdict import spacing
@@ -69,8 +69,8 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     """
     if output is not None and (output / SETTINGS).exists():
         raise OutputError(f"{output}: holds a run, whose page would be replaced; choose another folder with -o")
-    table = read_table(config, particles, need_stacks=False)
-    group = symmetry_group(config.symmetry)
+    table = read_source(config, particles, need_stacks=False)
+    group = symmetry_group(config.choice.symmetry)
     missing = [] if config.metadata_only else lost_stacks(table)
     items = [
         _counts(table),
@@ -91,7 +91,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items.append(_missing(missing, table, config))
     else:
         try:
-            stack = open_images(config, table).with_halves(config.seed)
+            stack = open_images(config.choice, config.images, table).with_halves(config.halves.seed)
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
@@ -99,7 +99,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items += [_headers(stack), _cost(stack)]
         try:
             items += _quick_look(stack, group, output)
-            symmetry = examine_symmetry(stack, config.symmetry)
+            symmetry = examine_symmetry(stack, config.choice.symmetry)
             items += [] if symmetry is None else [Item("symmetry", symmetry.verdict, symmetry.text)]
         except InputError as error:
             items.append(Item("image values", "wrong", str(error)))
@@ -189,7 +189,7 @@ def _classes(table: ParticleTable) -> list[Item]:
 
 
 def _half_sets(table: ParticleTable, config: CheckConfig) -> Item:
-    if config.redraw_halves:
+    if config.halves.redraw_halves:
         return Item("half-sets", "ok", "new ones are drawn (--redraw-halves)")
     if table.half is None:
         return Item("half-sets", "look", "the file has none: new ones will be drawn, alignments were not independent")
@@ -276,10 +276,10 @@ def _views(table: ParticleTable, group: Tensor) -> Item:
 
 
 def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
-    symmetry, items = config.symmetry, list[Item]()
+    symmetry, items = config.choice.symmetry, list[Item]()
     found = copies(table, symmetry)
     if not found.crossing:
-        found = copies(with_halves(table, config.seed), symmetry)
+        found = copies(with_halves(table, config.halves.seed), symmetry)
     if table.left_out:
         items.append(Item("repeated images", "ok", f"{table.left_out:,} rows are left out (--unique)"))
     if found.crossing:
@@ -308,10 +308,10 @@ def _missing(missing: list[str], table: ParticleTable, config: CheckConfig) -> I
     found = _helpful_folder(missing[0], table.sources[0])
     if found is not None:
         text += f"--datadir {found} would find it"
-    elif config.datadir is None:
+    elif config.choice.datadir is None:
         text += "give the folder that the paths start from with --datadir"
     else:
-        text += f"it is not below {config.datadir} either"
+        text += f"it is not below {config.choice.datadir} either"
     return Item("images", "wrong", text)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.assessment.maps import given_mask, is_evident, particle_mask
-from emsplat.config import InputConfig
+from emsplat.config import RunConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
@@ -48,7 +48,7 @@ class Classical:
     evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
 
 
-def accumulate_all(run: Run[InputConfig]) -> Classical:
+def accumulate_all(run: Run[RunConfig]) -> Classical:
     """One pass over the particles; the full set is the sum of the halves.
 
     Raises:
@@ -62,14 +62,14 @@ def accumulate_all(run: Run[InputConfig]) -> Classical:
         return _judged(run, equations)
 
 
-def _judged(run: Run[InputConfig], equations: dict[str, NormalEquations]) -> Classical:
+def _judged(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
     """Maps and mask from the sums, and how far the halves agree."""
     stack, log = run.stack, run.log
     solved = {name: part.solve() for name, part in equations.items()}
     raw = {name: volume.cpu() for name, volume in solved.items()}
     _warn_of_contrast(raw["class001"], run)
     evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    mask = given_mask(run.config, stack.grid, log)
+    mask = given_mask(run.config.mask, stack.grid, log)
     if mask is None:
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(run.folder / MASK, mask, stack.grid.pixel_size)
@@ -89,7 +89,7 @@ def _judged(run: Run[InputConfig], equations: dict[str, NormalEquations]) -> Cla
     return Classical(equations, raw, mask, validation, found, evident)
 
 
-def _warn_of_contrast(volume: Tensor, run: Run[InputConfig]) -> None:
+def _warn_of_contrast(volume: Tensor, run: Run[RunConfig]) -> None:
     brightness = contrast(volume)
     if brightness < -0.5:
         run.log.warn(
@@ -99,15 +99,15 @@ def _warn_of_contrast(volume: Tensor, run: Run[InputConfig]) -> None:
         )
 
 
-def _check_added(run: Run[InputConfig]) -> None:
+def _check_added(run: Run[RunConfig]) -> None:
     """
     Raises:
         InputError: sums to be added hold images of the other half, or are not there.
     """
-    if not run.config.add_statistics:
+    if not run.config.run.add_statistics:
         return
     held = {name: [(run.stack.table.name, _images_of(run.stack.only(half)))] for name, half in HALVES.items()}
-    for folder, name in product(run.config.add_statistics, HALVES):
+    for folder, name in product(run.config.run.add_statistics, HALVES):
         held[name] += _held_by(folder, name, held[name], run.log)
     for first, second in product(*held.values()):
         if len(marks_in(first[1], second[1])):
@@ -142,7 +142,7 @@ def _images_of(stack: ParticleStack) -> Int[Tensor, "i 3"]:
     return image_marks(stack.table.take(stack.rows))
 
 
-def _accumulate_half(run: Run[InputConfig], name: str) -> NormalEquations:
+def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
     """The sums of one half, from where an interrupted run left them, with those of other runs."""
     subset = run.stack.only(HALVES[name])
     start = time.monotonic()
@@ -154,9 +154,9 @@ def _accumulate_half(run: Run[InputConfig], name: str) -> NormalEquations:
             parts.append(_accumulate_part(run, name, part, saved, _counted_from(done, update)))
             done += len(part)
     seconds = time.monotonic() - start
-    rate = "" if run.config.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
+    rate = "" if run.config.run.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
     run.log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
-    for folder in run.config.add_statistics:
+    for folder in run.config.run.add_statistics:
         for path in sorted(folder.glob(statistics_name(name, "*"))):
             other = _added(path, subset)
             parts.append(other.equations())
@@ -186,11 +186,11 @@ def _added(path: Path, subset: ParticleStack) -> FourierStatistics:
 
 
 def _accumulate_part(
-    run: Run[InputConfig], name: str, part: ParticleStack, saved: Path, update: Callable[[int], None]
+    run: Run[RunConfig], name: str, part: ParticleStack, saved: Path, update: Callable[[int], None]
 ) -> NormalEquations:
     """The sums over particles of one box and pixel size."""
     statistics = begin(part, run.stack.grid)
-    if run.config.resume and saved.is_file():
+    if run.config.run.resume and saved.is_file():
         statistics.load(saved)
         done = f"{statistics.particles:,} of {len(part):,} particles were accumulated before"
         if statistics.particles >= len(part):
@@ -198,14 +198,14 @@ def _accumulate_part(
             return statistics.equations()
         run.log.line(f"resuming {name}: {done}")
     start = time.monotonic()
-    with checkpoints(run.config.checkpoint_every) as moment:
+    with checkpoints(run.config.run.checkpoint_every) as moment:
         for _ in accumulate(statistics, part, estimate_noise(part)):
             update(min(statistics.particles, len(part)))
             if moment.due():
                 statistics.save(saved)
                 moment.saved(f"after {statistics.particles:,} particles of {saved.stem}; go on with --resume")
     # A run that is interrupted later finds them here; they go in the end.
-    if run.config.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
+    if run.config.run.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
         statistics.save(saved)
     return statistics.equations()
 

@@ -49,7 +49,7 @@ def convert(
         for warning in convert_model(particles, target, given):
             say(f"look: {warning}")
         return files
-    table = read_table(config, particles, need_stacks=False)
+    table = read_table(config.choice, particles, need_stacks=False)
     for text in (*table.notes, *(f"look: {warning}" for warning in table.warnings)):
         say(text)
     missing = lost_stacks(table)
@@ -60,7 +60,7 @@ def convert(
             "folder that they start from with --datadir"
         )
     table = with_boxes(table)
-    found = copies(table, config.symmetry)
+    found = copies(table, config.choice.symmetry)
     if found.text:
         say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half

@@ -12,7 +12,7 @@ import torch
 
 from emsplat import report
 from emsplat.assessment.assess import assess
-from emsplat.config import AssessConfig, InputConfig
+from emsplat.config import AssessConfig, RunConfig
 from emsplat.device import device_name, peak_device_memory
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
@@ -38,13 +38,13 @@ def exit_code(summary: dict[str, Any]) -> int:
     return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
-def found_finished(config: InputConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+def found_finished(config: RunConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
     """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do.
 
     Raises:
         InputError: the folder holds no such run.
     """
-    if not config.resume:
+    if not config.run.resume:
         return None
     check_same_run(config, particles, output)
     summary = read_summary(output)
@@ -61,15 +61,15 @@ def found_finished(config: InputConfig, particles: Path, output: Path, log: Log)
 
 
 def finish(
-    run: Run[InputConfig], classical: Classical, fits: Fits | None = None, altered: str | None = None
+    run: Run[RunConfig], classical: Classical, fits: Fits | None = None, altered: str | None = None
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`."""
     log, folder = run.log, run.folder
     write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
-        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, symmetry=run.config.symmetry)
-    if not run.config.keep_statistics:
+        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, symmetry=run.config.choice.symmetry)
+    if not run.config.run.keep_statistics:
         for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()
     summary = measured | _found(run, classical, fits) | _circumstances(run)
@@ -84,7 +84,7 @@ def finish(
     return summary
 
 
-def _found(run: Run[InputConfig], classical: Classical, fits: Fits | None) -> dict[str, Any]:
+def _found(run: Run[RunConfig], classical: Classical, fits: Fits | None) -> dict[str, Any]:
     """What the run has found out, beside what is measured on its maps."""
     return {
         "input": _describe(run),
@@ -97,7 +97,7 @@ def _found(run: Run[InputConfig], classical: Classical, fits: Fits | None) -> di
     }
 
 
-def _circumstances(run: Run[InputConfig]) -> dict[str, Any]:
+def _circumstances(run: Run[RunConfig]) -> dict[str, Any]:
     """With what, where and how long it was run, and what was said on the way."""
     log, device = run.log, run.stack.device
     peak = peak_device_memory(device)
@@ -115,10 +115,10 @@ def _circumstances(run: Run[InputConfig]) -> dict[str, Any]:
     }
 
 
-def _describe(run: Run[InputConfig]) -> dict[str, Any]:
+def _describe(run: Run[RunConfig]) -> dict[str, Any]:
     """The particles as they were used."""
     stack, table = run.stack, run.stack.table
-    found = copies(table.take(stack.rows), run.config.symmetry)
+    found = copies(table.take(stack.rows), run.config.choice.symmetry)
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
@@ -147,16 +147,18 @@ def _describe(run: Run[InputConfig]) -> dict[str, Any]:
     }
 
 
-def _conclude(run: Run[InputConfig], summary: dict[str, Any]) -> None:
+def _conclude(run: Run[RunConfig], summary: dict[str, Any]) -> None:
     log = run.log
     for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
     _say_results(log, run.folder)
-    if run.config.naming != "relion":
-        name_results(run.folder, run.config.naming, with_boxes(run.stack.table.take(run.stack.rows)), log)
+    if run.config.run.naming != "relion":
+        name_results(run.folder, run.config.run.naming, with_boxes(run.stack.table.take(run.stack.rows)), log)
     if exit_code(summary):
-        log.line(f"exit code 1: not of symmetry {run.config.symmetry}, and --force does not say that this is meant")
+        log.line(
+            f"exit code 1: not of symmetry {run.config.choice.symmetry}, and --force does not say that this is meant"
+        )
 
 
 def _say_results(log: Log, output: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emsplat.config import RECIPES, ReconstructConfig
+from emsplat.config import ReconstructConfig
 from emsplat.device import fits_memory
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
@@ -30,7 +30,7 @@ from emsplat.programs.begin import start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.opening import write_config
 from emsplat.programs.run import Fits, Fitted, Run
-from emsplat.programs.settings import Settings
+from emsplat.programs.settings import Settings, recipe_of
 from emsplat.run.files import HALVES, SETTINGS, checkpoint_name, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.stop import checkpoints
@@ -52,10 +52,10 @@ def with_batch(run: Run[ReconstructConfig], settings: Settings, classical: Class
         InputError: the batch that was asked for does not fit, or no batch at all.
     """
     wanted = settings.batch
-    if wanted != "auto" and run.config.batch == "auto":
+    if wanted != "auto" and run.config.fit.batch == "auto":
         return settings  # found before the run was interrupted
-    basis = "images" if run.config.recipe == "default" else run.config.recipe
-    most = RECIPES[basis].batch or 1 if wanted == "auto" else wanted
+    recipe = recipe_of(run.config.fit).batch
+    most = wanted if wanted != "auto" else recipe if recipe != "auto" else 1
     size = most if run.stack.device.type == "cpu" else _batch_that_fits(run.stack, settings, classical, most)
     if wanted != "auto" and size < most:
         raise InputError(
@@ -151,7 +151,7 @@ def _files(run: Run[ReconstructConfig], name: str) -> tuple[Path, Path]:
 def _saved(run: Run[ReconstructConfig], name: str) -> State[GaussianField] | None:
     """Where an interrupted run left a fit, if it is to be resumed."""
     finished, checkpoint = _files(run, name)
-    saved = next((path for path in (finished, checkpoint) if run.config.resume and path.is_file()), None)
+    saved = next((path for path in (finished, checkpoint) if run.config.run.resume and path.is_file()), None)
     if saved is None:
         return None
     state = load_checkpoint(saved, run.stack.device)
@@ -179,7 +179,7 @@ def _trained(
     name, steps = history.name, objective.steps_per_epoch
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     total, before = settings.epochs * len(objective.stack), _images_seen(state.step, objective)
-    with run.log.progress(name, total, before) as update, checkpoints(run.config.checkpoint_every) as moment:
+    with run.log.progress(name, total, before) as update, checkpoints(run.config.run.checkpoint_every) as moment:
         for state in fit_doubling(state, objective, plan, settings.split_after):  # noqa: B020 (its last is the result)
             seen = _images_seen(state.step, objective)
             history.add(state.step, state.terms["loss"], steps, seen)

@@ -22,7 +22,7 @@ from torch import Tensor
 from emsplat import report
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import FIRST_SHELLS, read_run
-from emsplat.config import ImagesConfig, NullTestConfig, ReconstructConfig
+from emsplat.config import ChoiceOptions, ImageOptions, NullTestConfig, ReconstructConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.io.files import json_text, replacing
 from emsplat.io.mrc import writing_stack
@@ -102,9 +102,9 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         OutputError: the folder is not empty or cannot be written.
     """
     log = log or Log()
-    if output.exists() and any(output.iterdir()) and not config.overwrite:
+    if output.exists() and any(output.iterdir()) and not config.reconstruct.run.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or start anew with --overwrite")
-    stack = open_stack(config, particles)
+    stack = open_stack(config.reconstruct, particles)
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
         log.line(f"--- {name}: {len(chosen):,} particles")
-        star = _write(name, chosen, folder, from_shell, config.seed)
+        star = _write(name, chosen, folder, from_shell, config.reconstruct.halves.seed)
         summary = reconstruct(settings, star, folder / NULL_RUN, Log(log.stream), name)
         (folder / "particles.mrcs").unlink()
         reported = summary["resolution"]["cross_validated"]
@@ -141,11 +141,13 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
 
 def _settings(config: NullTestConfig) -> ReconstructConfig:
     """Those of a reconstruction of the altered particles, which are bright and lie beside their STAR file."""
-    same = ReconstructConfig(**{field.name: getattr(config, field.name) for field in fields(ReconstructConfig)})
-    settled: dict[str, Any] = {
-        f.name: f.default for f in fields(ImagesConfig) if f.name not in ("symmetry", "diameter")
-    }
-    return replace(same, **settled, add_statistics=(), overwrite=True, resume=False)
+    own = config.reconstruct
+    return replace(
+        own,
+        choice=ChoiceOptions(symmetry=own.choice.symmetry),
+        images=ImageOptions(diameter=own.images.diameter),
+        run=replace(own.run, add_statistics=(), overwrite=True, resume=False),
+    )
 
 
 def _choose(stack: ParticleStack, count: int) -> ParticleStack:

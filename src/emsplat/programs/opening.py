@@ -11,7 +11,7 @@ import torch
 from emsplat import __version__
 from emsplat.assessment.maps import given_mask
 from emsplat.assessment.symmetry import Finding, examine_symmetry
-from emsplat.config import InputConfig
+from emsplat.config import RunConfig
 from emsplat.device import choose_device, forget_peak_memory
 from emsplat.io.particles import count_stacks, write_used
 from emsplat.io.paths import say_folders
@@ -29,7 +29,7 @@ from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
 from emsplat.sums.window import PADDING
 
-C = TypeVar("C", bound=InputConfig)
+C = TypeVar("C", bound=RunConfig)
 _OF_THE_FILE = "of the file"
 
 
@@ -41,18 +41,18 @@ def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Setti
         InputError: the input or an option cannot be used; nothing was written yet.
         OutputError: the folder is not empty or cannot be written.
     """
-    device, device_said = choose_device(config.device)
+    device, device_said = choose_device(config.run.device)
     forget_peak_memory(device)
     stack = open_stack(config, particles).on(device)
     _require_usable(stack, config, settings)
     prepare_folder(config, particles, folder)
     log.keep_in(folder)
     program = "emsplat backproject" if settings is None else "emsplat reconstruct"
-    log.journal.add(Begun(program, __version__, str(particles), config.resume))
+    log.journal.add(Begun(program, __version__, str(particles), config.run.resume))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)
-    stack, skipped = _without_bad(stack, log) if config.skip_bad else (stack, ())
+    stack, skipped = _without_bad(stack, log) if config.run.skip_bad else (stack, ())
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
     write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
@@ -62,7 +62,7 @@ def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Setti
     return run
 
 
-def _require_usable(stack: ParticleStack, config: InputConfig, settings: Settings | None) -> None:
+def _require_usable(stack: ParticleStack, config: RunConfig, settings: Settings | None) -> None:
     """
     Raises:
         InputError: a half-set is empty, mask or start do not fit, or the engine takes one kind of images only.
@@ -71,7 +71,7 @@ def _require_usable(stack: ParticleStack, config: InputConfig, settings: Setting
         stack.only(half)
     if settings is not None and settings.engine != "one-pass":
         stack.require_one_grid()
-    given_mask(config, stack.grid)
+    given_mask(config.mask, stack.grid)
     for name in HALVES:
         read_start("map" if settings is None else settings.init, stack.grid, name)
 
@@ -85,16 +85,16 @@ def _without_bad(stack: ParticleStack, log: Log) -> tuple[ParticleStack, tuple[i
     return stack, skipped
 
 
-def _symmetry(stack: ParticleStack, config: InputConfig, log: Log) -> Finding | None:
+def _symmetry(stack: ParticleStack, config: RunConfig, log: Log) -> Finding | None:
     if len(stack.symmetry) == 1:
         return None
-    found = examine_symmetry(stack, config.symmetry)
+    found = examine_symmetry(stack, config.choice.symmetry)
     if found is not None:
         (log.warn if found.verdict == "wrong" else log.line)(f"symmetry {found.text}")
     return found
 
 
-def write_config(run: Run[InputConfig], settings: Settings | None) -> None:
+def write_config(run: Run[RunConfig], settings: Settings | None) -> None:
     """config.toml: what was asked for, and what that came to."""
     write_text(
         run.folder / SETTINGS,
@@ -109,7 +109,7 @@ def write_config(run: Run[InputConfig], settings: Settings | None) -> None:
     )
 
 
-def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
+def _introduce(log: Log, stack: ParticleStack, config: RunConfig) -> None:
     grid, table = stack.grid, stack.table
     stacks = counted(count_stacks(table.take(stack.rows)), "stack")
     log.line(f"emsplat {__version__}: {len(stack):,} particles of {table.name} in {stacks}")
@@ -117,22 +117,22 @@ def _introduce(log: Log, stack: ParticleStack, config: InputConfig) -> None:
         log.line(f"  {text}")
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
-        f"{config.symmetry}"
+        f"{config.choice.symmetry}"
     )
     halves = [int((stack.half == h).sum()) for h in (1, 2)]
     how = half_sets_from(table, config)
-    seed = "" if how == _OF_THE_FILE else f", seed {config.seed}"
+    seed = "" if how == _OF_THE_FILE else f", seed {config.halves.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
-    _say_copies(log, copies(table, config.symmetry), table, config)
+    _say_copies(log, copies(table, config.choice.symmetry), table, config)
     if text := mixed_classes(table):
         log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
-    log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.invert else ""))
+    log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.images.invert else ""))
     sums = 12 * (PADDING * grid.size) ** 3 / 2
     read = data_size(len(stack) * grid.size**2 * 4)
     log.line(
         f"  one pass over {read} of images; {data_size(3 * sums)} of memory for the sums, "
-        f"{describe_threads(config.threads)}"
+        f"{describe_threads(config.run.threads)}"
     )
 
 
@@ -142,24 +142,25 @@ def _other_grids(stack: ParticleStack) -> list[str]:
     return [f"several kinds of images are put on the grid of most of them; others: {kinds}"] if others else []
 
 
-def half_sets_from(table: ParticleTable, config: InputConfig) -> str:
+def half_sets_from(table: ParticleTable, config: RunConfig) -> str:
     how = "drawn particle by particle"
     if 1 < len(torch.unique(table.micrograph)) < len(table):  # one unit or as many as particles: not known
         how = "drawn per micrograph" if table.micrograph_names else "drawn per stack"
     half = table.half_of_file
     if half is None:
-        return f"re{how}" if config.redraw_halves else how
+        return f"re{how}" if config.halves.redraw_halves else how
     return _OF_THE_FILE if bool((half > 0).all()) else f"{_OF_THE_FILE}, the rest {how}"
 
 
-def _say_copies(log: Log, found: Copies, table: ParticleTable, config: InputConfig) -> None:
+def _say_copies(log: Log, found: Copies, table: ParticleTable, config: RunConfig) -> None:
     if table.left_out:
         log.line(f"  {table.left_out:,} rows that show an image or particle again are left out (--unique)")
     if found.expansion:
         log.line(f"  {found.text}; copies share a half-set")
-        if config.symmetry.upper() != "C1":
+        symmetry = config.choice.symmetry
+        if symmetry.upper() != "C1":
             log.warn(
-                f"the set is {found.text}; --symmetry {config.symmetry} does that again and adds nothing: leave it "
+                f"the set is {found.text}; --symmetry {symmetry} does that again and adds nothing: leave it "
                 "out, or leave the copies out with --unique"
             )
     elif found.text:

@@ -39,11 +39,11 @@ def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log
 def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.overwrite:
         raise OutputError(f"{output}: is not empty; choose another with -o or add --overwrite")
-    table = read_table(config, particles)
+    table = read_table(config.choice, particles)
     log.line(f"{len(table):,} particles of {table.name}; {say_folders(table.folders)}")
     for note in table.notes:
         log.line(f"  {note}")
-    stack = open_images(config, table, finer=True, recentre=config.recentre)
+    stack = open_images(config.choice, config.images, table, finer=True, recentre=config.recentre)
     for warning in stack.table.warnings:
         log.warn(warning)
     try:

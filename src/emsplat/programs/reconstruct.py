@@ -16,7 +16,7 @@ import torch
 
 from emsplat import __version__
 from emsplat.assessment.residuals import write_residuals
-from emsplat.config import InputConfig, ReconstructConfig
+from emsplat.config import BackprojectConfig, ReconstructConfig, RunConfig
 from emsplat.device import within_memory
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import write_map
@@ -35,7 +35,7 @@ from emsplat.run.log import Log
 
 
 @within_memory()
-def backproject(config: InputConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def backproject(config: BackprojectConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
     """Classical half maps and a full map regularised by their SSNR, into ``output``; returns summary.json.
 
     Raises:
@@ -46,7 +46,7 @@ def backproject(config: InputConfig, particles: Path, output: Path, log: Log | N
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end():
         run = open_run(config, particles, output, log)
         classical = accumulate_all(run)
         _write_classical(run, classical)
@@ -69,7 +69,7 @@ def reconstruct(
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end():
         settings = _settled(config, output)
         run = open_run(config, particles, output, log, settings)
         introduce_fit(log, settings)
@@ -85,10 +85,10 @@ def reconstruct(
 def _settled(config: ReconstructConfig, output: Path) -> Settings:
     """What the options come to; a run that is resumed keeps the batch that it has found."""
     settings = settings_of(config)
-    return replace(settings, batch=batch_before(output)) if config.resume and settings.batch == "auto" else settings
+    return replace(settings, batch=batch_before(output)) if config.run.resume and settings.batch == "auto" else settings
 
 
-def _write_classical(run: Run[InputConfig], classical: Classical) -> None:
+def _write_classical(run: Run[RunConfig], classical: Classical) -> None:
     """The maps of `backproject`: what the halves agree on decides how far that of all particles is trusted."""
     prior = ssnr_prior(classical.validation.raw).to(run.stack.device)
     maps = {name: classical.raw[name] for name in HALVES} | {"class001": classical.equations["class001"].solve(prior)}

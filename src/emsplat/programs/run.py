@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from emsplat.assessment.symmetry import Finding
-from emsplat.config import InputConfig
+from emsplat.config import RunConfig
 from emsplat.fitting.course import Stage
 from emsplat.models.gaussians import GaussianField
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
 from emsplat.run.log import Log
 
-C_co = TypeVar("C_co", bound=InputConfig, covariant=True)
+C_co = TypeVar("C_co", bound=RunConfig, covariant=True)
 
 
 @dataclass(frozen=True)

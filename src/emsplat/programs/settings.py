@@ -1,42 +1,53 @@
-"""The options of `reconstruct` with everything decided."""
+"""The options of `reconstruct` with everything decided: a recipe, and what the user puts in place of it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
-from emsplat.config import RECIPES, ReconstructConfig
+from emsplat.config import FitOptions, ModelOptions, ReconstructConfig
 from emsplat.errors import InputError
 from emsplat.models.start_files import check_start, is_shared, starts_from_gaussians
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A `ReconstructConfig` with everything decided."""
+    """All that a fit goes by."""
 
-    engine: str
-    gaussians: int | None
+    engine: Literal["one-pass", "images"]
+    gaussians: int | None  # None: from the volume of the particle, see begin.gaussian_count
     init: str
     epochs: int
-    batch: int | Literal["auto"]  # auto: to be found by a trial
     learning_rate: float
     decay: float
-    weighting: str
-    min_scale: float
-    length_unit: float | None
-    split_after: tuple[int, ...]
-    isotropic: bool
-    rotation: bool
-    growth: int
-    independent_halves: bool
-    seed: int
+    min_scale: float  # pixels
+    length_unit: float | None  # pixels that one unit of means and scales stands for; None: the box
+    growth: int = 0
+    batch: int | Literal["auto"] = 0  # auto: to be found by a trial; 0: the engine has none
+    weighting: Literal["none", "noise", "ramp"] = "noise"
+    split_after: tuple[int, ...] = ()
+    isotropic: bool = False
+    rotation: bool = True
+    independent_halves: bool = False
+    seed: int = 0
 
 
-_OF_ONE_ENGINE = {
-    "one-pass": ("growth", "independent_halves"),
-    "images": ("batch", "weighting", "split_after"),
+RECIPES = {
+    "default": Settings("one-pass", None, "map", 12, 2e-2, 0.75, 0.7, 10.0, growth=2),
+    "images": Settings("images", None, "map", 12, 4e-2, 0.75, 0.5, 10.0, batch=128, weighting="ramp"),
+    # cryoSplat, section 4.1. The paper has no lower bound on the scale; 0.1 px keeps float32 away from zero.
+    "cryosplat": Settings("images", 30_000, "ball", 5, 1e-3, 0.1, 0.1, None, batch=1, weighting="none"),
+    # GEM gives its number of Gaussians, start and batch size; rate and decay are cryoSplat's.
+    "gem": Settings("images", 50_000, "uniform", 5, 1e-3, 0.1, 0.1, None, batch=1, weighting="none"),
 }
+
+
+def recipe_of(fit: FitOptions) -> Settings:
+    """The recipe that the options start from: emsplat has its own for each engine."""
+    return RECIPES["images" if fit.recipe == "default" and fit.engine == "images" else fit.recipe]
 
 
 def settings_of(config: ReconstructConfig) -> Settings:
@@ -45,58 +56,74 @@ def settings_of(config: ReconstructConfig) -> Settings:
     Raises:
         InputError: a value that describes no fit, or an option of the other engine.
     """
-    basis: str = "images" if config.recipe == "default" and config.engine == "images" else config.recipe
-    recipe = asdict(RECIPES[basis])
-    _require_of_the_engine(config, basis, recipe["engine"])
-    counted = config.gaussians is not None or starts_from_gaussians(config.init or recipe["init"])
-    if config.growth is None and (counted or config.independent_halves):
-        recipe["growth"] = 0  # a number that was asked for stays; nobody judges independent halves
-    recipe |= {
-        key: value for key, value in (("batch", 0), ("weighting", "noise"), ("growth", 0)) if recipe[key] is None
-    }
-    chosen: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(Settings)}
-    merged = Settings(
-        **{name: recipe[name] if value is None and name in recipe else value for name, value in chosen.items()}
+    model, fit, recipe = config.model, config.fit, recipe_of(config.fit)
+    if fit.engine not in (None, recipe.engine):
+        raise InputError(f"--recipe {fit.recipe} trains on images; expected --engine images, or leave --engine out")
+    _require_own_options(model, fit, recipe.engine)
+    init = _given(model.init, recipe.init)
+    # A number that was asked for stays; nobody judges independent halves.
+    stays = model.gaussians is not None or starts_from_gaussians(init) or fit.independent_halves
+    settings = replace(
+        recipe,
+        gaussians=_given(model.gaussians, recipe.gaussians),
+        growth=_given(model.growth, 0 if stays else recipe.growth),
+        init=init,
+        min_scale=_given(model.min_scale, recipe.min_scale),
+        isotropic=model.isotropic,
+        rotation=model.rotation,
+        independent_halves=fit.independent_halves,
+        epochs=_given(fit.epochs, recipe.epochs),
+        batch=_given(fit.batch, recipe.batch),
+        learning_rate=_given(fit.learning_rate, recipe.learning_rate),
+        decay=_given(fit.decay, recipe.decay),
+        weighting=_given(fit.weighting, recipe.weighting),
+        split_after=fit.split_after,
+        seed=config.halves.seed,
     )
-    _require_possible(config, merged)
-    return merged
+    _require_sensible(model, fit, settings)
+    return settings
 
 
-def _require_of_the_engine(config: ReconstructConfig, basis: str, engine: str) -> None:
+def _given(value: T | None, otherwise: T) -> T:
+    return otherwise if value is None else value
+
+
+def _require_own_options(model: ModelOptions, fit: FitOptions, engine: str) -> None:
     """
     Raises:
-        InputError: another engine than that of the recipe was asked for, or an option of another engine.
+        InputError: an option of the other engine is given.
     """
-    if config.engine not in (None, engine):
-        raise InputError(f"--recipe {basis} trains on images; expected --engine images, or leave --engine out")
-    for own, names in _OF_ONE_ENGINE.items():
-        for option in names:
-            if own != engine and getattr(config, option) not in (None, False, ()):
-                raise InputError(f"--{option.replace('_', '-')} belongs to --engine {own}; leave it out or add that")
+    given = {
+        "--growth": ("one-pass", model.growth is not None),
+        "--independent-halves": ("one-pass", fit.independent_halves),
+        "--batch": ("images", fit.batch is not None),
+        "--weighting": ("images", fit.weighting is not None),
+        "--split-after": ("images", bool(fit.split_after)),
+    }
+    for option, (owner, is_given) in given.items():
+        if is_given and owner != engine:
+            raise InputError(f"{option} belongs to --engine {owner}; leave it out or add that")
 
 
-def _require_possible(config: ReconstructConfig, settings: Settings) -> None:
+def _require_sensible(model: ModelOptions, fit: FitOptions, settings: Settings) -> None:
     """
     Raises:
-        InputError: a value that describes no fit.
+        InputError: a number out of its bounds, or a start that contradicts another option.
     """
-    for option, least in (("gaussians", 1), ("epochs", 1), ("batch", 1), ("growth", 0)):
-        value = getattr(config, option)
-        if value not in (None, "auto") and value < least:
-            raise InputError(f"--{option} {value}: expected at least {least}")
-    _check_start(config, settings)
-    if config.independent_halves and settings.growth:
+    counts = {"gaussians": (model.gaussians, 1), "epochs": (fit.epochs, 1), "batch": (fit.batch, 1)}
+    for option, (count, least) in (counts | {"growth": (model.growth, 0)}).items():
+        if isinstance(count, int) and count < least:
+            raise InputError(f"--{option} {count}: expected at least {least}")
+    check_start(settings.init)
+    if model.gaussians is not None and starts_from_gaussians(settings.init):
+        raise InputError(f"--gaussians with --init {settings.init}: the file says how many there are; leave it out")
+    if fit.independent_halves and is_shared(settings.init):
+        raise InputError(f"--independent-halves with --init {settings.init}: both halves would start from it; use map")
+    if fit.independent_halves and settings.growth:
         raise InputError("--growth with --independent-halves: only the other half can tell whether more Gaussians pay")
-    for option in ("learning_rate", "decay", "min_scale"):
-        if not 0 < getattr(settings, option) < math.inf:
-            raise InputError(f"--{option.replace('_', '-')} {getattr(settings, option)}: expected a number above 0")
+    numbers = {"learning-rate": settings.learning_rate, "decay": settings.decay, "min-scale": settings.min_scale}
+    for option, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise InputError(f"--{option} {number}: expected a number above 0")
     if any(not 0 < epoch < settings.epochs for epoch in settings.split_after):
         raise InputError(f"--split-after {settings.split_after}: expected epochs from 1 to {settings.epochs - 1}")
-
-
-def _check_start(config: ReconstructConfig, settings: Settings) -> None:
-    check_start(settings.init)
-    if config.gaussians is not None and starts_from_gaussians(settings.init):
-        raise InputError(f"--gaussians with --init {settings.init}: the file says how many there are; leave it out")
-    if config.independent_halves and is_shared(settings.init):
-        raise InputError(f"--independent-halves with --init {settings.init}: both halves would start from it; use map")

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emsplat.config import InputConfig, ReconstructConfig
+from emsplat.config import ReconstructConfig, RunConfig, flat
 from emsplat.errors import InputError, OutputError
 from emsplat.io.files import replacing
 from emsplat.run.files import SETTINGS, SUMMARY
 
 
-def prepare_folder(config: InputConfig, particles: Path, output: Path) -> None:
+def prepare_folder(config: RunConfig, particles: Path, output: Path) -> None:
     """An empty folder, or with ``resume`` one that holds the same run. Files of a RELION job do not count and stay.
 
     Raises:
         OutputError: it holds something else.
         InputError: it holds a run with other settings.
     """
-    if config.resume:
+    if config.run.resume:
         check_same_run(config, particles, output)
     elif output.exists() and (not output.is_dir() or _contents(output)):
-        if not config.overwrite:
+        if not config.run.overwrite:
             raise OutputError(
                 f"{output}: is not empty; choose another with -o, go on with --resume or start anew with --overwrite"
             )
@@ -65,7 +64,7 @@ def _contents(output: Path) -> list[Path]:
 _MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir", "force"}
 
 
-def check_same_run(config: InputConfig, particles: Path, output: Path) -> None:
+def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:
     """
     Raises:
         InputError: the folder holds no run, or one of other particles or with other options.
@@ -106,7 +105,7 @@ def plain(config: Any) -> dict[str, Any]:
             return [simple(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return {name: simple(value) for name, value in asdict(config).items() if value is not None}
+    return {name: simple(value) for name, value in flat(config).items() if value is not None}
 
 
 def read_summary(run: Path) -> dict[str, Any]:
