@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Complex, Float
@@ -13,6 +13,7 @@ from emsplat.maths.fourier import hermitian_weight
 from emsplat.models.base import Model
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A scalar to make small, in named terms; ``step`` chooses the data."""
 
