@@ -32,8 +32,10 @@ from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.fsc import fsc
 from emsplat.measures.mask import solvent_mask
 from emsplat.programs.reconstruct import reconstruct
-from emsplat.programs.simulate import procedural_protein, simulate, truth_map
+from emsplat.programs.simulate import simulate
 from emsplat.run.log import Log
+from emsplat.simulation.images import truth_map
+from emsplat.simulation.protein import procedural_protein
 from emsplat.types import Grid
 
 # Name, file, chains (None: all), pixel size in Å of a box of 96.

@@ -17,7 +17,7 @@ from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
 from emsplat.imaging.project import project
 from emsplat.io.mrc import writing_stack
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.kernels import reference
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
 from emsplat.particles.open import open_particles

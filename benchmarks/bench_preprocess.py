@@ -15,7 +15,7 @@ import torch
 from common import random_poses, save
 from emsplat.config import PreprocessConfig, configure
 from emsplat.io.mrc import writing_stack
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.programs.preprocess import preprocess
 from emsplat.run.log import Log
 from emsplat.types import Grid, Optics

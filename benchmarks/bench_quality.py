@@ -22,8 +22,10 @@ from emsplat.measures.curves import crossing
 from emsplat.measures.fsc import fsc_curve
 from emsplat.measures.mask import solvent_mask
 from emsplat.programs.reconstruct import reconstruct
-from emsplat.programs.simulate import place_atoms, simulate, truth_map
+from emsplat.programs.simulate import simulate
 from emsplat.run.log import Log
+from emsplat.simulation.images import truth_map
+from emsplat.simulation.protein import place_atoms
 
 
 def score(path, truth, grid, mask):

@@ -8,7 +8,8 @@ import torch
 from common import best_time, random_poses, save
 from emsplat.config import CheckConfig
 from emsplat.io.mrc import writing_stack
-from emsplat.io.relion import read_star, write_particles_star
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.particles.open import open_particles
 from emsplat.programs.check import check
 from emsplat.types import Grid, Optics, Poses

@@ -34,7 +34,7 @@ from emsplat.fitting.volume import VolumeObjective, support_size
 from emsplat.imaging.ctf import observe
 from emsplat.imaging.project import project, voxelize
 from emsplat.io.particles import read_particles
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.kernels import backend
 from emsplat.maths.fourier import irfft, rfft, shift_phase
 from emsplat.models.gaussians import Bounds
@@ -45,9 +45,10 @@ from emsplat.particles.open import open_particles
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs import opening
 from emsplat.programs.reconstruct import reconstruct
-from emsplat.programs.simulate import random_halves, random_optics, simulate
-from emsplat.programs.simulate import random_poses as simulated_poses
+from emsplat.programs.simulate import simulate
 from emsplat.run.log import Log
+from emsplat.simulation.images import random_halves, random_optics
+from emsplat.simulation.images import random_poses as simulated_poses
 from emsplat.sums.statistics import FourierStatistics, accumulate, begin
 from emsplat.types import Batch, Gaussians, Grid
 

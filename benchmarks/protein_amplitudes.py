@@ -17,7 +17,8 @@ import torch
 from emsplat.io.atoms import Atoms, read_atoms
 from emsplat.maths.fourier import rfft, shell_index
 from emsplat.measures.sharpening import PROTEIN_FREQUENCIES
-from emsplat.programs.simulate import place_atoms, truth_map
+from emsplat.simulation.images import truth_map
+from emsplat.simulation.protein import place_atoms
 from emsplat.types import Grid
 
 PIXEL = 0.9  # Å: Nyquist at 1.8 Å

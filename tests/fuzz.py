@@ -51,7 +51,7 @@ from emsplat.io.mrc import read_stored_map, write_map, writing_stack
 from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.particles import read_particles
 from emsplat.io.ply import read_ply, write_ply
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.maths.geometry import random_rotations
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball

@@ -10,7 +10,7 @@ from emsplat.fitting.images import ImageObjective
 from emsplat.imaging.ctf import beam_tilt, ctf, ctf_at, in_image, observe, zernike, zernike_phase
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import writing_stack
-from emsplat.io.relion import write_table
+from emsplat.io.relion.write import write_table
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.maths.fourier import frequencies, irfft
 from emsplat.maths.geometry import random_rotations

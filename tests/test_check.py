@@ -13,7 +13,8 @@ from numpy.lib.recfunctions import repack_fields
 from emsplat.cli import main
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import read_map
-from emsplat.io.relion import read_star, rewrite_star
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import rewrite_star
 
 ITEMS = {"particles", "half-sets", "voltage", "pixel size", "defocus", "shifts", "orientations", "images"}
 

@@ -15,7 +15,7 @@ from emsplat.config import SimulateConfig
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
-from emsplat.io.relion import read_star
+from emsplat.io.relion.read import read_star
 from emsplat.types import Gaussians, Grid
 
 

@@ -13,7 +13,8 @@ from emsplat.io.cryosparc import write_cs
 from emsplat.io.gaussians import read_gaussians, write_gaussians
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles
-from emsplat.io.relion import read_star, write_table
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import write_table
 from emsplat.io.star import read_star_file
 from emsplat.io.table import OpticsGroup, ParticleTable, merge_tables
 from emsplat.maths.geometry import random_rotations

@@ -19,7 +19,8 @@ from emsplat.fitting.images import ImageObjective
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.mrc_arrays import StackFile
-from emsplat.io.relion import read_star, write_table
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import write_table
 from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
 from emsplat.maths.groups import symmetry_group
 from emsplat.measures.fsc import fsc_curve

@@ -20,7 +20,7 @@ from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles
 from emsplat.io.pickles import load_arrays
-from emsplat.io.relion import read_star
+from emsplat.io.relion.read import read_star
 from emsplat.programs.reconstruct import backproject
 from emsplat.run.log import Log
 from test_cryosparc import write as write_cs

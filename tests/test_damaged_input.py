@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from emsplat.errors import InputError
 from emsplat.io.mrc import read_map, write_map, writing_stack
 from emsplat.io.ply import read_ply, write_ply
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.maths.geometry import random_rotations
 from emsplat.particles.open import open_particles
 from emsplat.types import Grid, Optics, Poses

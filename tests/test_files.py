@@ -16,7 +16,7 @@ from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.pickles import write_arrays
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.measures.curves import Curves
 from emsplat.run.fsc_star import write_fsc_star
 from emsplat.types import Gaussians, Grid, Optics, Poses

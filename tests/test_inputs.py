@@ -17,7 +17,8 @@ from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import count_stacks
 from emsplat.io.pickles import write_arrays
-from emsplat.io.relion import read_star, write_table
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import write_table
 from emsplat.io.table import OpticsGroup
 from emsplat.maths.groups import symmetry_group
 from emsplat.particles.choose import flip_hand, open_stack, read_table

@@ -6,7 +6,7 @@ import pytest
 from emsplat.cli import main
 from emsplat.io.cryosparc import read_cs
 from emsplat.io.pickles import load_arrays
-from emsplat.io.relion import read_star
+from emsplat.io.relion.read import read_star
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from emsplat.errors import InputError
 from emsplat.io.mrc import writing_stack
-from emsplat.io.relion import write_particles_star
+from emsplat.io.relion.write import write_particles_star
 from emsplat.maths.geometry import random_rotations
 from emsplat.maths.groups import symmetry_group
 from emsplat.particles.background import is_bad

@@ -13,7 +13,8 @@ from emsplat.io.cryosparc import read_cs, write_cs
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles, write_used
 from emsplat.io.paths import Names, find_stacks, say_folders, say_start
-from emsplat.io.relion import read_star, write_table
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import write_table
 from emsplat.io.table import merge_tables
 from emsplat.types import Grid
 from test_relion import COLUMNS, OPTICS, ROWS, particles, write

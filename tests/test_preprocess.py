@@ -9,7 +9,7 @@ from gemmi import cif
 from emsplat.cli import main
 from emsplat.io.mrc import read_map
 from emsplat.io.mrc_arrays import StackFile
-from emsplat.io.relion import read_star
+from emsplat.io.relion.read import read_star
 from emsplat.maths.fourier import crop, irfft, rfft
 from emsplat.particles.background import background
 from emsplat.particles.open import open_particles

@@ -26,7 +26,8 @@ from emsplat.io.pseudoatoms import gaussians_of, read_pseudoatoms, write_pseudoa
 from emsplat.maths.geometry import quaternion_to_matrix
 from emsplat.measures.fsc import fsc_curve
 from emsplat.programs.reconstruct import reconstruct
-from emsplat.programs.simulate import place_atoms, truth_map
+from emsplat.simulation.images import truth_map
+from emsplat.simulation.protein import place_atoms
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(64, 3.54)

@@ -521,7 +521,8 @@ def test_experimental_particles(shared_data, tmp_path):
     reconstruct(config, shared_data / "bgal" / "particles.star", tmp_path / "run")
     volume, grid = read_map(tmp_path / "run" / "run_class001.mrc")
     from emsplat.io.atoms import read_atoms
-    from emsplat.programs.simulate import place_atoms, truth_map
+    from emsplat.simulation.images import truth_map
+    from emsplat.simulation.protein import place_atoms
 
     atoms = place_atoms(read_atoms(shared_data / "bgal" / "8bk7_in_map_frame.cif.gz"), grid, keep_frame=True)
     mask, _ = read_map(shared_data / "bgal" / "mask_soft.mrc")

@@ -10,7 +10,8 @@ import torch
 from emsplat.errors import InputError, OutputError
 from emsplat.io.mrc import writing_stack
 from emsplat.io.particles import read_particles, write_used
-from emsplat.io.relion import read_star, rewrite_star, write_particles_star
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import rewrite_star, write_particles_star
 from emsplat.io.star import read_star_file
 from emsplat.io.table import merge_tables
 from emsplat.maths.geometry import euler_to_matrix, random_rotations

@@ -11,7 +11,7 @@ import mrcfile
 import pytest
 from gemmi import cif
 
-from emsplat.io.relion import read_star
+from emsplat.io.relion.read import read_star
 from emsplat.relion_job import main
 
 JOB = "External/job005/"

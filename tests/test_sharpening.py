@@ -11,7 +11,8 @@ from emsplat.maths.fourier import irfft, rfft, shell_index
 from emsplat.measures.fsc import fsc_curve
 from emsplat.measures.mask import spherical_mask
 from emsplat.measures.sharpening import fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
-from emsplat.programs.simulate import place_atoms, procedural_protein, truth_map
+from emsplat.simulation.images import truth_map
+from emsplat.simulation.protein import place_atoms, procedural_protein
 from emsplat.types import Curve, Grid
 
 GRID = Grid(48, 1.5)

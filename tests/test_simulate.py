@@ -18,24 +18,22 @@ from emsplat.config import SimulateConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.io.atoms import Atoms, read_atoms
 from emsplat.io.mrc import read_map
-from emsplat.io.relion import read_star
+from emsplat.io.relion.read import read_star
 from emsplat.maths import fourier
 from emsplat.maths.geometry import euler_to_matrix
-from emsplat.programs.simulate import (
-    check_fits,
+from emsplat.programs.simulate import simulate
+from emsplat.simulation.images import (
     clean_images,
     form_factor,
     make_noise,
     noise_filter,
     perturb_poses,
-    place_atoms,
-    procedural_protein,
     project_atoms,
     random_optics,
     random_poses,
-    simulate,
     truth_map,
 )
+from emsplat.simulation.protein import check_fits, place_atoms, procedural_protein
 from emsplat.types import Grid, Poses
 
 GRID = Grid(32, 2.0)

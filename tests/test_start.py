@@ -19,7 +19,9 @@ from emsplat.models.start_files import check_start, read_start, start_remarks
 from emsplat.programs.begin import start_model
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.settings import settings_of
-from emsplat.programs.simulate import place_atoms, simulate, truth_map
+from emsplat.programs.simulate import simulate
+from emsplat.simulation.images import truth_map
+from emsplat.simulation.protein import place_atoms
 from emsplat.types import Gaussians, Grid
 
 GRID = Grid(32, 4.0)

@@ -22,12 +22,14 @@ from emsplat.assessment.symmetry import (
     name_axis,
 )
 from emsplat.config import SimulateConfig
-from emsplat.io.relion import read_star, rewrite_star
+from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import rewrite_star
 from emsplat.maths.fourier import irfft, rfft
 from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
 from emsplat.maths.groups import generators, symmetry_group
 from emsplat.particles.open import open_particles
-from emsplat.programs.simulate import procedural_protein, simulate
+from emsplat.programs.simulate import simulate
+from emsplat.simulation.protein import procedural_protein
 
 
 def write_model(path, symbol):

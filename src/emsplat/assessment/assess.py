@@ -18,7 +18,7 @@ from emsplat.assessment.directions import directions
 from emsplat.assessment.maps import FIRST_SHELLS, RunMaps, given_mask, is_evident, read_run
 from emsplat.config import AssessConfig
 from emsplat.io.mrc import write_map
-from emsplat.io.relion import read_rotations
+from emsplat.io.relion.read import read_rotations
 from emsplat.maths.groups import symmetry_group
 from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated, local_resolution
 from emsplat.run.files import DIRECTIONS, FSC, LOCAL_RESOLUTION, LOCAL_RESOLUTION_HALF_MAPS, MASK, PARTICLES

@@ -12,14 +12,8 @@ from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.cryosparc import cs_columns, cs_image_keys, read_cs
 from emsplat.io.paths import real_paths
-from emsplat.io.relion import (
-    common_columns,
-    further_columns,
-    read_star,
-    rewrite_table,
-    star_image_keys,
-    write_table,
-)
+from emsplat.io.relion.read import read_star, star_image_keys
+from emsplat.io.relion.write import common_columns, further_columns, rewrite_table, write_table
 from emsplat.io.table import ParticleTable
 
 

@@ -27,7 +27,7 @@ from emsplat.errors import InputError, OutputError
 from emsplat.io.files import json_text, replacing
 from emsplat.io.mrc import writing_stack
 from emsplat.io.paths import say_folders
-from emsplat.io.relion import write_table
+from emsplat.io.relion.write import write_table
 from emsplat.maths.fourier import irfft, randomise_phases, rfft, shell_index, shell_radius
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import crossing, resolution

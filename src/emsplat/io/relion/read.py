@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,12 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.imaging.ctf import beam_tilt
-from emsplat.io.files import require_finite
 from emsplat.io.mrc_arrays import count_sections
-from emsplat.io.paths import Names, Stacks, find_stacks, group_equal
-from emsplat.io.star import StarFile, Table, Words, read_star_file, write_star_file
+from emsplat.io.paths import Stacks, find_stacks, group_equal
+from emsplat.io.star import StarFile, Table, read_star_file
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
-from emsplat.maths.geometry import euler_to_matrix, matrix_to_euler
-from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Grid, Optics, Poses
+from emsplat.maths.geometry import euler_to_matrix
+from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, Aberrations, Optics, Poses
 
 _PIXEL_SIZES = ("ImagePixelSize", "MicrographPixelSize", "MicrographOriginalPixelSize")
 # Where a column is in neither table, RELION takes a value of its own, and so is done here, with a word.
@@ -33,15 +31,15 @@ _ASSUMED = {
     "DefocusV": "rlnDefocusU is used in its place: no astigmatism",
 }
 _CORRECTED = "CtfDataAreCtfCorrected"
-_TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
-_MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
+TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
+MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
 # What a `ParticleTable` carries from one format to another.
-_CARRIED = {
+CARRIED = {
     *("ImageName", "MicrographName", "OpticsGroup", "OpticsGroupName", "ClassNumber", "RandomSubset"),
     *("Voltage", "SphericalAberration", "AmplitudeContrast", "PhaseShift", "CtfBfactor", "CtfScalefactor"),
     *("DefocusU", "DefocusV", "DefocusAngle", "AngleRot", "AngleTilt", "AnglePsi"),
     *("OriginX", "OriginY", "OriginXAngst", "OriginYAngst", "Magnification", "DetectorPixelSize", "ImageSize"),
-    *("BeamTiltX", "BeamTiltY", "OddZernike", "EvenZernike", *_MAGNIFICATION, *_TREATMENTS, _CORRECTED),
+    *("BeamTiltX", "BeamTiltY", "OddZernike", "EvenZernike", *MAGNIFICATION, *TREATMENTS, _CORRECTED),
     *("ImagePixelSize", "MicrographOriginalPixelSize", "ImageDimensionality"),
 }
 _LARGEST = float(np.finfo(np.float32).max)  # batches are float32
@@ -52,7 +50,7 @@ _ZERNIKES = 64  # at most, of each kind; RELION fits 6 odd and 9 even ones
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """One table of a STAR file; columns are named without their ``_rln``."""
 
     table: Table
@@ -130,7 +128,7 @@ def _remedy(column: str) -> str:
     return "take the STAR file of a refinement"
 
 
-def _tables(file: StarFile) -> tuple[_Block, _Block | None]:
+def find_tables(file: StarFile) -> tuple[Block, Block | None]:
     """The particles and, from RELION 3.1 on, the optics groups."""
     optics = file.table("optics")
     found = [table for table in file.tables("_rlnImageName") if table.has("_rlnImageName") and table.name != "optics"]
@@ -143,11 +141,11 @@ def _tables(file: StarFile) -> tuple[_Block, _Block | None]:
             f"{file.path}: {names} both have a column rlnImageName; expected one table of particles, give files one by "
             "one with --merge"
         )
-    return _Block(found[0]), None if optics is None else _Block(optics)
+    return Block(found[0]), None if optics is None else Block(optics)
 
 
 def _refuse_tomography(tables: Sequence[Table]) -> None:
-    for block in map(_Block, tables):
+    for block in map(Block, tables):
         found = next((name for name in block.columns if name in _TOMOGRAPHY or name.startswith("Tomo")), None)
         if block.has("ImageDimensionality") and (block.table.numbers("_rlnImageDimensionality") == 3).any():
             found = "ImageDimensionality 3"
@@ -164,7 +162,7 @@ def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
     Raises:
         InputError: unreadable file, missing column, a value that is no finite number.
     """
-    particles, _ = _tables(read_star_file(path))
+    particles, _ = find_tables(read_star_file(path))
     angles = [torch.from_numpy(particles.numbers(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")]
     return euler_to_matrix(torch.deg2rad(torch.stack(angles, 1)))
 
@@ -182,7 +180,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
             one axis alone, images that were corrected for their CTF, an image name that does not say which image of a
             stack, tilt series and subtomograms.
     """
-    particles, optics = _tables(read_star_file(path))
+    particles, optics = find_tables(read_star_file(path))
     row_of_group, groups, group = _optics_groups(particles, optics)
     count = len(group)
     present = {name for name in _ASSUMED if particles.has(name) or (optics is not None and optics.has(name))}
@@ -263,7 +261,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
     )
 
 
-def _refuse_half_told(path: Path, particles: _Block, optics: _Block | None, values: Optics) -> None:
+def _refuse_half_told(path: Path, particles: Block, optics: Block | None, values: Optics) -> None:
     """Refuses astigmatism without its angle: no rule would give it."""
     told = particles.has("DefocusAngle") or (optics is not None and optics.has("DefocusAngle"))
     astigmatism = (values.defocus_u - values.defocus_v).abs()
@@ -274,7 +272,7 @@ def _refuse_half_told(path: Path, particles: _Block, optics: _Block | None, valu
         )
 
 
-def _origins(particles: _Block, optics: _Block | None, pixel_size: NDArray[np.float64]) -> tuple[Tensor, list[str]]:
+def _origins(particles: Block, optics: Block | None, pixel_size: NDArray[np.float64]) -> tuple[Tensor, list[str]]:
     """Origins (x, y) in Å, from those in Å or else from those in pixels of the images, and what is assumed."""
     unit = next((unit for unit in ("Angst", "") if any(particles.has(f"Origin{axis}{unit}") for axis in "XY")), None)
     if unit is None:
@@ -293,7 +291,7 @@ def _origins(particles: _Block, optics: _Block | None, pixel_size: NDArray[np.fl
 
 
 def _optics_groups(
-    particles: _Block, optics: _Block | None
+    particles: Block, optics: Block | None
 ) -> tuple[NDArray[np.int64], tuple[OpticsGroup, ...], NDArray[np.int64]]:
     """Row of each group in the optics table, the groups, and the group of each particle."""
     count = len(particles.text("ImageName"))
@@ -330,7 +328,7 @@ def _optics_groups(
     return np.arange(len(numbers)), groups, order[np.searchsorted(numbers, asked, sorter=order)]
 
 
-def _pixel_size_note(optics: _Block | None) -> list[str]:
+def _pixel_size_note(optics: Block | None) -> list[str]:
     source = None if optics is None else next((name for name in _PIXEL_SIZES if optics.has(name)), None)
     if optics is None or source in (None, _PIXEL_SIZES[0]):
         return []
@@ -341,7 +339,7 @@ def _pixel_size_note(optics: _Block | None) -> list[str]:
     ]
 
 
-def _old_pixel_size(particles: _Block) -> float:
+def _old_pixel_size(particles: Block) -> float:
     """Pixel size in Å of a file without optics table: from the image itself, else from detector and magnification."""
     for name in _PIXEL_SIZES[:1]:
         if particles.has(name):
@@ -362,7 +360,7 @@ def _old_pixel_size(particles: _Block) -> float:
 
 
 def _coordinates(
-    particles: _Block, optics: _Block | None, pixel_size: NDArray[np.float64], row: NDArray[np.int64]
+    particles: Block, optics: Block | None, pixel_size: NDArray[np.float64], row: NDArray[np.int64]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where the boxes lie in their micrographs, in pixels, and the pixel size of those, which the optics table tells;
     None where that is not said."""
@@ -378,7 +376,7 @@ def _coordinates(
     return torch.from_numpy(pixels), torch.from_numpy(pixel_size)
 
 
-def _before(particles: _Block, folders: Sequence[Path]) -> Tensor | None:
+def _before(particles: Block, folders: Sequence[Path]) -> Tensor | None:
     """Equal numbers for rows that were one image before something was subtracted from it (rlnImageOriginalName); -1
     where that is not said. Names of two projects, which start from different folders, give different numbers; where
     images have absolute names, the folder of the file stands for the project."""
@@ -396,8 +394,8 @@ def _before(particles: _Block, folders: Sequence[Path]) -> Tensor | None:
 
 def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
     """What was done to the CTF of each image; None where nothing was."""
-    treatment = torch.zeros(len(column(next(iter(_TREATMENTS)), 0.0)), dtype=torch.int64)
-    for name, value in _TREATMENTS.items():
+    treatment = torch.zeros(len(column(next(iter(TREATMENTS)), 0.0)), dtype=torch.int64)
+    for name, value in TREATMENTS.items():
         treatment[column(name, 0.0) != 0] = value
     return treatment if treatment.any() else None
 
@@ -415,7 +413,7 @@ def _aberrations(
         coma = beam_tilt(tilt, optics.voltage, optics.cs)
         odd = torch.nn.functional.pad(odd, (0, max(0, coma.shape[1] - odd.shape[1])))
         odd[:, : coma.shape[1]] += coma
-    matrix = torch.stack([column(name, float(name in ("MagMat00", "MagMat11"))) for name in _MAGNIFICATION], 1)
+    matrix = torch.stack([column(name, float(name in ("MagMat00", "MagMat11"))) for name in MAGNIFICATION], 1)
     if not ((matrix - torch.tensor([1.0, 0, 0, 1])).abs() < 0.3).all():
         raise InputError(
             f"{path}: rlnMagMat00 ... 11 differ from 1 0 0 1 by 0.3 or more; expected the small stretch that CTF "
@@ -425,7 +423,7 @@ def _aberrations(
     return None if neutral else Aberrations(matrix.reshape(-1, 2, 2), odd, even)
 
 
-def _zernikes(optics: _Block, name: str) -> NDArray[np.float64]:
+def _zernikes(optics: Block, name: str) -> NDArray[np.float64]:
     """The coefficients of each optics group, written as [a,b,...]; shorter lists end in zeros."""
     rows = []
     for number, text in enumerate(optics.text(name)):
@@ -441,7 +439,7 @@ def _zernikes(optics: _Block, name: str) -> NDArray[np.float64]:
     return np.array([row + [0.0] * (width - len(row)) for row in rows], np.float64).reshape(len(rows), width)
 
 
-def _half_sets(particles: _Block) -> Tensor | None:
+def _half_sets(particles: Block) -> Tensor | None:
     if not particles.has("RandomSubset"):
         return None
     half = particles.integers("RandomSubset")
@@ -454,7 +452,7 @@ def _half_sets(particles: _Block) -> Tensor | None:
     return torch.from_numpy(half)
 
 
-def _images(particles: _Block, path: Path, datadir: Path | None, need_stacks: bool) -> tuple[Stacks, Tensor]:
+def _images(particles: Block, path: Path, datadir: Path | None, need_stacks: bool) -> tuple[Stacks, Tensor]:
     """Stacks, and the 0-based index of each image in its own."""
     index, files = _image_names(particles)
     found = find_stacks(files, path, datadir, required=need_stacks)
@@ -479,7 +477,7 @@ def _sections(path: Path) -> int:
         return 1
 
 
-def _image_names(particles: _Block) -> tuple[NDArray[np.int64], list[str]]:
+def _image_names(particles: Block) -> tuple[NDArray[np.int64], list[str]]:
     """0-based index and stack of each image, from index@stack; the index is -1 where the name has none."""
     names = particles.text("ImageName")
     index = np.zeros(len(names), np.int64)
@@ -504,337 +502,6 @@ def star_image_keys(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         InputError: unreadable file, no images.
     """
-    particles, _ = _tables(read_star_file(path))
+    particles, _ = find_tables(read_star_file(path))
     index, files = _image_names(particles)
     return zip(index.clip(min=0).tolist(), files, strict=True)
-
-
-def rewrite_star(
-    source: Path,
-    target: Path,
-    rows: Tensor,
-    half: Tensor | None,
-    columns: Mapping[str, Sequence[str]] | None = None,
-    optics: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """The STAR file ``source`` with only these particle rows and with rlnRandomSubset = ``half`` (one per row).
-
-    ``columns`` (names without "rln", one text per row) take the place of those of the particle table, ``optics`` of
-    those of the optics table, which is made where there is none. Every other table and column keeps its text.
-
-    Raises:
-        InputError: the source is no longer readable.
-        OutputError: the target cannot be written.
-    """
-    _rewrite(read_star_file(source), target, rows, half, columns or {}, optics or {})
-
-
-def _rewrite(
-    file: StarFile,
-    target: Path,
-    rows: Tensor,
-    half: Tensor | None,
-    columns: Mapping[str, Sequence[str]],
-    optics: Mapping[str, Sequence[str]],
-) -> None:
-    particles, table = _tables(file)
-    halves = {} if half is None else {"RandomSubset": [str(value) for value in half.tolist()]}
-    kept = particles.table.take(rows.numpy())
-    name = particles.name if table is not None or not optics else "particles"
-    written: dict[str, tuple[str, Mapping[str, Sequence[str] | Words]]] = {
-        particles.name: (name, _with_columns(kept, {**columns, **halves}))
-    }
-    if table is not None and optics:
-        written["optics"] = "optics", _with_columns(table.table, optics)
-    blocks = [written.get(block, file.content[start:stop]) for block, start, stop in file.blocks]
-    if table is None and optics:
-        blocks.insert(0, ("optics", _named(optics)))
-    write_star_file(target, blocks)
-
-
-def _with_columns(table: Table, columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str] | Words]:
-    """The columns of a table with some (without "rln") in the place of those that it has, or at its end."""
-    return {**{tag: table.words(tag) for tag in table.tags}, **_named(columns)}
-
-
-def _named(columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str] | Words]:
-    return {f"_rln{name}": texts for name, texts in columns.items()}
-
-
-def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool) -> None:
-    """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
-
-    What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. Image names stay
-    where they lead to the same stacks from ``target`` too, else they become absolute. With ``new_images``, which lie
-    beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
-
-    Raises:
-        InputError: the source is no longer readable.
-        OutputError: the target cannot be written.
-    """
-    source = table.sources[0]
-    file = read_star_file(source)
-    particles, optics = _tables(file)
-    columns: dict[str, list[str]] = {}
-    groups: dict[str, list[str]] = {}
-    if table.mirrored:
-        angles = torch.rad2deg(matrix_to_euler(table.poses.rotation)).T.tolist()
-        names = ("AngleRot", "AngleTilt", "AnglePsi")
-        turned = {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
-        # Priors of the other hand would lead local searches astray; where there are none RELION takes the angles.
-        columns |= turned | {f"{name}Prior": turned[name] for name in names if particles.has(f"{name}Prior")}
-    if optics is None:
-        recorded, rows = _recorded_alike(table.optics, table.groups, table.optics_group)
-        columns["OpticsGroup"] = [str(number + 1) for number in recorded.tolist()]
-        groups = {name: [row[name] for row in rows] for name in rows[0]}
-    else:
-        groups = _missing_optics(table, optics)
-    if not new_images:
-        texts = particles.text("ImageName")
-        written = [texts[row] for row in table.row.tolist()]
-        kept = _kept_names(target, table, written)
-        columns |= {"ImageName": kept} if kept != written else {}
-    else:
-        columns["ImageName"] = _new_names(target, table, target.parent)
-        columns |= _flags_of_flipped(particles, table.row)
-        pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[table.optics_group]
-        if particles.has("Magnification"):
-            # 3.0 has the pixel size as that of the detector, in µm, over the magnification.
-            detector = pixel_size.numpy() * particles.numbers("Magnification")[table.row.numpy()] / 1e4
-            columns["DetectorPixelSize"] = [f"{value:.8f}" for value in detector]
-        if particles.has("ImagePixelSize"):
-            columns["ImagePixelSize"] = [f"{value:.7f}" for value in pixel_size.tolist()]
-        if optics is not None:
-            groups["ImagePixelSize"] = [f"{own.pixel_size:.7f}" for own in table.groups]
-            groups["ImageSize"] = [str(own.box) for own in table.groups]
-            groups |= _flags_of_flipped(optics)
-    if new_images or optics is None:
-        require_finite(target, "origins", table.poses.shift)
-        for axis, values in zip("XY", table.poses.shift.T, strict=True):
-            origins = [f"{value:.7f}" for value in values.tolist()]
-            columns[f"Origin{axis}Angst"] = origins
-            if new_images and particles.has(f"Origin{axis}PriorAngst"):
-                columns[f"Origin{axis}PriorAngst"] = origins
-    _rewrite(file, target, table.row, half, columns, groups)
-
-
-def _kept_names(target: Path, table: ParticleTable, written: Sequence[str]) -> list[str]:
-    """Image names as they were written, with other paths where these do not lead to the stacks from ``target``."""
-    names = Names(target)
-    kept = []
-    for name, image, stack in zip(written, table.image.tolist(), table.stack.tolist(), strict=True):
-        file = name.partition("@")[2] or name
-        place = names.kept(file, table.stacks[stack])
-        kept.append(name if place == file else f"{image + 1:06d}@{place}")
-    return kept
-
-
-def _new_names(target: Path, table: ParticleTable, folder: Path | None) -> list[str]:
-    """Image names by absolute paths, or from ``folder`` where that is given."""
-    names = Names(target)
-    files = [str(stack) if folder is None else names.below(folder, stack) for stack in table.stacks]
-    return [f"{image + 1:06d}@{files[s]}" for image, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
-
-
-def _missing_optics(table: ParticleTable, optics: _Block) -> dict[str, list[str]]:
-    """Columns that RELION 5 wants of an optics table and this one has not."""
-    particle = [int((table.optics_group == n).nonzero()[:1, 0].sum()) for n in range(len(table.groups))]  # or the first
-    values = {
-        "OpticsGroupName": [own.name for own in table.groups],
-        "ImagePixelSize": [f"{own.pixel_size:.7f}" for own in table.groups],
-        "ImageDimensionality": ["2"] * len(table.groups),
-        "Voltage": [f"{value:.7f}" for value in table.optics.voltage[particle].tolist()],
-        "SphericalAberration": [f"{value:.7f}" for value in table.optics.cs[particle].tolist()],
-        "AmplitudeContrast": [f"{value:.7f}" for value in table.optics.amplitude_contrast[particle].tolist()],
-    }
-    if all(own.box is not None for own in table.groups):
-        values["ImageSize"] = [str(own.box) for own in table.groups]
-    return {name: texts for name, texts in values.items() if not optics.has(name)}
-
-
-def _flags_of_flipped(block: _Block, rows: Tensor | None = None) -> dict[str, list[str]]:
-    """The flags of a table once its images that were multiplied by their CTF are phase-flipped ones."""
-    flags = [name for name in _TREATMENTS if block.has(name)]
-    if not flags:
-        return {}
-    treated = np.any([block.numbers(name) != 0 for name in flags], axis=0)
-    treated = treated if rows is None else treated[rows.numpy()]
-    return {name: [str(int(value == PHASE_FLIPPED and t)) for t in treated] for name, value in _TREATMENTS.items()}
-
-
-def write_particles_star(
-    path: Path,
-    image_names: Sequence[str],
-    micrographs: Sequence[str],
-    poses: Poses,
-    optics: Optics,
-    grid: Grid,
-    half: Tensor | None,
-) -> None:
-    """A RELION 3.1 STAR file of particles of one pixel size and box."""
-    groups = (OpticsGroup("opticsGroup1", grid.pixel_size, grid.size, grid.pixel_size),)
-    group = torch.zeros(len(image_names), dtype=torch.int64)
-    _write_particles(path, image_names, micrographs, poses, optics, groups, group, half, None, {})
-
-
-def common_columns(table: ParticleTable) -> dict[str, list[str]]:
-    """The columns (without "rln") that the STAR files of a merged table share, with the text of each particle.
-
-    Raises:
-        InputError: a source is no longer readable.
-    """
-    tables = [_tables(read_star_file(path))[0].table for path in table.sources]
-    shared = [tag for tag in tables[0].tags if all(tag in other.tags for other in tables)]
-    places = list(zip(table.source.tolist(), table.row.tolist(), strict=True))
-    columns = {}
-    for tag in (tag for tag in shared if tag.startswith("_rln")):
-        texts = [one.text(tag) for one in tables]
-        columns[tag.removeprefix("_rln")] = [texts[source][row] for source, row in places]
-    return columns
-
-
-def further_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
-    """What STAR files hold besides that which a table carries: columns that they share, as in `common_columns`, and the
-    names of those of the optics groups.
-
-    Raises:
-        InputError: a source is no longer readable.
-    """
-    columns = {name: texts for name, texts in common_columns(table).items() if name not in _CARRIED}
-    optics = [_tables(read_star_file(path))[1] for path in table.sources]
-    tags = dict.fromkeys(tag.removeprefix("_rln") for block in optics if block is not None for tag in block.table.tags)
-    return columns, [name for name in tags if name not in _CARRIED]
-
-
-def write_table(
-    path: Path,
-    table: ParticleTable,
-    half: Tensor | None,
-    folder: Path | None = None,
-    more: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """A table from any format as a RELION 3.1 STAR file; images under their full paths, or under paths from ``folder``.
-
-    ``more`` are further columns (without "rln"); those that the table itself has go before them. Where image names are
-    among them, these stay if they lead to the same stacks from ``path``.
-
-    Particles of one optics group that differ in voltage, Cs, amplitude contrast or aberrations become several groups.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    written = None if more is None or folder is not None else more.get("ImageName")
-    names = _new_names(path, table, folder) if written is None else _kept_names(path, table, written)
-    named = table.micrograph_names
-    micrographs = [named[n] for n in table.micrograph.tolist()] if named else None
-    place = table.coordinates
-    places_of = {} if place is None or not bool(torch.isfinite(place).all()) else dict(zip("XY", place.T, strict=True))
-    # Those of the other hand, or of other images, would lead local searches astray.
-    stale = {"AngleRotPrior", "AngleTiltPrior", "AnglePsiPrior"} if table.mirrored else set()
-    stale |= {"OriginXPriorAngst", "OriginYPriorAngst"} if folder is not None else set()
-    more = {name: texts for name, texts in (more or {}).items() if name not in stale}
-    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values.tolist()] for axis, values in places_of.items()} | more
-    _write_particles(
-        path,
-        names,
-        micrographs,
-        table.poses,
-        table.optics,
-        table.groups,
-        table.optics_group,
-        half,
-        table.particle_class,
-        more,
-    )
-
-
-def _write_particles(
-    path: Path,
-    image_names: Sequence[str],
-    micrographs: Sequence[str] | None,
-    poses: Poses,
-    optics: Optics,
-    groups: Sequence[OpticsGroup],
-    group: Tensor,
-    half: Tensor | None,
-    particle_class: Tensor | None,
-    more: Mapping[str, Sequence[str]],
-) -> None:
-    recorded, tables = _recorded_alike(optics, groups, group)
-    columns_of = [name for name in tables[0] if all(name in table for table in tables)]
-    angles = torch.rad2deg(matrix_to_euler(poses.rotation)).unbind(1)
-    numeric = {
-        "DefocusU": optics.defocus_u,
-        "DefocusV": optics.defocus_v,
-        "DefocusAngle": torch.rad2deg(optics.defocus_angle),
-        "PhaseShift": torch.rad2deg(optics.phase_shift),
-        "CtfBfactor": optics.b_factor,
-        "CtfScalefactor": optics.scale,
-        "AngleRot": angles[0],
-        "AngleTilt": angles[1],
-        "AnglePsi": angles[2],
-        "OriginXAngst": poses.shift[:, 0],
-        "OriginYAngst": poses.shift[:, 1],
-    }
-    for name, values in numeric.items():
-        require_finite(path, f"values of rln{name}", values)
-    columns: dict[str, list[str]] = {
-        "ImageName": list(image_names),
-        **({} if micrographs is None else {"MicrographName": list(micrographs)}),
-        "OpticsGroup": [str(number + 1) for number in recorded.tolist()],
-        "ClassNumber": ["1"] * len(image_names) if particle_class is None else list(map(str, particle_class.tolist())),
-        **{name: [f"{value:.7f}" for value in values.tolist()] for name, values in numeric.items()},
-    }
-    if half is not None:
-        columns["RandomSubset"] = [str(value) for value in half.tolist()]
-    apart = {*columns, *_TREATMENTS, *_MAGNIFICATION, "RandomSubset", "BeamTiltX", "BeamTiltY", "OriginX", "OriginY"}
-    columns |= {name: list(texts) for name, texts in more.items() if name not in apart}
-    recorded_as = {name: [table[name] for table in tables] for name in columns_of}
-    write_star_file(path, [("optics", _named(recorded_as)), ("particles", _named(columns))])
-
-
-def _recorded_alike(
-    optics: Optics, groups: Sequence[OpticsGroup], group: Tensor
-) -> tuple[NDArray[np.int64], list[dict[str, str]]]:
-    """For each particle the row of an optics table, and that table; RELION keeps these values nowhere else."""
-    bent, treatment = optics.aberrations, optics.treatment
-    keys = [group, optics.voltage, optics.cs, optics.amplitude_contrast]
-    if treatment is not None:
-        keys.append(treatment)
-    if bent is not None:
-        keys += [*bent.magnification.reshape(-1, 4).T, *bent.odd.T, *bent.even.T]
-    _, first, recorded = np.unique(
-        np.stack([key.double().numpy() for key in keys], 1), axis=0, return_index=True, return_inverse=True
-    )
-    alike, seen = Counter(group[torch.from_numpy(first)].tolist()), Counter[int]()
-    tables: list[dict[str, str]] = []
-    for particle in first.tolist():
-        number = int(group[particle])
-        own = groups[number]
-        seen[number] += 1
-        table = {
-            "OpticsGroup": str(len(tables) + 1),
-            "OpticsGroupName": own.name if alike[number] == 1 else f"{own.name}_{seen[number]}",
-            **(
-                {}
-                if own.original_pixel_size is None
-                else {"MicrographOriginalPixelSize": f"{own.original_pixel_size:.7f}"}
-            ),
-            "Voltage": f"{optics.voltage[particle]:.7f}",
-            "SphericalAberration": f"{optics.cs[particle]:.7f}",
-            "AmplitudeContrast": f"{optics.amplitude_contrast[particle]:.7f}",
-            "ImagePixelSize": f"{own.pixel_size:.7f}",
-            **({} if own.box is None else {"ImageSize": str(own.box)}),
-            "ImageDimensionality": "2",
-            **{
-                name: str(int(treatment is not None and treatment[particle] == value))
-                for name, value in _TREATMENTS.items()
-            },
-        }
-        if bent is not None:
-            for name, coefficients in (("OddZernike", bent.odd), ("EvenZernike", bent.even)):
-                table[name] = f"[{','.join(f'{value:.9g}' for value in coefficients[particle].tolist())}]"
-            matrix = bent.magnification[particle].flatten().tolist()
-            table |= {name: f"{value:.9g}" for name, value in zip(_MAGNIFICATION, matrix, strict=True)}
-        tables.append(table)
-    return recorded.reshape(-1), tables

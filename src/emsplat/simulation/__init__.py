@@ -1,0 +1,1 @@
+"""Simulated particles of known structure."""
