@@ -6,7 +6,6 @@ Every map is masked with the same mask (of the truth) before it is compared with
 Usage: bench_quality.py [folder of the test data]
 """
 
-import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import gemmi
 import numpy as np
 
 from common import save
-from emsplat.config import ReconstructConfig, SimulateConfig, configure
+from emsplat.config import ReconstructConfig, SimulateConfig, change, configure
 from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.measures.curves import crossing
@@ -70,18 +69,18 @@ def simulated(rows, data, folder):
     mask = solvent_mask(truth, grid, 0.9 * grid.length, lowpass=8.0, extend=3.0, edge=9.0)
     same = (truth, grid, mask, folder)
     for seed in range(5):
-        run(rows, f"one-pass, seed {seed}", star, dataclasses.replace(default, seed=seed), *same, classical=seed == 0)
+        run(rows, f"one-pass, seed {seed}", star, change(default, seed=seed), *same, classical=seed == 0)
     run(rows, "images", star, images, *same)
-    run(rows, "one-pass, independent halves", star, dataclasses.replace(default, independent_halves=True), *same)
-    run(rows, "one-pass, isotropic", star, dataclasses.replace(default, isotropic=True), *same)
-    run(rows, "one-pass, no rotation", star, dataclasses.replace(default, rotation=False), *same)
-    run(rows, "one-pass, from a ball", star, dataclasses.replace(default, init="ball"), *same)
+    run(rows, "one-pass, independent halves", star, change(default, independent_halves=True), *same)
+    run(rows, "one-pass, isotropic", star, change(default, isotropic=True), *same)
+    run(rows, "one-pass, no rotation", star, change(default, rotation=False), *same)
+    run(rows, "one-pass, from a ball", star, change(default, init="ball"), *same)
     seeds = [
         row["mean_fsc"] for row in rows if row["name"].startswith("one-pass, seed") and "classical" not in row["name"]
     ]
     print(f"five seeds: mean FSC ± {np.std(seeds):.5f}")
-    for name, change in (("500 images", {"particles": 500}), ("pose error of 2 degrees", {"pose_error": 2.0})):
-        hard = simulate(dataclasses.replace(config, **change), model, folder / f"particles_{name.replace(' ', '_')}")
+    for name, changed in (("500 images", {"particles": 500}), ("pose error of 2 degrees", {"pose_error": 2.0})):
+        hard = simulate(change(config, **changed), model, folder / f"particles_{name.replace(' ', '_')}")
         run(rows, name, hard, default, *same, classical=True)
 
 
@@ -96,9 +95,9 @@ def experimental(rows, data, folder):
     default = configure(ReconstructConfig, symmetry="D2")
     same = (truth, grid, mask, folder)
     for seed in range(5):
-        run(rows, f"8BK7, seed {seed}", star, dataclasses.replace(default, seed=seed), *same, classical=seed == 0)
-    run(rows, "8BK7, images", star, dataclasses.replace(default, engine="images"), *same)
-    run(rows, "8BK7, independent halves", star, dataclasses.replace(default, independent_halves=True), *same)
+        run(rows, f"8BK7, seed {seed}", star, change(default, seed=seed), *same, classical=seed == 0)
+    run(rows, "8BK7, images", star, change(default, engine="images"), *same)
+    run(rows, "8BK7, independent halves", star, change(default, independent_halves=True), *same)
 
 
 def main():
