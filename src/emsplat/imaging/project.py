@@ -22,9 +22,12 @@ CUTOFF = 4.0
 
 
 class _Project(torch.autograd.Function):
+    """One mixture for all images, or with a leading axis one for each."""
+
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return backend(inputs[0].device).project(*inputs)
+        kernels = backend(inputs[0].device)
+        return (kernels.project_each if inputs[0].dim() == 3 else kernels.project)(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -37,31 +40,9 @@ class _Project(torch.autograd.Function):
         with_pose = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         mean, covariance, amplitude, rotation, shift = ctx.saved_tensors
         pixel_size, cutoff = ctx.numbers
-        gradients = backend(upstream.device).project_gradient(
-            mean, covariance, amplitude, rotation, shift, upstream, pixel_size, cutoff, with_pose
-        )
-        return (*gradients[:3], *(gradients[3:] if with_pose else (None, None)), None, None, None)
-
-
-class _ProjectEach(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return backend(inputs[0].device).project_each(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.numbers = inputs[6:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        with_pose = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        mean, covariance, amplitude, rotation, shift = ctx.saved_tensors
-        pixel_size, cutoff = ctx.numbers
-        gradients = backend(upstream.device).project_each_gradient(
-            mean, covariance, amplitude, rotation, shift, upstream, pixel_size, cutoff, with_pose
-        )
+        kernels = backend(upstream.device)
+        gradient_of = kernels.project_each_gradient if mean.dim() == 3 else kernels.project_gradient
+        gradients = gradient_of(mean, covariance, amplitude, rotation, shift, upstream, pixel_size, cutoff, with_pose)
         return (*gradients[:3], *(gradients[3:] if with_pose else (None, None)), None, None, None)
 
 
@@ -98,8 +79,7 @@ def project(gaussians: Gaussians, poses: Poses, grid: Grid, *, cutoff: float = C
     mixture = [gaussians.mean, gaussians.covariance, gaussians.amplitude]
     if gaussians.each:
         mixture = [t.expand(count, *t.shape[-own:]) for t, own in zip(mixture, (2, 3, 1), strict=True)]
-    operator: type[torch.autograd.Function] = _ProjectEach if gaussians.each else _Project
-    image: Tensor = operator.apply(  # type: ignore[no-untyped-call]
+    image: Tensor = _Project.apply(  # type: ignore[no-untyped-call]
         *mixture,
         poses.rotation,
         poses.shift,
