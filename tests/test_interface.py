@@ -51,6 +51,8 @@ def test_maps_and_gaussians(star, maps, tmp_path):
     assert likeness(em.voxelize(again, maps.grid), fitted, maps.mask) > 0.99
     saved = maps.save(tmp_path)
     assert torch.equal(em.read_map(saved[0])[0], maps.half_maps[0])
+    nowhere = torch.zeros_like(maps.mask)  # says nothing of where to look: the whole box
+    assert len(em.fit(maps.equations[0], gaussians=10, epochs=1, mask=nowhere)) == 10
     with pytest.raises(em.InputError, match="without start"):
         em.fit(maps.equations[0], gaussians=10, start=gaussians)
 

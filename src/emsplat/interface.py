@@ -24,7 +24,7 @@ from emsplat.config import ReconstructConfig, configure, names
 from emsplat.errors import InputError
 from emsplat.fitting.loop import fit as fit_steps
 from emsplat.fitting.state import Plan, State
-from emsplat.fitting.volume import VolumeObjective, support_size
+from emsplat.fitting.volume import VolumeObjective, support_of, support_size
 from emsplat.io import gaussians as gaussian_files
 from emsplat.io import mrc
 from emsplat.io.particles import read_particles as read_table
@@ -220,8 +220,7 @@ def fit(
         model = from_map(raw, grid, count, bounds, seed)
     else:
         model = from_gaussians(start, bounds)
-    reach = grid.size // 2 if mask is None else int(((mask > 0.01).nonzero() - grid.size // 2).abs().max()) + 2
-    objective = VolumeObjective(equations, support_size(2 * reach, grid.size))
+    objective = VolumeObjective(equations, support_size(grid.size, grid.size) if mask is None else support_of(mask))
     model = model.to(equations.linear.device)
     model = model.with_unit(objective.best_gain(model))
     plan = Plan(recipe.epochs if epochs is None else epochs, recipe.learning_rate, recipe.decay)

@@ -133,3 +133,10 @@ def support_size(extent: int, box: int) -> int:
     if not sizes:
         raise InputError(f"box of {box} voxels: too small; expected at least 8")
     return next((size for size in sizes if size >= extent), sizes[-1])
+
+
+def support_of(mask: Float[Tensor, "z y x"]) -> int:
+    """Voxels across that hold the mask, with a margin for the Gaussians' tails."""
+    positions = (mask > 0.01).nonzero() - len(mask) // 2
+    reach = int(positions.abs().max()) if len(positions) else len(mask) // 2
+    return support_size(2 * reach + 4, len(mask))

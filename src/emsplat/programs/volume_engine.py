@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
-
 from emsplat.config import ReconstructConfig
 from emsplat.fitting.checkpoint import save_checkpoint
 from emsplat.fitting.course import (
@@ -20,7 +18,7 @@ from emsplat.fitting.course import (
     stage_epochs,
 )
 from emsplat.fitting.state import Plan
-from emsplat.fitting.volume import VolumeObjective, support_size
+from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
@@ -46,7 +44,7 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     with run.log.part("fits"):
         halves = [_begin(name, run, settings, classical) for name in HALVES]
-        _announce(run, len(halves[0].kept.model), _support(classical.mask), planned)
+        _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
         stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned))
         full = [_begin("class001", run, settings, classical)]
         kept = sum(stage.epochs for stage in stages if stage.kept)
@@ -70,16 +68,9 @@ def _begin(name: str, run: Run[ReconstructConfig], settings: Settings, classical
     if _judge(settings, classical) is not None and classical.resolution is not None:
         detail = max(detail, FINEST_DETAIL * classical.resolution)
     coarse = coarse_steps(settings.epochs) if grid.size > 128 else 0
-    objective = VolumeObjective(classical.equations[name], _support(classical.mask), coarse_steps=coarse)
+    objective = VolumeObjective(classical.equations[name], support_of(classical.mask), coarse_steps=coarse)
     model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
     return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
-
-
-def _support(mask: Tensor) -> int:
-    """Voxels across that hold the mask, with a margin for the Gaussians' tails."""
-    positions = (mask > 0.01).nonzero() - len(mask) // 2
-    reach = int(positions.abs().max()) if len(positions) else len(mask) // 2
-    return support_size(2 * reach + 4, len(mask))
 
 
 def _announce(run: Run[ReconstructConfig], count: int, support: int, planned: Sequence[int]) -> None:
