@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <complex>
 #include <exception>
 #include <memory>
@@ -375,6 +376,125 @@ void insert(Slots numerator, Weights weight, Spectra values, Array3<float> weigh
           [&](int task) { chosen->insert(slices, space, task * slab, std::min((task + 1) * slab, side)); });
 }
 
+using Values = nb::ndarray<const std::complex<float>, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Voxels = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Numbers1 = nb::ndarray<const int, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+Coefficients coefficients(const Values& values, const Array2<float>& transfer, const Array2<float>& frequency,
+                          const Numbers1& image, const Array3<float>& rotation, const Array2<float>& polynomials) {
+    const size_t images = values.shape(0), stride = values.shape(1), views = image.shape(0);
+    if (transfer.shape(0) != images || transfer.shape(1) != stride || frequency.shape(0) > stride ||
+        frequency.shape(1) != 2 || rotation.shape(0) != views || rotation.shape(1) != 3 || rotation.shape(2) != 3 ||
+        polynomials.shape(0) != DEGREE + 1 || polynomials.shape(1) != TAPS)
+        throw std::invalid_argument("expected values and transfer (i, s), frequency (k, 2), image (v), rotation (v, 3, 3)");
+    for (size_t v = 0; v < views; ++v)
+        if (image.data()[v] < 0 || size_t(image.data()[v]) >= images)
+            throw std::invalid_argument("a view of an image that there is not");
+    return {reinterpret_cast<const float*>(values.data()), transfer.data(), frequency.data(), image.data(),
+            rotation.data(), polynomials.data(), int(views), int(frequency.shape(0)), int(stride)};
+}
+
+// Where all points of all views lie within a half space that is `reach` voxels wide.
+void require_within(const Coefficients& seen, int reach) {
+    float furthest = 0, stretch = 0;
+    for (int p = 0; p < seen.points; ++p)
+        furthest = std::max(furthest, seen.frequency[2 * p] * seen.frequency[2 * p] +
+                                          seen.frequency[2 * p + 1] * seen.frequency[2 * p + 1]);
+    bool finite = true;
+    for (int v = 0; v < seen.views; ++v) {
+        const float* a = seen.rotation + 9 * v;
+        float sum = 0;
+        for (int k = 0; k < 6; ++k) sum += a[k] * a[k];
+        finite = finite && sum < 1e6f;
+        const float xx = a[0] * a[0] + a[1] * a[1] + a[2] * a[2], yy = a[3] * a[3] + a[4] * a[4] + a[5] * a[5];
+        const float xy = a[0] * a[3] + a[1] * a[4] + a[2] * a[5], half = (xx - yy) / 2;
+        stretch = std::max(stretch, (xx + yy) / 2 + std::sqrt(half * half + xy * xy));
+    }
+    if (!finite || !(furthest * stretch * 0.9999f <= float(reach) * float(reach)))
+        throw std::invalid_argument("a view reaches beyond the half space");
+}
+
+Field field_of(float* data, size_t side, size_t rows, size_t width, size_t pitch, int channels) {
+    Field field{data, int(side - 3) / 2, int(pitch), channels};
+    if (side < 3 || int(side) != field.side() || rows != side || int(width) != field.width() || pitch % 8 ||
+        pitch > size_t(MAX_PITCH) || channels < 1 || size_t(2 * channels) > pitch)
+        throw std::invalid_argument("expected a half space (s, s, (s + 3) / 2, c), c a multiple of 8 of at most 640");
+    return field;
+}
+
+// The inner products of each view's image with what it shows of the field's channels (InstructionSet::slice).
+Result<float, 3> view_products(Array4<float> data, int channels, bool with_pose, Values values, Array2<float> transfer,
+                               Array2<float> frequency, Numbers1 image, Array3<float> rotation,
+                               Array2<float> polynomials, int threads) {
+    const Coefficients seen = coefficients(values, transfer, frequency, image, rotation, polynomials);
+    const Field field = field_of(const_cast<float*>(data.data()), data.shape(0), data.shape(1), data.shape(2),
+                                 data.shape(3), channels);
+    if (with_pose && channels < 4) throw std::invalid_argument("a gradient takes three channels");
+    require_within(seen, field.reach);
+    const int count = channels + (with_pose ? 3 : 1);
+    auto out = numbers<float>(size_t(seen.views) * count * count);
+    {
+        nb::gil_scoped_release unlocked;
+        const size_t stride = 2 * size_t(seen.points);
+        const int chunk = 32;
+        share((seen.views + chunk - 1) / chunk, threads, [&](int task) {
+            std::vector<float> columns(stride * count);
+            for (int view = task * chunk; view < std::min((task + 1) * chunk, seen.views); ++view) {
+                chosen->slice(seen, field, with_pose, view, columns.data(), stride);
+                chosen->multiply(columns.data(), stride, count, seen.points, out->data() + size_t(view) * count * count);
+            }
+        });
+    }
+    const size_t shape[3] = {size_t(seen.views), size_t(count), size_t(count)};
+    return adopt<float, 3>(std::move(out), shape);
+}
+
+// What each view shows of the channels of a field, without its image.
+nb::ndarray<nb::numpy, std::complex<float>, nb::ndim<3>, nb::c_contig> view_slices(
+    Array4<float> data, int channels, Array2<float> frequency, Array3<float> rotation, Array2<float> polynomials,
+    int threads) {
+    const size_t views = rotation.shape(0), points = frequency.shape(0);
+    const std::vector<float> ones(points, 1.0f), nothing(2 * points);
+    const std::vector<int> first(views);
+    const Field field = field_of(const_cast<float*>(data.data()), data.shape(0), data.shape(1), data.shape(2),
+                                 data.shape(3), channels);
+    if (frequency.shape(1) != 2 || rotation.shape(1) != 3 || rotation.shape(2) != 3 ||
+        polynomials.shape(0) != DEGREE + 1 || polynomials.shape(1) != TAPS)
+        throw std::invalid_argument("expected frequency (k, 2), rotation (v, 3, 3)");
+    const Coefficients seen{nothing.data(), ones.data(), frequency.data(), first.data(), rotation.data(),
+                            polynomials.data(), int(views), int(points), int(points)};
+    require_within(seen, field.reach);
+    auto out = numbers<std::complex<float>>(views * size_t(channels) * points);
+    {
+        nb::gil_scoped_release unlocked;
+        const size_t stride = 2 * points;
+        share(int(views), threads, [&](int view) {
+            std::vector<float> columns(stride * (channels + 1));
+            chosen->slice(seen, field, false, view, columns.data(), stride);
+            std::copy_n(columns.data() + stride, stride * channels,
+                        reinterpret_cast<float*>(out->data()) + size_t(view) * channels * stride);
+        });
+    }
+    const size_t shape[3] = {views, size_t(channels), points};
+    return adopt<std::complex<float>, 3>(std::move(out), shape);
+}
+
+// Adds all views to a field, in place, with factors for each view (InstructionSet::spread).
+void insert_views(Voxels data, int means, Array2<float> moments, Values values, Array2<float> transfer,
+                  Array2<float> frequency, Numbers1 image, Array3<float> rotation, Array2<float> polynomials,
+                  int threads) {
+    const Coefficients seen = coefficients(values, transfer, frequency, image, rotation, polynomials);
+    const Field field = field_of(data.data(), data.shape(0), data.shape(1), data.shape(2), data.shape(3), means);
+    if (int(moments.shape(0)) != seen.views || int(moments.shape(1)) != field.pitch)
+        throw std::invalid_argument("expected moments (v, c)");
+    require_within(seen, field.reach);
+    nb::gil_scoped_release unlocked;
+    const int side = field.side(), slab = std::max(8, (side + 4 * threads - 1) / (4 * threads));
+    share((side + slab - 1) / slab, threads, [&](int task) {
+        chosen->spread(seen, moments.data(), means, field, task * slab, std::min((task + 1) * slab, side));
+    });
+}
+
 template <class T>
 void bind(nb::module_& m) {
     using nb::literals::operator""_a;
@@ -401,6 +521,12 @@ NB_MODULE(_native, m) {
     using nb::literals::operator""_a;
     m.def("insert", &insert, "numerator"_a, "weight"_a, "values"_a, "weights"_a, "rotation"_a, "polynomials"_a,
           "radius"_a, "step"_a, "threads"_a);
+    m.def("view_products", &view_products, "field"_a, "channels"_a, "with_pose"_a, "values"_a, "transfer"_a,
+          "frequency"_a, "image"_a, "rotation"_a, "polynomials"_a, "threads"_a);
+    m.def("view_slices", &view_slices, "field"_a, "channels"_a, "frequency"_a, "rotation"_a, "polynomials"_a,
+          "threads"_a);
+    m.def("insert_views", &insert_views, "field"_a, "means"_a, "moments"_a, "values"_a, "transfer"_a, "frequency"_a,
+          "image"_a, "rotation"_a, "polynomials"_a, "threads"_a);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const auto* set : available()) names.emplace_back(set->name);

@@ -4,6 +4,8 @@
 // Python types belong to bindings.cpp.
 #pragma once
 
+#include <stddef.h>
+
 namespace emsplat {
 
 // Columns of a mixture, one array per number ("structure of arrays"), in the caller's units.
@@ -68,6 +70,32 @@ struct HalfSpace {
     int width() const { return reach + 3; }
 };
 
+// Fourier coefficients of images at some frequencies, in units of their noise. A view is an image in one pose; several
+// views may show one image.
+struct Coefficients {
+    const float* value;        // complex, interleaved: images x stride
+    const float* transfer;     // images x stride
+    const float* frequency;    // x and y of each point, in voxels of the field
+    const int* image;          // of each view
+    const float* rotation;     // 3 x 3 per view, object to image
+    const float* polynomials;  // as in Slices
+    int views;
+    int points;  // how many of the `stride` coefficients are used
+    int stride;
+};
+
+constexpr int MAX_PITCH = 640;
+
+// A half space like HalfSpace, whose voxels hold `pitch` numbers (a multiple of eight).
+struct Field {
+    float* data;
+    int reach, pitch;
+    int channels;  // complex numbers among them, the first ones
+
+    int side() const { return 2 * reach + 3; }
+    int width() const { return reach + 3; }
+};
+
 struct InstructionSet {
     const char* name;
     Kernels<float> single;
@@ -75,6 +103,15 @@ struct InstructionSet {
     // Adds slices to planes [z0, z1) of the half space. Every voxel receives its terms in the order of the images,
     // however the planes are shared out.
     void (*insert)(const Slices&, const HalfSpace&, int z0, int z1);
+    // What one view shows of the channels of a field, as columns of 2 x points numbers, `stride` apart: the image,
+    // channel 0 seen through its CTF, with `with_pose` (channels 1 to 3 are then its gradient) the derivatives of that
+    // by turns about x, y, z of the image and by shifts, and the other channels.
+    void (*slice)(const Coefficients&, const Field&, bool with_pose, int view, float* columns, size_t stride);
+    // All inner products of `count` columns.
+    void (*multiply)(const float* columns, size_t stride, int count, int points, float* out);
+    // Adds all views to planes [z0, z1) of a field. `moments` has `pitch` factors for each view: of the image times
+    // its CTF (`means` pairs), then of the squared CTF.
+    void (*spread)(const Coefficients&, const float* moments, int means, const Field&, int z0, int z1);
 };
 
 extern const InstructionSet baseline;

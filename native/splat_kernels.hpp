@@ -13,6 +13,7 @@
 
 #include "insert_kernel.hpp"
 #include "kernels.hpp"
+#include "subspace_kernel.hpp"
 
 namespace emsplat {
 namespace {
@@ -451,6 +452,7 @@ constexpr Kernels<T> table() {
 
 }  // namespace
 
-const InstructionSet EMSPLAT_ISA = {EMSPLAT_NAME(EMSPLAT_ISA), table<float>(), table<double>(), insert};
+const InstructionSet EMSPLAT_ISA = {EMSPLAT_NAME(EMSPLAT_ISA), table<float>(), table<double>(), insert,
+                                    slice, multiply, spread};
 
 }  // namespace emsplat

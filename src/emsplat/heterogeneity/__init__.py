@@ -1,0 +1,1 @@
+"""Molecules that move and change: subspace, latents, cells, states."""

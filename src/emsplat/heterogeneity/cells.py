@@ -1,0 +1,202 @@
+"""Cells of latent space: the one-pass sums of the particles near each point of the density.
+
+From here on no image is needed. A cell's sums say of any map how well it fits the particles of that cell
+(`NormalEquations`); a model of all states is fitted to all cells at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.maths.fourier import crop, frequencies, shell_index
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.stack import ParticleStack
+from emsplat.sums.equations import NormalEquations, mean_per_shell
+from emsplat.sums.statistics import accumulate, begin
+from emsplat.types import Grid, Poses
+
+_MOST, _LEAST = 3, 0.02  # cells that a view may belong to, and the smallest membership that counts
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Quadratic forms ½ VᵀKV - bᵀV of the maps in the middle ``grid.size`` voxels of the box, one for each cell.
+
+    ``linear`` is b; ``response`` the transform of K on a grid half as large again, so that lags up to three quarters of
+    ``grid.size`` are exact. Gaussians that are narrow for the voxels are rendered ``blur`` Å wider, which both allow for.
+    """
+
+    grid: Grid
+    linear: Float[Tensor, "m z y x"]
+    response: Float[Tensor, "m w v k"]
+    point: Float[Tensor, "m q"]
+    particles: Float[Tensor, " m"]  # how many a cell holds; memberships add up
+    blur: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.point)
+
+    def coarse(self, nyquist: float) -> Cells:
+        """The same on voxels of about ``nyquist`` / 2 Å, with the frequencies that these carry."""
+        size = self.grid.size
+        smaller = 8 * max(1, math.ceil(size * 2 * self.grid.pixel_size / nyquist / 8))
+        if smaller >= size:
+            return self
+        side, ratio = 3 * smaller // 2, size / smaller
+        grid = Grid(smaller, self.grid.length / smaller)
+        blur = 0.5 * grid.pixel_size
+        response = crop(self.response, side, 3) / ratio**3 * _sharpening(side, grid.pixel_size, blur) ** 2
+        spectrum = crop(torch.fft.rfftn(self.linear, dim=(1, 2, 3)), smaller, 3) / ratio**3
+        linear = torch.fft.irfftn(spectrum * _sharpening(smaller, grid.pixel_size, blur), s=(smaller,) * 3)
+        return replace(self, grid=grid, linear=linear, response=response, blur=blur)
+
+    def error_and_gradient(
+        self, cell: int, volume: Float[Tensor, "z y x"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "z y x"]]:
+        """½ VᵀKV - bᵀV and KV - b of one cell."""
+        applied = self._filtered(volume, self.response[cell])
+        linear = self.linear[cell]
+        error = 0.5 * torch.dot(volume.flatten(), applied.flatten()) - torch.dot(volume.flatten(), linear.flatten())
+        return error, applied - linear
+
+    def _filtered(self, volume: Float[Tensor, "z y x"], response: Float[Tensor, "w v k"]) -> Float[Tensor, "z y x"]:
+        size, side = len(volume), len(response)
+        spectrum = torch.fft.rfftn(volume, s=(side,) * 3).mul_(response)
+        filtered: Tensor = torch.fft.irfftn(spectrum, s=(side,) * 3)[:size, :size, :size]
+        return filtered.contiguous()
+
+
+def _sharpening(side: int, pixel_size: float, blur: float) -> Float[Tensor, "z y k"]:
+    kz, ky, kx = frequencies(Grid(side, pixel_size), 3)
+    return torch.exp(2 * math.pi**2 * blur**2 * (kz**2 + ky**2 + kx**2))
+
+
+def few_memberships(membership: Float[Tensor, "v m"]) -> Float[Tensor, "v m"]:
+    """Only the largest memberships of each view, adding up to 1."""
+    value, index = membership.topk(min(_MOST, membership.shape[1]), dim=1)
+    value = torch.where(value < _LEAST, 0.0, value)
+    kept = torch.zeros_like(membership).scatter_(1, index, value)
+    return kept / kept.sum(1, keepdim=True)
+
+
+def gather_cells(
+    stack: ParticleStack,
+    membership: Float[Tensor, "v m"],
+    point: Float[Tensor, "m q"],
+    support: int,
+) -> Iterator[Cells]:
+    """The sums of each cell, one cell after the other (each a `Cells` of one; `joined` brings them together).
+
+    ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours.
+    """
+    noise = estimate_noise(stack)
+    own = membership.reshape(len(stack), len(stack.symmetry), -1)
+    for number in range(membership.shape[1]):
+        yield _reduced(_gather(stack, noise, own[:, :, number]), support, point[number])
+
+
+def _gather(stack: ParticleStack, noise: Tensor, weight: Float[Tensor, "p s"]) -> NormalEquations:
+    statistics = begin(stack.without_symmetry())
+    for number, element in enumerate(stack.symmetry):
+        rows = (weight[:, number] > 0).nonzero()[:, 0]
+        part = stack.take(rows)
+        poses = part.table.poses[part.rows]
+        turned = part.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
+        before = torch.ones(len(part.table)) if part.share is None else part.share
+        share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
+        statistics.particles = 0
+        for _ in accumulate(statistics, replace(turned, share=share), noise):
+            pass
+    return replace(statistics.equations(), particles=float(weight.sum()))
+
+
+def _reduced(equations: NormalEquations, support: int, point: Float[Tensor, " q"]) -> Cells:
+    """The middle of the box alone."""
+    width = 3 * support // 2
+    centred = (torch.arange(width) + width // 2) % width - width // 2
+    lag = centred + len(equations.kernel) // 2
+    response = torch.fft.rfftn(equations.kernel[lag][:, lag][:, :, lag]).real.clamp(min=0)
+    edge = equations.grid.size // 2 - support // 2
+    inside = slice(edge, edge + support)
+    return Cells(
+        Grid(support, equations.grid.pixel_size),
+        equations.linear[inside, inside, inside].clone()[None],
+        response[None],
+        point[None],
+        torch.tensor([float(equations.particles)]),
+    )
+
+
+def joined(cells: list[Cells]) -> Cells:
+    """Several cells of one kind as one object."""
+    first = cells[0]
+    return replace(
+        first,
+        **{
+            name: torch.cat([getattr(one, name) for one in cells])
+            for name in ("linear", "response", "point", "particles")
+        },
+    )
+
+
+def overlap(membership: Float[Tensor, "v m"]) -> Float[Tensor, "m m"]:
+    """How much cells share views: Σ w_im w_in over its largest value in each row's diagonal, 1 on the diagonal."""
+    gram = membership.T @ membership
+    scale = torch.diagonal(gram).clamp(min=1e-30).rsqrt()
+    return gram * scale[:, None] * scale
+
+
+def weighted_map(
+    cells: Cells, weight: Float[Tensor, " m"], power: Float[Tensor, " s"], linear: Tensor | None = None
+) -> Float[Tensor, "z y x"]:
+    """The classical map b / (w + 1/τ²) of weighted cells on their grid; other right-hand sides may be given.
+
+    w is the circulant matrix nearest to K, ``power`` τ² per shell (`signal_power`).
+    """
+    size = cells.grid.size
+    total = torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear)
+    information = circulant(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
+    shells = shell_index(size, 3)
+    prior = (size**3 / power.clamp(min=1e-30))[shells.clamp(max=size // 2)]
+    spectrum = torch.fft.rfftn(total) * (shells <= size // 2) / (information + prior)
+    return torch.fft.irfftn(spectrum, s=(size,) * 3)
+
+
+def circulant(response: Float[Tensor, "w v k"], size: int) -> Float[Tensor, "z y k"]:
+    """The matrix diagonal in Fourier space that is nearest to a convolution on a box of ``size`` voxels."""
+    side = len(response)
+    kernel = torch.fft.irfftn(response, s=(side,) * 3)
+    lag = torch.fft.fftfreq(side, 1 / side)
+    taper = (1 - lag.abs() / (side // 2)).clamp(min=0)
+    tapered = kernel * taper[:, None, None] * taper[:, None] * taper
+    for dim in range(3):
+        shape = list(tapered.shape)
+        shape[dim] = size
+        tapered = tapered.new_zeros(shape).index_add_(dim, lag.long() % size, tapered)
+    spectrum: Tensor = torch.fft.rfftn(tapered).real
+    return spectrum.clamp_(min=0)
+
+
+def signal_power(
+    linear: Float[Tensor, "m z y x"], response: Float[Tensor, "m w v k"], filled: float = 1.0
+) -> Float[Tensor, " s"]:
+    """Power per shell of the maps behind some right-hand sides b: what |b|² has more than its noise, over the
+    information. Signal that fills only a part of the box (``filled``) is that much stronger where it is."""
+    size = linear.shape[-1]
+    power, square = torch.zeros(size // 2 + 1), torch.zeros(size // 2 + 1)
+    for own, convolution in zip(linear, response, strict=True):
+        information = circulant(convolution, size)
+        power += mean_per_shell(torch.fft.rfftn(own).abs().square()) - size**3 * mean_per_shell(information)
+        square += mean_per_shell(information.square())
+    return (power / square.clamp(min=1e-30)).clamp(min=0) / filled
+
+
+def residuals(cells: Cells, maps: Float[Tensor, "m z y x"]) -> Float[Tensor, "m z y x"]:
+    """b - K V of each cell and its map: what a model leaves unexplained."""
+    return torch.stack([-cells.error_and_gradient(number, volume)[1] for number, volume in enumerate(maps)])

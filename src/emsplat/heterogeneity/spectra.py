@@ -1,0 +1,106 @@
+"""The low frequencies of all images of a half-set, in units of their noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from emsplat.imaging.ctf import in_image, observe
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.stack import ParticleStack
+from emsplat.types import Grid
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Centred Fourier coefficients y = c S V + n of some images, with E|n|² = 1.
+
+    V is the transform Σ v(x) exp(-2πi k x) of a map in the images' grey scale, c the contrast transfer function over
+    the noise. Each coefficient of a real image stands here once, without the origin. Coefficients are sorted by
+    frequency, so that those within a radius are the first ones. A view is an image under one element of the symmetry;
+    views of an image are neighbours.
+    """
+
+    values: Complex[Tensor, "i s"]
+    transfer: Float[Tensor, "i s"]
+    frequency: Float[Tensor, "s 2"]  # x, y in cycles per ``length``
+    image: Int[Tensor, " v"]  # of each view, int32
+    rotation: Float[Tensor, "v 3 3"]
+    share: Float[Tensor, " v"]  # weight among the copies of an image
+    row: Int[Tensor, " i"]  # of each image in the particle table
+    length: float  # of the map's box, Å
+
+    def __len__(self) -> int:
+        """How many views there are."""
+        return len(self.image)
+
+    def within(self, radius: float) -> Float[Tensor, "k 2"]:
+        """The frequencies of up to ``radius`` cycles per box, which are the first ones."""
+        inside = torch.linalg.vector_norm(self.frequency, dim=1) <= radius
+        return self.frequency[: int(inside.sum())]
+
+    def take(self, views: Int[Tensor, " w"]) -> Self:
+        """Some of the views."""
+        return replace(self, image=self.image[views], rotation=self.rotation[views], share=self.share[views])
+
+
+def _half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
+    """Frequencies within ``radius`` in cycles per box of the map, each once, and their places in a flattened rfft2
+    of ``size`` pixels; ``ratio`` is the map's box over that of the images."""
+    reach = min(math.floor(radius / ratio), size // 2 - 1)
+    ky, kx = torch.meshgrid(torch.arange(-reach, reach + 1), torch.arange(reach + 1), indexing="ij")
+    kx, ky = kx.flatten(), ky.flatten()
+    squared = kx**2 + ky**2
+    kept = ((kx > 0) | (ky > 0)) & (squared * ratio**2 <= radius**2)
+    kx, ky, squared = kx[kept], ky[kept], squared[kept]
+    order = torch.argsort(squared, stable=True)
+    kx, ky = kx[order], ky[order]
+    place = (ky % size) * (size // 2 + 1) + kx
+    return torch.stack([kx, ky], 1) * ratio, place
+
+
+def read_spectra(stack: ParticleStack, radius: float, grid: Grid | None = None) -> Spectra:
+    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack).
+
+    Raises:
+        InputError: the images have several grids, or a value is not finite.
+    """
+    box = grid or stack.grid
+    own = stack.grid
+    frequency, place = _half_plane(radius, box.length / own.length, own.size)
+    noise = estimate_noise(stack)
+    shell = torch.linalg.vector_norm(frequency / (box.length / own.length), dim=1).round().long()
+    scale = 1 / (noise[:, shell].sqrt() * own.size)
+    values = torch.empty(len(stack), len(place), dtype=torch.complex64)
+    transfer = torch.empty(len(stack), len(place))
+    rotation, share = torch.empty(len(stack), 3, 3), torch.ones(len(stack))
+    done = 0
+    for batch in stack.sequential(_BATCH):
+        seen, rows = observe(batch, own), slice(done, done + len(batch))
+        whitened = scale[batch.optics_group]
+        values[rows] = seen.spectrum.flatten(1)[:, place] * whitened
+        transfer[rows] = seen.transfer.flatten(1)[:, place] * whitened
+        rotation[rows] = in_image(batch.poses.rotation, batch.optics)
+        if batch.share is not None:
+            share[rows] = batch.share
+        done += len(batch)
+    elements = stack.symmetry.float()
+    views = (rotation[:, None] @ elements).flatten(0, 1)
+    image = torch.arange(len(stack), dtype=torch.int32).repeat_interleave(len(elements))
+    return Spectra(
+        values,
+        transfer,
+        frequency,
+        image,
+        views.contiguous(),
+        share.repeat_interleave(len(elements)),
+        stack.rows,
+        box.length,
+    )

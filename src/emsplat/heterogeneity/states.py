@@ -1,0 +1,139 @@
+"""Fits a model of all states to the sums of all cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emsplat.fitting.objective import KnownGradient
+from emsplat.heterogeneity.cells import Cells, signal_power, weighted_map
+from emsplat.imaging.project import voxelize
+from emsplat.maths.fourier import frequencies
+from emsplat.models.decoder import Decoder, Shape
+from emsplat.types import Gaussians, Grid
+
+_RATE = 5e-3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs over the cells at one resolution."""
+
+    resolution: float  # Å
+    epochs: int
+    rate: float = 1.0
+    batch: int = 4
+    growing: bool = False  # cells join by their distance to the reference
+
+
+def render(mixture: Gaussians, cells: Cells) -> Float[Tensor, "z y x"]:
+    """A mixture on the grid of the cells, with their blur."""
+    if cells.blur:
+        mixture = Gaussians(mixture.mean, mixture.covariance + cells.blur**2 * torch.eye(3), mixture.amplitude)
+    return voxelize(mixture, cells.grid, cutoff=3.0)
+
+
+def loss(decoder: Decoder, cells: Cells, chosen: Int[Tensor, " b"]) -> Tensor:
+    """-log p of the particles of some cells, per particle."""
+    total = torch.zeros(())
+    for cell, mixture in zip(chosen.tolist(), decoder.mixtures(cells.point[chosen].float()), strict=True):
+        volume = render(mixture, cells)
+        error, gradient = cells.error_and_gradient(cell, volume.detach())
+        total = total + KnownGradient.apply(volume, error, gradient)  # type: ignore[no-untyped-call]
+    return total / cells.particles.sum() * len(cells) / len(chosen)
+
+
+def orders(cells: Cells, stage: Stage, reference: int, generator: torch.Generator) -> Iterator[Int[Tensor, " b"]]:
+    """The cells of each step of a stage."""
+    distance = (cells.point - cells.point[reference]).square().sum(1)
+    rank = distance.argsort()
+    for epoch in range(stage.epochs):
+        count = len(cells)
+        if stage.growing:
+            count = max(stage.batch, min(count, round(count * (epoch + 1) / (0.75 * stage.epochs))))
+        yield from rank[:count][torch.randperm(count, generator=generator)].split(stage.batch)
+
+
+COARSE = (
+    Stage(40.0, 16, growing=True),
+    Stage(24.0, 8),
+    Stage(19.0, 8, rate=0.7),
+    Stage(13.0, 8, rate=0.5),
+)
+FINE = (Stage(0.0, 4, rate=0.4, batch=1), Stage(0.0, 4, rate=0.2, batch=1), Stage(0.0, 4, rate=0.1, batch=1))
+
+
+def reference_cell(cells: Cells) -> int:
+    """The cell with most particles."""
+    return int(cells.particles.argmax())
+
+
+def start(
+    cells: Cells, shared: Float[Tensor, "m m"], count: int, width: float, shape: Shape, generator: torch.Generator
+) -> Decoder:
+    """Gaussians drawn from the density of the reference cell and those that overlap with it."""
+    reference = reference_cell(cells)
+    near = shared[reference].float()
+    power = signal_power(cells.linear.sum(0)[None], cells.response.sum(0)[None])
+    volume = weighted_map(cells, torch.where(near > 0.05, near, 0.0), power)
+    grid = cells.grid
+    size = grid.size
+    axis = (torch.arange(size) - size // 2).float()
+    radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
+    smooth = _lowpassed(volume, grid, width)
+    outside = smooth[radius > 0.47 * size]
+    level = outside.mean() + 3 * outside.std()
+    density = torch.where((smooth > level) & (radius < 0.5 * size - 2), smooth - level, 0.0)
+    drawn = torch.multinomial(density.flatten().clamp(min=0) + 1e-12, count, replacement=True, generator=generator)
+    index = torch.stack([drawn % size, drawn // size % size, drawn // size**2], 1).float()
+    index += torch.rand(count, 3, generator=generator) - 0.5
+    decoder = Decoder(
+        (index - size // 2) * grid.pixel_size,
+        torch.full((count,), width),
+        torch.ones(count),
+        shape,
+        generator=generator,
+    )
+    decoder.unit = _best_unit(decoder, cells, reference)
+    return decoder
+
+
+def _lowpassed(volume: Float[Tensor, "z y x"], grid: Grid, width: float) -> Float[Tensor, "z y x"]:
+    kz, ky, kx = frequencies(grid, 3)
+    filtered = torch.fft.rfftn(volume) * torch.exp(-2 * math.pi**2 * width**2 * (kz**2 + ky**2 + kx**2))
+    return torch.fft.irfftn(filtered, s=volume.shape)
+
+
+@torch.no_grad()
+def _best_unit(decoder: Decoder, cells: Cells, cell: int) -> float:
+    """The amplitude with which a mixture fits a cell best."""
+    volume = render(decoder.mixtures(cells.point[cell][None].float())[0], cells)
+    error, gradient = cells.error_and_gradient(cell, volume)
+    slope = torch.dot(volume.flatten(), gradient.flatten())
+    curvature = 2 * (slope - error)
+    return decoder.unit * float(1 - slope / curvature)
+
+
+def run_stage(
+    decoder: Decoder, cells: Cells, stage: Stage, generator: torch.Generator, only: int | None = None
+) -> list[float]:
+    """Fits the decoder to cells at one resolution (to one cell with ``only``); the loss of each step."""
+    coarse = cells.coarse(stage.resolution) if stage.resolution else cells
+    optimiser = torch.optim.Adam(decoder.parameters(), lr=_RATE * stage.rate)
+    losses = []
+    reference = reference_cell(cells)
+    steps = orders(coarse, stage, reference, generator)
+    if only is not None:
+        steps = (torch.tensor([only]) for _ in range(16 * stage.epochs))
+    for chosen in steps:
+        optimiser.zero_grad()
+        value = loss(decoder, coarse, chosen)
+        value.backward()
+        optimiser.step()
+        losses.append(float(value.detach()))
+    return losses
