@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -36,11 +37,11 @@ class Sites:
     """The atoms of a file that are simulated, in its order, and what it calls them."""
 
     atoms: Atoms
-    chain: NDArray[np.str_]
-    segment: NDArray[np.str_]
+    chain: NDArray[Any]  # texts
+    segment: NDArray[Any]
     residue: NDArray[np.int64]  # number; insertion codes do not count
-    residue_name: NDArray[np.str_]
-    name: NDArray[np.str_]
+    residue_name: NDArray[Any]
+    name: NDArray[Any]
     row: NDArray[np.int64]  # in the file, waters and hydrogens counted
     rows: int  # atoms in the file
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from emsplat.io.atoms import Sites
 Chosen = NDArray[np.bool_]
 
 _GRAMMAR = 'expected words such as "(chain H and resid 1-213 220) or chain L" (chain, segid, resid, resname, name, all)'
-_TEXTS: dict[str, Callable[[Sites], NDArray[np.str_]]] = {
+_TEXTS: dict[str, Callable[[Sites], NDArray[Any]]] = {
     "chain": lambda sites: sites.chain,
     "segid": lambda sites: sites.segment,
     "resname": lambda sites: sites.residue_name,
