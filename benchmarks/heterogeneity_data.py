@@ -1,5 +1,5 @@
-"""Simulated particles in many states, as `bench_heterogeneity.py` uses them: after CryoBench's recipe (128 pixels of 3 Å, SNR
-0.04 over the whole image, defocus 0.8 to 2.5 µm, shifts of 3 Å, white noise).
+"""Simulated particles in many states, after CryoBench's recipe (128 pixels of 3 Å, SNR 0.04 over the whole image,
+defocus 0.8 to 2.5 µm, shifts of 3 Å, white noise).
 
 | set | what | states |
 |---|---|---|
@@ -37,8 +37,8 @@ RECIPE = {
 }
 FAB = "(chain H and resid 1-213) or chain L"
 HINGE = ("213", "244")
-# Places of the 50S subunit: the central protuberance (5S rRNA, L5, L18); the stalk of L1 with L9; the base of the L7/L12
-# stalk (L11 and its RNA), without which L6, L36 and L14 may be missing too.
+# Places of the 50S subunit: the central protuberance (5S rRNA, L5, L18); the stalk of L1 with L9; the base of the
+# stalk of L7/L12 (L11 and its RNA), without which L6, L36 and L14 may be missing too.
 BLOCKS = (
     "chain RA EB VA",
     "chain XA or (chain QA and resid 2093-2196)",

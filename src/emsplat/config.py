@@ -500,6 +500,33 @@ class SimulateConfig:
     heterogeneity: StateOptions = StateOptions()
 
 
+@dataclass(frozen=True)
+class ScoreStatesConfig:
+    """How states are scored."""
+
+    truth: Folder
+    """Output folder of `emsplat simulate`, or the folder truth in it."""
+
+    output: Folder | None = None
+    """Folder for scores.csv; without it that of the run."""
+
+    consensus: MapFile | None = None
+    """Map that knows of no states, whose scores stand beside; without it consensus.mrc or run_class001.mrc of the
+    folder."""
+
+    mask: MapFile | None = None
+    """MRC map with values from 0 to 1, for all states; without it one is made from the true maps."""
+
+    images: int = 100
+    """Particles, evenly spread, whose own maps are scored."""
+
+    partial: bool = False
+    """Only a part of the particles was reconstructed: latents.csv says which, in its column row."""
+
+    threads: int | None = None
+    """Threads of the computation; without it as many as cores were granted."""
+
+
 # Options by their names
 
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.io.files import replacing
+from emsplat.errors import InputError
+from emsplat.io.columns import as_numbers, as_whole, read_columns
+from emsplat.io.files import replacing, require_file
+from emsplat.io.mrc import read_map
+from emsplat.measures.fsc import common_grid
 from emsplat.simulation.states import States
+from emsplat.types import Grid
 
 TRUTH = "truth"  # the folder
 LABELS = "labels.csv"
@@ -68,3 +75,60 @@ def _write(path: Path, head: Sequence[str], rows: Any) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(head)
         writer.writerows(rows)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A folder as `write_truth` leaves it."""
+
+    folder: Path
+    state: Int[Tensor, " p"]  # from 0
+    columns: dict[str, list[str]]  # where each particle stands: angle, frame, missing, model
+    population: Float[Tensor, " s"]
+    maps: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def read(self, state: int, grid: Grid | None = None) -> tuple[Float[Tensor, "z y x"], Grid]:
+        """The map of a state (from 0) and its grid.
+
+        Raises:
+            InputError: it cannot be read, or is not on ``grid``.
+        """
+        path = self.maps[state]
+        volume, own = read_map(path)
+        if grid is not None:
+            common_grid({str(self.maps[0]): grid, str(path): own})
+        return volume, own
+
+
+def read_truth(folder: Path) -> Truth:
+    """The truth of simulated particles, from the folder truth or the one that it is in.
+
+    Raises:
+        InputError: there is none; tables that cannot be read or do not belong together; a map that is missing.
+    """
+    folder = folder if (folder / LABELS).is_file() else folder / TRUTH
+    labels, states = (
+        read_columns(folder / LABELS, ("state",)),
+        read_columns(folder / STATES, ("state", "population", "file")),
+    )
+    state = as_whole(folder / LABELS, "state", labels["state"])
+    number = as_whole(folder / STATES, "state", states["state"])
+    if number.tolist() != list(range(1, len(number) + 1)):
+        raise InputError(f"{folder / STATES}: column state; expected 1, 2, 3 and so on, one row for each")
+    if not bool(((state >= 1) & (state <= len(number))).all()):
+        raise InputError(
+            f"{folder / LABELS}: states from {int(state.min())} to {int(state.max())}; expected 1 to {len(number)}"
+        )
+    if "row" in labels and as_whole(folder / LABELS, "row", labels["row"]).tolist() != list(range(1, len(state) + 1)):
+        raise InputError(f"{folder / LABELS}: column row; expected 1, 2, 3 and so on, as the particles are")
+    population = torch.tensor(as_numbers(folder / STATES, "population", states["population"]), dtype=torch.float64)
+    if not bool((population > 0).all()):
+        raise InputError(f"{folder / STATES}: column population; expected numbers above 0")
+    maps = tuple(folder / name for name in states["file"])
+    for path in maps:
+        require_file(path, f"the map of a state, as {folder / STATES} names it")
+    own = {name: values for name, values in labels.items() if name not in ("row", "state", "contrast")}
+    return Truth(folder, state - 1, own, population / population.sum(), maps)
