@@ -117,15 +117,8 @@ def simulate(
         emsplat simulate -o demo --particles 2000 --box 64 --pixel-size 3
         # particles of a known structure
         emsplat simulate 6z6u.cif -o apoferritin --box 192 --pixel-size 1.2
-        # noise alone: no method should find anything in it
-        emsplat simulate -o nothing --noise-only
-        # two conformations, 70 % and 30 % of the particles
-        emsplat simulate -o mixed --states open.cif closed.cif --populations 0.7 0.3
-        # an antibody with one Fab turned about its hinge
+        # an antibody with one Fab turned about its hinge in 100 steps
         emsplat simulate 1hzh.pdb -o igg --rotate "(chain H and resid 1-213) or chain L" --about 213 244
-        # ribosomes that lack pieces, and frames of molecular dynamics
-        emsplat simulate 50s.cif -o assembly --missing "chain A B" "chain C"
-        emsplat simulate -o md --trajectory run.dcd --topology run.pdb --frames 50
     """
     from emsplat.io.paths import say_start
     from emsplat.programs.simulate import simulate as run

@@ -113,7 +113,7 @@ def read_latents(path: Path) -> Latents:
 def _of_pickle(path: Path) -> Float[Tensor, "p d"]:
     value = load_arrays(path)
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim != 2 or 0 in value.shape:
-        raise InputError(f"{path}: expected an array of latents, particles × dimensions, as cryoDRGN writes z.pkl")
+        raise InputError(f"{path}: expected an array of latents, particles × dimensions, as cryoDRGN writes them")
     if not np.isfinite(value).all():
         raise InputError(f"{path}: holds latents that are not finite; expected numbers; did the training diverge?")
     return torch.from_numpy(value.astype(np.float64))

@@ -129,7 +129,9 @@ def neighbourhood_similarity(
         furthest = true.kthvalue(k, dim=1, keepdim=True).values
         near = true <= furthest * (1 + 1e-9) + 1e-12
         shared += float(((inside + part * tied) * near).sum()) / k
-        chance += float(near.double().mean(1).sum())
+        # The particle itself, and each of the others as likely as any.
+        others = (near.double().sum(1) - 1) / max(count - 1, 1)
+        chance += float((1 + (k - 1) * others).sum()) / k
     return shared / len(queries), chance / len(queries)
 
 

@@ -33,8 +33,8 @@ def place_states(
         origin = torch.full((3,), grid.size // 2 * grid.pixel_size, dtype=torch.float64)
     else:
         numbers = sorted({number for atoms in states for number in set(atoms.element.tolist())})
-        weights = torch.zeros(numbers[-1] + 1, dtype=torch.float64)
-        weights[numbers] = torch.tensor([gemmi.Element(number).weight for number in numbers], dtype=torch.float64)
+        weights = torch.zeros(numbers[-1] + 1)
+        weights[numbers] = torch.tensor([gemmi.Element(number).weight for number in numbers])
         masses = [
             share * atoms.weight * weights[atoms.element] for share, atoms in zip(population, states, strict=True)
         ]
