@@ -145,11 +145,17 @@ def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Co
 
 def truth_maps(scene: Scene) -> Iterator[Float[Tensor, "z y x"]]:
     """The map of each structure of a three-dimensional scene, whose projections `project_scene` gives, on the same grey
-    scale; zero at Nyquist."""
-    plan, identity = _plan(scene.grid, 3, scene.dtype), torch.eye(3, dtype=scene.dtype).numpy()
-    for pairs in scene.structures:
-        spectrum = _spectrum(plan, pairs, identity, np.zeros_like(identity[0]), scene.grid)
-        yield fourier.irfft(torch.from_numpy(spectrum), dims=3)
+    scale; zero at Nyquist. Threads as there."""
+    identity = torch.eye(3, dtype=scene.dtype).numpy()
+
+    def spectrum(pairs: tuple[_Pair, ...]) -> Array:
+        return _spectrum(_plan(scene.grid, 3, scene.dtype), pairs, identity, np.zeros_like(identity[0]), scene.grid)
+
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(scene.structures), workers):  # no more at once: each takes memory
+            for found in pool.map(spectrum, scene.structures[start : start + workers]):
+                yield fourier.irfft(torch.from_numpy(found), dims=3)
 
 
 def truth_map(atoms: Atoms, grid: Grid, b_factor: float, dtype: torch.dtype = torch.float32) -> Float[Tensor, "z y x"]:
