@@ -450,6 +450,15 @@ def test_one_state_has_no_truth_folder_unless_contrast_varies(molecule, tmp_path
     assert read_truth(tmp_path / "grey").read(0)[1] == GRID
 
 
+def test_no_truth_of_earlier_particles_is_left(molecule, tmp_path):
+    several = configure(SimulateConfig, **CLEAN, missing=("chain A", "chain B"), overwrite=True)
+    simulate(several, molecule, tmp_path / "out")
+    simulate(configure(SimulateConfig, **CLEAN, missing=("chain A",), overwrite=True), molecule, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "truth").glob("*.mrc"))) == len(read_truth(tmp_path / "out")) == 2
+    simulate(configure(SimulateConfig, **CLEAN, overwrite=True), molecule, tmp_path / "out")
+    assert not list((tmp_path / "out" / "truth").iterdir())
+
+
 def test_snr_is_over_all_states(molecule, tmp_path):
     options = {"missing": ("chain A", "chain B"), "contrast_spread": 0.3}
     clean = configure(SimulateConfig, **CLEAN, **options)

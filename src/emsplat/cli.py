@@ -124,7 +124,7 @@ def simulate(
     from emsplat.programs.simulate import simulate as run
 
     with _folder(output, "simulate") as folder, with_threads(threads):
-        star = run(config, model, folder)
+        star = run(config, model, folder, _log())
         print(f"particles: {star}")
         print(f"  {say_start(star, folder / 'particles.mrcs')}")
 

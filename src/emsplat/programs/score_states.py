@@ -42,6 +42,8 @@ def score_states(run: Path, config: ScoreStatesConfig, log: Log | None = None) -
 
 
 def _score_states(run: Path, config: ScoreStatesConfig, log: Log) -> Scores:
+    if config.images < 0:
+        raise InputError(f"--images {config.images}: expected 0 or more")
     truth = read_truth(config.truth)
     _, grid = truth.read(0)
     found = _results(run, truth, grid, config)

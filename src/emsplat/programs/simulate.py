@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.paths import Names
 from emsplat.io.relion.write import write_particles_star
 from emsplat.run.folder import plain
+from emsplat.run.log import Log, counted
 from emsplat.simulation.images import (
     chunks,
     clean_images,
@@ -33,7 +37,7 @@ from emsplat.simulation.images import (
 )
 from emsplat.simulation.protein import check_fits, place_states, procedural_protein
 from emsplat.simulation.states import States, draw_contrast, draw_states, load_states, one_state
-from emsplat.simulation.truth import TRUTH, state_map_name, write_truth
+from emsplat.simulation.truth import TRUTH, remove_truth, state_map_name, write_truth
 from emsplat.types import Grid
 
 
@@ -86,10 +90,10 @@ def _load(config: SimulateConfig, model: Path | None, grid: Grid) -> States:
     return states
 
 
-def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
+def simulate(config: SimulateConfig, model: Path | None, output: Path, log: Log | None = None) -> Path:
     """Write particles.mrcs, particles.star, truth.mrc and simulate.toml into ``output``; returns the STAR file. Where
     the particles differ in state or contrast, a folder truth says how: labels.csv and states.csv (see `write_truth`)
-    and the map of each state.
+    and the map of each state. ``log`` is told of progress.
 
     The noise has standard deviation 1, as RELION normalises the background, and the truth map, the mean of the states,
     has the grey scale of the images: its projection is the image without CTF and noise. With ``snr = inf`` the signal
@@ -113,8 +117,12 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
     noiseless = math.isinf(config.snr)
     gain = math.sqrt((1 if noiseless else config.snr) / variance)
 
-    generator = drawn_from(config.seed, 3)
-    with writing_stack(output / "particles.mrcs", config.particles, grid, config.dtype) as write:
+    remove_truth(output / TRUTH)
+    generator, start = drawn_from(config.seed, 3), time.monotonic()
+    with (
+        _progress(log, "images", config.particles, "images") as update,
+        writing_stack(output / "particles.mrcs", config.particles, grid, config.dtype) as write,
+    ):
         for rows in chunks(torch.arange(config.particles), grid.size):
             images = torch.zeros(len(rows), grid.size, grid.size)
             if not config.noise_only:
@@ -123,7 +131,12 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
             if not noiseless:
                 images += make_noise(len(rows), grid, config.noise, generator)
             write(images)
-    _write_maps(output, states, gain, grid, config.b_factor)
+            update(int(rows[-1]) + 1, f"{grid.size} px of {grid.pixel_size:g} Å")
+    if log is not None:
+        rate = config.particles / max(time.monotonic() - start, 1e-9)
+        log.line(f"{config.particles:,} images of {counted(len(states), 'state')}, {rate:,.0f} images/s")
+    with _progress(log, "maps of states", len(states), "maps") as update:
+        _write_maps(output, states, gain, grid, config.b_factor, update)
     if len(states) > 1 or config.heterogeneity.contrast_spread:
         write_truth(output / TRUTH, states, which, contrast)
     written = perturb_poses(poses, math.radians(config.pose_error), drawn_from(config.seed, 4))
@@ -151,7 +164,13 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
     return star
 
 
-def _write_maps(output: Path, states: States, gain: float, grid: Grid, b_factor: float) -> None:
+def _progress(log: Log | None, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int, str], None]]:
+    return nullcontext(lambda done, remark: None) if log is None else log.progress(name, total, unit=unit)
+
+
+def _write_maps(
+    output: Path, states: States, gain: float, grid: Grid, b_factor: float, update: Callable[[int, str], None]
+) -> None:
     """truth.mrc, and where there are several states the map of each."""
     mean = torch.zeros((grid.size,) * 3)
     maps = truth_maps(make_scene(states.atoms, grid, b_factor, dims=3))
@@ -159,4 +178,5 @@ def _write_maps(output: Path, states: States, gain: float, grid: Grid, b_factor:
         mean += share * gain * volume
         if len(states) > 1:
             write_map(output / TRUTH / state_map_name(i), gain * volume, grid.pixel_size)
+        update(i + 1, "")
     write_map(output / "truth.mrc", mean, grid.pixel_size)

@@ -105,6 +105,7 @@ def _populations(given: Sequence[float], count: int) -> Float[Tensor, " s"]:
     share = torch.tensor(given, dtype=torch.float64)
     if not (bool(torch.isfinite(share).all()) and bool((share > 0).all())):
         raise InputError(f"--populations {' '.join(f'{x:g}' for x in given)}: expected numbers above 0")
+    share = share / share.max()  # whose sum is finite
     return share / share.sum()
 
 

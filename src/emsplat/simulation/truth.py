@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.errors import InputError
+from emsplat.errors import InputError, OutputError
 from emsplat.io.columns import as_numbers, as_whole, read_columns
 from emsplat.io.files import replacing, require_file
 from emsplat.io.mrc import read_map
@@ -33,6 +33,19 @@ STATES = "states.csv"
 def state_map_name(state: int) -> str:
     """The map of a state, counted from 0."""
     return f"{state:03d}.mrc"
+
+
+def remove_truth(folder: Path) -> None:
+    """Takes away the tables and maps of an earlier simulation, whose particles are about to be replaced.
+
+    Raises:
+        OutputError: they cannot be removed.
+    """
+    for path in (folder / LABELS, folder / STATES, *folder.glob("[0-9][0-9][0-9]*.mrc")):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be removed ({error.strerror}); choose another folder with -o") from error
 
 
 def write_truth(folder: Path, states: States, which: Int[Tensor, " p"], contrast: Float[Tensor, " p"]) -> None:
