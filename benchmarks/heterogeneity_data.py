@@ -51,7 +51,7 @@ LACKING = ("none", "1", "2", "1+2", "3", "1+3", "2+3", "1+2+3", "3+4", "1+3+4", 
 def make(folder, seed, model=None, particles=5000, **options):
     """One set; its time and speed are printed."""
     start = time.perf_counter()
-    simulate(configure(SimulateConfig, **RECIPE, seed=seed, particles=particles, **options), model, folder)
+    simulate(configure(SimulateConfig, **RECIPE | {"seed": seed, "particles": particles} | options), model, folder)
     seconds = time.perf_counter() - start
     print(f"{folder}: {particles:,} images in {seconds:.0f} s, {particles / seconds:.0f} images/s", flush=True)
 

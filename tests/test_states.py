@@ -329,6 +329,19 @@ def test_a_real_trajectory(shared_data):
     assert differences[1][1] < 2 < 4 < differences[1][0]
 
 
+def test_the_hinge_of_an_antibody(shared_data):
+    """1HZH: of the chains of one Fab only the heavy one has both residues of the hinge."""
+    model = shared_data / "models" / "1hzh.pdb.gz"
+    sites, text = read_sites(model), "(chain H and resid 1-213) or chain L"
+    chosen = select(sites, text, "--rotate")
+    (position,) = turned(sites, text, ("213", "244"), [90.0])
+    moved = torch.linalg.vector_norm(position - sites.atoms.position, dim=1).numpy()
+    assert not moved[~chosen].any()
+    assert np.median(moved[chosen]) > 30
+    hinge = chosen & (sites.chain == "H") & (sites.residue == 213) & (sites.name == "CA")
+    assert moved[hinge] == pytest.approx(0, abs=1e-9)  # it lies on the axis
+
+
 # --- which particle, which state
 
 
