@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +60,28 @@ def _score_states(run: Path, config: ScoreStatesConfig, log: Log) -> Scores:
         f"{run}: {len(truth)} states, {len(truth.state) if latents is None else len(latents.z):,} particles, box "
         f"{grid.size} of {grid.pixel_size:g} Å"
     )
-    scores = score(
-        truth,
-        grid,
-        None if latents is None else latents.z,
-        rows=found.rows,
-        classes=None if latents is None else latents.classes,
-        map_at=found.map_at,
-        state_maps=found.state_maps,
-        consensus=found.consensus,
-        mask=mask,
-        images=config.images,
-    )
+    total = len(truth) + (0 if found.map_at is None or latents is None else min(config.images, len(latents.z)))
+    with log.progress("maps", total, unit="maps") as update:
+        counter = itertools.count(1)
+
+        def seen(maps: Iterable[Map]) -> Iterator[Map]:
+            for volume in maps:
+                yield volume
+                update(next(counter), "against the truth")
+
+        map_at = found.map_at
+        scores = score(
+            truth,
+            grid,
+            None if latents is None else latents.z,
+            rows=found.rows,
+            classes=None if latents is None else latents.classes,
+            map_at=None if map_at is None else lambda z: seen(map_at(z)),
+            state_maps=None if found.state_maps is None else seen(found.state_maps),
+            consensus=found.consensus,
+            mask=mask,
+            images=config.images,
+        )
     for text in lines(scores):
         log.line(text)
     _write(table, scores)
