@@ -167,8 +167,8 @@ def test_motion_and_composition_are_mixed(molecule):
     ("options", "said"),
     [
         ({"rotate": "chain A", "about": ("1", "15")}, None),
-        ({"rotate": "chain A"}, "--about: missing beside --rotate"),
-        ({"about": ("1", "2")}, "--rotate: missing beside --about"),
+        ({"rotate": "chain A"}, "--rotate: needs --about"),
+        ({"about": ("1", "2")}, "--about: needs --rotate"),
         ({"rotate": "chain A", "about": ("1",)}, "--about: 1 residues; expected two"),
         ({"rotate": "all", "about": ("1", "2")}, "selects every atom"),
         ({"rotate": "chain A", "about": ("1", "x")}, "--about 1 x: expected residue numbers"),
@@ -182,13 +182,15 @@ def test_motion_and_composition_are_mixed(molecule):
         ({"missing": ("chain A", "chain Z")}, "selects no atom"),
         ({"missing": ("chain A",), "missing_states": ("2",)}, "numbers of blocks from 1 to 1"),
         ({"missing": ("chain A",), "missing_states": ("1", "1")}, "names a state twice"),
-        ({"missing_states": ("1",)}, "--missing: missing beside --missing-states"),
+        ({"missing_states": ("1",)}, "--missing-states: needs --missing"),
         ({"missing": ("chain A",) * 11}, "--missing: 11 blocks"),
         ({"missing": ("chain A",), "populations": (1.0,)}, "--populations: 1 numbers for 2 states"),
         ({"missing": ("chain A",), "populations": (1.0, -1.0)}, "expected numbers above 0"),
         ({"missing": ("chain A",), "populations": (1.0, math.nan)}, "expected numbers above 0"),
         ({"populations": (1.0, 1.0)}, "--populations: expected several states"),
-        ({"frames": 3}, "--trajectory: missing beside --topology and --frames"),
+        ({"angles": 3, "missing": ("chain A",)}, "--angles: needs --rotate"),
+        ({"turn": 90.0}, "--turn: needs --rotate"),
+        ({"frames": 3}, "--frames: needs --trajectory"),
     ],
 )
 def test_options_that_belong_together(molecule, options, said):
@@ -301,7 +303,7 @@ def test_frames_have_the_atoms_of_the_topology(tmp_path):
     for change, said in [
         ({"frames": 10}, "--frames 10: expected 1 to 9"),
         ({"frames": 0}, "--frames 0"),
-        ({"topology": None}, "--topology: missing beside --trajectory"),
+        ({"topology": None}, "--trajectory: needs --topology"),
     ]:
         with pytest.raises(InputError, match=said):
             load_states(dataclasses.replace(options, **change), None)

@@ -396,11 +396,12 @@ class StateOptions:
     """Two residues whose CA atoms (P of nucleic acids) are on the axis: numbers in the chain of --rotate, or as
     H:213 H:244."""
 
-    angles: int = 100
-    """Number of states of --rotate."""
+    angles: int | None = None
+    """Number of states of --rotate; without it 100."""
 
-    turn: Degrees = 360.0
-    """Angle of --rotate between first and last state; 360 is a full turn in equal steps, whose end is its beginning."""
+    turn: Degrees | None = None
+    """Angle of --rotate between first and last state; without it 360, a full turn in equal steps, whose end is its
+    beginning."""
 
     missing: tuple[Annotated[str, "SELECTION"], ...] = ()
     """Blocks of MODEL that may be missing, one selection each, such as "chain A B" "chain C": a state for every

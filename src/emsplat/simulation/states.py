@@ -26,6 +26,7 @@ from emsplat.simulation.selection import Chosen, select
 
 MOST = 2000  # states
 _FRAMES = 200  # of a trajectory, where no number is given
+_ANGLES = 100  # of a hinge, where no number is given
 _BLOCKS = 10
 _ALPHA = ("CA", "P", "C1'")  # the atom that stands for a residue: of protein, of nucleic acids
 
@@ -82,17 +83,20 @@ def _check_company(options: StateOptions, model: Path | None, given: list[str]) 
         raise InputError(f"{model}: a model beside {given[0]}, which has its own; name one or the other")
     if given == ["--rotate or --missing"] and model is None:
         raise InputError("--rotate or --missing: no model; name an mmCIF or PDB file")
-    needs = {
-        "--topology": (options.topology is None, options.trajectory is not None, "--trajectory"),
-        "--trajectory": (options.trajectory is None, bool(options.topology or options.frames is not None), "it"),
-        "--about": (not options.about, options.rotate is not None, "--rotate"),
-        "--rotate": (options.rotate is None, bool(options.about), "--about"),
-        "--missing": (not options.missing, bool(options.missing_states), "--missing-states"),
-    }
-    for name, (lacks, needed, by) in needs.items():
-        if lacks and needed:
-            by = "--topology and --frames" if by == "it" else by
-            raise InputError(f"{name}: missing beside {by}; expected both or neither")
+    topology, about = options.topology is not None, bool(options.about)
+    needs = (  # what is given, what it needs, and whether that is there
+        ("--trajectory", options.trajectory is not None, "--topology", topology),
+        ("--topology", topology, "--trajectory", options.trajectory is not None),
+        ("--frames", options.frames is not None, "--trajectory", options.trajectory is not None),
+        ("--rotate", options.rotate is not None, "--about", about),
+        ("--about", about, "--rotate", options.rotate is not None),
+        ("--angles", options.angles is not None, "--rotate", options.rotate is not None),
+        ("--turn", options.turn is not None, "--rotate", options.rotate is not None),
+        ("--missing-states", bool(options.missing_states), "--missing", bool(options.missing)),
+    )
+    for name, there, needed, found in needs:
+        if there and not found:
+            raise InputError(f"{name}: needs {needed}; give both or neither")
     if options.populations and not given:
         raise InputError("--populations: expected several states; give --states, --trajectory, --rotate or --missing")
 
@@ -138,7 +142,9 @@ def _varied(options: StateOptions, sites: Sites) -> tuple[tuple[Atoms, ...], dic
     angles, missing = [0.0], [frozenset[int]()]
     positions = [sites.atoms.position]
     if options.rotate is not None:
-        angles = turn_angles(options.angles, options.turn)
+        angles = turn_angles(
+            _ANGLES if options.angles is None else options.angles, 360.0 if options.turn is None else options.turn
+        )
         positions = list(turned(sites, options.rotate, options.about, angles))
     blocks = [select(sites, text, "--missing") for text in options.missing]
     if blocks:
