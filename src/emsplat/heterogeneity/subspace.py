@@ -27,6 +27,7 @@ _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-6  # share of the mean map's power below which a component has vanished
 _SEED_AMPLITUDE, _SEED_POWER = 0.02, 0.1  # of a component that is put there
 _CORRECTIONS = 2
+_MOST_BRIGHTNESS, _MOST_TURN = 0.5**2, 0.06**2  # beyond, first order is no approximation
 _PATIENCE = 3  # iterations at each radius before components are pruned
 _LEAST_DETERMINED, _NOTHING = 1e-2, 1e-12
 
@@ -46,12 +47,28 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How far images may be from where and how bright they are said to be: variances of what every view has besides its
+    latents. They are estimated, so that wrong poses and grey scales are not taken for states."""
+
+    brightness: float = 0.05**2
+    turn: float = 0.02**2  # rad², about each axis
+    shift: float = 0.01**2  # (box / 2π)²
+
+    def variances(self) -> Float[Tensor, " n"]:
+        """Of brightness, three turns and two shifts, in the order of `Lattice.products`."""
+        values = [self.brightness, *[self.turn] * 3, *[self.shift] * 2]
+        return torch.tensor(values, dtype=torch.float64).clamp(min=_NOTHING)
+
+
+@dataclass(frozen=True)
 class Subspace:
     """The mean map and its components on a lattice, with their power per shell."""
 
     lattice: Lattice
     maps: Float[Tensor, "c z y x"]  # V0, U_1, ..., U_q
     power: Float[Tensor, "c s"]  # prior variance of a Fourier coefficient, shells 0 ... radius
+    placement: Placement = Placement()
 
     @property
     def components(self) -> int:
@@ -68,14 +85,43 @@ class Subspace:
             :, (places % old)[:, None, None], (places % old)[:, None], places[places >= 0]
         ]
         power = torch.cat([self.power, self.power[:, -1:].expand(-1, lattice.radius - self.lattice.radius)], 1)
-        return Subspace(lattice, irfft(wide, 3), power)
+        return replace(self, lattice=lattice, maps=irfft(wide, 3), power=power)
 
 
 def infer(subspace: Subspace, spectra: Spectra) -> Latents:
-    """The E step: posteriors of all views."""
-    products = subspace.lattice.products(subspace.maps, spectra).double()
-    residual = products[:, 2:, 0] - products[:, 2:, 1]
-    return posterior(2 * residual, 2 * products[:, 2:, 2:])
+    """The E step: posteriors of all views.
+
+    Brightness and pose of each view are integrated out, to first order in their errors: b and A are those of the data
+    with the six derivatives of the mean map's image projected out as far as `Placement` allows.
+    """
+    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
+    linear, quadratic = products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:]
+    own = 1 / subspace.placement.variances()
+    root = torch.linalg.cholesky(quadratic[:, :6, :6] + torch.diag(own))
+    known = torch.cholesky_solve(torch.cat([linear[:, :6, None], quadratic[:, :6, 6:]], 2), root)
+    across = quadratic[:, 6:, :6]
+    return posterior(
+        linear[:, 6:] - (across @ known[:, :, :1]).squeeze(-1), quadratic[:, 6:, 6:] - across @ known[:, :, 1:]
+    )
+
+
+def estimate_placement(subspace: Subspace, spectra: Spectra, latents: Latents) -> Placement:
+    """The variances that the posteriors of brightness and pose say (one EM step), given those of the latents."""
+    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
+    linear, quadratic = products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:]
+    precision = quadratic[:, :6, :6] + torch.diag(1 / subspace.placement.variances())
+    rest = linear[:, :6] - (quadratic[:, :6, 6:] @ latents.mean[..., None]).squeeze(-1)
+    covariance = torch.linalg.inv(precision)
+    mean = (covariance @ rest[..., None]).squeeze(-1)
+    moved = covariance @ quadratic[:, :6, 6:]
+    spread = torch.diagonal(covariance + moved @ latents.covariance @ moved.mT, dim1=1, dim2=2)
+    weight = spectra.share.double() / spectra.share.double().sum()
+    second = weight @ (mean.square() + spread)
+    return Placement(
+        min(float(second[0]), _MOST_BRIGHTNESS),
+        min(float(second[1:4].mean()), _MOST_TURN),
+        float(second[4:6].mean()),
+    )
 
 
 def posterior(linear: Float[Tensor, "v q"], quadratic: Float[Tensor, "v q q"]) -> Latents:
@@ -195,8 +241,8 @@ def _weight(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]
 def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> tuple[Tensor, Tensor]:
     """Posterior mean of the maps' coefficients and its covariance.
 
-    The circulant matrix gives both; what its mean then leaves of b - K V is solved for again (within the support), since
-    it errs by some percent where the density of views changes from one coefficient to the next.
+    The circulant matrix gives both; what its mean then leaves of b - K V is solved for again (within the support): it
+    errs by some percent where the density of views changes from one coefficient to the next.
     """
     count, voxels = len(power), space.lattice.size**3
     prior = (1 / power.clamp(min=1e-30)).T[space.shells].double()
@@ -329,12 +375,15 @@ def fit_subspace(
     for radius, iterations in stages:
         space = space_of(radius, support)
         if subspace is None or not subspace.components:
-            subspace = begin(space, spectra, components, generator)
+            placement = Placement() if subspace is None else subspace.placement
+            subspace = replace(begin(space, spectra, components, generator), placement=placement)
         else:
             subspace = reseeded(_widened(subspace, space, spectra), space, components, generator)
         for iteration in range(iterations):
-            pruning = iteration >= _PATIENCE
-            subspace = alive(maximise(space, spectra, subspace.power, infer(subspace, spectra), pruning=pruning))
+            latents = infer(subspace, spectra)
+            placement = estimate_placement(subspace, spectra, latents)
+            found = maximise(space, spectra, subspace.power, latents, pruning=iteration >= _PATIENCE)
+            subspace = replace(alive(found), placement=placement)
             yield subspace
 
 
@@ -358,4 +407,4 @@ def _widened(subspace: Subspace, space: Space, spectra: Spectra) -> Subspace:
     beyond = torch.arange(space.lattice.radius + 1) > last
     power = torch.where(beyond, mean.power * ratio[:, last, None].clamp(max=1), wide.power[1:])
     maps = torch.cat([mean.maps, wide.maps[1:]])
-    return Subspace(space.lattice, maps, torch.cat([mean.power, power]))
+    return Subspace(space.lattice, maps, torch.cat([mean.power, power]), subspace.placement)
