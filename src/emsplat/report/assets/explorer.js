@@ -177,7 +177,6 @@ function start() {
       lines.push(["number", state.name]);
       lines.push(["", describe(state)]);
     }
-    lines.push(["", Array.from(latent, (value, j) => `z${j + 1} ${shown(value, 2)}`).slice(0, 8).join("  ")]);
     const few = !(energy < 7);
     lines.push([few ? "far" : "", few ? "No particles here: the decoder extrapolates." : `${shown(energy, 2)} kT below the peak of the density.`]);
     if (pinned) lines.push(["", "Held; click again to let go."]);
@@ -273,6 +272,7 @@ function start() {
 
   // ---- the loop
   let last = performance.now(), lastChange = 0, resting = false;
+  let contentUntil = 0;
   const frames = []; // when the molecule was drawn while it moved
   const counts = { frames: 0, molecule: 0 };
 
@@ -324,14 +324,16 @@ function start() {
 
   /** Less detail where frames come slowly, more where there is time. */
   function keepPace(now) {
-    while (frames.length && frames[0] < now - 1000) frames.shift();
-    if (frames.length < 8) return;
+    if (frames.length > 30) frames.shift();
+    if (frames.length < 5) return;
     const rate = (1000 * (frames.length - 1)) / (now - frames[0]);
     byId("rate").textContent = `${Math.round(rate)} frames/s`;
-    if (counts.molecule % 8) return;
-    const recent = (now - frames[frames.length - 8]) / 7;
-    if (recent > 28) molecule.detail = Math.max(0, molecule.detail - 1);
-    else if (recent < 18.5) molecule.detail = Math.min(STEPS, molecule.detail + 1);
+    if (counts.molecule % 5) return;
+    const recent = (now - frames[frames.length - 5]) / 4;
+    if (recent > 28) {
+      molecule.detail = Math.max(0, molecule.detail - 1);
+      contentUntil = now + 6000; // no trying again at once, which would flicker
+    } else if (recent < 19 && now > contentUntil) molecule.detail = Math.min(STEPS, molecule.detail + 1);
   }
 
   // ---- the plane under the pointer
@@ -357,7 +359,7 @@ function start() {
     if (tool === "lasso") {
       lasso.push(plane.toPlane(...pointer));
       touch("over");
-    } else if (pressed.far && before) {
+    } else if (pressed.far && before && event.pointerType === "mouse") {
       plane.pan(pointer[0] - before[0], pointer[1] - before[1]);
       touch("plane");
     }
@@ -733,6 +735,9 @@ function start() {
   showPlaying();
   drawHistograms();
   theme.follow(themeChanged);
+  for (const each of document.querySelectorAll("canvas")) {
+    each.addEventListener("webglcontextlost", () => fail("the browser has taken the graphics away; load the page again"));
+  }
   new ResizeObserver(() => touch("plane", "over", "molecule")).observe(document.body);
   requestAnimationFrame(frame);
 
@@ -831,10 +836,14 @@ function signedTurns(quaternions) {
   return { angles, widest: Math.max(1, quantiles(angles.map(Math.abs), [0.98])[0]) };
 }
 
+function fail(reason) {
+  byId("failure").textContent = `The explorer cannot be drawn here: ${reason}.`;
+  byId("failure").hidden = false;
+}
+
 try {
   start();
 } catch (error) {
   console.error(error);
-  byId("failure").textContent = `The explorer cannot be drawn here: ${error.message}.`;
-  byId("failure").hidden = false;
+  fail(error.message);
 }

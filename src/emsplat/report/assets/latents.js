@@ -1,7 +1,7 @@
 // The latent plane: density and particles, what the pointer means there, and selection with a lasso.
 
 const CELLS = 128; // of the grid that density and local means are kept on
-const BLURS = [1.5, 3, 6, 12, 24]; // cells; where a fine blur has met no particle a coarser one decides
+const BLURS = [1.2, 2.4, 5, 10, 20]; // cells; where a fine blur has met no particle a coarser one decides
 
 const POINT_VERTEX = `#version 300 es
 in vec2 position;
@@ -16,7 +16,7 @@ void main() {
 }`;
 
 const POINT_FRAGMENT = `#version 300 es
-precision mediump float;
+precision highp float;
 in vec4 paint;
 uniform float size;
 out vec4 colour;
@@ -33,7 +33,7 @@ class LatentPlane {
     this.gl = this.points.getContext("webgl2", { antialias: false, premultipliedAlpha: true });
     if (!this.gl) throw new Error("WebGL 2 is not available in this browser");
     const { gl } = this, { count } = data;
-    this.program = twgl.createProgramInfo(gl, [POINT_VERTEX, POINT_FRAGMENT]);
+    this.program = makeProgram(gl, [POINT_VERTEX, POINT_FRAGMENT]);
     // Drawn in a shuffled order, so that the later ones (half 2, the last micrographs) do not hide the others.
     this.order = shuffled(count);
     this.place = new Float32Array(2 * count);
@@ -322,6 +322,7 @@ class LatentPlane {
     context.font = "11px system-ui, sans-serif";
     this.#drawAxes(context, w, h, faint, text);
     const total = Math.max(...this.data.weights);
+    const marker = this.toScreen(...this.project(latent));
     if (this.layers.states) {
       for (let m = 0; m < this.data.weights.length; m++) {
         const [x, y] = this.toScreen(...this.project(this.data.points, m * this.data.latents));
@@ -343,7 +344,12 @@ class LatentPlane {
         context.lineTo(x, y + 5);
         context.lineTo(x - 5, y);
         context.fill();
-        outlined(context, state.name, x + 8, y + 4, text, ground);
+        const [mx, my] = marker;
+        const away = Math.hypot(x - mx, y - my) < 14 ? 19 : 9;
+        const left = x + away + context.measureText(state.name).width > w - 4; // no room to the right
+        context.textAlign = left ? "right" : "left";
+        outlined(context, state.name, left ? x - away : x + away, y + 4, text, ground);
+        context.textAlign = "left";
       });
     }
     if (path.length) {
@@ -378,7 +384,7 @@ class LatentPlane {
       context.lineWidth = 1.5;
       context.stroke();
     }
-    const [x, y] = this.toScreen(...this.project(latent));
+    const [x, y] = marker;
     for (const [width, colour] of [[5, ground], [2.2, accent]]) {
       context.lineWidth = width;
       context.strokeStyle = css(colour);

@@ -1,38 +1,10 @@
 // The molecule on its canvas: as a projection, as an isosurface, or as what differs from the consensus.
 
-const SPRITE_VERTEX = `#version 300 es
-in vec2 corner;          // of a square from −1 to 1
-in vec4 gaussian;        // x, y, z, σ in Å
-in float amplitude;
-in vec3 colour;
-uniform mat3 turn;       // to the camera
-uniform vec3 middle;     // what the camera looks at, Å
-uniform vec2 scale;      // clip units per Å
-uniform float narrowest; // σ below which a Gaussian would fall between the pixels of the target
-out vec2 place;          // in σ
-out vec4 paint;
-uniform vec4 fixedPaint;
-uniform bool coloured;
-void main() {
-  float sigma = max(gaussian.w, narrowest);
-  vec3 seen = turn * (gaussian.xyz - middle);
-  gl_Position = vec4((seen.xy + 3.0 * sigma * corner) * scale, 0.0, 1.0);
-  place = 3.0 * corner;
-  float height = amplitude / (6.2831853 * sigma * sigma);
-  paint = height * (coloured ? vec4(colour, 1.0) : fixedPaint);
-}`;
-
-const SPRITE_FRAGMENT = `#version 300 es
-precision highp float;
-in vec2 place;
-in vec4 paint;
-out vec4 colour;
-void main() { colour = paint * exp(-0.5 * dot(place, place)); }`;
-
 const SCREEN_VERTEX = `#version 300 es
 in vec2 corner;
+uniform vec2 part;       // of the plane of sums that is seen
 out vec2 place;
-void main() { gl_Position = vec4(corner, 0.0, 1.0); place = 0.5 * corner + 0.5; }`;
+void main() { gl_Position = vec4(corner, 0.0, 1.0); place = 0.5 * corner * part + 0.5; }`;
 
 // Ink on paper in the light, light on a dark ground in the dark.
 const SCREEN_FRAGMENT = `#version 300 es
@@ -97,6 +69,7 @@ void main() {
 
 const MORE = [200, 40, 30], LESS = [25, 90, 200]; // what a state has and the consensus has not, and the reverse
 const STEPS = 5; // of detail while the molecule moves
+const BLUR = 2.5; // Å, of differences: finer than this, they are the model's own restlessness
 
 class Molecule {
   constructor(canvas, theme) {
@@ -109,45 +82,33 @@ class Molecule {
     this.contrast = 1;
     this.zoom = 1;
     this.shift = [0, 0];
-    this.detail = STEPS; // falls where frames take long
+    this.detail = 2; // while the molecule moves: falls where frames take long
     this.gl = canvas.getContext("webgl2", { antialias: false, alpha: false });
     if (!this.gl) throw new Error("WebGL 2 is not available in this browser");
     const gl = this.gl;
-    if (!gl.getExtension("EXT_color_buffer_float") && !gl.getExtension("EXT_color_buffer_half_float")) {
-      throw new Error("this browser cannot add up floating-point pixels (EXT_color_buffer_float)");
-    }
     this.programs = {
-      sprite: twgl.createProgramInfo(gl, [SPRITE_VERTEX, SPRITE_FRAGMENT]),
-      screen: twgl.createProgramInfo(gl, [SCREEN_VERTEX, SCREEN_FRAGMENT]),
-      mesh: twgl.createProgramInfo(gl, [MESH_VERTEX, MESH_FRAGMENT]),
+      screen: makeProgram(gl, [SCREEN_VERTEX, SCREEN_FRAGMENT]),
+      mesh: makeProgram(gl, [MESH_VERTEX, MESH_FRAGMENT]),
     };
-    const square = { numComponents: 2, data: [-1, -1, 1, -1, -1, 1, 1, 1] };
-    this.screen = twgl.createBufferInfoFromArrays(gl, { corner: square });
-    this.square = square;
-    this.target = twgl.createFramebufferInfo(gl, [{ internalFormat: gl.RGBA16F, minMag: gl.LINEAR, wrap: gl.CLAMP_TO_EDGE }], 8, 8);
+    this.screen = twgl.createBufferInfoFromArrays(gl, { corner: { numComponents: 2, data: [-1, -1, 1, -1, -1, 1, 1, 1] } });
+    this.sums = twgl.createTexture(gl, { width: 1, height: 1, internalFormat: gl.RGBA16F });
+    this.projection = new Projection();
     this.meshes = [0, 1, 2].map(() => ({ surface: new Surface(), buffers: this.#meshBuffers() }));
     this.densities = [0, 1].map(() => new Density(1));
   }
 
   /** Another model, seen from the broad side of a typical state of it. */
   load(decoder, consensus, typical) {
-    const gl = this.gl, count = decoder.count;
+    const { count } = decoder;
     this.decoder = decoder;
-    this.consensus = decoder.decode(consensus);
+    this.before = { ...decoder.decode(consensus), sigma: decoder.sigma }; // the consensus
     this.state = { position: new Float32Array(3 * count), amplitude: new Float32Array(count), sigma: decoder.sigma };
     this.colours = new Uint8Array(3 * count);
     this.painted = null; // what the colours show now
     this.palette = Array.from({ length: decoder.parts }, (_, p) => category(p));
-    this.packed = new Float32Array(4 * count);
-    this.sprites = twgl.createBufferInfoFromArrays(gl, {
-      corner: this.square,
-      gaussian: { numComponents: 4, data: this.packed, divisor: 1, drawType: gl.DYNAMIC_DRAW },
-      amplitude: { numComponents: 1, data: this.state.amplitude, divisor: 1, drawType: gl.DYNAMIC_DRAW },
-      colour: { numComponents: 3, data: this.colours, normalize: true, divisor: 1, drawType: gl.DYNAMIC_DRAW },
-    });
     const sorted = Float32Array.from(decoder.sigma).sort();
     this.narrow = sorted[Math.floor(0.1 * count)];
-    this.typical = decoder.decode(typical);
+    this.typical = { ...decoder.decode(typical), sigma: decoder.sigma };
     this.levels = new Map();
     this.flat = null;
     this.#survey();
@@ -165,18 +126,23 @@ class Molecule {
     }
     this.middle = mean.map((value) => value / mass);
     const spread = [0, 1, 2].map(() => [0, 0, 0]);
-    let radius = 0;
+    const distance = new Float64Array(amplitude.length);
     for (let i = 0; i < amplitude.length; i++) {
       const d = [0, 1, 2].map((x) => position[3 * i + x] - this.middle[x]);
-      radius = Math.max(radius, Math.hypot(...d));
+      distance[i] = Math.hypot(...d);
       for (let x = 0; x < 3; x++) for (let y = 0; y < 3; y++) spread[x][y] += (amplitude[i] * d[x] * d[y]) / mass;
     }
-    this.radius = 1.12 * radius + 3 * this.narrow;
+    // What is seen at first: nearly all of the mass, and some room to move in.
+    let inside = 0;
+    const outwards = [...distance.keys()].sort((a, b) => distance[a] - distance[b]);
+    const last = outwards.find((i) => (inside += amplitude[i]) > 0.97 * mass) ?? outwards.at(-1);
+    this.radius = 1.2 * distance[last] + 3 * this.narrow;
     const { values, vectors } = eigen(spread);
     this.axes = [vectors[0], vectors[1], cross(vectors[0], vectors[1])];
     // Mass over the area of the ellipse that a projection roughly fills.
     this.column = mass / (Math.PI * 4 * Math.sqrt(values[0] * values[1]));
-    this.extent = 8 * Math.sqrt(values[0] * values[1] * Math.max(values[2], this.narrow ** 2)) * 4.2; // Å³
+    const [low, high] = boxOf(position, this.decoder.sigma, 1, amplitude, 0.02 * (mass / amplitude.length) / Math.pow(2 * Math.PI * this.narrow ** 2, 1.5));
+    this.extent = (high[0] - low[0]) * (high[1] - low[1]) * (high[2] - low[2]); // Å³
   }
 
   face() {
@@ -214,7 +180,7 @@ class Molecule {
 
   /** Colours of the Gaussians; `farthest` Å is where the scale of displacements from the consensus ends. */
   #colour() {
-    const { colours, decoder: { part, count }, state: { position }, consensus: { position: before } } = this;
+    const { colours, decoder: { part, count }, state: { position }, before: { position: before } } = this;
     const grey = this.theme().molecule;
     if (this.paint === "displacement") {
       for (let i = 0; i < count; i++) {
@@ -245,86 +211,70 @@ class Molecule {
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     this.#colour();
     const [x, y] = this.shift;
+    this.eye = { turn: this.turn, middle: this.middle.map((value, k) => value - x * this.turn[0][k] - y * this.turn[1][k]) };
     this.camera = {
       turn: [0, 1, 2].flatMap((column) => this.turn.map((row) => row[column])),
-      middle: this.middle.map((value, k) => value - x * this.turn[0][k] - y * this.turn[1][k]),
+      middle: this.eye.middle,
       scale: [(2 * this.scale) / width, (2 * this.scale) / height],
       depth: 0.45 / this.radius,
     };
     const colours = this.theme();
     const unit = (colour) => colour.map((value) => value / 255);
     this.paints = { ground: unit(colours.ground), ink: unit(colours.ink), more: unit(MORE), less: unit(LESS) };
-    if (this.view === "projection") this.#project(width, height);
+    if (this.view === "projection") this.#project(width, height, atRest);
     else this.#surface(width, height, atRest);
   }
 
-  #project(width, height) {
-    const { gl, programs } = this;
+  #project(width, height, atRest) {
+    const { gl, programs, projection, state, colours } = this;
     // A sum of Gaussians has no detail finer than the narrowest: fewer, larger pixels hold it and are enlarged.
-    const pixel = Math.max(1, 0.6 * this.narrow * this.scale);
+    const share = atRest ? 0.45 : 0.9 - (0.35 * this.detail) / STEPS;
+    const pixel = Math.max(1, share * this.narrow * this.scale);
     const size = [width, height].map((length) => Math.max(8, Math.ceil(length / pixel)));
-    if (this.target.width !== size[0] || this.target.height !== size[1]) {
-      twgl.resizeFramebufferInfo(gl, this.target, [{ internalFormat: gl.RGBA16F, minMag: gl.LINEAR, wrap: gl.CLAMP_TO_EDGE }], ...size);
-    }
-    twgl.bindFramebufferInfo(gl, this.target);
-    gl.clearColor(0, 0, 0, 0);
-    gl.clear(gl.COLOR_BUFFER_BIT);
-    gl.disable(gl.DEPTH_TEST);
-    gl.enable(gl.BLEND);
-    gl.blendFunc(gl.ONE, gl.ONE);
-    gl.useProgram(programs.sprite.program);
-    twgl.setUniforms(programs.sprite, this.camera, { narrowest: (0.6 * pixel) / this.scale });
+    projection.begin(...size);
+    const paint = (weights) => (_, out) => out.set(weights);
+    const add = (gaussians, weigh) => projection.add(gaussians, this.eye, this.scale / pixel, weigh);
     if (this.difference) {
-      this.#sprites(this.state, { coloured: false, fixedPaint: [1, 0, 0, 1] });
-      this.#sprites({ ...this.consensus, sigma: this.state.sigma }, { coloured: false, fixedPaint: [-1, 0, 0, 0] });
+      add(state, paint([1, 0, 0, 1]));
+      add(this.before, paint([-1, 0, 0, 0]));
     } else {
-      this.#sprites(this.state, { coloured: this.paint !== "plain", fixedPaint: [0, 0, 0, 1] });
+      add(state, (i, out) => {
+        for (let k = 0; k < 3; k++) out[k] = colours[3 * i + k] / 255;
+        out[3] = 1;
+      });
     }
-    twgl.bindFramebufferInfo(gl, null);
-    gl.disable(gl.BLEND);
-    gl.useProgram(programs.screen.program);
-    twgl.setUniforms(programs.screen, this.paints, {
-      sums: this.target.attachments[0],
-      gain: (1.1 * this.contrast) / this.column,
-      mode: this.difference ? 2 : this.paint === "plain" ? 0 : 1,
+    twgl.setTextureFromArray(gl, this.sums, projection.sums, {
+      width: size[0], height: size[1], internalFormat: gl.RGBA16F, format: gl.RGBA, type: gl.FLOAT, minMag: gl.LINEAR, wrap: gl.CLAMP_TO_EDGE,
     });
+    gl.disable(gl.DEPTH_TEST);
+    gl.disable(gl.BLEND);
+    gl.viewport(0, 0, width, height);
+    gl.useProgram(programs.screen.program);
     twgl.setBuffersAndAttributes(gl, programs.screen, this.screen);
+    const mode = this.difference ? 2 : this.paint === "plain" ? 0 : 1;
+    // The plane of sums is a little larger than the canvas where lengths do not divide.
+    const part = [width, height].map((length, k) => length / pixel / size[k]);
+    twgl.setUniforms(programs.screen, this.paints, { sums: this.sums, part, gain: (1.1 * this.contrast) / this.column, mode });
     gl.drawArrays(gl.TRIANGLE_STRIP, 0, 4);
-  }
-
-  #sprites({ position, amplitude, sigma }, uniforms) {
-    const { gl, packed, sprites, programs } = this;
-    for (let i = 0; i < sigma.length; i++) {
-      packed[4 * i] = position[3 * i];
-      packed[4 * i + 1] = position[3 * i + 1];
-      packed[4 * i + 2] = position[3 * i + 2];
-      packed[4 * i + 3] = sigma[i];
-    }
-    twgl.setAttribInfoBufferFromArray(gl, sprites.attribs.gaussian, packed);
-    twgl.setAttribInfoBufferFromArray(gl, sprites.attribs.amplitude, amplitude);
-    twgl.setAttribInfoBufferFromArray(gl, sprites.attribs.colour, this.colours);
-    twgl.setUniforms(programs.sprite, uniforms);
-    twgl.setBuffersAndAttributes(gl, programs.sprite, sprites);
-    gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, sigma.length);
   }
 
   /** Å per voxel: as fine as the Gaussians deserve, and no more voxels than there is time for. */
   #step(atRest) {
-    const most = atRest ? 1.6e6 : 1e5 + (5e5 * this.detail) / STEPS;
-    return Math.max((atRest ? 0.55 : 0.9) * this.narrow, Math.cbrt(this.extent / most));
+    const most = atRest ? 4e6 : 2e5 * 8 ** (this.detail / STEPS);
+    return Math.max((atRest ? 0.8 : 0.9) * this.narrow, Math.cbrt(this.extent / most));
   }
 
   /** The level that holds the chosen fraction of a typical state; the same for all states. */
-  #level(step) {
-    if (!this.levels.has(step)) this.levels.set(step, new Density(step).fill({ ...this.typical, sigma: this.decoder.sigma }).levels());
-    return this.levels.get(step)(this.fraction);
+  #level(step, blur = 0) {
+    const key = `${step} ${blur}`;
+    if (!this.levels.has(key)) this.levels.set(key, new Density(step).fill(this.typical, { blur }).levels());
+    return this.levels.get(key)(this.fraction);
   }
 
   #surface(width, height, atRest) {
     const { gl, programs, densities: [whole, changed] } = this;
     const step = this.#step(atRest), level = this.#level(step);
-    whole.step = changed.step = step;
-    const before = { ...this.consensus, sigma: this.state.sigma };
+    whole.step = step;
     gl.viewport(0, 0, width, height);
     gl.clearColor(...this.paints.ground, 1);
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
@@ -332,19 +282,22 @@ class Molecule {
     gl.disable(gl.BLEND);
     gl.useProgram(programs.mesh.program);
     twgl.setUniforms(programs.mesh, this.camera, this.paints);
-    whole.fill(this.state);
+    const least = 0.01 * level;
+    whole.fill(this.state, { least });
     if (!this.difference) {
       this.#mesh(0, whole, level, this.colours, 1, 1);
       return;
     }
-    const boxes = [boxOf(this.state.position, before.sigma, step), boxOf(before.position, before.sigma, step)];
-    const box = [[0, 1, 2].map((x) => Math.min(boxes[0][0][x], boxes[1][0][x])), [0, 1, 2].map((x) => Math.max(boxes[0][1][x], boxes[1][1][x]))];
-    changed.fill(this.state, { box });
-    changed.fill(before, { keep: true, factor: -1 });
+    changed.step = Math.max(step, 0.8 * Math.hypot(this.narrow, BLUR));
+    const cut = 0.5 * this.#level(changed.step, BLUR);
+    const how = { least: 0.01 * cut, blur: BLUR };
+    const box = union(...[this.state, this.before].map(({ position, amplitude, sigma }) => boxOf(position, sigma, changed.step, amplitude, how.least, BLUR)));
+    changed.fill(this.state, { ...how, box });
+    changed.fill(this.before, { ...how, keep: true, factor: -1 });
     const one = (colour) => Uint8Array.from({ length: 3 * this.decoder.count }, (_, i) => colour[i % 3]);
     this.flat ??= [one(MORE), one(LESS), one([140, 146, 156])];
-    this.#mesh(1, changed, 0.6 * level, this.flat[0], 1, 1);
-    this.#mesh(2, changed, 0.6 * level, this.flat[1], -1, 1);
+    this.#mesh(1, changed, cut, this.flat[0], 1, 1);
+    this.#mesh(2, changed, cut, this.flat[1], -1, 1);
     // The state itself as a veil: first its depth alone, so that only the nearest layer is seen.
     gl.colorMask(false, false, false, false);
     const veil = this.#mesh(0, whole, level, this.flat[2], 1, 1);

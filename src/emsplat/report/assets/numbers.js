@@ -95,3 +95,8 @@ function shown(value, digits = 3) {
   const text = size >= 10 ** digits || size < 1e-3 ? value.toPrecision(digits) : value.toFixed(clamp(digits - 1 - Math.floor(Math.log10(size)), 0, 4));
   return String(size >= 10 ** digits ? Math.round(Number(text)).toLocaleString("en") : text).replace("-", "−");
 }
+
+/** A program of two shaders; what the compiler says becomes an error. */
+function makeProgram(gl, shaders) {
+  return twgl.createProgramInfo(gl, shaders, (message) => { throw new Error(message); });
+}
