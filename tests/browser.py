@@ -39,9 +39,7 @@ class Page:
         self._commands, self._answers = commands, os.fdopen(answers, "rb", buffering=0)
         self._numbers, self._left, self._session = itertools.count(1), b"", ""
         self.problems: list[str] = []  # errors of scripts, of the console and of the policy
-        target = next(
-            one for one in self.send("Target.getTargets")["targetInfos"] if one["type"] == "page"
-        )
+        target = next(one for one in self.send("Target.getTargets")["targetInfos"] if one["type"] == "page")
         self._session = self.send("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
@@ -130,9 +128,7 @@ class Page:
         return base64.b64decode(self.send("Page.captureScreenshot", **clip)["data"])
 
     def size(self, width: int, height: int, *, dark: bool = False) -> None:
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
 

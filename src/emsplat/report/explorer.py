@@ -32,8 +32,8 @@ _SCRIPTS = ("numbers.js", "decoder.js", "surface.js", "molecule.js", "latents.js
 class DecoderNumbers:
     """What a fitted decoder consists of, with the names, shapes and units of `emsplat.models.decoder.Decoder`.
 
-    ``half`` is 1 or 2, or 0 for a model of all particles. Its own latent is ``frame[:, :-1] @ z + frame[:, -1]`` for the
-    latent z of the page; None where they are the same.
+    ``half`` is 1 or 2, or 0 for a model of all particles. Its own latent is ``frame[:, :-1] @ z + frame[:, -1]`` for
+    the latent z of the page; None where they are the same.
     """
 
     centre: _Array  # (g, 3), in units of `length`
@@ -107,7 +107,9 @@ def write_explorer(path: Path, numbers: ExplorerNumbers) -> Path:
         OutputError: the page cannot be written.
     """
     _check(numbers)
-    assets = {file.name: file.read_text(encoding="utf-8") for file in (resources("emsplat.report") / "assets").iterdir()}
+    assets = {
+        file.name: file.read_text(encoding="utf-8") for file in (resources("emsplat.report") / "assets").iterdir()
+    }
     # A "<" could end the script that holds the numbers.
     data = json.dumps(_encoded(numbers), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     script = "\n".join(assets[name] for name in _SCRIPTS)

@@ -97,6 +97,7 @@ function start() {
       swatches(range(data.states.length), (k) => data.states[k].name, category, (i) => near[i]);
     } else if (by === "turn" || by === "shift") {
       work = motionsOfAll(by);
+      byId("plane-legend").textContent = "computing motions";
     } else if (by in columnColours) {
       const [label, map] = columnColours[by];
       const values = by === "defocus" ? data.defocus.map((value) => value / 1e4) : data[by];
@@ -669,7 +670,7 @@ function start() {
   });
 
   function drawHistograms() {
-    const accent = theme().density;
+    const { faint } = theme();
     for (const { histogram, column, low, high } of sliders) {
       const bins = new Float64Array(60);
       for (const value of column) {
@@ -679,7 +680,7 @@ function start() {
       const most = Math.max(...bins);
       [histogram.width, histogram.height] = [240, 40];
       const context = histogram.getContext("2d");
-      context.fillStyle = css(accent);
+      context.fillStyle = css(faint);
       bins.forEach((count, bin) => context.fillRect(8 + 3.73 * bin, 34 - (32 * count) / most, 3.9, (32 * count) / most));
     }
   }
@@ -780,7 +781,7 @@ function rampLegend(map, label, low, high) {
 
 function population({ population: share, interval }) {
   const percent = (value) => (100 * value).toFixed(value < 0.1 ? 1 : 0);
-  return interval ? `${percent(share)} % (${percent(interval[0])} to ${percent(interval[1])})` : `${percent(share)} %`;
+  return interval ? `${percent(share)} % (${percent(interval[0])}–${percent(interval[1])})` : `${percent(share)} %`;
 }
 
 const describe = (state) => population(state) + (state.resolution === null ? "" : `, ${state.resolution.toFixed(2)} Å`);
