@@ -53,7 +53,7 @@ function start() {
 
   function goTo(next) {
     latent = Float64Array.from(next);
-    touch("over", "molecule", "words");
+    touch("molecule", "words");
   }
 
   function release() {
@@ -229,11 +229,14 @@ function start() {
   }
 
   function showScale() {
-    const perAngstrom = (molecule.zoom * Math.min(molecule.canvas.clientWidth, molecule.canvas.clientHeight)) / (2 * molecule.radius);
-    const length = niceStep(70 / perAngstrom);
-    byId("scale").style.width = `${length * perAngstrom}px`;
+    const length = niceStep(70 / molecule.perAngstrom);
+    const shownNow = `${length} Å, ${length * molecule.perAngstrom}`;
+    if (shownNow === scaleShown) return;
+    scaleShown = shownNow;
+    byId("scale").style.width = `${length * molecule.perAngstrom}px`;
     byId("scale").textContent = `${length} Å`;
   }
+  let scaleShown = "";
 
   function showSelection() {
     const count = sum(Array.from(plane.selected));
@@ -285,15 +288,17 @@ function start() {
       const route = routeOf();
       const whole = route.length - 1;
       time = (time + (passed * Number(byId("speed").value)) / STRETCH) % (2 * whole);
-      goTo(along(route, time <= whole ? time : 2 * whole - time));
-      byId("time").value = time <= whole ? time : 2 * whole - time;
+      const played = time <= whole ? time : 2 * whole - time;
+      goTo(along(route, played));
+      if (counts.frames % 4 === 0) byId("time").value = played;
     } else if (moved && pointer && tool === "move" && !pinned) {
       goTo(plane.latentAt(...plane.toPlane(...pointer), byId("hold").checked ? latent : null));
     }
     if (moved) showTip();
     moved = false;
     if (stale.plane) plane.draw();
-    if (stale.plane || stale.over) plane.drawOver({ latent, pinned, path, lasso });
+    if (stale.plane || stale.over) plane.drawOver({ path, lasso });
+    if (stale.plane || stale.words) plane.mark(latent, pinned);
     if (stale.molecule) {
       molecule.set(latent);
       molecule.draw(false);
@@ -309,7 +314,7 @@ function start() {
       frames.length = 0;
       byId("rate").textContent = "";
     }
-    if (stale.words && (counts.frames % 4 === 0 || !stale.molecule)) {
+    if (stale.words && (counts.frames % 6 === 0 || !stale.molecule)) {
       showHere();
       stale.words = false;
     }
@@ -328,8 +333,8 @@ function start() {
     if (frames.length > 30) frames.shift();
     if (frames.length < 5) return;
     const rate = (1000 * (frames.length - 1)) / (now - frames[0]);
-    byId("rate").textContent = `${Math.round(rate)} frames/s`;
     if (counts.molecule % 5) return;
+    byId("rate").textContent = `${Math.round(rate)} frames/s`;
     const recent = (now - frames[frames.length - 5]) / 4;
     if (recent > 28) {
       molecule.detail = Math.max(0, molecule.detail - 1);
@@ -440,9 +445,8 @@ function start() {
     const [dx, dy] = [event.clientX - held[0], event.clientY - held[1]];
     held = [event.clientX, event.clientY];
     if (event.shiftKey || event.buttons === 4 || event.buttons === 2) {
-      const perAngstrom = (molecule.zoom * Math.min(canvas.clientWidth, canvas.clientHeight)) / (2 * molecule.radius);
-      molecule.shift[0] += dx / perAngstrom;
-      molecule.shift[1] -= dy / perAngstrom;
+      molecule.shift[0] += dx / molecule.perAngstrom;
+      molecule.shift[1] -= dy / molecule.perAngstrom;
     } else molecule.rotate(0.009 * dy, 0.009 * dx);
     touch("molecule");
   });
@@ -696,18 +700,18 @@ function start() {
       })));
     byId("states-card").hidden = !data.states.length;
     byId("states").replaceChildren(
-      element("thead", {}, row("th", "state", "population", "resolution", "", "")),
+      element("thead", {}, row("th", "state", "population", "resolution", "")),
       element("tbody", {}, ...data.states.map((state, k) => {
-        const line = row("td", state.name, population(state), state.resolution === null ? "–" : `${state.resolution.toFixed(2)} Å`, "", "");
-        const go = element("button", { type: "button", textContent: "Go", title: `Show ${state.name}` });
+        const line = row("td", "", population(state), state.resolution === null ? "–" : `${state.resolution.toFixed(2)} Å`, "");
+        const go = element("button", { type: "button", textContent: state.name, title: "Show it" });
         go.addEventListener("click", () => { release(); pinned = true; goTo(state.latent); });
         const take = element("button", { type: "button", textContent: "Select", title: `Select the particles nearest to ${state.name}` });
         take.addEventListener("click", (event) => {
           const near = nearestStates();
           select(selectionOf((i) => near[i] === k), event);
         });
-        line.cells[3].append(go);
-        line.cells[4].append(take);
+        line.cells[0].append(go);
+        line.cells[3].append(take);
         return line;
       })));
   }
@@ -739,7 +743,13 @@ function start() {
   for (const each of document.querySelectorAll("canvas")) {
     each.addEventListener("webglcontextlost", () => fail("the browser has taken the graphics away; load the page again"));
   }
-  new ResizeObserver(() => touch("plane", "over", "molecule")).observe(document.body);
+  const resized = new ResizeObserver(() => {
+    plane.measure();
+    molecule.measure();
+    touch("plane", "molecule");
+  });
+  resized.observe(stage);
+  resized.observe(canvas);
   requestAnimationFrame(frame);
 
   // For the console, and for tests.

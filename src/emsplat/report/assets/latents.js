@@ -29,7 +29,10 @@ class LatentPlane {
   constructor(stage, data, theme) {
     this.data = data;
     this.theme = theme;
-    [this.under, this.points, this.over] = ["under", "points", "over"].map((name) => stage.querySelector(`canvas.${name}`));
+    [this.under, this.over] = ["under", "over"].map((name) => stage.querySelector(`canvas.${name}`));
+    this.marker = stage.querySelector(".marker");
+    // Particles are drawn elsewhere and copied: each layer on the screen costs time whenever anything above or below moves.
+    this.points = document.createElement("canvas");
     this.gl = this.points.getContext("webgl2", { antialias: false, premultipliedAlpha: true });
     if (!this.gl) throw new Error("WebGL 2 is not available in this browser");
     const { gl } = this, { count } = data;
@@ -43,6 +46,7 @@ class LatentPlane {
       colour: { numComponents: 4, data: this.colours, normalize: true, drawType: gl.DYNAMIC_DRAW },
     });
     this.selected = new Uint8Array(count);
+    this.measure();
     this.layers = { density: true, particles: true, states: true };
     this.#principal();
   }
@@ -168,6 +172,11 @@ class LatentPlane {
     return latent;
   }
 
+  /** Asks for the size of the canvas, which costs a layout, and so is done when it changes alone. */
+  measure() {
+    this.size = [this.over.clientWidth || 1, this.over.clientHeight || 1];
+  }
+
   home() {
     this.centre = this.domain.map(([low, high]) => (low + high) / 2);
     this.magnification = 1;
@@ -182,10 +191,6 @@ class LatentPlane {
   toPlane(x, y) {
     const [w, h] = this.size;
     return [this.centre[0] + (x - w / 2) / this.unit[0], this.centre[1] - (y - h / 2) / this.unit[1]];
-  }
-
-  get size() {
-    return [this.over.clientWidth || 1, this.over.clientHeight || 1];
   }
 
   get unit() {
@@ -238,7 +243,7 @@ class LatentPlane {
     twgl.setAttribInfoBufferFromArray(this.gl, this.buffers.attribs.colour, this.colours);
   }
 
-  /** Density and particles; what moves with the pointer is drawn by `drawOver` alone. */
+  /** Density and particles. */
   draw() {
     const ratio = window.devicePixelRatio || 1;
     const [w, h] = this.size;
@@ -247,11 +252,18 @@ class LatentPlane {
       if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     }
     this.#drawDensity(ratio);
+    if (!this.layers.particles) return;
+    this.#drawParticles(ratio);
+    const context = this.under.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.drawImage(this.points, 0, 0);
+  }
+
+  #drawParticles(ratio) {
     const { gl } = this;
     gl.viewport(0, 0, this.points.width, this.points.height);
     gl.clearColor(0, 0, 0, 0);
     gl.clear(gl.COLOR_BUFFER_BIT);
-    if (!this.layers.particles) return;
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     gl.useProgram(this.program.program);
@@ -265,7 +277,7 @@ class LatentPlane {
   }
 
   #drawDensity(ratio) {
-    const context = this.under.getContext("2d");
+    const context = this.under.getContext("2d", { alpha: false });
     const { ground, density, line } = this.theme();
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.fillStyle = css(ground);
@@ -282,7 +294,7 @@ class LatentPlane {
   /** The density as a picture with a line at each kT, finer than the grid. */
   #makeBackdrop(ground, strong, line) {
     const fine = 5 * CELLS;
-    const picture = new OffscreenCanvas(fine, fine);
+    const picture = Object.assign(document.createElement("canvas"), { width: fine, height: fine });
     const context = picture.getContext("2d");
     const image = context.createImageData(fine, fine);
     const height = new Float32Array(fine * fine);
@@ -311,8 +323,15 @@ class LatentPlane {
     return { picture, theme: String(ground) };
   }
 
-  /** Axes, states, the path, the lasso and where the molecule is. */
-  drawOver({ latent, pinned, path, lasso }) {
+  /** Where the molecule is. */
+  mark(latent, pinned) {
+    const [x, y] = this.toScreen(...this.project(latent));
+    this.marker.style.transform = `translate(${x.toFixed(1)}px, ${y.toFixed(1)}px)`;
+    this.marker.classList.toggle("pinned", pinned);
+  }
+
+  /** Axes, states, the path and the lasso. */
+  drawOver({ path, lasso }) {
     const context = this.over.getContext("2d");
     const ratio = window.devicePixelRatio || 1;
     const [w, h] = this.size;
@@ -322,7 +341,6 @@ class LatentPlane {
     context.font = "11px system-ui, sans-serif";
     this.#drawAxes(context, w, h, faint, text);
     const total = Math.max(...this.data.weights);
-    const marker = this.toScreen(...this.project(latent));
     if (this.layers.states) {
       for (let m = 0; m < this.data.weights.length; m++) {
         const [x, y] = this.toScreen(...this.project(this.data.points, m * this.data.latents));
@@ -344,11 +362,9 @@ class LatentPlane {
         context.lineTo(x, y + 5);
         context.lineTo(x - 5, y);
         context.fill();
-        const [mx, my] = marker;
-        const away = Math.hypot(x - mx, y - my) < 14 ? 19 : 9;
-        const left = x + away + context.measureText(state.name).width > w - 4; // no room to the right
+        const left = x + 13 + context.measureText(state.name).width > w - 4; // no room to the right
         context.textAlign = left ? "right" : "left";
-        outlined(context, state.name, left ? x - away : x + away, y + 4, text, ground);
+        outlined(context, state.name, left ? x - 13 : x + 13, y + 4, text, ground);
         context.textAlign = "left";
       });
     }
@@ -383,24 +399,6 @@ class LatentPlane {
       context.strokeStyle = css(accent);
       context.lineWidth = 1.5;
       context.stroke();
-    }
-    const [x, y] = marker;
-    for (const [width, colour] of [[5, ground], [2.2, accent]]) {
-      context.lineWidth = width;
-      context.strokeStyle = css(colour);
-      context.beginPath();
-      context.arc(x, y, 9, 0, 7);
-      for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1]]) {
-        context.moveTo(x + 9 * dx, y + 9 * dy);
-        context.lineTo(x + 15 * dx, y + 15 * dy);
-      }
-      context.stroke();
-    }
-    if (pinned) {
-      context.fillStyle = css(accent);
-      context.beginPath();
-      context.arc(x, y, 4, 0, 7);
-      context.fill();
     }
   }
 

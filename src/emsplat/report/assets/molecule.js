@@ -82,6 +82,7 @@ class Molecule {
     this.contrast = 1;
     this.zoom = 1;
     this.shift = [0, 0];
+    this.measure();
     this.detail = 2; // while the molecule moves: falls where frames take long
     this.gl = canvas.getContext("webgl2", { antialias: false, alpha: false });
     if (!this.gl) throw new Error("WebGL 2 is not available in this browser");
@@ -95,6 +96,16 @@ class Molecule {
     this.projection = new Projection();
     this.meshes = [0, 1, 2].map(() => ({ surface: new Surface(), buffers: this.#meshBuffers() }));
     this.densities = [0, 1].map(() => new Density(1));
+  }
+
+  /** CSS pixels; asking costs a layout. */
+  measure() {
+    this.size = [this.canvas.clientWidth || 1, this.canvas.clientHeight || 1];
+  }
+
+  /** CSS pixels per Å. */
+  get perAngstrom() {
+    return (this.zoom * Math.min(...this.size)) / (2 * this.radius);
   }
 
   /** Another model, seen from the broad side of a typical state of it. */
@@ -111,6 +122,7 @@ class Molecule {
     this.typical = { ...decoder.decode(typical), sigma: decoder.sigma };
     this.levels = new Map();
     this.flat = null;
+    this.bases = new Map();
     this.#survey();
     if (!this.turn) this.face();
   }
@@ -207,7 +219,7 @@ class Molecule {
     const { gl, canvas } = this;
     const ratio = window.devicePixelRatio || 1;
     const fine = atRest ? Math.max(2, ratio) : Math.min(ratio, 2) * (0.5 + (0.5 * this.detail) / STEPS);
-    const width = Math.max(8, Math.round(canvas.clientWidth * fine)), height = Math.max(8, Math.round(canvas.clientHeight * fine));
+    const [width, height] = this.size.map((length) => Math.max(8, Math.round(length * fine)));
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     this.#colour();
     const [x, y] = this.shift;
@@ -273,8 +285,7 @@ class Molecule {
 
   #surface(width, height, atRest) {
     const { gl, programs, densities: [whole, changed] } = this;
-    const step = this.#step(atRest), level = this.#level(step);
-    whole.step = step;
+    const fine = this.#step(atRest);
     gl.viewport(0, 0, width, height);
     gl.clearColor(...this.paints.ground, 1);
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
@@ -282,32 +293,43 @@ class Molecule {
     gl.disable(gl.BLEND);
     gl.useProgram(programs.mesh.program);
     twgl.setUniforms(programs.mesh, this.camera, this.paints);
-    const least = 0.01 * level;
-    whole.fill(this.state, { least });
     if (!this.difference) {
-      this.#mesh(0, whole, level, this.colours, 1, 1);
+      const level = this.#level(fine);
+      whole.step = fine;
+      this.#mesh(0, whole.fill(this.state, { least: 0.01 * level }), level, this.colours);
       return;
     }
-    changed.step = Math.max(step, 0.8 * Math.hypot(this.narrow, BLUR));
-    const cut = 0.5 * this.#level(changed.step, BLUR);
-    const how = { least: 0.01 * cut, blur: BLUR };
-    const box = union(...[this.state, this.before].map(({ position, amplitude, sigma }) => boxOf(position, sigma, changed.step, amplitude, how.least, BLUR)));
-    changed.fill(this.state, { ...how, box });
-    changed.fill(this.before, { ...how, keep: true, factor: -1 });
+    whole.step = Math.max(fine, 0.8 * Math.hypot(this.narrow, BLUR));
+    const level = this.#level(whole.step, BLUR), least = 0.01 * level;
+    const before = this.#consensusAround(whole.step, least);
+    whole.fill(this.state, { least, blur: BLUR, box: before.box });
+    changed.subtract(whole, before);
     const one = (colour) => Uint8Array.from({ length: 3 * this.decoder.count }, (_, i) => colour[i % 3]);
     this.flat ??= [one(MORE), one(LESS), one([140, 146, 156])];
-    this.#mesh(1, changed, cut, this.flat[0], 1, 1);
-    this.#mesh(2, changed, cut, this.flat[1], -1, 1);
+    this.#mesh(1, changed, 0.5 * level, this.flat[0]);
+    this.#mesh(2, changed, 0.5 * level, this.flat[1], -1);
     // The state itself as a veil: first its depth alone, so that only the nearest layer is seen.
     gl.colorMask(false, false, false, false);
-    const veil = this.#mesh(0, whole, level, this.flat[2], 1, 1);
+    const veil = this.#mesh(0, whole, level, this.flat[2]);
     gl.colorMask(true, true, true, true);
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     gl.depthFunc(gl.LEQUAL);
     twgl.setUniforms(programs.mesh, { opacity: 0.3 });
-    gl.drawElements(gl.TRIANGLES, veil.indices, gl.UNSIGNED_INT, 0);
+    if (veil.indices) gl.drawElements(gl.TRIANGLES, veil.indices, gl.UNSIGNED_INT, 0);
     gl.disable(gl.BLEND);
+  }
+
+  /** The consensus in a box that holds the state as well; it is made again only where that grows. */
+  #consensusAround(step, least) {
+    const { position, amplitude, sigma } = this.state;
+    const box = boxOf(position, sigma, step, amplitude, least, BLUR);
+    const kept = this.bases.get(step);
+    if (kept && box[0].every((low, x) => low >= kept.box[0][x]) && box[1].every((high, x) => high <= kept.box[1][x])) return kept;
+    const own = boxOf(this.before.position, sigma, step, this.before.amplitude, least, BLUR);
+    const base = new Density(step).fill(this.before, { box: union(union(own, box), kept ? kept.box : own), blur: BLUR });
+    this.bases.set(step, base);
+    return base;
   }
 
   #meshBuffers() {
@@ -320,7 +342,7 @@ class Molecule {
     });
   }
 
-  #mesh(number, density, level, colours, sign, opacity) {
+  #mesh(number, density, level, colours, sign = 1) {
     const { gl, programs } = this;
     const { surface, buffers } = this.meshes[number];
     surface.extract(density, level, colours, sign);
@@ -334,7 +356,7 @@ class Molecule {
     send(buffers.attribs.colour.buffer, gl.ARRAY_BUFFER, surface.colour.subarray(0, 4 * surface.vertices));
     send(buffers.indices, gl.ELEMENT_ARRAY_BUFFER, surface.triangles.subarray(0, surface.indices));
     twgl.setBuffersAndAttributes(gl, programs.mesh, buffers);
-    twgl.setUniforms(programs.mesh, { opacity });
+    twgl.setUniforms(programs.mesh, { opacity: 1 });
     if (surface.indices) gl.drawElements(gl.TRIANGLES, surface.indices, gl.UNSIGNED_INT, 0);
     return surface;
   }

@@ -18,12 +18,11 @@ class Density {
     this.last = new Int32Array(0);
   }
 
-  /** `factor` −1 with `keep` takes away what was added before; Gaussians lower than `least` at their peaks are left out;
-   * all are blurred by `blur` Å. */
-  fill({ position, amplitude, sigma }, { keep = false, factor = 1, box = null, least = 0, blur = 0 } = {}) {
-    if (!keep) this.#clear(box ?? boxOf(position, sigma, this.step, amplitude, least, blur));
+  /** Gaussians lower than `least` at their peaks are left out; all are blurred by `blur` Å. */
+  fill({ position, amplitude, sigma }, { box = null, least = 0, blur = 0 } = {}) {
+    this.#clear(box ?? boxOf(position, sigma, this.step, amplitude, least, blur));
     const { step, values, owner, strongest, first, last, size: [nx, ny, nz], low: [lx, ly, lz] } = this;
-    const wx = new Float64Array(128);
+    const wx = new Float64Array(128), wy = new Float64Array(128);
     const unit = Math.pow(2 * Math.PI, -1.5) / (step * step * step);
     for (let i = 0; i < amplitude.length; i++) {
       // A Gaussian narrower than the voxels would fall between them; a wider one of the same mass does not.
@@ -36,19 +35,18 @@ class Density {
       const y0 = Math.max(0, Math.ceil(y - reach)), y1 = Math.min(ny - 1, Math.floor(y + reach));
       const z0 = Math.max(0, Math.ceil(z - reach)), z1 = Math.min(nz - 1, Math.floor(z + reach));
       const c = -0.5 / (s * s);
-      for (let k = x0; k <= x1; k++) wx[k - x0] = factor * peak * Math.exp(c * (k - x) * (k - x));
+      for (let k = x0; k <= x1; k++) wx[k - x0] = peak * Math.exp(c * (k - x) * (k - x));
+      for (let k = y0; k <= y1; k++) wy[k - y0] = Math.exp(c * (k - y) * (k - y));
       for (let kz = z0; kz <= z1; kz++) {
         // A ball, not a cube: half the voxels.
-        const dz = (kz - z) * (kz - z);
+        const dz = (kz - z) * (kz - z), wz = Math.exp(c * dz);
         for (let ky = y0; ky <= y1; ky++) {
-          const square = dz + (ky - y) * (ky - y);
-          const room = reach * reach - square;
+          const room = reach * reach - dz - (ky - y) * (ky - y);
           if (room <= 0) continue;
           const half = Math.sqrt(room);
           const from = Math.max(x0, Math.ceil(x - half)), to = Math.min(x1, Math.floor(x + half));
           if (from > to) continue;
-          const share = Math.exp(c * square);
-          const line = kz * ny + ky;
+          const share = wz * wy[ky - y0], line = kz * ny + ky;
           if (from < first[line]) first[line] = from;
           if (to > last[line]) last[line] = to;
           for (let kx = from, n = line * nx + from; kx <= to; kx++, n++) {
@@ -63,6 +61,24 @@ class Density {
       }
     }
     return this;
+  }
+
+  /** What one density has more than another in the same box. */
+  subtract(one, other) {
+    this.step = one.step;
+    this.#clear(one.box);
+    const { values, first, last, size: [nx, ny, nz] } = this;
+    for (let line = 0; line < ny * nz; line++) {
+      const from = Math.min(one.first[line], other.first[line]), to = Math.max(one.last[line], other.last[line]);
+      first[line] = from;
+      last[line] = to;
+      for (let n = line * nx + from; n <= line * nx + to; n++) values[n] = one.values[n] - other.values[n];
+    }
+    return this;
+  }
+
+  get box() {
+    return [this.low, this.low.map((low, x) => low + this.size[x] - 1)];
   }
 
   #clear([low, high]) {
