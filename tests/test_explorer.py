@@ -418,3 +418,40 @@ def test_browser_exports_what_the_lasso_holds(tmp_path: Path) -> None:
         near = numbers.particles.row[distance.argmin(1) == 1]
         assert [int(line) for line in page.evaluate("explorer.rowsText()").split()] == near.tolist()
         assert page.problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latents", [1, 2])
+def test_browser_shows_what_little_there_is(latents: int, tmp_path: Path) -> None:
+    """One model, one component, four particles, no state and no point of a density."""
+    latent = np.linspace(-1, 1, 4 * latents).reshape(4, latents)
+    numbers = ExplorerNumbers(
+        "small",
+        [numbers_of(make_decoder(4, 12, Shape(latents, parts=1, bends=0, changes=0)))],
+        ParticleNumbers(np.arange(4) + 1, np.zeros(4, int), latent, np.zeros(4)),
+        np.zeros((0, latents)),
+        np.zeros(0),
+        np.zeros(latents),
+    )
+    path = write_explorer(tmp_path / "page.html", numbers)
+    with browsing(tmp_path / "profile", 500, 800) as page:
+        page.open(path)
+        page.wait("explorer.counts.molecule > 0")
+        left, top, width, height = page.box("#plane")
+        page.mouse("moved", left + 0.9 * width, top + 0.5 * height)
+        page.frames(3)
+        high = page.evaluate("explorer.latent[0]")
+        page.mouse("moved", left + 0.1 * width, top + 0.5 * height)
+        page.frames(3)
+        assert page.evaluate("explorer.latent[0]") < high
+        drawn = page.evaluate("explorer.counts.molecule")
+        page.key(" ")
+        page.wait(f"explorer.counts.molecule > {drawn + 5}")
+        for change in (
+            "document.getElementById('difference').click()",
+            "document.querySelector('[data-value=projection]').click()",
+        ):
+            page.evaluate(change)
+            page.frames(5)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.problems == []
