@@ -29,6 +29,7 @@ from emsplat.io import gaussians as gaussian_files
 from emsplat.io import mrc
 from emsplat.io.particles import read_particles as read_table
 from emsplat.io.table import ParticleTable, merge_tables
+from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import Curves, resolution
 from emsplat.models.gaussians import Bounds
@@ -85,7 +86,7 @@ def read_particles(
     table = merge_tables([first, *more])
     stack = open_table(
         table,
-        symmetry=symmetry,
+        symmetry=parse_symmetry(symmetry),
         invert=invert,
         diameter=None if diameter is None else float(diameter),
         box=box,
@@ -185,7 +186,7 @@ def backproject(particles: ParticleStack) -> Maps:
     both, grid = first + second, particles.grid
     whole = both.solve().cpu()
     mask = particle_mask(whole, grid, particles.diameter, is_evident(raw, grid, particles.diameter))
-    validation = CrossValidation(raw, mask, grid, len(particles.symmetry))
+    validation = CrossValidation(raw, mask, grid, particles.symmetry.order)
     full = both.solve(ssnr_prior(validation.raw).to(both.linear.device)).cpu()
     return Maps(grid, raw, full, mask, half_map_curves(raw, grid, mask), (first, second))
 

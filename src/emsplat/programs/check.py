@@ -22,7 +22,7 @@ from emsplat.io.mrc import write_map
 from emsplat.io.particles import count_stacks, is_star, lost_stacks
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import Symmetry
 from emsplat.measures.curves import resolution
 from emsplat.measures.directional import fourier_sampling, sampling_compensation
 from emsplat.measures.fsc import fsc_curve
@@ -70,7 +70,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     if output is not None and (output / SETTINGS).exists():
         raise OutputError(f"{output}: holds a run, whose page would be replaced; choose another folder with -o")
     table = read_source(config, particles, need_stacks=False)
-    group = symmetry_group(config.choice.symmetry)
+    symmetry = config.choice.point_group
     missing = [] if config.metadata_only else lost_stacks(table)
     items = [
         _counts(table),
@@ -79,7 +79,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         *_optics(table),
         *_formation(table),
         _shifts(table),
-        _views(table, group),
+        _views(table, symmetry),
     ]
     items += [Item("metadata", "ok", note) for note in table.notes]
     items += [Item("metadata", "look", warning) for warning in table.warnings]
@@ -98,9 +98,9 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         items += [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
         items += [_headers(stack), _cost(stack)]
         try:
-            items += _quick_look(stack, group, output)
-            symmetry = examine_symmetry(stack, config.choice.symmetry)
-            items += [] if symmetry is None else [Item("symmetry", symmetry.verdict, symmetry.text)]
+            items += _quick_look(stack, output)
+            found = examine_symmetry(stack)
+            items += [] if found is None else [Item("symmetry", found.verdict, found.text)]
         except InputError as error:
             items.append(Item("image values", "wrong", str(error)))
     elif table.groups[0].box is not None:
@@ -266,17 +266,17 @@ def _shifts(table: ParticleTable) -> Item:
     return Item("shifts", "ok", text)
 
 
-def _views(table: ParticleTable, group: Tensor) -> Item:
+def _views(table: ParticleTable, symmetry: Symmetry) -> Item:
     rotation = table.poses.rotation
     if float((rotation - rotation[:1]).abs().max()) < 1e-6 and len(table) > 1:
         return Item("orientations", "wrong", "all particles have the same; expected those of a refinement")
-    factor, empty = sampling_compensation(fourier_sampling(rotation, group)[:, 3])
+    factor, empty = sampling_compensation(fourier_sampling(rotation, symmetry.elements)[:, 3])
     text = f"sampling compensation factor {factor:.2f} (1 is uniform), {empty:.1%} of directions without a sample"
     return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
 
 
 def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
-    symmetry, items = config.choice.symmetry, list[Item]()
+    symmetry, items = config.choice.point_group, list[Item]()
     found = copies(table, symmetry)
     if not found.crossing:
         found = copies(with_halves(table, config.halves.seed), symmetry)
@@ -289,8 +289,8 @@ def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
                 "repeated images", "wrong", f"{found.text}; {said}: --redraw-halves, or --unique where that leaves one"
             )
         )
-    elif found.expansion:
-        twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
+    elif found.expansion is not None:
+        twice = f"; --symmetry {symmetry.symbol} adds nothing to that" if symmetry.order > 1 else ""
         items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))
     elif found.text:
         said = "they stay in one half-set and count once where their poses agree, --unique leaves them out"
@@ -348,14 +348,14 @@ def _cost_of(count: int, box: int) -> Item:
     return Item("cost", "ok", text)
 
 
-def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> list[Item]:
+def _quick_look(stack: ParticleStack, output: Path | None) -> list[Item]:
     """Back-projections of a sample of each half at coarse voxels: contrast, signal, figures."""
     size = min(_VOXELS, stack.grid.size)
     halves = []
     for number in (1, 2):
         own = stack.only(number)
         rate = 4000 * (96 / stack.grid.size) ** 2
-        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / len(group))))
+        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / stack.symmetry.order)))
         sample = own.take(torch.linspace(0, len(own) - 1, count).long())
         halves.append(equations_of(sample, size if size < stack.grid.size else None))
     raw = tuple(part.solve() for part in halves)
@@ -398,6 +398,6 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
             grid,
             found or grid.nyquist,
             stack.table.poses.rotation[stack.rows],
-            group,
+            stack.symmetry,
         )
     return items

@@ -74,7 +74,7 @@ def _judged(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Class
         mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
     write_map(run.folder / MASK, mask, stack.grid.pixel_size)
     validation = CrossValidation(
-        (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
+        (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, stack.symmetry.order
     )
     curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
     covered = equations["class001"].coverage()
@@ -117,7 +117,7 @@ def _check_added(run: Run[RunConfig]) -> None:
             )
 
 
-_Held = tuple[str, Int[Tensor, "i 3"]]  # who holds images, and which
+_Held = tuple[str, Int[Tensor, "_ 3"]]  # who holds images, and which
 
 
 def _held_by(folder: Path, name: str, before: list[_Held], log: Log) -> list[_Held]:

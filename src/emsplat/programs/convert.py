@@ -60,7 +60,7 @@ def convert(
             "folder that they start from with --datadir"
         )
     table = with_boxes(table)
-    found = copies(table, config.choice.symmetry)
+    found = copies(table, config.choice.point_group)
     if found.text:
         say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half

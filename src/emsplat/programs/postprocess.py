@@ -145,7 +145,7 @@ def _weight(maps: RunMaps, corrected: Line) -> tuple[torch.Tensor, float | None,
     """Weight per shell, resolution in Å, and what both come from."""
     if maps.raw is None:
         return _weight_of(corrected), resolution(corrected, 0.143), "corrected half-map FSC"
-    curve = CrossValidation(maps.raw, maps.mask, maps.grid, maps.copies).curve(maps.halves)
+    curve = CrossValidation(maps.raw, maps.mask, maps.grid, maps.symmetry.order).curve(maps.halves)
     # The average of the halves is at least as good as one of them, which is what the estimate is about.
     value = curve.value.clamp(0, 1)
     value[0] = 1
