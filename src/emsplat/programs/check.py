@@ -30,7 +30,7 @@ from emsplat.particles.choose import open_images, read_source
 from emsplat.particles.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.particles.stack import ParticleStack
 from emsplat.report.verdict import spacing
-from emsplat.run.files import CHECK, CHECK_MAP, SETTINGS, SLICES_FIGURE
+from emsplat.run.files import CHECK, CHECK_MAP, DIRECTIONS, DIRECTIONS_FIGURE, SETTINGS, SLICES_FIGURE
 from emsplat.run.folder import write_text
 from emsplat.run.log import counted, data_size, duration
 from emsplat.sums.equations import contrast
@@ -70,20 +70,10 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     if output is not None and (output / SETTINGS).exists():
         raise OutputError(f"{output}: holds a run, whose page would be replaced; choose another folder with -o")
     table = read_source(config, particles, need_stacks=False)
-    symmetry = config.choice.point_group
     missing = [] if config.metadata_only else lost_stacks(table)
-    items = [
-        _counts(table),
-        _half_sets(table, config),
-        *_classes(table),
-        *_optics(table),
-        *_formation(table),
-        _shifts(table),
-        _views(table, symmetry),
-    ]
-    items += [Item("metadata", "ok", note) for note in table.notes]
-    items += [Item("metadata", "look", warning) for warning in table.warnings]
-    items += _repeated(table, config)
+    items = _of_the_metadata(table, config)
+    if output is not None:
+        _clear(output)
     stack: ParticleStack | None = None
     if config.metadata_only:
         items.append(Item("images", "ok", "not looked at (--metadata-only)"))
@@ -95,14 +85,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
-        items += [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
-        items += [_headers(stack), _cost(stack)]
-        try:
-            items += _quick_look(stack, output)
-            found = examine_symmetry(stack)
-            items += [] if found is None else [Item("symmetry", found.verdict, found.text)]
-        except InputError as error:
-            items.append(Item("image values", "wrong", str(error)))
+        items += _of_the_images(stack, table, output)
     elif table.groups[0].box is not None:
         items.append(_cost_of(len(table), table.groups[0].box))
     half = table.half
@@ -118,10 +101,53 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         "items": [asdict(item) for item in items],
     }
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_text(output / CHECK, json_text(result))
         report.write_report(output)
     return result
+
+
+def _clear(output: Path) -> None:
+    """The folder, without what a check before may have left in it: its page shows what is there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+    if (output / CHECK).exists():
+        figures = (output / name for name in (SLICES_FIGURE, DIRECTIONS_FIGURE))
+        drawn = [path for figure in figures for path in (figure, figure.with_suffix(".svg"))]
+        for path in (*drawn, *(output / name for name in (CHECK, CHECK_MAP, DIRECTIONS))):
+            path.unlink(missing_ok=True)
+
+
+def _of_the_metadata(table: ParticleTable, config: CheckConfig) -> list[Item]:
+    return [
+        _counts(table),
+        _half_sets(table, config),
+        *_classes(table),
+        *_optics(table),
+        *_formation(table),
+        _shifts(table),
+        _views(table, config.choice.point_group),
+        *(Item("metadata", "ok", note) for note in table.notes),
+        *(Item("metadata", "look", warning) for warning in table.warnings),
+        *_repeated(table, config),
+    ]
+
+
+def _of_the_images(stack: ParticleStack, table: ParticleTable, output: Path | None) -> list[Item]:
+    items = [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
+    items += [_headers(stack), _cost(stack)]
+    try:
+        items += _quick_look(stack, output)
+        found = examine_symmetry(stack)
+        items += [] if found is None else [Item("symmetry", found.verdict, found.text)]
+    except InputError as error:
+        items.append(Item("image values", "wrong", str(error)))
+    return items
 
 
 def exit_code(result: dict[str, Any]) -> int:
@@ -389,7 +415,6 @@ def _quick_look(stack: ParticleStack, output: Path | None) -> list[Item]:
             Item("contrast", "look", f"taken as {kind}, but the sample does not tell; look at {SLICES_FIGURE}")
         )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_map(output / CHECK_MAP, whole, grid.pixel_size)
         directions(
             output,
