@@ -1,4 +1,4 @@
-"""Particles with their images on disk: half-sets, batches, normalisation, the noise spectrum."""
+"""Particles with their images on disk: half-sets, batches, normalisation."""
 
 from __future__ import annotations
 

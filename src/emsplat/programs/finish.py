@@ -93,7 +93,7 @@ def _found(run: Run[RunConfig], classical: Classical, fits: Fits | None) -> dict
         "course": [] if fits is None else [asdict(stage) for stage in fits.stages],
         "examples": [] if fits is None else list(fits.examples),
         "settings": {} if fits is None else plain(fits.settings),
-        "symmetry": None if run.symmetry is None else asdict(run.symmetry),
+        "symmetry": None if run.finding is None else asdict(run.finding),
     }
 
 

@@ -56,7 +56,7 @@ def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Setti
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
     write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
-    run = Run(config, particles, folder, log, stack, skipped, _symmetry(stack, log))
+    run = Run(config, particles, folder, log, stack, skipped, _look_for_symmetry(stack, log))
     write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
     return run
@@ -85,7 +85,7 @@ def _without_bad(stack: ParticleStack, log: Log) -> tuple[ParticleStack, tuple[i
     return stack, skipped
 
 
-def _symmetry(stack: ParticleStack, log: Log) -> Finding | None:
+def _look_for_symmetry(stack: ParticleStack, log: Log) -> Finding | None:
     if stack.symmetry.order == 1:
         return None
     found = examine_symmetry(stack)
@@ -184,7 +184,7 @@ def introduce_fit(log: Log, settings: Settings) -> None:
     elif settings.independent_halves:
         log.line("  nothing passes between the half-sets")
     else:
-        log.line("  the halves share one number per candidate: the mean cross-validated FSC")
+        log.line("  the halves share two numbers per stage: the gain in mean cross-validated FSC, and its error")
 
 
 def _warn_of_shared_start(log: Log, init: str) -> None:

@@ -1,4 +1,4 @@
-"""RELION's STAR files, 3.0 and 3.1 or newer, in and out: what the tables of `star` mean."""
+"""RELION's STAR files, 3.0 and 3.1 or newer, in: what the tables of `star` mean."""
 
 from __future__ import annotations
 
