@@ -20,10 +20,11 @@ if not torch.cuda.is_available():
 # The problems of the tests are small: threads would mostly wait for each other.
 torch.set_num_threads(1)
 
-# Shapes and types in signatures are checked while the tests run.
+# Shapes and types in signatures are checked while the tests run. Not those of `interface`: what a user hands in is its
+# own to refuse.
 _CHECKED = (
     *("assessment", "fitting", "imaging", "io", "kernels.reference", "maths", "measures", "models", "particles"),
-    *("programs", "run", "simulation", "sums"),
+    *("commandline", "parallel", "programs", "report", "run", "simulation", "sums", "types"),
 )
 install_import_hook([f"emsplat.{name}" for name in _CHECKED], "checked.typechecked")
 
