@@ -230,7 +230,7 @@ def _imposed(run: Path) -> Symmetry:
         return C1
     try:
         options = tomllib.loads(path.read_text(encoding="utf-8")).get("options", {})
-        return parse_symmetry(str(options.get("symmetry", C1.symbol)))
+        return parse_symmetry(str(options.get("symmetry", C1.symbol)), "symmetry =")
     except (OSError, ValueError, AttributeError, InputError) as error:
         raise InputError(
             f"{path}: the symmetry of the run cannot be read ({error}); give a point group as `symmetry` below "

@@ -101,8 +101,8 @@ def icosahedral(setting: str = "") -> Symmetry:
 C1 = cyclic(1)
 
 
-def parse_symmetry(text: str) -> Symmetry:
-    """The point group that a user or a file names, in capitals or not.
+def parse_symmetry(text: str, where: str = "--symmetry") -> Symmetry:
+    """The point group that a user or a file names, in capitals or not; ``where`` is for the error.
 
     Raises:
         InputError: it is not one of Cn, Dn, T, O, I, I1, I2, I3, I4.
@@ -114,7 +114,7 @@ def parse_symmetry(text: str) -> Symmetry:
         return icosahedral(match[1])
     if name in ("T", "O"):
         return tetrahedral() if name == "T" else octahedral()
-    raise InputError(f"--symmetry {text}: not a point group; expected Cn, Dn, T, O, I (= I2), I1, I2, I3 or I4")
+    raise InputError(f"{where} {text}: not a point group; expected Cn, Dn, T, O, I (= I2), I1, I2, I3 or I4")
 
 
 def generators(group: Float[Tensor, "s 3 3"]) -> Float[Tensor, "g 3 3"]:
