@@ -43,10 +43,12 @@ SCORES = "scores.csv"
 DIRECTIONS = "directions.csv"
 RESIDUAL = "residual.csv"
 
-# Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus.
+# Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus;
+# the page of all states.
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
+EXPLORER = "heterogeneity.html"
 
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"

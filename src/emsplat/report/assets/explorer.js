@@ -66,10 +66,11 @@ function start() {
     decoder = data.decoders[index];
     molecule.load(decoder, data.consensus, startLatent(data));
     motions = new Motions(decoder, data.consensus);
-    molecule.farthest = farthestOf(decoder, data);
+    const { farthest, liveliest } = travel(decoder, data);
+    molecule.farthest = farthest;
     fill(byId("motion-part"), range(decoder.parts).map((p) => [p, `part ${p + 1}`]));
     fill(byId("motion-against"), [["", "the images’ frame"], ...range(decoder.parts).map((p) => [p, `part ${p + 1}`])]);
-    byId("motion-part").value = lightest(decoder);
+    byId("motion-part").value = liveliest;
     touch("molecule", "words");
     paintParticles();
     showMoleculeLegend();
@@ -803,25 +804,23 @@ function startLatent({ points, weights, latents, consensus }) {
   return Float64Array.from(points.subarray(most * latents, (most + 1) * latents));
 }
 
-/** Å that 97 % of the Gaussians stay within, over some particles: where the scale of displacements ends. */
-function farthestOf(decoder, { latent, latents, count, consensus }) {
+/** How far Gaussians go from the consensus over some particles: Å that 97 % stay within, and the part that goes farthest. */
+function travel(decoder, { latent, latents, count, consensus }) {
   const before = decoder.decode(consensus).position;
-  const all = [];
+  const { position, amplitude } = decoder.decode(consensus);
+  const all = [], ways = new Float64Array(decoder.parts), members = new Float64Array(decoder.parts);
   const stride = Math.max(1, Math.floor(count / 24));
-  const position = new Float32Array(3 * decoder.count), amplitude = new Float32Array(decoder.count);
   for (let i = 0; i < count; i += stride) {
     decoder.decode(Float64Array.from(latent.subarray(i * latents, (i + 1) * latents)), position, amplitude);
-    for (let g = 0; g < decoder.count; g += 16) {
-      all.push(Math.hypot(position[3 * g] - before[3 * g], position[3 * g + 1] - before[3 * g + 1], position[3 * g + 2] - before[3 * g + 2]));
+    for (let g = i % 16; g < decoder.count; g += 16) {
+      const way = Math.hypot(position[3 * g] - before[3 * g], position[3 * g + 1] - before[3 * g + 1], position[3 * g + 2] - before[3 * g + 2]);
+      all.push(way);
+      ways[decoder.part[g]] += way;
+      members[decoder.part[g]]++;
     }
   }
-  return Math.max(1e-3, quantiles(all, [0.97])[0]);
-}
-
-/** The part with least mass of those that have a share worth the name: what moves is rarely the bulk. */
-function lightest({ mass, parts }) {
-  const whole = sum(Array.from(mass));
-  return range(parts).filter((p) => mass[p] > 0.04 * whole).sort((a, b) => mass[a] - mass[b])[0] ?? 0;
+  const mean = Array.from(ways, (way, p) => way / Math.max(1, members[p]));
+  return { farthest: Math.max(1e-3, quantiles(all, [0.97])[0]), liveliest: mean.indexOf(Math.max(...mean)) };
 }
 
 /** A vector turned by a quaternion. */

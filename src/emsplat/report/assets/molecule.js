@@ -22,7 +22,7 @@ void main() {
   if (mode == 1) paint = mix(total.rgb / max(total.a, 1e-6), ink, 0.30 * dense * dense);
   vec3 shown = mix(ground, paint, dense * (mode == 2 ? 0.28 : 1.0));
   if (mode == 2) {
-    float strong = 1.0 - exp(-1.8 * gain * abs(total.r));
+    float strong = 1.0 - exp(-1.3 * gain * abs(total.r));
     shown = mix(shown, total.r > 0.0 ? more : less, strong);
   }
   colour = vec4(shown, 1.0);
@@ -245,10 +245,10 @@ class Molecule {
     const size = [width, height].map((length) => Math.max(8, Math.ceil(length / pixel)));
     projection.begin(...size);
     const paint = (weights) => (_, out) => out.set(weights);
-    const add = (gaussians, weigh) => projection.add(gaussians, this.eye, this.scale / pixel, weigh);
+    const add = (gaussians, weigh, blur) => projection.add(gaussians, this.eye, this.scale / pixel, weigh, blur);
     if (this.difference) {
-      add(state, paint([1, 0, 0, 1]));
-      add(this.before, paint([-1, 0, 0, 0]));
+      add(state, paint([1, 0, 0, 1]), BLUR);
+      add(this.before, paint([-1, 0, 0, 0]), BLUR);
     } else {
       add(state, (i, out) => {
         for (let k = 0; k < 3; k++) out[k] = colours[3 * i + k] / 255;
@@ -315,7 +315,7 @@ class Molecule {
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     gl.depthFunc(gl.LEQUAL);
-    twgl.setUniforms(programs.mesh, { opacity: 0.3 });
+    twgl.setUniforms(programs.mesh, { opacity: 0.36 });
     if (veil.indices) gl.drawElements(gl.TRIANGLES, veil.indices, gl.UNSIGNED_INT, 0);
     gl.disable(gl.BLEND);
   }

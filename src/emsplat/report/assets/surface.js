@@ -295,14 +295,15 @@ class Projection {
     else this.sums.fill(0);
   }
 
-  /** `turn` to the camera; the middle of the plane sees `middle`; `scale` pixels per Å. `paint(i, out)` weighs the channels. */
-  add({ position, amplitude, sigma }, { turn: [across, up], middle }, scale, paint) {
+  /** `turn` to the camera; the middle of the plane sees `middle`; `scale` pixels per Å. `paint(i, out)` weighs the
+   * channels; all are blurred by `blur` Å. */
+  add({ position, amplitude, sigma }, { turn: [across, up], middle }, scale, paint, blur = 0) {
     const { sums, size: [width, height] } = this;
     const wx = new Float64Array(1024), weights = new Float64Array(4);
     const [ax, ay, az] = across, [ux, uy, uz] = up;
     for (let i = 0; i < amplitude.length; i++) {
       // Narrower than the pixels, it would fall between them.
-      const s = Math.max(sigma[i] * scale, 0.6);
+      const s = Math.max(Math.sqrt(sigma[i] * sigma[i] + blur * blur) * scale, 0.6);
       const px = position[3 * i] - middle[0], py = position[3 * i + 1] - middle[1], pz = position[3 * i + 2] - middle[2];
       const x = (ax * px + ay * py + az * pz) * scale + width / 2 - 0.5, y = (ux * px + uy * py + uz * pz) * scale + height / 2 - 0.5;
       const reach = Math.min(REACH * s, 500);
