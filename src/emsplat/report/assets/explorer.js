@@ -44,7 +44,7 @@ function start() {
   let decoder, motions;
   let pinned = false;
   let tool = "move";
-  let path = [], playing = false, time = 0;
+  let path = [], route = [], playing = false, time = 0;
   let lasso = null;
   let pointer = null; // where it was last seen over the plane, CSS pixels
   let moved = false; // the pointer, since the last frame
@@ -252,7 +252,7 @@ function start() {
   function showPlaying() {
     byId("play").textContent = playing ? "Pause" : "Play";
     byId("undo").disabled = byId("clear-path").disabled = !path.length;
-    const route = routeOf();
+    route = routeOf();
     byId("path-note").textContent = path.length > 1
       ? `${path.length} points, there and back.`
       : path.length === 1 ? "One point; add another."
@@ -286,7 +286,6 @@ function start() {
     last = now;
     counts.frames++;
     if (playing) {
-      const route = routeOf();
       const whole = route.length - 1;
       time = (time + (passed * Number(byId("speed").value)) / STRETCH) % (2 * whole);
       const played = time <= whole ? time : 2 * whole - time;
@@ -544,7 +543,7 @@ function start() {
     playing = false;
     pinned = true;
     time = Number(target.value);
-    goTo(along(routeOf(), time));
+    goTo(along(route, time));
     showPlaying();
   }, "input");
   clicked("add", () => addPoint(latent));

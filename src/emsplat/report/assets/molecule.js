@@ -241,14 +241,15 @@ class Molecule {
     const { gl, programs, projection, state, colours } = this;
     // A sum of Gaussians has no detail finer than the narrowest: fewer, larger pixels hold it and are enlarged.
     const share = atRest ? 0.45 : 0.9 - (0.35 * this.detail) / STEPS;
-    const pixel = Math.max(1, share * this.narrow * this.scale);
+    const blur = this.difference ? BLUR : 0;
+    const pixel = Math.max(1, share * Math.hypot(this.narrow, blur) * this.scale);
     const size = [width, height].map((length) => Math.max(8, Math.ceil(length / pixel)));
     projection.begin(...size);
     const paint = (weights) => (_, out) => out.set(weights);
-    const add = (gaussians, weigh, blur) => projection.add(gaussians, this.eye, this.scale / pixel, weigh, blur);
+    const add = (gaussians, weigh) => projection.add(gaussians, this.eye, this.scale / pixel, weigh, blur);
     if (this.difference) {
-      add(state, paint([1, 0, 0, 1]), BLUR);
-      add(this.before, paint([-1, 0, 0, 0]), BLUR);
+      add(state, paint([1, 0, 0, 1]));
+      add(this.before, paint([-1, 0, 0, 0]));
     } else {
       add(state, (i, out) => {
         for (let k = 0; k < 3; k++) out[k] = colours[3 * i + k] / 255;
