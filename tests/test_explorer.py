@@ -268,6 +268,52 @@ def test_browser_decodes_as_pytorch_does(tmp_path: Path) -> None:
         assert page.problems == []
 
 
+ONE = {"position": [3.3, -1.7, 12.4], "amplitude": [7.0], "sigma": [4.0]}
+SUMMED = """(() => {
+  const { Density, Surface, Projection } = explorer, one = %s;
+  const eye = { turn: [[1, 0, 0], [0, 1, 0], [0, 0, 1]], middle: [0, 0, 0] };
+  const density = new Density(1).fill(one);
+  const surface = new Surface().extract(density, %r, [10, 20, 30]);
+  const projection = new Projection();
+  projection.begin(80, 60);
+  projection.add(one, eye, 1, (_, out) => out.set([0.5, 0, 0, 1]));
+  return [surface.position.slice(0, 3 * surface.vertices), surface.normal.slice(0, 3 * surface.vertices),
+    surface.triangles.slice(0, surface.indices), surface.colour.slice(0, 3), projection.sums].map((a) => Array.from(a));
+})()"""
+
+
+@pytest.mark.slow
+def test_browser_sums_one_gaussian(tmp_path: Path) -> None:
+    """Its isosurface is a closed sphere, seen from outside, of the radius that follows; its projection the formula."""
+    centre, sigma, amplitude = np.array(ONE["position"]), ONE["sigma"][0], ONE["amplitude"][0]
+    peak = amplitude / (2 * np.pi * sigma**2) ** 1.5
+    level = 0.3 * peak
+    path = write_explorer(tmp_path / "page.html", make_numbers())
+    with browsing(tmp_path / "profile") as page:
+        page.open(path)
+        position, normal, triangles, colour, sums = map(np.array, page.evaluate(SUMMED % (json.dumps(ONE), level)))
+    position, normal, triangles = (array.reshape(-1, 3) for array in (position, normal, triangles))
+    radius = sigma * np.sqrt(-2 * np.log(0.3))
+    distance = np.linalg.norm(position - centre, axis=1)
+    # A vertex is the mean of points within a cell, √3 Å across: 3/8r below the sphere, and 1/8r for straight lines.
+    assert np.abs(distance - radius).max() < 1 / (2 * radius)
+    assert (normal * (position - centre)).sum(1).min() > 0.98 * radius
+    edges = {(a, b) for three in triangles.tolist() for a, b in zip(three, three[1:] + three[:1], strict=True)}
+    assert len(edges) == 3 * len(triangles)
+    assert edges == {(b, a) for a, b in edges}  # closed, and all of one sense
+    a, b, c = (position[triangles[:, corner]] - centre for corner in range(3))
+    assert (a * np.cross(b, c)).sum() / 6 == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.03)
+    assert colour.tolist() == [10, 20, 30]
+    y, x = np.mgrid[:60, :80] - np.array([29.5, 39.5])[:, None, None]
+    square = (x - centre[0]) ** 2 + (y - centre[1]) ** 2
+    formula = amplitude / (2 * np.pi * sigma**2) * np.exp(-square / (2 * sigma**2))
+    channels = sums.reshape(60, 80, 4)
+    np.testing.assert_allclose(
+        channels[..., 3], np.where(square <= (2.6 * sigma) ** 2, formula, 0), atol=1e-6 * formula.max()
+    )
+    np.testing.assert_allclose(channels[..., 0], 0.5 * channels[..., 3], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_browser_moves_the_molecule(tmp_path: Path) -> None:
     """By pointer, click, keys, slider and path; each view is another picture, and nothing goes wrong."""

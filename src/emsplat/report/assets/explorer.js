@@ -754,7 +754,7 @@ function start() {
 
   // For the console, and for tests.
   globalThis.explorer = {
-    data, plane, molecule, counts, goTo, rowsText, tableText,
+    data, plane, molecule, counts, goTo, rowsText, tableText, Density, Surface, Projection,
     get latent() { return latent; },
     decode: (z, n = 0) => data.decoders[n].decode(z),
     motion: (z, part) => motions.of(part, decoder.numbers(z)),

@@ -56,7 +56,6 @@ uniform float opacity;
 out vec4 colour;
 void main() {
   vec3 n = normalize(facing);
-  if (n.z < 0.0) n = -n;
   float key = max(dot(n, normalize(vec3(-0.45, 0.65, 0.75))), 0.0);
   float fill = max(dot(n, normalize(vec3(0.8, -0.2, 0.5))), 0.0);
   float shine = pow(max(dot(n, normalize(vec3(-0.25, 0.36, 1.0))), 0.0), 40.0);
@@ -260,6 +259,7 @@ class Molecule {
       width: size[0], height: size[1], internalFormat: gl.RGBA16F, format: gl.RGBA, type: gl.FLOAT, minMag: gl.LINEAR, wrap: gl.CLAMP_TO_EDGE,
     });
     gl.disable(gl.DEPTH_TEST);
+    gl.disable(gl.CULL_FACE);
     gl.disable(gl.BLEND);
     gl.viewport(0, 0, width, height);
     gl.useProgram(programs.screen.program);
@@ -273,7 +273,7 @@ class Molecule {
 
   /** Å per voxel: as fine as the Gaussians deserve, and no more voxels than there is time for. */
   #step(atRest) {
-    const most = atRest ? 4e6 : 2e5 * 8 ** (this.detail / STEPS);
+    const most = atRest ? 4e6 : 1.4e5 * 11 ** (this.detail / STEPS);
     return Math.max((atRest ? 0.8 : 0.9) * this.narrow, Math.cbrt(this.extent / most));
   }
 
@@ -291,6 +291,7 @@ class Molecule {
     gl.clearColor(...this.paints.ground, 1);
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
     gl.enable(gl.DEPTH_TEST);
+    gl.enable(gl.CULL_FACE); // in software, triangles are what costs time
     gl.disable(gl.BLEND);
     gl.useProgram(programs.mesh.program);
     twgl.setUniforms(programs.mesh, this.camera, this.paints);

@@ -184,13 +184,13 @@ class Surface {
           // A quad for each of the three edges from corner 0 that the surface crosses: around it lie four vertices.
           const inside = mask & 1;
           if (y > 0 && z > 0 && inside !== ((mask >> 1) & 1)) {
-            this.#quad(place[here + at], place[here + at - nx], place[below + at - nx], place[below + at]);
+            this.#quad(place[here + at], place[here + at - nx], place[below + at - nx], place[below + at], inside);
           }
           if (x > 0 && z > 0 && inside !== ((mask >> 2) & 1)) {
-            this.#quad(place[here + at], place[below + at], place[below + at - 1], place[here + at - 1]);
+            this.#quad(place[here + at], place[below + at], place[below + at - 1], place[here + at - 1], inside);
           }
           if (x > 0 && y > 0 && inside !== ((mask >> 4) & 1)) {
-            this.#quad(place[here + at], place[here + at - 1], place[here + at - 1 - nx], place[here + at - nx]);
+            this.#quad(place[here + at], place[here + at - 1], place[here + at - 1 - nx], place[here + at - nx], inside);
           }
         }
       }
@@ -254,15 +254,16 @@ class Surface {
     return v;
   }
 
-  /** Two triangles; both of their sides are shown, so their sense does not matter. */
-  #quad(a, b, c, d) {
+  /** Two triangles, counter-clockwise as seen from outside. */
+  #quad(a, b, c, d, inside) {
     if (this.indices + 6 > this.triangles.length) this.triangles = grown(this.triangles, 6 * 4096);
     const t = this.triangles, n = this.indices;
     this.indices += 6;
     t[n] = t[n + 3] = a;
-    t[n + 1] = b;
-    t[n + 2] = t[n + 4] = c;
-    t[n + 5] = d;
+    t[n + 1] = inside ? b : c;
+    t[n + 2] = inside ? c : b;
+    t[n + 4] = inside ? c : d;
+    t[n + 5] = inside ? d : c;
   }
 
   #growVertices() {
