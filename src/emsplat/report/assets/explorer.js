@@ -253,10 +253,10 @@ function start() {
     byId("play").textContent = playing ? "Pause" : "Play";
     byId("undo").disabled = byId("clear-path").disabled = !path.length;
     route = routeOf();
-    byId("path-note").textContent = path.length > 1
-      ? `${path.length} points, there and back.`
+    const own = "Choose Path and click in the plane for your own.";
+    byId("path-note").textContent = path.length > 1 ? `${path.length} points, there and back.`
       : path.length === 1 ? "One point; add another."
-        : data.states.length > 1 ? "No points: through the states in their order. Choose Path and click in the plane for your own." : "No points: along the first component. Choose Path and click in the plane for your own.";
+        : data.states.length > 1 ? `No points: through the states in their order. ${own}` : `No points: along the first component. ${own}`;
     byId("time").max = route.length - 1;
   }
 
@@ -786,7 +786,8 @@ const swatchLegend = (entries) =>
 function rampLegend(map, label, low, high) {
   const bar = element("i", {});
   bar.style.background = `linear-gradient(90deg, ${MAPS[map].join(", ")})`;
-  return element("div", {}, element("div", { textContent: label }), element("div", { className: "ramp" }, element("span", { textContent: low }), bar, element("span", { textContent: high })));
+  const ends = [low, high].map((textContent) => element("span", { textContent }));
+  return element("div", {}, element("div", { textContent: label }), element("div", { className: "ramp" }, ends[0], bar, ends[1]));
 }
 
 function population({ population: share, interval }) {

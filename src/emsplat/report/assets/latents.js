@@ -98,8 +98,8 @@ class LatentPlane {
       return [low - margin, high + margin];
     });
     this.domain = ends;
-    const inverse = invert2(this.plane.map((a) => this.plane.map((b) => (a.row && b.row ? sum(Array.from(a.row, (value, j) => value * b.row[j])) : +(a === b)))));
-    this.correct = inverse; // null where both axes are one and the same
+    const product = (a, b) => (a.row && b.row ? sum(Array.from(a.row, (value, j) => value * b.row[j])) : +(a === b));
+    this.correct = invert2(this.plane.map((a) => this.plane.map((b) => product(a, b)))); // null where both axes are the same
     this.#survey();
     const shuffledPlaces = new Float32Array(2 * count);
     this.order.forEach((i, n) => shuffledPlaces.set(this.place.subarray(2 * i, 2 * i + 2), 2 * n));

@@ -152,7 +152,8 @@ class Molecule {
     this.axes = [vectors[0], vectors[1], cross(vectors[0], vectors[1])];
     // Mass over the area of the ellipse that a projection roughly fills.
     this.column = mass / (Math.PI * 4 * Math.sqrt(values[0] * values[1]));
-    const [low, high] = boxOf(position, this.decoder.sigma, 1, amplitude, 0.02 * (mass / amplitude.length) / Math.pow(2 * Math.PI * this.narrow ** 2, 1.5));
+    const least = (0.02 * mass) / amplitude.length / Math.pow(2 * Math.PI * this.narrow ** 2, 1.5);
+    const [low, high] = boxOf(position, this.decoder.sigma, 1, amplitude, least);
     this.extent = (high[0] - low[0]) * (high[1] - low[1]) * (high[2] - low[2]); // Å³
   }
 

@@ -92,8 +92,9 @@ const tables = Object.fromEntries(Object.entries(MAPS).map(([name, stops]) => {
 function shown(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  const text = size >= 10 ** digits || size < 1e-3 ? value.toPrecision(digits) : value.toFixed(clamp(digits - 1 - Math.floor(Math.log10(size)), 0, 4));
-  return String(size >= 10 ** digits ? Math.round(Number(text)).toLocaleString("en") : text).replace("-", "−");
+  if (size >= 10 ** digits) return Math.round(Number(value.toPrecision(digits))).toLocaleString("en").replace("-", "−");
+  const decimals = clamp(digits - 1 - Math.floor(Math.log10(size)), 0, 4);
+  return (size < 1e-3 ? value.toPrecision(digits) : value.toFixed(decimals)).replace("-", "−");
 }
 
 /** A program of two shaders; what the compiler says becomes an error. */
