@@ -200,14 +200,16 @@ class Surface {
 
   #vertex({ values, owner, low, step, size: [nx, ny, nz] }, level, colours, sign, mask, n, x, y, z) {
     const d = this.corner;
-    let r = 0, g = 0, b = 0;
+    let r = 0, g = 0, b = 0, dense = 0; // corners where nothing is have no owner: each counts by its density
     for (let k = 0; k < 8; k++) {
       const m = n + (k & 1) + (k & 2 ? nx : 0) + (k & 4 ? nx * ny : 0);
       d[k] = sign * values[m];
+      if (d[k] <= 0) continue;
       const c = 3 * owner[m];
-      r += colours[c];
-      g += colours[c + 1];
-      b += colours[c + 2];
+      dense += d[k];
+      r += d[k] * colours[c];
+      g += d[k] * colours[c + 1];
+      b += d[k] * colours[c + 2];
     }
     let px = 0, py = 0, pz = 0, crossed = 0;
     for (let e = 0; e < 24; e += 2) {
@@ -247,9 +249,9 @@ class Surface {
     normal[3 * v] = gx;
     normal[3 * v + 1] = gy;
     normal[3 * v + 2] = gz;
-    colour[4 * v] = r / 8;
-    colour[4 * v + 1] = g / 8;
-    colour[4 * v + 2] = b / 8;
+    colour[4 * v] = r / dense;
+    colour[4 * v + 1] = g / dense;
+    colour[4 * v + 2] = b / dense;
     colour[4 * v + 3] = 255 * (1 - 0.28 * shade);
     return v;
   }
