@@ -273,3 +273,37 @@ def test_frames_lead_from_one_space_to_the_other():
     frame = cross_embedding(own, own @ turn.T + 3)
     assert torch.allclose(frame.turn, turn)
     assert torch.allclose(frame(own), own @ turn.T + 3)
+
+
+def moved(count: int, seed: int, turn: float, brightness: float) -> Spectra:
+    """Images of one molecule whose poses are known with an error of ``turn`` rad about each axis, and whose brightness
+    varies."""
+    lattice = Lattice(6)
+    mean = 0.25 * (blob(lattice.size, 0.1, 0, 0, 0.08) + blob(lattice.size, -0.1, 0.12, 0.05, 0.08))
+    frequency, _ = half_plane(6, 1.0, 32)
+    generator = drawn(seed)
+    said = random_rotations(count, generator).float()
+    angle = turn * torch.randn(count, 3, generator=generator)
+    x, y, z = angle.unbind(1)
+    none = torch.zeros_like(x)
+    generators = torch.stack([none, -z, y, z, none, -x, -y, x, none], 1).reshape(-1, 3, 3)
+    true = torch.linalg.matrix_exp(generators) @ said
+    nothing = torch.zeros(count, len(frequency), dtype=torch.complex64)
+    transfer = torch.cos(0.02 * (30 + 30 * torch.rand(count, 1, generator=generator)) * frequency.square().sum(1))
+    views = torch.arange(count, dtype=torch.int32)
+    empty = Spectra(nothing, transfer, frequency, views, true, torch.ones(count), torch.arange(count), 100.0)
+    scale = 1 + brightness * torch.randn(count, 1, generator=generator)
+    signal = scale * transfer * lattice.slices(mean[None], empty)[:, 0]
+    values = signal + torch.randn(signal.shape, dtype=torch.complex64, generator=generator)
+    return Spectra(values, transfer, frequency, views, said, torch.ones(count), torch.arange(count), 100.0)
+
+
+@pytest.mark.parametrize(("turn", "brightness"), [(0.05, 0.0), (0.0, 0.2), (0.04, 0.15)])
+def test_errors_of_pose_and_brightness_are_no_states(turn, brightness):
+    """They are found as what they are, and leave nothing for components."""
+    spectra, other = moved(1500, 15, turn, brightness), moved(1500, 16, turn, brightness)
+    subspace = last(spectra, 3, 0)
+    gains = [mean_gain(gain, other.image) for gain in component_gains(infer(subspace, other))]
+    assert not any(gain.significant for gain in gains)
+    assert subspace.placement.turn ** 0.5 == pytest.approx(turn, abs=0.017)  # EM comes slowly to 0
+    assert subspace.placement.brightness ** 0.5 == pytest.approx(brightness, abs=0.04)

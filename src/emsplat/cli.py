@@ -30,6 +30,7 @@ from emsplat.config import (
     RunOptions,
     ScoreStatesConfig,
     SimulateConfig,
+    StatesConfig,
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.process import started
@@ -349,6 +350,31 @@ def score_states(
     work(run, config, _log())
 
 
+def states(
+    run: Path,
+    /,
+    output: Folder,
+    config: StatesConfig = StatesConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Write maps of a heterogeneous run at any latents.
+
+    Args:
+        run: Run folder of `emsplat heterogeneity`.
+        output: Folder for the maps, 000.mrc, 001.mrc, ...
+
+    Examples:
+        # one map for each row of a table with columns z1, z2, ...
+        emsplat states run --at z.csv -o maps
+        # 20 maps on the way from state 1 to state 4
+        emsplat states run --path 1 4 -o way
+        # those of half-set 1 alone, with their Gaussians
+        emsplat states run --at z.csv --half 1 --gaussians -o half1
+    """
+    from emsplat.programs.states import states as work
+
+    work(run, config, output, _log())
+
+
 def fsc(
     a: Path,
     b: Path,
@@ -514,7 +540,7 @@ def _log() -> Log:
 _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Reconstruct": (reconstruct, backproject, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
-    "Look at the result": (assess, postprocess, nulltest, score_states, fsc, voxelize, report),
+    "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, voxelize, report),
     "Shell": (completion,),
 }
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."

@@ -99,7 +99,7 @@ def gather_cells(
     in voxels of ``grid``, which covers the box, as fine as the images or coarser.
     """
     noise = estimate_noise(stack)
-    own = membership.reshape(len(stack), len(stack.symmetry), -1)
+    own = membership.reshape(len(stack), stack.symmetry.order, -1)
     for number in range(membership.shape[1]):
         weight = own[:, :, number]
         equations = _gather(stack, grid or stack.grid, noise, weight)
@@ -108,7 +108,7 @@ def gather_cells(
 
 def _gather(stack: ParticleStack, grid: Grid, noise: Tensor, weight: Float[Tensor, "p s"]) -> NormalEquations:
     statistics = begin(stack.without_symmetry(), grid)
-    for number, element in enumerate(stack.symmetry):
+    for number, element in enumerate(stack.symmetry.elements):
         rows = (weight[:, number] > 0).nonzero()[:, 0]
         part = stack.take(rows)
         poses = part.table.poses[part.rows]

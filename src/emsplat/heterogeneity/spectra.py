@@ -91,7 +91,7 @@ def read_spectra(stack: ParticleStack, radius: float, grid: Grid | None = None) 
         if batch.share is not None:
             share[rows] = batch.share
         done += len(batch)
-    elements = stack.symmetry.float()
+    elements = stack.symmetry.elements.float()
     views = (rotation[:, None] @ elements).flatten(0, 1)
     image = torch.arange(len(stack), dtype=torch.int32).repeat_interleave(len(elements))
     return Spectra(

@@ -88,40 +88,50 @@ class Subspace:
         return replace(self, lattice=lattice, maps=irfft(wide, 3), power=power)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the images say of everything that a view has: log p(y|x) - log p(y|0) = b·x - xᵀA x/2, x being the errors of
+    brightness and pose (six), then the latents."""
+
+    linear: Float[Tensor, "v n"]
+    quadratic: Float[Tensor, "v n n"]
+
+    def latents(self, placement: Placement) -> Latents:
+        """Posteriors of the latents, brightness and pose integrated out."""
+        linear, quadratic = self.linear, self.quadratic
+        root = torch.linalg.cholesky(quadratic[:, :6, :6] + torch.diag(1 / placement.variances()))
+        known = torch.cholesky_solve(torch.cat([linear[:, :6, None], quadratic[:, :6, 6:]], 2), root)
+        across = quadratic[:, 6:, :6]
+        return posterior(
+            linear[:, 6:] - (across @ known[:, :, :1]).squeeze(-1), quadratic[:, 6:, 6:] - across @ known[:, :, 1:]
+        )
+
+    def placement(self, before: Placement, latents: Latents, share: Float[Tensor, " v"]) -> Placement:
+        """The variances that the posteriors of brightness and pose say (one EM step)."""
+        precision = self.quadratic[:, :6, :6] + torch.diag(1 / before.variances())
+        across = self.quadratic[:, :6, 6:]
+        covariance = torch.linalg.inv(precision)
+        mean = covariance @ (self.linear[:, :6, None] - across @ latents.mean[..., None])
+        moved = covariance @ across
+        spread = torch.diagonal(covariance + moved @ latents.covariance @ moved.mT, dim1=1, dim2=2)
+        weight = share.double() / share.double().sum()
+        second = weight @ (mean.squeeze(-1).square() + spread)
+        brightness, turn, shift = float(second[0]), float(second[1:4].mean()), float(second[4:6].mean())
+        return Placement(min(brightness, _MOST_BRIGHTNESS), min(turn, _MOST_TURN), shift)
+
+
+def _look(subspace: Subspace, spectra: Spectra) -> _Seen:
+    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
+    return _Seen(products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:])
+
+
 def infer(subspace: Subspace, spectra: Spectra) -> Latents:
     """The E step: posteriors of all views.
 
     Brightness and pose of each view are integrated out, to first order in their errors: b and A are those of the data
     with the six derivatives of the mean map's image projected out as far as `Placement` allows.
     """
-    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
-    linear, quadratic = products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:]
-    own = 1 / subspace.placement.variances()
-    root = torch.linalg.cholesky(quadratic[:, :6, :6] + torch.diag(own))
-    known = torch.cholesky_solve(torch.cat([linear[:, :6, None], quadratic[:, :6, 6:]], 2), root)
-    across = quadratic[:, 6:, :6]
-    return posterior(
-        linear[:, 6:] - (across @ known[:, :, :1]).squeeze(-1), quadratic[:, 6:, 6:] - across @ known[:, :, 1:]
-    )
-
-
-def estimate_placement(subspace: Subspace, spectra: Spectra, latents: Latents) -> Placement:
-    """The variances that the posteriors of brightness and pose say (one EM step), given those of the latents."""
-    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
-    linear, quadratic = products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:]
-    precision = quadratic[:, :6, :6] + torch.diag(1 / subspace.placement.variances())
-    rest = linear[:, :6] - (quadratic[:, :6, 6:] @ latents.mean[..., None]).squeeze(-1)
-    covariance = torch.linalg.inv(precision)
-    mean = (covariance @ rest[..., None]).squeeze(-1)
-    moved = covariance @ quadratic[:, :6, 6:]
-    spread = torch.diagonal(covariance + moved @ latents.covariance @ moved.mT, dim1=1, dim2=2)
-    weight = spectra.share.double() / spectra.share.double().sum()
-    second = weight @ (mean.square() + spread)
-    return Placement(
-        min(float(second[0]), _MOST_BRIGHTNESS),
-        min(float(second[1:4].mean()), _MOST_TURN),
-        float(second[4:6].mean()),
-    )
+    return _look(subspace, spectra).latents(subspace.placement)
 
 
 def posterior(linear: Float[Tensor, "v q"], quadratic: Float[Tensor, "v q q"]) -> Latents:
@@ -380,8 +390,9 @@ def fit_subspace(
         else:
             subspace = reseeded(_widened(subspace, space, spectra), space, components, generator)
         for iteration in range(iterations):
-            latents = infer(subspace, spectra)
-            placement = estimate_placement(subspace, spectra, latents)
+            seen = _look(subspace, spectra)
+            latents = seen.latents(subspace.placement)
+            placement = seen.placement(subspace.placement, latents, spectra.share)
             found = maximise(space, spectra, subspace.power, latents, pruning=iteration >= _PATIENCE)
             subspace = replace(alive(found), placement=placement)
             yield subspace

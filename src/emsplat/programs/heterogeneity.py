@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.assessment.maps import given_mask, particle_mask
+from emsplat.assessment.maps import given_mask, particle_mask, read_mask
 from emsplat.config import HeterogeneityConfig
 from emsplat.device import within_memory
 from emsplat.errors import InputError
@@ -33,15 +33,20 @@ from emsplat.heterogeneity.states import Plan
 from emsplat.heterogeneity.subspace import Latents
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
+from emsplat.io.pickles import write_arrays
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
 from emsplat.measures.states import moving_mask
 from emsplat.process import threads
+from emsplat.programs.explore import explorer_numbers
 from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
 from emsplat.programs.run import Run
+from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
     CONSENSUS,
+    CRYODRGN_LATENTS,
+    EXPLORER,
     LATENTS,
     STATES,
     STATES_TABLE,
@@ -92,7 +97,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
                 f"{stack.table.name}: half-set {half + 1} has {len(own)} particles for {options.components} "
                 "components; take more particles or fewer --components"
             )
-    support = given_mask_of(run)
+    support = _focus(run)
     with run.log.part("reading", "reading the low frequencies of all images"):
         spectra = (read_spectra(halves[0], radius), read_spectra(halves[1], radius))
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
@@ -107,10 +112,8 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
         )
 
 
-def given_mask_of(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
+def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
     """The mask of ``--focus``, checked."""
-    from emsplat.assessment.maps import read_mask
-
     focus = run.config.heterogeneity.focus
     return None if focus is None else read_mask(focus, run.stack.grid, run.log)
 
@@ -229,7 +232,8 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
     stack, folder, grid = run.stack, run.folder, run.stack.grid
     latents, classes = _states(run, fitted, found)
     nearest = torch.cdist(torch.cat(fitted.latent), latents).argmin(1) if classes is None else classes
-    _write_latents(run, found, fitted, classes)
+    views = _views(run, found, fitted, classes)
+    _write_latents(run, views)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
     write_map(folder / CONSENSUS, consensus, grid.pixel_size)
@@ -248,6 +252,25 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
         run.log.line(f"  state {number + 1}: {share[number]:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)
+    gain = found.gain
+    facts = [
+        f"gain on images that no model has seen: {gain.value:.2f} ± {gain.error:.2f} nats per image",
+        f"{found.count} components, {len(fitted.models[0].density)} points of the density",
+    ]
+    numbers = explorer_numbers(
+        run.particles.name,
+        fitted.models,
+        stack,
+        views.row,
+        views.latent,
+        views.gain,
+        views.classes,
+        rows,
+        latents,
+        facts,
+        run.log.warnings,
+    )
+    run.log.line(f"  move through the states: {write_explorer(folder / EXPLORER, numbers)}")
     return {"classes": classes is not None, "states": rows}
 
 
@@ -275,36 +298,56 @@ def _judge(
     return found
 
 
-def _write_latents(
-    run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted, classes: Int[Tensor, " v"] | None
-) -> None:
-    """latents.csv: one line per particle in the order of the input, or one per copy of it under the symmetry."""
+@dataclass(frozen=True)
+class _Views:
+    """All views in the order of the input: one per particle, or per copy of it under the symmetry."""
+
+    row: Int[Tensor, " v"]  # of the particle table
+    half: Int[Tensor, " v"]
+    copy: Int[Tensor, " v"]  # from 1
+    latent: Float[Tensor, "v q"]
+    gain: Float[Tensor, " v"]
+    classes: Int[Tensor, " v"] | None
+
+
+def _views(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted, classes: Int[Tensor, " v"] | None) -> _Views:
     stack = run.stack
     if found.latents is None or found.densities is None:
         raise ValueError("nothing was found")
-    copies = len(stack.symmetry)
-    lines: list[tuple[int, list[Any]]] = []
-    before = 0
-    for half in (0, 1):
-        latent = fitted.latent[half]
-        rows = stack.only(half + 1).rows.repeat_interleave(copies)
-        gain = found.densities[half].gain(found.latents[half][half])
-        for view, row in enumerate(rows.tolist()):
-            own: list[Any] = [int(stack.table.row[row]) + 1, half + 1]
-            own += [view % copies + 1] if copies > 1 else []
-            own += [number_text(value) for value in latent[view].tolist()]
-            own += [] if classes is None else [int(classes[before + view]) + 1]
-            lines.append((own[0], [*own, number_text(float(gain[view]))]))
-        before += len(rows)
-    names = ["row", "half", *(["copy"] if copies > 1 else [])]
-    names += [f"z{k + 1}" for k in range(found.count)] + ([] if classes is None else ["class"]) + ["gain"]
-    with (
-        replacing(run.folder / LATENTS) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
+    copies = stack.symmetry.order
+    rows = [stack.only(half).rows.repeat_interleave(copies) for half in (1, 2)]
+    gains = [found.densities[half].gain(found.latents[half][half]) for half in (0, 1)]
+    row = torch.cat(rows)
+    copy = torch.arange(len(row)) % copies + 1
+    half = torch.cat([torch.full_like(own, number + 1) for number, own in enumerate(rows)])
+    order = torch.argsort(row * copies + copy)
+    return _Views(
+        row[order],
+        half[order],
+        copy[order],
+        torch.cat(fitted.latent)[order],
+        torch.cat(gains)[order],
+        None if classes is None else classes[order],
+    )
+
+
+def _write_latents(run: Run[HeterogeneityConfig], views: _Views) -> None:
+    """latents.csv and cryoDRGN's z.pkl: one line per particle in the order of the input, or one per copy of it."""
+    several = run.stack.symmetry.order > 1
+    names = ["row", "half", *(["copy"] if several else [])]
+    names += [f"z{k + 1}" for k in range(views.latent.shape[1])]
+    names += ([] if views.classes is None else ["class"]) + ["gain"]
+    number = run.stack.table.row[views.row] + 1
+    with replacing(run.folder / LATENTS) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows(line for _, line in sorted(lines, key=lambda pair: pair[0]))
+        for view, latent in enumerate(views.latent.tolist()):
+            cells: list[Any] = [int(number[view]), int(views.half[view])]
+            cells += [int(views.copy[view])] if several else []
+            cells += [number_text(value) for value in latent]
+            cells += [] if views.classes is None else [int(views.classes[view]) + 1]
+            writer.writerow([*cells, number_text(float(views.gain[view]))])
+    write_arrays(run.folder / CRYODRGN_LATENTS, views.latent.float().numpy())
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]], latents: Float[Tensor, "s q"]) -> None:

@@ -15,13 +15,13 @@ from torch import Tensor
 from emsplat.assessment.states import Map, MapsAt, Score, Scores, score
 from emsplat.config import ScoreStatesConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.heterogeneity.half import read_half
 from emsplat.io.columns import Latents, read_latents
 from emsplat.io.files import number_text, replacing
 from emsplat.io.mrc import read_map
 from emsplat.measures.fsc import common_grid
 from emsplat.measures.mask import check_mask
 from emsplat.process import threads
+from emsplat.programs.states import read_models
 from emsplat.run.files import CONSENSUS, CRYODRGN_LATENTS, FULL_MAP, LATENTS, SCORES, half_model_name, state_map_name
 from emsplat.run.log import Log
 from emsplat.simulation.truth import Truth, read_truth
@@ -150,14 +150,13 @@ def maps_of_run(run: Path, truth: Truth, grid: Grid) -> MapsAt:
     Raises:
         InputError: the folder has none.
     """
-    paths = [run / half_model_name(half) for half in (1, 2)]
-    if not all(path.is_file() for path in paths):
+    if not (run / half_model_name(1)).is_file():
         raise InputError(
             f"{run}: has latents, but no maps; expected a run folder of emsplat heterogeneity, or a map for each true "
             f"state in order, {state_map_name(0)}, {state_map_name(1)} and so on"
         )
-    models = [read_half(path) for path in paths]
-    common_grid({str(truth.maps[0]): grid, **{str(path): own.box for path, own in zip(paths, models, strict=True)}})
+    models = read_models(run)
+    common_grid({str(truth.maps[0]): grid, str(run): models[0].box})
 
     def maps_at(latents: Float[Tensor, "n d"]) -> Iterator[Map]:
         for latent in latents:
