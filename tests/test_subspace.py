@@ -242,6 +242,15 @@ def test_density_of_one_point_at_zero_gains_nothing():
     assert density.gain(latents).abs().max() < 1e-12
 
 
+def test_points_that_no_image_tells_apart_are_one():
+    point = torch.tensor([[0.0, 0.0], [0.4, 0.0], [0.0, 0.6], [3.0, 0.0]], dtype=torch.float64)
+    weight = torch.tensor([0.4, 0.2, 0.1, 0.3], dtype=torch.float64)
+    precision = torch.diag(torch.tensor([4.0, 4.0], dtype=torch.float64))
+    found = Density(point, weight).distinct(precision)
+    assert torch.allclose(found.weight, torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64))
+    assert torch.allclose(found.point[0], torch.tensor([0.4 * 0.2 / 0.6, 0.0], dtype=torch.float64))
+
+
 def test_fewest_takes_the_first_that_is_not_clearly_worse():
     generator = drawn(12)
     image = torch.arange(2000)
@@ -250,6 +259,7 @@ def test_fewest_takes_the_first_that_is_not_clearly_worse():
     chance = better + 0.001 * torch.randn(2000, generator=generator, dtype=torch.float64)
     assert fewest([base, better, chance], image) == 1
     assert fewest([base, base - 1], image) == 0
+    assert fewest([better + 99, better + 99.1], image) == 0  # a tenth of a percent of the gain
 
 
 def test_views_of_one_image_count_once():
@@ -305,5 +315,5 @@ def test_errors_of_pose_and_brightness_are_no_states(turn, brightness):
     subspace = last(spectra, 3, 0)
     gains = [mean_gain(gain, other.image) for gain in component_gains(infer(subspace, other))]
     assert not any(gain.significant for gain in gains)
-    assert subspace.placement.turn ** 0.5 == pytest.approx(turn, abs=0.017)  # EM comes slowly to 0
-    assert subspace.placement.brightness ** 0.5 == pytest.approx(brightness, abs=0.04)
+    assert subspace.placement.turn**0.5 == pytest.approx(turn, abs=0.017)  # EM comes slowly to 0
+    assert subspace.placement.brightness**0.5 == pytest.approx(brightness, abs=0.04)

@@ -50,6 +50,20 @@ class Density:
         kept = self.weight >= least
         return Density(self.point[kept], self.weight[kept] / self.weight[kept].sum())
 
+    def distinct(self, precision: Float[Tensor, "q q"]) -> Density:
+        """With points joined that an image of this ``precision`` cannot tell apart (less than one standard deviation
+        between them), the heaviest first."""
+        points, weights = [], []
+        left = self.weight.argsort(descending=True)
+        while len(left):
+            away = self.point[left] - self.point[left[0]]
+            near = torch.einsum("mq,qr,mr->m", away, precision, away) < 1
+            own = self.weight[left[near]]
+            points.append(own @ self.point[left[near]] / own.sum())
+            weights.append(own.sum())
+            left = left[~near]
+        return Density(torch.stack(points), torch.stack(weights))
+
 
 def start_points(latents: Latents, count: int, generator: torch.Generator) -> Float[Tensor, "m q"]:
     """Means of views that lie far from each other (k-means++; Arthur & Vassilvitskii 2007)."""

@@ -18,6 +18,7 @@ from emsplat.heterogeneity.subspace import Latents, posterior
 
 SIGNIFICANT = 3.0  # standard errors of a gain that is believed
 _CLOSE = 2.0  # standard errors of a difference that does not count
+_HARDLY = 0.002  # of the best gain
 POINTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 24, 28, 32, 40, 48, 64)
 _ENOUGH = 6000  # views that tell how many points there should be
 
@@ -44,16 +45,16 @@ def mean_gain(values: Float[Tensor, " v"], image: Int[Tensor, " v"]) -> Gain:
 
 
 def first_components(latents: Latents, count: int) -> Latents:
-    """Posteriors with only the first, strongest components."""
+    """Posteriors with only the first, strongest components; with all where there are fewer."""
     return posterior(latents.linear[:, :count], latents.quadratic[:, :count, :count])
 
 
 def fewest(gains: Sequence[Float[Tensor, " v"]], image: Int[Tensor, " v"]) -> int:
-    """The first of several models whose gain is not clearly below the best (paired over images)."""
+    """The first of several models whose gain is not clearly below the best (paired over images), or hardly."""
     best = max(range(len(gains)), key=lambda number: float(gains[number].mean()))
     for number in range(best):
         lost = mean_gain(gains[best] - gains[number], image)
-        if lost.value <= _CLOSE * lost.error:
+        if lost.value <= max(_CLOSE * lost.error, _HARDLY * float(gains[best].mean())):
             return number
     return best
 

@@ -85,7 +85,7 @@ def search(
         found.append(subspace)
     subspaces = (found[0], found[1])
     embedded = tuple(tuple(infer(subspace, views) for views in spectra) for subspace in subspaces)
-    crossed = [component_gains(embedded[half][1 - half]) for half in (0, 1)]
+    crossed = _even([component_gains(embedded[half][1 - half]) for half in (0, 1)])
     image = torch.cat([spectra[1].image, spectra[0].image + int(spectra[1].image.max()) + 1])
     together = [torch.cat(pair) for pair in zip(*crossed, strict=True)]
     gains = [mean_gain(values, image) for values in together]
@@ -103,7 +103,9 @@ def search(
     joint = [torch.cat(pair) for pair in zip(*by_points, strict=True)]
     chosen = tried[fewest(joint, image)]
     densities = [
-        fit_density(latents[half][half], chosen, torch.Generator().manual_seed(seed)).without_small(_EMPTY)
+        fit_density(latents[half][half], chosen, torch.Generator().manual_seed(seed))
+        .without_small(_EMPTY)
+        .distinct(latents[half][half].quadratic.mean(0))
         for half in (0, 1)
     ]
     return Search(
@@ -114,3 +116,9 @@ def search(
         (densities[0], densities[1]),
         latents,
     )
+
+
+def _even(gains: list[list[Tensor]]) -> list[list[Tensor]]:
+    """With the gains of all its components for what a half has no components for."""
+    most = max(map(len, gains))
+    return [own + own[-1:] * (most - len(own)) for own in gains]

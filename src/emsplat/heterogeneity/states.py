@@ -18,6 +18,7 @@ from emsplat.models.decoder import Decoder, Shape
 from emsplat.types import Gaussians, Grid
 
 _RATE = 5e-3
+_FEWEST_STEPS = 64  # of a stage
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ def orders(cells: Cells, stage: Stage, reference: int, generator: torch.Generato
     """The cells of each step of a stage."""
     distance = (cells.point - cells.point[reference]).square().sum(1)
     rank = distance.argsort()
-    for epoch in range(stage.epochs):
+    # Few cells are seen more often.
+    epochs = max(stage.epochs, math.ceil(_FEWEST_STEPS * stage.batch / len(cells)))
+    for epoch in range(epochs):
         count = len(cells)
         if stage.growing:
-            count = max(stage.batch, min(count, round(count * (epoch + 1) / (0.75 * stage.epochs))))
+            count = max(stage.batch, min(count, round(count * (epoch + 1) / (0.75 * epochs))))
         yield from torch.split(rank[:count][torch.randperm(count, generator=generator)], stage.batch)
 
 

@@ -138,8 +138,8 @@ class _Fitted:
 
     models: tuple[HalfModel, HalfModel]
     cells: tuple[Cells, Cells]
-    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "m m"]]
-    latent: tuple[Float[Tensor, "v q"], Float[Tensor, "v q"]]  # of the views of each half, in the frame of the run
+    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]
+    latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
     crisp: bool
     window: Window
 

@@ -1,0 +1,373 @@
+"""`emsplat heterogeneity` from particles to states: cells, decoder, models of the halves, the run folder."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from emsplat.cli import main
+from emsplat.config import HeterogeneityConfig, ReconstructConfig, SimulateConfig, StatesConfig, configure
+from emsplat.errors import InputError, OutputError
+from emsplat.heterogeneity.cells import Cells, empirical_map, few_memberships, gather_cells, joined, overlap
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.frames import Frame
+from emsplat.heterogeneity.half import HalfModel, on_grid, read_half
+from emsplat.imaging.project import voxelize
+from emsplat.io.columns import read_columns
+from emsplat.io.mrc import read_map
+from emsplat.io.pickles import load_arrays
+from emsplat.models.decoder import Decoder, Shape, read_decoder
+from emsplat.particles.choose import open_stack
+from emsplat.programs.heterogeneity import heterogeneity
+from emsplat.programs.simulate import simulate
+from emsplat.programs.states import along, states
+from emsplat.sums.statistics import equations_of
+from emsplat.types import Grid
+
+GRID = Grid(32, 3.0)
+
+
+def drawn(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def molecule(path):
+    """Three globules of carbon atoms, one per chain."""
+    generator = np.random.default_rng(0)
+    lines = []
+    for chain, centre in (("A", (0, 0, 0)), ("B", (20, 0, 4)), ("C", (-12, 16, -6))):
+        for number, place in enumerate(generator.normal(centre, 5.0, (300, 3)), 1):
+            x, y, z = place
+            lines.append(
+                f"ATOM  {len(lines) + 1:5d}  CA  ALA {chain}{number:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00"
+                "           C"
+            )
+    path.write_text("\n".join([*lines, "END", ""]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def particles(tmp_path_factory):
+    """600 images of a molecule that lacks a globule in half of them."""
+    folder = tmp_path_factory.mktemp("two")
+    config = configure(
+        SimulateConfig, particles=600, box=32, pixel_size=3.0, snr=0.2, shift=1.0, missing=("chain B",), seed=1
+    )
+    return simulate(config, molecule(folder / "model.pdb"), folder / "particles")
+
+
+@pytest.fixture(scope="module")
+def run(particles, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = configure(HeterogeneityConfig, components=2, resolution=10.0, gaussians=2048)
+    return folder, heterogeneity(config, particles, folder)
+
+
+def labels(particles):
+    path = particles.parent / "truth" / "labels.csv"
+    return torch.tensor([int(value) for value in read_columns(path, ["row", "state"])["state"]])
+
+
+def test_two_states_are_found(run, particles):
+    folder, summary = run
+    found = summary["heterogeneity"]
+    assert found["found"]
+    assert found["gain"] > 3 * found["gain_error"] > 0
+    assert found["components"] == 1
+    assert json.loads((folder / "summary.json").read_text())["heterogeneity"] == found
+    table = read_columns(folder / "latents.csv", ["row", "half", "z1", "gain"])
+    assert [int(row) for row in table["row"]] == list(range(1, 601))
+    latent = torch.tensor([float(value) for value in table["z1"]])
+    truth = (labels(particles) == 1).float()
+    assert torch.corrcoef(torch.stack([latent, truth]))[0, 1].abs() > 0.85
+    assert np.allclose(load_arrays(folder / "z.pkl")[:, 0], latent.numpy(), atol=1e-4)
+    half = torch.tensor([int(value) for value in table["half"]])
+    for number in (1, 2):  # both halves in one frame
+        assert torch.corrcoef(torch.stack([latent[half == number], truth[half == number]]))[0, 1].abs() > 0.8
+
+
+def test_maps_of_the_states_are_like_the_truth(run, particles):
+    folder, summary = run
+    truth = [read_map(particles.parent / "truth" / f"{number:03d}.mrc")[0] for number in (0, 1)]
+    rows = summary["heterogeneity"]["states"]
+    maps = [read_map(folder / "states" / f"{row['state'] - 1:03d}.mrc")[0] for row in rows]
+    change = (truth[0] - truth[1]).flatten()
+    along_change = torch.stack([torch.dot(volume.flatten(), change) for volume in maps])
+    low, high = maps[int(along_change.argmin())], maps[int(along_change.argmax())]
+    found = (high - low).flatten()
+    assert torch.corrcoef(torch.stack([found, change]))[0, 1] > 0.8
+    for volume, true in ((high, truth[0]), (low, truth[1])):
+        assert torch.corrcoef(torch.stack([volume.flatten(), true.flatten()]))[0, 1] > 0.9
+    assert sum(row["population"] for row in rows) == pytest.approx(1.0, abs=1e-3)
+    for row in rows:
+        halves = [read_map(folder / "states" / f"{row['state'] - 1:03d}_half{half}.mrc")[0] for half in (1, 2)]
+        assert torch.allclose((halves[0] + halves[1]) / 2, maps[row["state"] - 1], atol=1e-5)
+    assert (folder / "consensus.mrc").is_file()
+    assert (folder / "heterogeneity.html").stat().st_size > 1e5
+
+
+def test_scores_of_the_run(run, particles, capsys):
+    folder, _ = run
+    assert main(["score-states", str(folder), "--truth", str(particles.parent), "--images", "4"]) == 0
+    assert "per conformation, AUC" in capsys.readouterr().out
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert all(float(row["auc"]) > float(row["consensus_auc"]) for row in rows)
+
+
+def test_maps_at_a_table_of_latents(run, tmp_path):
+    folder, summary = run
+    table = read_columns(folder / "states" / "states.csv", ["state", "z1"])
+    at = tmp_path / "z.csv"
+    at.write_text("z1\n" + "\n".join(table["z1"]) + "\n")
+    paths = states(folder, StatesConfig(at=at), tmp_path / "maps")
+    assert [path.name for path in paths] == [f"{number:03d}.mrc" for number in range(len(table["z1"]))]
+    for path in paths:
+        volume, grid = read_map(path)
+        assert grid == GRID
+        assert torch.allclose(volume, read_map(folder / "states" / path.name)[0], atol=2e-3 * float(volume.max()))
+    with pytest.raises(OutputError, match="--overwrite"):
+        states(folder, StatesConfig(at=at), tmp_path / "maps")
+    half = states(folder, StatesConfig(at=at, half=2, gaussians=True), tmp_path / "half")
+    assert (tmp_path / "half" / "000_half2.ply").is_file()
+    # The model on disk has its residual in half precision.
+    own = read_map(folder / "states" / "000_half2.mrc")[0]
+    assert torch.allclose(read_map(half[0])[0], own, atol=2e-3 * float(own.max()))
+    way = states(folder, StatesConfig(path=(1, 2), frames=3), tmp_path / "way")
+    assert len(way) == 3
+    assert torch.equal(read_map(way[0])[0], read_map(paths[0])[0])
+    assert len(summary["heterogeneity"]["states"]) >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "either --at"),
+        ({"path": (1,)}, "two states or more"),
+        ({"path": (1, 99)}, "from 1 to"),
+        ({"path": (1, 2), "frames": 1}, "at least 2 frames"),
+    ],
+)
+def test_latents_that_are_refused(run, tmp_path, options, said):
+    with pytest.raises(InputError, match=said):
+        states(run[0], StatesConfig(**options), tmp_path / "maps")
+
+
+def test_a_folder_without_states(particles, tmp_path):
+    with pytest.raises(InputError, match="no models of states"):
+        states(particles.parent, StatesConfig(path=(1, 2)), tmp_path / "maps")
+
+
+def test_one_state_gives_no_states(simulated, tmp_path, capsys):
+    star = simulated(particles=400, box=32, pixel_size=3.0, snr=0.1, atoms=600, seed=3)
+    assert (
+        main(["heterogeneity", str(star), "-o", str(tmp_path / "run"), "--components", "2", "--resolution", "8"]) == 0
+    )
+    assert "no heterogeneity that these images support" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["heterogeneity"]
+    assert found["found"] is False
+    assert found["components"] == found["points"] == 0
+    assert not (tmp_path / "run" / "states").exists()
+    assert not (tmp_path / "run" / "latents.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"components": 500}, "fewer --components"),
+        ({"resolution": 2.0}, "at least 4 cycles"),
+        ({"components": 0}, "1 c"),
+    ],
+)
+def test_options_that_cannot_be(particles, tmp_path, options, said):
+    with pytest.raises(InputError, match=said):
+        heterogeneity(configure(HeterogeneityConfig, **options), particles, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def stack(particles):
+    return open_stack(configure(ReconstructConfig), particles).only(1)
+
+
+def test_one_cell_of_all_particles_is_their_equations(stack):
+    """½ VᵀKV - bᵀV of a cell that everything belongs to is that of the one-pass sums."""
+    member = torch.ones(len(stack), 1, dtype=torch.float64)
+    (cell,) = gather_cells(stack, member, torch.zeros(1, 1, dtype=torch.float64), 24)
+    equations = equations_of(stack)
+    assert torch.allclose(cell.linear[0], equations.linear[4:28, 4:28, 4:28], rtol=1e-4, atol=1e-3)
+    assert float(cell.particles) == len(stack)
+    assert float(cell.noise) == 1.0
+
+
+def test_cells_add_up(stack):
+    generator = drawn(1)
+    member = torch.softmax(torch.randn(len(stack), 2, generator=generator, dtype=torch.float64), 1)
+    cells = joined(list(gather_cells(stack, member, torch.zeros(2, 1, dtype=torch.float64), 24)))
+    (whole,) = gather_cells(stack, member.sum(1, keepdim=True), torch.zeros(1, 1, dtype=torch.float64), 24)
+    scale = float(whole.linear.abs().max())
+    assert torch.allclose(cells.linear.sum(0), whole.linear[0], atol=1e-4 * scale)
+    assert torch.allclose(cells.response.sum(0), whole.response[0], atol=2e-3 * float(whole.response.max()))
+    assert torch.allclose(cells.noise.double(), (member**2).sum(0) / member.sum(0), rtol=1e-4)
+
+
+def random_cells(size=16, count=3):
+    generator = drawn(2)
+    side = 3 * size // 2
+    noise = torch.randn(count, side, side, side, generator=generator)
+    response = torch.fft.rfftn(noise, dim=(1, 2, 3)).abs()
+    linear = torch.randn(count, size, size, size, generator=generator)
+    return Cells(Grid(size, 3.0), linear, response, torch.zeros(count, 2), torch.ones(count), torch.ones(count))
+
+
+def test_gradient_of_a_cell():
+    cells = random_cells()
+    volume = torch.randn(16, 16, 16, generator=drawn(3))
+    step = torch.randn(16, 16, 16, generator=drawn(4))
+    _, gradient = cells.error_and_gradient(1, volume)
+    after, before = (cells.error_and_gradient(1, volume + sign * 0.01 * step)[0] for sign in (1, -1))
+    slope = torch.dot(gradient.flatten(), step.flatten())
+    assert float((after - before) / 0.02) == pytest.approx(float(slope), rel=1e-3)
+
+
+def test_coarser_cells_say_the_same_of_smooth_maps(stack):
+    """On larger voxels, a wide mixture fits as well as on the voxels of the images."""
+    from emsplat.heterogeneity.states import render
+    from emsplat.types import Gaussians
+
+    member = torch.ones(len(stack), 1, dtype=torch.float64)
+    (cells,) = gather_cells(stack, member, torch.zeros(1, 1, dtype=torch.float64), 32)
+    mean = torch.tensor([[3.0, -4.0, 2.0], [-8.0, 5.0, 0.0]])
+    mixture = Gaussians(mean, 64 * torch.eye(3).expand(2, 3, 3), torch.tensor([5.0, 9.0]))
+    fine, _ = cells.error_and_gradient(0, render(mixture, cells))
+    coarse = cells.coarse(12.0)
+    assert coarse.grid.size == 16
+    found, _ = coarse.error_and_gradient(0, render(mixture, coarse))
+    assert float(found) == pytest.approx(float(fine), rel=0.02)
+
+
+def test_memberships_are_few_and_add_up_to_one():
+    member = torch.softmax(3 * torch.randn(50, 8, generator=drawn(5), dtype=torch.float64), 1)
+    few = few_memberships(member)
+    assert torch.allclose(few.sum(1), torch.ones(50, dtype=torch.float64))
+    assert ((few > 0).sum(1) <= 3).all()
+    assert (few.argmax(1) == member.argmax(1)).all()
+    assert torch.diagonal(overlap(few)) == pytest.approx(1.0)
+
+
+def test_the_empirical_map_of_noise_is_empty():
+    """b with exactly its own noise carries no signal, and the filter shuts."""
+    size, side = 16, 24
+    generator = drawn(6)
+    response = torch.ones(1, side, side, side // 2 + 1)  # K = δ: every voxel by itself
+    signal = torch.zeros(size, size, size)
+    signal[6:10, 6:10, 6:10] = 20.0
+    noise = torch.randn(size, size, size, generator=generator)
+
+    def filtered(linear):
+        cells = Cells(Grid(size, 3.0), linear[None], response, torch.zeros(1, 1), torch.ones(1), torch.ones(1))
+        return empirical_map(cells, torch.ones(1))
+
+    assert float(filtered(noise).square().mean()) < 0.1
+    kept = filtered(signal + noise)
+    assert torch.corrcoef(torch.stack([kept.flatten(), signal.flatten()]))[0, 1] > 0.95
+
+
+def decoder(count=40, latents=2):
+    generator = drawn(7)
+    centre = 10 * torch.randn(count, 3, generator=generator)
+    return Decoder(centre, torch.full((count,), 4.0), torch.ones(count), Shape(latents, 3), generator=generator)
+
+
+def test_the_decoder_is_its_formula():
+    model = decoder()
+    latent = torch.randn(5, 2, generator=drawn(8))
+    with torch.no_grad():
+        for weight in model.weights:
+            weight.mul_(3)  # motions that are seen
+        position, amplitude = model(latent)
+        numbers = model.trunk(latent)
+        rotation, shift = model.motions(numbers)
+        weight = model.parts()
+        mass = weight * torch.nn.functional.softplus(model.amplitude)[:, None]
+        for state in range(5):
+            for i in (0, 17, 39):
+                expected = torch.zeros(3)
+                for p in range(3):
+                    origin = (mass[:, p, None] * model.centre).sum(0) / mass[:, p].sum()
+                    turned = rotation[state, p] @ (model.centre[i] - origin) + origin + shift[state, p]
+                    expected += weight[i, p] * turned
+                expected += numbers[state, 27:35] @ model.bend[i]
+                assert torch.allclose(position[state, i], model.length * expected, rtol=1e-4, atol=1e-4)
+                raw = model.amplitude[i] + numbers[state, 35:] @ model.change[i]
+                assert torch.allclose(amplitude[state, i], torch.nn.functional.softplus(raw), rtol=1e-4)
+        assert torch.allclose(rotation @ rotation.mT, torch.eye(3).expand_as(rotation), atol=1e-5)
+        assert torch.allclose(torch.linalg.det(rotation), torch.ones(5, 3), atol=1e-5)
+
+
+def test_a_split_decoder_draws_the_same_molecule():
+    model = decoder()
+    narrow = model.split(8, 3.0, drawn(9))
+    assert len(narrow) == 8 * len(model)
+    latent = torch.zeros(1, 2)
+    with torch.no_grad():
+        before, after = (voxelize(one.mixtures(latent)[0], Grid(32, 3.0)) for one in (model, narrow))
+    assert float(after.sum()) == pytest.approx(float(before.sum()), rel=1e-3)
+    assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.9
+
+
+def half(frame=None):
+    frame = frame or Frame(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    density = Density(torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64), torch.tensor([0.5, 0.5]).double())
+    residual = torch.randn(2, 16, 16, 16, generator=drawn(10))
+    precision = 50 * torch.eye(2, dtype=torch.float64)
+    return HalfModel(decoder(), density, precision, residual, Grid(16, 3.0), GRID, frame)
+
+
+def test_a_half_model_comes_back(tmp_path):
+    model = half()
+    model.save(tmp_path / "half.safetensors")
+    found = read_half(tmp_path / "half.safetensors")
+    latent = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    assert torch.allclose(found.map(latent), model.map(latent), atol=5e-3)  # the residual in half precision
+    assert torch.equal(found.mixture(latent).mean, model.mixture(latent).mean)
+    assert (found.grid, found.box) == (model.grid, model.box)
+    again = read_decoder(model.decoder.state())
+    assert torch.equal(again.centre, model.decoder.centre)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_half_models_are_refused(tmp_path, content):
+    path = tmp_path / "half.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not the model of a half-set"):
+        read_half(path)
+
+
+def test_a_map_uses_the_residual_of_its_cell_and_its_own_frame():
+    model = half()
+    near = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    rest = model.map(near) - voxelize(model.mixture(near), GRID)
+    assert torch.allclose(rest[8:24, 8:24, 8:24], model.residual[1], atol=1e-3)
+    flipped = half(Frame(-torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)))
+    assert torch.allclose(flipped.map(-near), model.map(near), atol=1e-5)
+
+
+def test_the_middle_of_the_box_on_finer_voxels():
+    axis = (torch.arange(16) - 8) * 6.0
+    gap = axis**2 + axis[:, None] ** 2 + axis[:, None, None] ** 2
+    coarse = torch.exp(-gap / (2 * 12.0**2))
+    fine = on_grid(coarse, Grid(16, 6.0), GRID)
+    axis = (torch.arange(32) - 16) * 3.0
+    gap = axis**2 + axis[:, None] ** 2 + axis[:, None, None] ** 2
+    expected = torch.exp(-gap / (2 * 12.0**2)) / 8  # plain sums stay
+    assert float((fine - expected).abs().max()) < 1e-3 * float(expected.max())
+
+
+def test_points_along_a_way():
+    corners = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 1.0]])
+    found = torch.stack(list(along(corners, 5)))
+    expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [3.0, 1.0]])
+    assert torch.allclose(found, expected, atol=1e-6)
