@@ -47,6 +47,8 @@ import torch
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
 from emsplat.fitting.state import State
+from emsplat.io.columns import read_latents
+from emsplat.io.dcd import open_dcd
 from emsplat.io.mrc import read_stored_map, write_map, writing_stack
 from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.particles import read_particles
@@ -101,6 +103,9 @@ def seeds(data: Path | None) -> dict[str, list[bytes]]:
         "ctf": [pickle.dumps(_CTF, protocol) for protocol in range(6)],
         "ply": [files["g.ply"]],
         "checkpoint": [files["c.safetensors"]],
+        "dcd": [dcd(order, marker, cell) for order in "<>" for marker in (4, 8) for cell in (False, True)],
+        "latents": [_LATENTS.encode(), b"\xef\xbb\xbf" + _LATENTS.replace("\n", "\r\n").encode()],
+        "z": [pickle.dumps(_CTF, protocol) for protocol in range(6)],
     }
     found["poses"].append(pickle.dumps(_POSES[0], 4))
     if data is not None:
@@ -161,6 +166,25 @@ _rlnDefocusU 10000
 _rlnDefocusV 10000
 _rlnDefocusAngle 0
 """
+
+
+_LATENTS = 'row,half,z1,z2,class,gain\n1,1,0.5,-1.25,1,3.5\n2,2,1e-3,4,"2",0\n3,1,0,0,,-1\n'
+
+
+def dcd(order: str = "<", marker: int = 4, cell: bool = True, frames: int = 2, atoms: int = COUNT) -> bytes:
+    """A trajectory whose atom a of frame f is at (a, f, 0.5) Å."""
+
+    def record(content: bytes) -> bytes:
+        length = struct.pack(order + ("i" if marker == 4 else "q"), len(content))
+        return length + content + length
+
+    words = [frames, 1, 1, *[0] * 7, int(cell), *[0] * 8, 24]
+    parts = [b"CORD" + struct.pack(order + "20i", *words), struct.pack(order + "i", 1) + b"a title".ljust(80)]
+    parts.append(struct.pack(order + "i", atoms))
+    for frame in range(frames):
+        parts += [struct.pack(order + "6d", 9, 90, 9, 90, 90, 9)] * cell
+        parts += [struct.pack(f"{order}{atoms}f", *axis) for axis in (range(atoms), [frame] * atoms, [0.5] * atoms)]
+    return b"".join(map(record, parts))
 
 
 def _write_star(path: Path, rng: torch.Generator) -> None:
@@ -316,6 +340,10 @@ _JSON_TOKENS = [
     *('"I64"', '"BF16"', '"data_offsets"', "[0,0]", "[0,18446744073709551615]", '"model.mean"', '"\\ud800"', "[" * 500),
     *("[4294967296,4294967296]", "[0]", "[3,3]", "[2305843009213693952]", "step", "bounds", "rotation", '\\"', "{}"),
 ]  # fmt: skip
+_CSV_TOKENS = [
+    *("row,z1\n1,2\n", "z1", ",", '"', '""', "\r", "z2,z2", "z01", "z", "z99999999999", "row", "class", ",,,,,"),
+    *("z1,z2,z3,z4,z5,z6,z7", "0x1p3", "1e999", "infinity", "1,1,0.5,-1.25,1,3.5\n", "\n" * 50, '"a\nb"', "x" * 140000),
+]  # fmt: skip
 _FILES = {
     "star": "p.star",
     "map": "map.mrc",
@@ -326,6 +354,9 @@ _FILES = {
     "ctf": "ctf.pkl",
     "ply": "g.ply",
     "checkpoint": "c.safetensors",
+    "dcd": "t.dcd",
+    "latents": "latents.csv",
+    "z": "z.pkl",
 }
 KINDS = tuple(_FILES)
 # STAR, .cs and pickles are where mutations differ most.
@@ -343,6 +374,9 @@ _TURNS = (
     "star",
     "poses",
     "checkpoint",
+    "dcd",
+    "latents",
+    "z",
 )
 
 
@@ -402,6 +436,15 @@ def _bytes(rng: random.Random, content: bytes, own: list[bytes]) -> bytes:
 
 
 _SPACES = re.compile(rb"(\s+)")
+
+
+def _replaced(rng: random.Random, content: bytes, head: int) -> bytes:
+    """A number in the first bytes put to another one; often the same in all records of its size."""
+    new = struct.pack(rng.choice("<>") + "i", min(rng.choice(_NUMBERS) + rng.randint(-2, 2), 2**31 - 1))
+    at = 4 * rng.randrange(min(head, max(4, len(content))) // 4)
+    if rng.random() < 0.3 and len(content) > at + 4:
+        return content.replace(content[at : at + 4], new, rng.choice((1, 2, 100)))
+    return content[:at] + new + content[at + 4 :]
 
 
 def _words(tokens: list[str], head: bytes | None = None) -> Callable[[random.Random, bytes], bytes]:
@@ -636,6 +679,9 @@ _SPECIAL: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "ctf": _pickle,
     "ply": _words(_PLY_TOKENS, b"end_header\n"),
     "checkpoint": _safetensors,
+    "dcd": lambda rng, content: _replaced(rng, content, 400),
+    "latents": _words([*_TOKENS, *_CSV_TOKENS]),
+    "z": _pickle,
 }
 
 
@@ -681,6 +727,13 @@ class Reading:
             stack.read_into(out, range(stack.count), range(stack.count))
             stack.close()
             return stack.pixel_size
+        if kind == "dcd":
+            trajectory = open_dcd(path)
+            return tuple(
+                map(torch.from_numpy, trajectory.read([0, trajectory.frames - 1], np.arange(trajectory.atoms)))
+            )
+        if kind in ("latents", "z"):
+            return read_latents(path)
         return {"map": read_stored_map, "ply": read_ply, "checkpoint": load_checkpoint}[kind](path)
 
     def judge(self, kind: str, content: bytes) -> tuple[bool, str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emsplat.cli import main
-from emsplat.config import SimulateConfig
+from emsplat.config import SimulateConfig, StateOptions, names
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
@@ -43,10 +43,13 @@ def test_every_option_of_simulate(tmp_path):
         "--dtype": "float16",
         "--seed": "4",
     }
+    # Which states: tests/test_states.py.
+    options |= {"--contrast-spread": "0.2"}
+    of_states = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(StateOptions)} - {"--contrast-spread"}
     flags = ["--keep-frame", "--noise-only", "--no-half-sets", "--overwrite"]
     words = [word for pair in options.items() for word in pair]
     assert main(["simulate", "-o", str(tmp_path / "out"), *words, *flags]) == 0
-    named = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(SimulateConfig)}
+    named = {f"--{name.replace('_', '-')}" for name in names(SimulateConfig)} - of_states
     assert named - {"--half-sets"} == set(options) | set(flags) - {"--no-half-sets"}
     written = tomllib.loads((tmp_path / "out" / "simulate.toml").read_text())["settings"]
     for name, value in options.items():

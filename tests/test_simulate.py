@@ -26,6 +26,7 @@ from emsplat.simulation.images import (
     clean_images,
     form_factor,
     make_noise,
+    make_scene,
     noise_filter,
     perturb_poses,
     project_atoms,
@@ -155,7 +156,7 @@ def test_protein_is_bright_and_zero_frequency_carries_the_amplitude_contrast():
     config = SimulateConfig(particles=2)
     atoms, grid = procedural_protein(500), Grid(48, 2.0)
     poses, optics = random_poses(config), random_optics(config)
-    images = clean_images(atoms, poses, optics, grid, 60.0)
+    images = clean_images(make_scene([atoms], grid, 60.0, dtype=torch.float64), poses, optics)
     plain = fourier.irfft(project_atoms(atoms, poses, grid, 60.0))
     torch.testing.assert_close(images.sum((1, 2)), 0.1 * plain.sum((1, 2)))
     assert (plain.sum((1, 2)) > 0).all()
@@ -338,7 +339,8 @@ def test_images_agree_with_the_written_star_file_and_map(tmp_path):
     table = read_star(tmp_path / "particles.star")
     grid = Grid(config.box, config.pixel_size)
     atoms = procedural_protein(config.atoms, config.model_seed)
-    again = clean_images(atoms, table.poses.to(torch.float32), table.optics.to(torch.float32), grid, config.b_factor)
+    scene = make_scene([atoms], grid, config.b_factor)
+    again = clean_images(scene, table.poses.to(torch.float32), table.optics.to(torch.float32))
     volume, written_grid = read_map(tmp_path / "truth.mrc")
     gain = float(volume.sum() / truth_map(atoms, grid, config.b_factor).sum())
     assert written_grid == grid

@@ -27,6 +27,7 @@ from emsplat.config import (
     PreprocessConfig,
     ReconstructConfig,
     RunOptions,
+    ScoreStatesConfig,
     SimulateConfig,
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
@@ -107,8 +108,8 @@ def simulate(
 
     Args:
         model: mmCIF or PDB file (may be gzipped).
-        output: Folder for particles.mrcs, particles.star and truth.mrc; without it a new one here, simulate_001 or the
-            next free number.
+        output: Folder for particles.mrcs, particles.star and truth.mrc (and truth/, where particles differ); without it
+            a new one here, simulate_001 or the next free number.
         threads: Threads of the computation; without it as many as cores were granted.
 
     Examples:
@@ -116,14 +117,14 @@ def simulate(
         emsplat simulate -o demo --particles 2000 --box 64 --pixel-size 3
         # particles of a known structure
         emsplat simulate 6z6u.cif -o apoferritin --box 192 --pixel-size 1.2
-        # noise alone: no method should find anything in it
-        emsplat simulate -o nothing --noise-only
+        # an antibody with one Fab turned about its hinge in 100 steps
+        emsplat simulate 1hzh.pdb -o igg --rotate "(chain H and resid 1-213) or chain L" --about 213 244
     """
     from emsplat.io.paths import say_start
     from emsplat.programs.simulate import simulate as run
 
     with _folder(output, "simulate") as folder, with_threads(threads):
-        star = run(config, model, folder)
+        star = run(config, model, folder, _log())
         print(f"particles: {star}")
         print(f"  {say_start(star, folder / 'particles.mrcs')}")
 
@@ -291,6 +292,31 @@ def postprocess(
         emsplat postprocess run --mask mask.mrc
     """
     from emsplat.programs.postprocess import postprocess as work
+
+    work(run, config, _log())
+
+
+def score_states(
+    run: Path,
+    /,
+    config: ScoreStatesConfig,
+) -> None:
+    """Score the states of simulated particles against the truth: CryoBench's FSC-AUC per state and per image, the same
+    where the state moves, neighbourhoods of latents, adjusted Rand index; each beside the consensus.
+
+    Args:
+        run: Run folder of `emsplat heterogeneity`, or a folder of any program with a map for each true state in order
+            (000.mrc, 001.mrc, ...) and, where there are any, latents (latents.csv or cryoDRGN's z.pkl).
+
+    Examples:
+        # a run on particles of `emsplat simulate -o particles --states ...`
+        emsplat score-states run --truth particles
+        # classes of another program: maps 000.mrc, 001.mrc, ... in the order of the true states
+        emsplat score-states classes --truth particles --consensus refined.mrc
+        # a run on a part of the particles
+        emsplat score-states run --truth particles --partial
+    """
+    from emsplat.programs.score_states import score_states as work
 
     work(run, config, _log())
 
@@ -507,7 +533,7 @@ def _log() -> Log:
 _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Reconstruct": (reconstruct, backproject),
     "Look at the input": (check, convert, preprocess, simulate),
-    "Look at the result": (assess, postprocess, nulltest, fsc, voxelize, report),
+    "Look at the result": (assess, postprocess, nulltest, score_states, fsc, voxelize, report),
     "Shell": (completion,),
 }
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
@@ -519,7 +545,12 @@ _FOOTER = (
 
 def commands() -> dict[str, Command]:
     """Every command of `emsplat` by its name."""
-    return {run.__name__: command_of(run, f"emsplat {run.__name__}") for group in _COMMANDS.values() for run in group}
+    return {_name(run): command_of(run, f"emsplat {_name(run)}") for group in _COMMANDS.values() for run in group}
+
+
+def _name(run: Any) -> str:
+    """What a command is called."""
+    return str(run.__name__).replace("_", "-")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -538,15 +569,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> Any:
-    runs = {run.__name__: run for group in _COMMANDS.values() for run in group}
+    runs = {_name(run): run for group in _COMMANDS.values() for run in group}
     match words:
         case ["--version" | "-V", *_]:
             print(f"emsplat {__version__}")
         case [] | ["-h" | "--help" | "help"]:
             all_of_them = commands()
-            groups = {
-                title: {run.__name__: all_of_them[run.__name__] for run in _COMMANDS[title]} for title in _COMMANDS
-            }
+            groups = {title: {_name(run): all_of_them[_name(run)] for run in _COMMANDS[title]} for title in _COMMANDS}
             print(program_help(_ABOUT, groups, _FOOTER, terminal()))
             return 0 if words else 2
         case ["help", name, *_] if name in runs:

@@ -373,6 +373,51 @@ class PostprocessConfig:
 
 
 @dataclass(frozen=True)
+class StateOptions:
+    """A molecule in several states."""
+
+    states: tuple[File, ...] = ()
+    """Atomic models (mmCIF, PDB) of the states, in one common frame, in place of MODEL."""
+
+    trajectory: File | None = None
+    """Trajectory in DCD format whose frames are the states; frames are taken as they are, so superpose them first."""
+
+    topology: File | None = None
+    """PDB or mmCIF file with the atoms of --trajectory, all of them and in its order."""
+
+    frames: int | None = None
+    """So many frames, evenly spread from the first to the last; without it all, up to 200."""
+
+    rotate: Annotated[str, "SELECTION"] | None = None
+    """Atoms of MODEL that turn about the axis of --about against the rest, such as "(chain H and resid 1-213 220) or
+    chain L"; selections are made of chain, segid, resid, resname, name, all, and, or, not and parentheses."""
+
+    about: tuple[Annotated[str, "RESIDUE"], ...] = ()
+    """Two residues whose CA atoms (P of nucleic acids) are on the axis: numbers in the chain of --rotate, or as
+    H:213 H:244."""
+
+    angles: int | None = None
+    """Number of states of --rotate; without it 100."""
+
+    turn: Degrees | None = None
+    """Angle of --rotate between first and last state; without it 360, a full turn in equal steps, whose end is its
+    beginning."""
+
+    missing: tuple[Annotated[str, "SELECTION"], ...] = ()
+    """Blocks of MODEL that may be missing, one selection each, such as "chain A B" "chain C": a state for every
+    combination, with --rotate at every angle."""
+
+    missing_states: tuple[Annotated[str, "BLOCKS"], ...] = ()
+    """Only these combinations, each as the numbers of the blocks that are missing: none 1 2 1+2."""
+
+    populations: tuple[float, ...] = ()
+    """Shares of the particles in the order of the states, in any unit; without it all are equal."""
+
+    contrast_spread: float = 0.0
+    """Standard deviation of the particles' grey scales, whose mean is 1 (log-normal)."""
+
+
+@dataclass(frozen=True)
 class SimulateConfig:
     """What is simulated."""
 
@@ -448,10 +493,39 @@ class SimulateConfig:
     """Number format of the images."""
 
     seed: int = 0
-    """Seed of orientations, shifts, optics, noise and half-sets."""
+    """Seed of orientations, shifts, optics, noise, half-sets, states and contrast."""
 
     overwrite: bool = False
     """Write into an output folder that is not empty."""
+
+    heterogeneity: StateOptions = StateOptions()
+
+
+@dataclass(frozen=True)
+class ScoreStatesConfig:
+    """How states are scored."""
+
+    truth: Folder
+    """Output folder of `emsplat simulate`, or the folder truth in it."""
+
+    output: Folder | None = None
+    """Folder for scores.csv; without it that of the run."""
+
+    consensus: MapFile | None = None
+    """Map that knows of no states, whose scores stand beside; without it consensus.mrc or run_class001.mrc of the
+    folder."""
+
+    mask: MapFile | None = None
+    """MRC map with values from 0 to 1, for all states; without it one is made from the true maps."""
+
+    images: int = 100
+    """Particles, evenly spread, whose own maps are scored."""
+
+    partial: bool = False
+    """Only a part of the particles was reconstructed: latents.csv says which, in its column row."""
+
+    threads: int | None = None
+    """Threads of the computation; without it as many as cores were granted."""
 
 
 # Options by their names

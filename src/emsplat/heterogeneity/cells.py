@@ -29,7 +29,7 @@ class Cells:
     """Quadratic forms ½ VᵀKV - bᵀV of the maps in the middle ``grid.size`` voxels of the box, one for each cell.
 
     ``linear`` is b; ``response`` the transform of K on a grid half as large again, so that lags up to three quarters of
-    ``grid.size`` are exact. Gaussians that are narrow for the voxels are rendered ``blur`` Å wider, which both allow for.
+    ``grid.size`` are exact. Gaussians that are narrow for the voxels are drawn ``blur`` Å wider, which both allow for.
     """
 
     grid: Grid
@@ -37,6 +37,7 @@ class Cells:
     response: Float[Tensor, "m w v k"]
     point: Float[Tensor, "m q"]
     particles: Float[Tensor, " m"]  # how many a cell holds; memberships add up
+    noise: Float[Tensor, " m"]  # variance of b over K: memberships below 1 say less, and are less noisy still
     blur: float = 0.0
 
     def __len__(self) -> int:
@@ -90,19 +91,23 @@ def gather_cells(
     membership: Float[Tensor, "v m"],
     point: Float[Tensor, "m q"],
     support: int,
+    grid: Grid | None = None,
 ) -> Iterator[Cells]:
     """The sums of each cell, one cell after the other (each a `Cells` of one; `joined` brings them together).
 
-    ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours.
+    ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours. ``support`` is in
+    voxels of ``grid``, which covers the box, as fine as the images or coarser.
     """
     noise = estimate_noise(stack)
     own = membership.reshape(len(stack), len(stack.symmetry), -1)
     for number in range(membership.shape[1]):
-        yield _reduced(_gather(stack, noise, own[:, :, number]), support, point[number])
+        weight = own[:, :, number]
+        equations = _gather(stack, grid or stack.grid, noise, weight)
+        yield _reduced(equations, support, point[number], weight)
 
 
-def _gather(stack: ParticleStack, noise: Tensor, weight: Float[Tensor, "p s"]) -> NormalEquations:
-    statistics = begin(stack.without_symmetry())
+def _gather(stack: ParticleStack, grid: Grid, noise: Tensor, weight: Float[Tensor, "p s"]) -> NormalEquations:
+    statistics = begin(stack.without_symmetry(), grid)
     for number, element in enumerate(stack.symmetry):
         rows = (weight[:, number] > 0).nonzero()[:, 0]
         part = stack.take(rows)
@@ -113,10 +118,12 @@ def _gather(stack: ParticleStack, noise: Tensor, weight: Float[Tensor, "p s"]) -
         statistics.particles = 0
         for _ in accumulate(statistics, replace(turned, share=share), noise):
             pass
-    return replace(statistics.equations(), particles=float(weight.sum()))
+    return statistics.equations()
 
 
-def _reduced(equations: NormalEquations, support: int, point: Float[Tensor, " q"]) -> Cells:
+def _reduced(
+    equations: NormalEquations, support: int, point: Float[Tensor, " q"], weight: Float[Tensor, "p s"]
+) -> Cells:
     """The middle of the box alone."""
     width = 3 * support // 2
     centred = (torch.arange(width) + width // 2) % width - width // 2
@@ -129,7 +136,8 @@ def _reduced(equations: NormalEquations, support: int, point: Float[Tensor, " q"
         equations.linear[inside, inside, inside].clone()[None],
         response[None],
         point[None],
-        torch.tensor([float(equations.particles)]),
+        weight.sum()[None].float(),
+        (weight.square().sum() / weight.sum())[None].float(),
     )
 
 
@@ -140,7 +148,7 @@ def joined(cells: list[Cells]) -> Cells:
         first,
         **{
             name: torch.cat([getattr(one, name) for one in cells])
-            for name in ("linear", "response", "point", "particles")
+            for name in ("linear", "response", "point", "particles", "noise")
         },
     )
 
@@ -152,20 +160,43 @@ def overlap(membership: Float[Tensor, "v m"]) -> Float[Tensor, "m m"]:
     return gram * scale[:, None] * scale
 
 
-def weighted_map(
-    cells: Cells, weight: Float[Tensor, " m"], power: Float[Tensor, " s"], linear: Tensor | None = None
+def empirical_map(
+    cells: Cells, weight: Float[Tensor, " m"], linear: Float[Tensor, "m z y x"] | None = None, filled: float = 1.0
 ) -> Float[Tensor, "z y x"]:
     """The classical map b / (w + 1/τ²) of weighted cells on their grid; other right-hand sides may be given.
 
-    w is the circulant matrix nearest to K, ``power`` τ² per shell (`signal_power`).
+    w is the circulant matrix nearest to K. τ² per shell is what |b|² has more than its noise, over w²; signal that fills
+    only a part of the box (``filled``) is that much stronger where it is.
     """
     size = cells.grid.size
-    total = torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear)
+    total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear))
     information = circulant(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
+    noise = circulant(torch.einsum("m,mzyk->zyk", weight.square() * cells.noise, cells.response), size)
+    signal = mean_per_shell(total.abs().square()) - size**3 * mean_per_shell(noise)
+    power = _smoothed(signal / mean_per_shell(information.square()).clamp(min=1e-30)).clamp(min=1e-30) / filled
     shells = shell_index(size, 3)
-    prior = (size**3 / power.clamp(min=1e-30))[shells.clamp(max=size // 2)]
-    spectrum = torch.fft.rfftn(total) * (shells <= size // 2) / (information + prior)
-    return torch.fft.irfftn(spectrum, s=(size,) * 3)
+    prior = (size**3 / power)[shells.clamp(max=size // 2)]
+    spectrum = total * (shells <= size // 2) / (information + prior)
+    filtered: Tensor = torch.fft.irfftn(spectrum, s=(size,) * 3)
+    return filtered
+
+
+def raw_map(cells: Cells, weight: Float[Tensor, " m"]) -> Float[Tensor, "z y x"]:
+    """The same without a prior; a hundredth of a shell's mean keeps unmeasured frequencies at 0."""
+    size = cells.grid.size
+    total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear))
+    information = circulant(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
+    shells = shell_index(size, 3).clamp(max=size // 2)
+    floor = 0.01 * mean_per_shell(information)[shells] + 1e-30
+    raw: Tensor = torch.fft.irfftn(total / (information + floor), s=(size,) * 3)
+    return raw
+
+
+def _smoothed(curve: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+    """Over five shells."""
+    window = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0]) / 9
+    padded = torch.nn.functional.pad(curve[None, None], (2, 2), mode="replicate")
+    return torch.nn.functional.conv1d(padded, window[None, None])[0, 0]
 
 
 def circulant(response: Float[Tensor, "w v k"], size: int) -> Float[Tensor, "z y k"]:
@@ -181,20 +212,6 @@ def circulant(response: Float[Tensor, "w v k"], size: int) -> Float[Tensor, "z y
         tapered = tapered.new_zeros(shape).index_add_(dim, lag.long() % size, tapered)
     spectrum: Tensor = torch.fft.rfftn(tapered).real
     return spectrum.clamp_(min=0)
-
-
-def signal_power(
-    linear: Float[Tensor, "m z y x"], response: Float[Tensor, "m w v k"], filled: float = 1.0
-) -> Float[Tensor, " s"]:
-    """Power per shell of the maps behind some right-hand sides b: what |b|² has more than its noise, over the
-    information. Signal that fills only a part of the box (``filled``) is that much stronger where it is."""
-    size = linear.shape[-1]
-    power, square = torch.zeros(size // 2 + 1), torch.zeros(size // 2 + 1)
-    for own, convolution in zip(linear, response, strict=True):
-        information = circulant(convolution, size)
-        power += mean_per_shell(torch.fft.rfftn(own).abs().square()) - size**3 * mean_per_shell(information)
-        square += mean_per_shell(information.square())
-    return (power / square.clamp(min=1e-30)).clamp(min=0) / filled
 
 
 def residuals(cells: Cells, maps: Float[Tensor, "m z y x"]) -> Float[Tensor, "m z y x"]:

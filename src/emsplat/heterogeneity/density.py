@@ -1,7 +1,7 @@
 """How molecules are distributed over latent space: the likeliest density, on points.
 
-The non-parametric maximum likelihood estimate of a mixing density is a few points (Laird 1978, Lindsay 1983). Every view
-says log p(y|z) - log p(y|0) = b·z - zᵀA z/2, so no image is needed.
+The non-parametric maximum likelihood estimate of a mixing density is a few points (Laird 1978, Lindsay 1983). Every
+view says log p(y|z) - log p(y|0) = b·z - zᵀA z/2, so no image is needed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ class Density:
     def membership(self, latents: Latents) -> Float[Tensor, "v m"]:
         """Posterior probability of each point for each view."""
         return torch.softmax(self.evidence(latents), 1)
+
+    def embed(self, latents: Latents) -> Float[Tensor, "v q"]:
+        """The latent of each view: the posterior mean over the points."""
+        return self.membership(latents) @ self.point
+
+    def without_small(self, least: float) -> Density:
+        """Without points of a weight below ``least``."""
+        kept = self.weight >= least
+        return Density(self.point[kept], self.weight[kept] / self.weight[kept].sum())
 
 
 def start_points(latents: Latents, count: int, generator: torch.Generator) -> Float[Tensor, "m q"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.fitting.objective import KnownGradient
-from emsplat.heterogeneity.cells import Cells, signal_power, weighted_map
+from emsplat.heterogeneity.cells import Cells, empirical_map
 from emsplat.imaging.project import voxelize
 from emsplat.maths.fourier import frequencies
 from emsplat.models.decoder import Decoder, Shape
@@ -65,7 +65,10 @@ COARSE = (
     Stage(19.0, 8, rate=0.7),
     Stage(13.0, 8, rate=0.5),
 )
-FINE = (Stage(0.0, 4, rate=0.4, batch=1), Stage(0.0, 4, rate=0.2, batch=1), Stage(0.0, 4, rate=0.1, batch=1))
+_FINE = (0.4, 0.2, 0.1, 0.05)  # rates of the stages with all frequencies
+_FINE_EPOCHS = 6
+_FIRST = 2048  # Gaussians
+_LIKE = 5e4  # Å³ of protein per 2,048 Gaussians for which the resolutions above are meant
 
 
 def reference_cell(cells: Cells) -> int:
@@ -79,8 +82,7 @@ def start(
     """Gaussians drawn from the density of the reference cell and those that overlap with it."""
     reference = reference_cell(cells)
     near = shared[reference].float()
-    power = signal_power(cells.linear.sum(0)[None], cells.response.sum(0)[None])
-    volume = weighted_map(cells, torch.where(near > 0.05, near, 0.0), power)
+    volume = empirical_map(cells, torch.where(near > 0.05, near, 0.0))
     grid = cells.grid
     size = grid.size
     axis = (torch.arange(size) - size // 2).float()

@@ -9,7 +9,7 @@ together.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from emsplat.sums.equations import kernel_size
 _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-3  # below this share of the strongest component's power another one is put in its place
 _SEED_AMPLITUDE, _SEED_POWER = 0.02, 0.1  # of a component that is put there
+_LEAST_DETERMINED, _NOTHING = 1e-2, 1e-12
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,12 @@ def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> 
 
 
 def maximise(space: Space, spectra: Spectra, power: Float[Tensor, "c s"], latents: Latents | None) -> Subspace:
-    """The M step: mean and components from the posteriors, with the prior's power estimated anew (which prunes what the
-    data do not support), latents made standard normal, and components orthogonal."""
+    """The M step: mean and components from the posteriors, with the prior's power estimated anew, latents made standard
+    normal, and components orthogonal.
+
+    The power is that of the solution over the share of it that the data determine (MacKay 1992). Components that the
+    data do not support vanish in a few steps, where the plain EM update takes hundreds.
+    """
     views = len(spectra)
     own = torch.zeros(views, 0, dtype=torch.float64) if latents is None else latents.mean
     mean = torch.cat([torch.ones(views, 1, dtype=torch.float64), own], 1)
@@ -186,14 +191,13 @@ def maximise(space: Space, spectra: Spectra, power: Float[Tensor, "c s"], latent
     if latents is not None:
         second[:, 1:, 1:] += latents.covariance
     coefficients, covariance = _solve(space, _equations(space, spectra, mean, second), power)
+    variance = space.per_shell(torch.diagonal(covariance, dim1=1, dim2=2))
+    determined = (1 - variance / power.T.double().clamp(min=1e-30)).clamp(min=_LEAST_DETERMINED)
+    found = space.per_shell(coefficients.square().sum(2)) / determined
     turn = _standardised(second, spectra.share)
-    maps = space.maps(coefficients)
-    maps = torch.einsum("czyx,cd->dzyx", maps, turn.float())
-    turn = turn @ _principal(maps)
+    turn = turn @ _principal(torch.einsum("czyx,cd->dzyx", space.maps(coefficients), turn.float()))
     maps = space.maps(torch.einsum("kcr,cd->kdr", coefficients, turn))
-    squares = torch.einsum("kcr,cd->kdr", coefficients, turn).square().sum(2)
-    spread = torch.einsum("cd,sce,ed->sd", turn, space.per_shell(covariance), turn)
-    return Subspace(space.lattice, maps, (space.per_shell(squares) + spread).T.float())
+    return Subspace(space.lattice, maps, (found @ turn.square()).T.float().clamp(min=_NOTHING))
 
 
 def _standardised(second: Float[Tensor, "v c c"], share: Float[Tensor, " v"]) -> Float[Tensor, "c c"]:
@@ -256,22 +260,20 @@ def fit_subspace(
     spectra: Spectra,
     components: int,
     generator: torch.Generator,
-    stages: Sequence[tuple[int, int]] = ((8, 8), (14, 8), (20, 5)),
-) -> Subspace:
-    """Mean and components by EM, low frequencies first: ``stages`` are (radius in cycles per box, iterations)."""
-    subspace: Subspace | None = None
-    for radius, iterations in stages:
-        lattice = Lattice(radius)
-        space = Space(lattice)
-        if subspace is None:
-            power, latents = begin(space, spectra, components, generator)
-            subspace = maximise(space, spectra, power, latents)
-        else:
+    stages: Sequence[tuple[int, int]],
+) -> Iterator[Subspace]:
+    """Mean and components by EM, low frequencies first, after each iteration: ``stages`` are (radius in cycles per box,
+    iterations)."""
+    space = Space(Lattice(stages[0][0]))
+    power, latents = begin(space, spectra, components, generator)
+    subspace = maximise(space, spectra, power, latents)
+    for number, (radius, iterations) in enumerate(stages):
+        if number:
+            space = Space(Lattice(radius))
             subspace = reseeded(_widened(subspace, space, spectra), space, generator)
         for _ in range(iterations):
             subspace = maximise(space, spectra, subspace.power, infer(subspace, spectra))
-    assert subspace is not None
-    return subspace
+            yield subspace
 
 
 def _widened(subspace: Subspace, space: Space, spectra: Spectra) -> Subspace:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gemmi
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.errors import InputError
@@ -27,6 +30,23 @@ class Atoms:
 
     def __len__(self) -> int:
         return len(self.element)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The atoms of a file that are simulated, in its order, and what it calls them."""
+
+    atoms: Atoms
+    chain: NDArray[Any]  # texts
+    segment: NDArray[Any]
+    residue: NDArray[np.int64]  # number; insertion codes do not count
+    residue_name: NDArray[Any]
+    name: NDArray[Any]
+    row: NDArray[np.int64]  # in the file, waters and hydrogens counted
+    rows: int  # atoms in the file
+
+    def __len__(self) -> int:
+        return len(self.atoms)
 
 
 @contextmanager
@@ -63,35 +83,59 @@ def _repair_elements(structure: gemmi.Structure) -> None:
             site.atom.element = gemmi.Element(site.atom.name.lstrip("0123456789")[:1])
 
 
-def read_atoms(path: Path) -> Atoms:
-    """Atoms of the first model of a PDB or mmCIF file (also .gz), in the frame of the file.
+# As simulation programs call water; gemmi knows the names in the PDB.
+_WATERS = frozenset(("TIP", "TIP3", "TIP4", "TIP5", "TP3", "SOL", "SPC", "SPCE"))
 
-    Waters are left out, since the images have no other solvent, and hydrogens, since most deposited models
-    have none.
+
+def _is_solvent(site: gemmi.CRA) -> bool:
+    return site.residue.is_water() or site.residue.name in _WATERS or site.atom.element.is_hydrogen
+
+
+def read_sites(path: Path, *, absent: bool = False) -> Sites:
+    """Atoms of the first model of a PDB or mmCIF file (also .gz), in the frame of the file, with their names.
+
+    Waters are left out, since the images have no other solvent, and hydrogens, since most deposited models have none;
+    so are atoms of occupancy 0. ``absent``: take these too and every occupancy as 1, as in topologies of simulations,
+    whose occupancies mean nothing.
 
     Raises:
         InputError: the file is missing or unreadable, has no atoms, or has an element without form factor.
     """
     with reading(path):
-        structure = gemmi.read_structure(str(path))
+        structure = gemmi.read_structure(str(path), merge_chain_parts=False)  # the order of the file
     _repair_elements(structure)
-    structure.remove_waters()
-    structure.remove_hydrogens()
-    sites = [site.atom for site in structure[0].all() if site.atom.occ > 0] if len(structure) else []
-    if not sites:
+    every = list(structure[0].all()) if len(structure) else []
+    found = [(row, site) for row, site in enumerate(every) if not _is_solvent(site) and (absent or site.atom.occ > 0)]
+    if not found:
         raise InputError(
             f"{path}: no atoms of occupancy above 0 besides waters and hydrogens; expected an atomic model"
         )
-    unknown = {a.element.name for a in sites if a.element.atomic_number == 0 or a.element.c4322 is None}
+    rows, sites = zip(*found, strict=True)
+    atoms = [site.atom for site in sites]
+    unknown = {a.element.name for a in atoms if a.element.atomic_number == 0 or a.element.c4322 is None}
     if unknown:
         names = ", ".join(sorted(unknown))
         raise InputError(f"{path}: no electron form factor for element {names}; remove or rename these atoms")
-    return Atoms(
-        torch.tensor([atom.pos.tolist() for atom in sites], dtype=torch.float64),
-        torch.tensor([atom.element.atomic_number for atom in sites]),
-        torch.tensor([atom.occ for atom in sites], dtype=torch.float64),
-        torch.tensor([atom.b_iso for atom in sites], dtype=torch.float64),
+    return Sites(
+        Atoms(
+            torch.tensor([atom.pos.tolist() for atom in atoms], dtype=torch.float64),
+            torch.tensor([atom.element.atomic_number for atom in atoms]),
+            torch.tensor([1.0 if absent else atom.occ for atom in atoms], dtype=torch.float64),
+            torch.tensor([atom.b_iso for atom in atoms], dtype=torch.float64),
+        ),
+        np.array([site.chain.name for site in sites]),
+        np.array([site.residue.segment for site in sites]),
+        np.array([site.residue.seqid.num for site in sites], dtype=np.int64),
+        np.array([site.residue.name for site in sites]),
+        np.array([atom.name for atom in atoms]),
+        np.array(rows, dtype=np.int64),
+        len(every),
     )
+
+
+def read_atoms(path: Path) -> Atoms:
+    """The atoms of `read_sites`."""
+    return read_sites(path).atoms
 
 
 def scattering(element: int) -> tuple[list[float], list[float]]:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
@@ -74,9 +74,21 @@ def solvent_mask(
     sizes = np.bincount(label.ravel())
     sizes[0] = 0
     region = ndimage.binary_fill_holes((sizes >= 0.05 * sizes.max())[label])
-    distance = ndimage.distance_transform_edt(~region) * grid.pixel_size - extend
-    soft = 0.5 + 0.5 * np.cos(np.pi * np.clip(distance / edge, 0, 1))
-    return torch.from_numpy(soft.astype(np.float32)) * sphere
+    return soft_region(torch.from_numpy(region), grid.pixel_size, extend, edge) * sphere
+
+
+def soft_region(region: Bool[Tensor, "z y x"], pixel_size: float, extend: float, edge: float) -> Float[Tensor, "z y x"]:
+    """1 in a region and up to ``extend`` Å from it, then a raised cosine of ``edge`` Å; float32."""
+    soft = torch.zeros(region.shape)
+    if not region.any():
+        return soft
+    reach = math.ceil((extend + edge) / pixel_size)
+    ends = [(int(axis.min()), int(axis.max()) + 1) for axis in region.nonzero().T]
+    # Only about the region: beyond its reach there is nothing.
+    around = tuple(slice(max(0, start - reach), end + reach) for start, end in ends)
+    distance = ndimage.distance_transform_edt(~region[around].numpy()) * pixel_size - extend
+    soft[around] = torch.from_numpy(0.5 + 0.5 * np.cos(np.pi * np.clip(distance / edge, 0, 1))).float()
+    return soft
 
 
 def _otsu(values: NDArray[np.float32]) -> float:

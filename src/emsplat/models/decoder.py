@@ -34,7 +34,7 @@ class Shape:
 
 
 class Decoder(torch.nn.Module):
-    """x_i(z) = Σ_p w_ip [R_p(z)(c_i - o_p) + o_p + t_p(z)] + Σ_k a_k(z) φ_ki, amplitude softplus(α_i + Σ_k b_k(z) ψ_ki).
+    """x_i(z) = Σ_p w_ip [R_p(z)(c_i - o_p) + o_p + t_p(z)] + Σ_k a_k(z) φ_ki, amplitude softplus(α_i + Σ b_k(z) ψ_ki).
 
     Positions are in units of ``length`` Å, amplitudes in units of ``unit``, widths σ = ``length`` exp(raw). The weights
     w_i are the softmax of the logits of a Gaussian; o_p is the centre of part p, which follows from both.
@@ -149,3 +149,27 @@ class Decoder(torch.nn.Module):
     def state(self) -> Saved:
         numbers: dict[str, Any] = {"shape": asdict(self.shape), "length": self.length, "unit": self.unit}
         return Saved(KIND, numbers, {name: own.detach() for name, own in self.named_parameters()})
+
+
+def read_decoder(saved: Saved) -> Decoder:
+    """The model that `Decoder.state` describes.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it describes another.
+    """
+    if saved.kind != KIND:
+        raise ValueError(f"a model of kind {saved.kind!r}; expected {KIND!r}")
+    count = len(saved.tensors["centre"])
+    shape = Shape(**saved.numbers["shape"])
+    generator = torch.Generator().manual_seed(0)
+    decoder = Decoder(
+        torch.zeros(count, 3),
+        torch.ones(count),
+        torch.ones(count),
+        shape,
+        length=float(saved.numbers["length"]),
+        unit=float(saved.numbers["unit"]),
+        generator=generator,
+    )
+    decoder.load_state_dict(saved.tensors)
+    return decoder

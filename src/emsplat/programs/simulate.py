@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
@@ -12,24 +15,29 @@ import torch
 from emsplat import __version__
 from emsplat.config import SimulateConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.io.atoms import Atoms, read_atoms
+from emsplat.io.atoms import read_atoms
 from emsplat.io.files import replacing
 from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.paths import Names
 from emsplat.io.relion.write import write_particles_star
+from emsplat.run.folder import plain
+from emsplat.run.log import Log, counted
 from emsplat.simulation.images import (
     chunks,
     clean_images,
     drawn_from,
     make_noise,
+    make_scene,
     perturb_poses,
     random_halves,
     random_optics,
     random_poses,
     signal_variance,
-    truth_map,
+    truth_maps,
 )
-from emsplat.simulation.protein import check_fits, place_atoms, procedural_protein
+from emsplat.simulation.protein import check_fits, place_states, procedural_protein
+from emsplat.simulation.states import States, draw_contrast, draw_states, load_states, one_state
+from emsplat.simulation.truth import TRUTH, remove_truth, state_map_name, write_truth
 from emsplat.types import Grid
 
 
@@ -38,6 +46,9 @@ def _check_config(config: SimulateConfig) -> None:
     for name in ("particles", "pixel_size", "snr", "voltage", "micrograph_particles"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a number above 0")
+    spread = config.heterogeneity.contrast_spread
+    if not 0 <= spread <= 1:
+        raise InputError(f"--contrast-spread {spread}: expected 0 to 1, such as 0.2")
     for name in ("cs", "shift", "defocus_spread", "astigmatism", "pose_error"):
         if not getattr(config, name) >= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 or more")
@@ -63,49 +74,71 @@ def _prepare_folder(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
 
 
-def _load_model(config: SimulateConfig, model: Path | None, grid: Grid) -> Atoms:
-    """The atoms of the file, or else of the procedural protein, in house coordinates and inside the box."""
-    if model is None:
-        atoms = procedural_protein(config.atoms, config.model_seed)
-    else:
-        atoms = place_atoms(read_atoms(model), grid, config.keep_frame)
-    check_fits(atoms, grid, str(model or "procedural protein"), model is not None and config.keep_frame)
-    return atoms
+def _load(config: SimulateConfig, model: Path | None, grid: Grid) -> States:
+    """The states that are asked for, the one of the file, or the procedural protein, in house coordinates and inside
+    the box."""
+    states = load_states(config.heterogeneity, model)
+    named = states is not None or model is not None
+    if states is None:
+        states = one_state(procedural_protein(config.atoms, config.model_seed) if model is None else read_atoms(model))
+    if named:
+        placed = place_states(states.atoms, states.population.tolist(), grid, config.keep_frame)
+        states = replace(states, atoms=placed)
+    for i, atoms in enumerate(states.atoms):
+        name = str(model or "procedural protein") if len(states) == 1 else f"state {i + 1} of {len(states)}"
+        check_fits(atoms, grid, name, named and config.keep_frame)
+    return states
 
 
-def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
-    """Write particles.mrcs, particles.star, truth.mrc and simulate.toml into ``output``; returns the STAR
-    file.
+def simulate(config: SimulateConfig, model: Path | None, output: Path, log: Log | None = None) -> Path:
+    """Write particles.mrcs, particles.star, truth.mrc and simulate.toml into ``output``; returns the STAR file. Where
+    the particles differ in state or contrast, a folder truth says how: labels.csv and states.csv (see `write_truth`)
+    and the map of each state. ``log`` is told of progress.
 
-    The noise has standard deviation 1, as RELION normalises the background, and the truth map has the grey
-    scale of the images: its projection is the image without CTF and noise. With ``snr = inf`` the signal has
-    standard deviation 1.
+    The noise has standard deviation 1, as RELION normalises the background, and the truth map, the mean of the states,
+    has the grey scale of the images: its projection is the image without CTF and noise. With ``snr = inf`` the signal
+    has standard deviation 1.
 
     Raises:
-        InputError: a setting is impossible, the model is unusable or does not fit into the box.
+        InputError: a setting is impossible, a model is unusable or does not fit into the box.
         OutputError: the folder is not empty or cannot be written.
     """
     _check_config(config)
     grid = Grid(config.box, config.pixel_size)
-    atoms = _load_model(config, model, grid)
+    states = _load(config, model, grid)
+    which = draw_states(states.population, config.particles, drawn_from(config.seed, 6))
+    contrast = draw_contrast(config.heterogeneity.contrast_spread, config.particles, drawn_from(config.seed, 7))
     _prepare_folder(output, config.overwrite)
 
     poses, optics = random_poses(config), random_optics(config)
     drawn = poses.to(torch.float32), optics.to(torch.float32)
-    variance = signal_variance(atoms, *drawn, grid, config.b_factor)
+    scene = make_scene(states.atoms, grid, config.b_factor)
+    variance = signal_variance(scene, *drawn, which, contrast)
     noiseless = math.isinf(config.snr)
     gain = math.sqrt((1 if noiseless else config.snr) / variance)
 
-    generator = drawn_from(config.seed, 3)
-    with writing_stack(output / "particles.mrcs", config.particles, grid, config.dtype) as write:
+    remove_truth(output / TRUTH)
+    generator, start = drawn_from(config.seed, 3), time.monotonic()
+    with (
+        _progress(log, "images", config.particles, "images") as update,
+        writing_stack(output / "particles.mrcs", config.particles, grid, config.dtype) as write,
+    ):
         for rows in chunks(torch.arange(config.particles), grid.size):
             images = torch.zeros(len(rows), grid.size, grid.size)
             if not config.noise_only:
-                images += gain * clean_images(atoms, drawn[0][rows], drawn[1][rows], grid, config.b_factor)
+                scale = (gain * contrast[rows, None, None]).to(images.dtype)
+                images += scale * clean_images(scene, drawn[0][rows], drawn[1][rows], which[rows])
             if not noiseless:
                 images += make_noise(len(rows), grid, config.noise, generator)
             write(images)
-    write_map(output / "truth.mrc", gain * truth_map(atoms, grid, config.b_factor), grid.pixel_size)
+            update(int(rows[-1]) + 1, f"{grid.size} px of {grid.pixel_size:g} Å")
+    if log is not None:
+        rate = config.particles / max(time.monotonic() - start, 1e-9)
+        log.line(f"{config.particles:,} images of {counted(len(states), 'state')}, {rate:,.0f} images/s")
+    with _progress(log, "maps of states", len(states), "maps") as update:
+        _write_maps(output, states, gain, grid, config.b_factor, update)
+    if len(states) > 1 or config.heterogeneity.contrast_spread:
+        write_truth(output / TRUTH, states, which, contrast)
     written = perturb_poses(poses, math.radians(config.pose_error), drawn_from(config.seed, 4))
     star = output / "particles.star"
     file = Names(star).below(output, output / "particles.mrcs")
@@ -120,12 +153,30 @@ def simulate(config: SimulateConfig, model: Path | None, output: Path) -> Path:
     )
     settings = {
         "program": f"emsplat {__version__}",
-        "model": str(model or "procedural"),
-        "atoms": len(atoms),
+        "model": str(model or "procedural") if len(states) == 1 else f"{len(states)} states",
+        "atoms": len(states.atoms[0]),
         "signal_variance": variance,
         "gain": gain,
-        "settings": asdict(config),
+        "settings": plain(config),
     }
     with replacing(output / "simulate.toml") as temporary:
         temporary.write_text(tomli_w.dumps(settings), encoding="utf-8")
     return star
+
+
+def _progress(log: Log | None, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int, str], None]]:
+    return nullcontext(lambda done, remark: None) if log is None else log.progress(name, total, unit=unit)
+
+
+def _write_maps(
+    output: Path, states: States, gain: float, grid: Grid, b_factor: float, update: Callable[[int, str], None]
+) -> None:
+    """truth.mrc, and where there are several states the map of each."""
+    mean = torch.zeros((grid.size,) * 3)
+    maps = truth_maps(make_scene(states.atoms, grid, b_factor, dims=3))
+    for i, (volume, share) in enumerate(zip(maps, states.population.tolist(), strict=True)):
+        mean += share * gain * volume
+        if len(states) > 1:
+            write_map(output / TRUTH / state_map_name(i), gain * volume, grid.pixel_size)
+        update(i + 1, "")
+    write_map(output / "truth.mrc", mean, grid.pixel_size)

@@ -43,6 +43,11 @@ SCORES = "scores.csv"
 DIRECTIONS = "directions.csv"
 RESIDUAL = "residual.csv"
 
+# Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus.
+LATENTS = "latents.csv"
+CRYODRGN_LATENTS = "z.pkl"
+CONSENSUS = "consensus.mrc"
+
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
 CHECK = "check.json"

@@ -10,7 +10,7 @@ z is the projection at identity pose.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -46,7 +46,17 @@ class _Pair:
 
     position: Array  # Å, (atoms, 3)
     strength: Array  # (atoms,)
-    form: Array  # rfft half space, zero on the Nyquist planes
+    form: Array  # rfft half space, zero on the Nyquist planes; that of all structures of a scene
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Structures on a grid, ready to be transformed in two or three dimensions."""
+
+    structures: tuple[tuple[_Pair, ...], ...]
+    grid: Grid
+    dims: int
+    dtype: torch.dtype
 
 
 def _radius(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*zy k"]:
@@ -54,23 +64,34 @@ def _radius(grid: Grid, dims: int = 2, dtype: torch.dtype = torch.float32) -> Fl
     return cast(Tensor, sum(axis**2 for axis in fourier.frequencies(grid, dims, dtype))).sqrt()
 
 
-def _pairs(atoms: Atoms, grid: Grid, b_factor: float, dims: int, dtype: torch.dtype) -> Iterator[_Pair]:
-    """The atoms by pairs of elements, with form factors and B factor on the rfft half space."""
+def make_scene(
+    structures: Sequence[Atoms], grid: Grid, b_factor: float, dims: int = 2, dtype: torch.dtype = torch.float32
+) -> Scene:
+    """The atoms of each structure by pairs of elements, with form factors and B factor (Å²) on the rfft half space."""
     k = _radius(grid, dims, dtype)
     envelope = torch.exp(-b_factor / 4 * k**2)
     for axis in range(dims):
         envelope.select(axis, grid.size // 2).zero_()
-    numbers = sorted(set(atoms.element.tolist()))
+    numbers = sorted({number for atoms in structures for number in set(atoms.element.tolist())})
+    forms = []
     for first, second in zip(numbers[::2], [*numbers[1::2], None], strict=False):
-        rows = atoms.element == first
-        strength = rows.to(torch.complex128)
         form = envelope * form_factor(first, k) / 2 + 0j
         if second is not None:
-            strength = strength + 1j * (atoms.element == second)
             form = form - 0.5j * envelope * form_factor(second, k)
-        rows = strength != 0
-        strength = (strength * atoms.weight)[rows].to(form.dtype)
-        yield _Pair(atoms.position[rows].to(dtype).numpy(), strength.numpy(), form.numpy())
+        forms.append((first, second, form.numpy()))
+
+    def pairs(atoms: Atoms) -> Iterator[_Pair]:
+        for first, second, form in forms:
+            rows = atoms.element == first
+            strength = rows.to(torch.complex128)
+            if second is not None:
+                strength = strength + 1j * (atoms.element == second)
+            rows = strength != 0
+            if rows.any():
+                strength = (strength * atoms.weight)[rows].to(dtype.to_complex())
+                yield _Pair(atoms.position[rows].to(dtype).numpy(), strength.numpy(), form)
+
+    return Scene(tuple(tuple(pairs(atoms)) for atoms in structures), grid, dims, dtype)
 
 
 def _plan(grid: Grid, dims: int, dtype: torch.dtype) -> Any:
@@ -92,22 +113,24 @@ def _spectrum(plan: Any, pairs: Iterable[_Pair], axes: Array, shift: Array, grid
     return np.asarray(total)
 
 
-def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Complex[Tensor, "p y k"]:
-    """Transforms (as `fourier.rfft`) of the projections of the atoms, zero at the Nyquist frequency.
+def project_scene(scene: Scene, poses: Poses, which: Int[Tensor, " p"] | None = None) -> Complex[Tensor, "p y k"]:
+    """Transforms (as `fourier.rfft`) of projections of the structures ``which`` (the first without it) of a
+    two-dimensional scene, zero at the Nyquist frequency.
 
-    Point p appears at (A p)[:2] - shift, folded back into the box if outside. ``b_factor`` in Å². Precision
-    follows the poses: relative error about 1e-5 in float32 and 1e-9 in float64. Uses as many threads as torch
-    does; the result does not depend on their number.
+    Point p appears at (A p)[:2] - shift, folded back into the box if outside. Precision follows the scene: relative
+    error about 1e-5 in float32 and 1e-9 in float64. Uses as many threads as torch does; the result does not depend on
+    their number.
     """
-    dtype = poses.rotation.dtype
-    pairs = list(_pairs(atoms, grid, b_factor, 2, dtype))
-    axes, shifts = poses.rotation[:, :2].numpy(), poses.shift.to(dtype).numpy()
-    out = np.empty((len(poses), grid.size, grid.size // 2 + 1), pairs[0].form.dtype)
+    grid, dtype = scene.grid, scene.dtype
+    axes, shifts = poses.rotation[:, :2].to(dtype).numpy(), poses.shift.to(dtype).numpy()
+    structure = [0] * len(poses) if which is None else which.tolist()
+    complex_name = "complex64" if dtype == torch.float32 else "complex128"
+    out = np.empty((len(poses), grid.size, grid.size // 2 + 1), complex_name)
 
     def work(rows: Array) -> None:
         plan = _plan(grid, 2, dtype)
         for row in rows:
-            out[row] = _spectrum(plan, pairs, axes[row], shifts[row], grid)
+            out[row] = _spectrum(plan, scene.structures[structure[row]], axes[row], shifts[row], grid)
 
     workers = torch.get_num_threads()
     with ThreadPoolExecutor(workers) as pool:
@@ -115,12 +138,29 @@ def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Co
     return torch.from_numpy(out)
 
 
+def project_atoms(atoms: Atoms, poses: Poses, grid: Grid, b_factor: float) -> Complex[Tensor, "p y k"]:
+    """`project_scene` of one structure, in the precision of the poses; ``b_factor`` in Å²."""
+    return project_scene(make_scene([atoms], grid, b_factor, dtype=poses.rotation.dtype), poses)
+
+
+def truth_maps(scene: Scene) -> Iterator[Float[Tensor, "z y x"]]:
+    """The map of each structure of a three-dimensional scene, whose projections `project_scene` gives, on the same grey
+    scale; zero at Nyquist. Threads as there."""
+    identity = torch.eye(3, dtype=scene.dtype).numpy()
+
+    def spectrum(pairs: tuple[_Pair, ...]) -> Array:
+        return _spectrum(_plan(scene.grid, 3, scene.dtype), pairs, identity, np.zeros_like(identity[0]), scene.grid)
+
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(scene.structures), workers):  # no more at once: each takes memory
+            for found in pool.map(spectrum, scene.structures[start : start + workers]):
+                yield fourier.irfft(torch.from_numpy(found), dims=3)
+
+
 def truth_map(atoms: Atoms, grid: Grid, b_factor: float, dtype: torch.dtype = torch.float32) -> Float[Tensor, "z y x"]:
-    """The map whose projections `project_atoms` gives, on the same grey scale; zero at Nyquist."""
-    identity = torch.eye(3, dtype=dtype).numpy()
-    pairs = _pairs(atoms, grid, b_factor, 3, dtype)
-    spectrum = _spectrum(_plan(grid, 3, dtype), pairs, identity, np.zeros_like(identity[0]), grid)
-    return fourier.irfft(torch.from_numpy(spectrum), dims=3)
+    """The one of `truth_maps`; ``b_factor`` in Å²."""
+    return next(truth_maps(make_scene([atoms], grid, b_factor, 3, dtype)))
 
 
 def noise_filter(grid: Grid, noise: str) -> Float[Tensor, "y k"]:
@@ -189,9 +229,11 @@ def random_halves(count: int, generator: torch.Generator) -> Int[Tensor, " p"]:
     return 1 + torch.randperm(count, generator=generator) % 2
 
 
-def clean_images(atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_factor: float) -> Float[Tensor, "p y x"]:
-    """CTF-modulated images without noise, on the grey scale of `truth_map`."""
-    return fourier.irfft(project_atoms(atoms, poses, grid, b_factor) * ctf(optics, grid))
+def clean_images(
+    scene: Scene, poses: Poses, optics: Optics, which: Int[Tensor, " p"] | None = None
+) -> Float[Tensor, "p y x"]:
+    """CTF-modulated images without noise, on the grey scale of `truth_maps`; structures as for `project_scene`."""
+    return fourier.irfft(project_scene(scene, poses, which) * ctf(optics, scene.grid))
 
 
 def make_noise(count: int, grid: Grid, noise: str, generator: torch.Generator) -> Float[Tensor, "p y x"]:
@@ -207,12 +249,16 @@ def chunks(rows: Int[Tensor, " p"], size: int) -> Iterator[Int[Tensor, " q"]]:
         yield rows[start : start + step]
 
 
-def signal_variance(atoms: Atoms, poses: Poses, optics: Optics, grid: Grid, b_factor: float) -> float:
-    """Variance of all pixels of the clean images, from at most 1,000 images spread evenly over the stack."""
+def signal_variance(
+    scene: Scene, poses: Poses, optics: Optics, which: Int[Tensor, " p"], contrast: Float[Tensor, " p"]
+) -> float:
+    """Variance of all pixels of the clean images, from at most 1,000 images spread evenly over the stack; ``contrast``
+    is the factor of each image."""
     rows = torch.linspace(0, len(poses) - 1, min(len(poses), 1000)).long()
     moments = torch.zeros(2, dtype=torch.float64)
-    for chunk in chunks(rows, grid.size):
-        images = clean_images(atoms, poses[chunk], optics[chunk], grid, b_factor).double()
+    for chunk in chunks(rows, scene.grid.size):
+        images = clean_images(scene, poses[chunk], optics[chunk], which[chunk]).double()
+        images *= contrast[chunk, None, None]
         moments += torch.stack([images.sum(), images.square().sum()])
-    mean, square = (moments / (len(rows) * grid.size**2)).tolist()
+    mean, square = (moments / (len(rows) * scene.grid.size**2)).tolist()
     return float(square - mean**2)

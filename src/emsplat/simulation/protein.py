@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +20,32 @@ from emsplat.types import Grid
 Array = NDArray[Any]
 
 
-def place_atoms(atoms: Atoms, grid: Grid, keep_frame: bool = False) -> Atoms:
-    """Atoms in house coordinates, whose origin is voxel ``size // 2`` of the grid.
+def place_states(
+    states: Sequence[Atoms], population: Sequence[float], grid: Grid, keep_frame: bool
+) -> tuple[Atoms, ...]:
+    """Atoms in house coordinates, whose origin is voxel ``size // 2`` of the grid; the states keep their places to one
+    another.
 
-    The centre of mass goes to the origin; with ``keep_frame`` coordinate 0 goes to voxel (0, 0, 0), as in a
-    map with MRC origin 0.
+    The centre of mass of their mean goes to the origin; with ``keep_frame`` coordinate 0 goes to voxel (0, 0, 0), as
+    in a map with MRC origin 0.
     """
     if keep_frame:
         origin = torch.full((3,), grid.size // 2 * grid.pixel_size, dtype=torch.float64)
     else:
-        numbers = atoms.element.tolist()
-        masses = {number: gemmi.Element(number).weight for number in set(numbers)}
-        mass = atoms.weight * torch.tensor([masses[number] for number in numbers])
-        origin = mass @ atoms.position / mass.sum()
-    return replace(atoms, position=atoms.position - origin)
+        numbers = sorted({number for atoms in states for number in set(atoms.element.tolist())})
+        weights = torch.zeros(numbers[-1] + 1)
+        weights[numbers] = torch.tensor([gemmi.Element(number).weight for number in numbers])
+        masses = [
+            share * atoms.weight * weights[atoms.element] for share, atoms in zip(population, states, strict=True)
+        ]
+        moments = [mass @ atoms.position for mass, atoms in zip(masses, states, strict=True)]
+        origin = torch.stack(moments).sum(0) / torch.stack([mass.sum() for mass in masses]).sum()
+    return tuple(replace(atoms, position=atoms.position - origin) for atoms in states)
+
+
+def place_atoms(atoms: Atoms, grid: Grid, keep_frame: bool = False) -> Atoms:
+    """`place_states` of one structure."""
+    return place_states([atoms], [1.0], grid, keep_frame)[0]
 
 
 def check_fits(atoms: Atoms, grid: Grid, name: str = "model", keep_frame: bool = False) -> None:

@@ -1,0 +1,130 @@
+"""A half-set's own model of all states: decoder, density, and what the decoder leaves in each cell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from emsplat.errors import InputError
+from emsplat.heterogeneity.cells import Cells, empirical_map, overlap, residuals
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.frames import Frame, identity
+from emsplat.imaging.project import voxelize
+from emsplat.io.tensors import write_tensors
+from emsplat.models.base import Saved
+from emsplat.models.decoder import Decoder, read_decoder
+from emsplat.types import Gaussians, Grid
+
+_KERNEL = 0.25  # power of the overlap of cells with which they share residuals
+_FILLED = 0.3  # of the cells' box, by the particle
+
+
+@dataclass(frozen=True)
+class HalfModel:
+    """The map of any state: Gaussians, and the residual of the cells around it.
+
+    ``residual`` are maps in the middle of the box; ``precision`` is what an average image says of its latent; ``frame``
+    leads from the latents of the run (those of half 1) to those of this half.
+    """
+
+    decoder: Decoder
+    density: Density
+    precision: Float[Tensor, "q q"]
+    residual: Float[Tensor, "m z y x"]
+    grid: Grid  # of the residual
+    frame: Frame
+
+    def mixture(self, latent: Float[Tensor, " q"]) -> Gaussians:
+        """The Gaussians of a state."""
+        with torch.no_grad():
+            return self.decoder.mixtures(self.frame(latent.double()[None]).float())[0]
+
+    def map(self, latent: Float[Tensor, " q"], grid: Grid) -> Float[Tensor, "z y x"]:
+        """The map of a state on the grid of the images; ``latent`` is one of the run."""
+        own = self.frame(latent.double()[None])[0]
+        away = self.density.point - own
+        likely = torch.softmax(-0.5 * torch.einsum("mq,qr,mr->m", away, self.precision, away), 0)
+        rest = torch.einsum("m,mzyx->zyx", likely.float(), self.residual.float())
+        return voxelize(self.mixture(latent), grid) + on_grid(rest, self.grid, grid)
+
+    def save(self, path: Path) -> None:
+        state = self.decoder.state()
+        tensors = {f"decoder.{name}": value for name, value in state.tensors.items()}
+        tensors |= {
+            "point": self.density.point,
+            "weight": self.density.weight,
+            "precision": self.precision,
+            "residual": self.residual.half(),
+            "turn": self.frame.turn,
+            "offset": self.frame.offset,
+        }
+        about = {"decoder": state.numbers, "grid": [self.grid.size, self.grid.pixel_size]}
+        write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"emsplat.half": json.dumps(about)})
+
+
+def read_half(path: Path) -> HalfModel:
+    """What `HalfModel.save` wrote.
+
+    Raises:
+        InputError: it is missing, damaged, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads(file.metadata()["emsplat.half"])
+            own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        decoder = {name.removeprefix("decoder."): value for name, value in own.items() if name.startswith("decoder.")}
+        return HalfModel(
+            read_decoder(Saved("decoder", about["decoder"], decoder)),
+            Density(own["point"], own["weight"]),
+            own["precision"],
+            own["residual"].float(),
+            Grid(int(about["grid"][0]), float(about["grid"][1])),
+            Frame(own["turn"], own["offset"]),
+        )
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not the model of a half-set, or damaged ({error}); run it again") from error
+
+
+def half_model(
+    decoder: Decoder, density: Density, precision: Tensor, cells: Cells, membership: Float[Tensor, "v m"]
+) -> HalfModel:
+    """With the residuals of the cells, each shared with those that overlap with it."""
+    with torch.no_grad():
+        maps = torch.stack([voxelize(one, cells.grid) for one in decoder.mixtures(cells.point.float())])
+    left = residuals(cells, maps)
+    kernel = overlap(membership).float() ** _KERNEL
+    rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
+    return HalfModel(decoder, density, precision, rest, cells.grid, identity(density.point.shape[1]))
+
+
+def in_frame(model: HalfModel, frame: Frame) -> HalfModel:
+    """The same model, asked with latents of the run."""
+    return replace(model, frame=frame)
+
+
+def on_grid(volume: Float[Tensor, "z y x"], own: Grid, grid: Grid) -> Float[Tensor, "Z Y X"]:
+    """A map of the middle of the box, on voxels of the box or coarser ones, in the whole box; grey values are those of
+    the fine map's projections."""
+    size = round(grid.length / own.pixel_size)
+    whole = volume.new_zeros(size, size, size)
+    edge = size // 2 - own.size // 2
+    inside = slice(edge, edge + own.size)
+    whole[inside, inside, inside] = volume
+    if size == grid.size:
+        return whole
+    spectrum = torch.fft.rfftn(torch.fft.ifftshift(whole))
+    wide = torch.zeros(grid.size, grid.size, grid.size // 2 + 1, dtype=spectrum.dtype)
+    reach = size // 2
+    places = torch.arange(-reach + 1, reach)
+    half = places[places >= 0]
+    wide[(places % grid.size)[:, None, None], (places % grid.size)[:, None], half] = spectrum[
+        (places % size)[:, None, None], (places % size)[:, None], half
+    ]
+    return torch.fft.fftshift(torch.fft.irfftn(wide, s=(grid.size,) * 3))
