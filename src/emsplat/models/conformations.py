@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from emsplat.types import Batch, Gaussians, Poses
 
 KIND = "conformations"
 StateDecoder = PartDiscovery | Hierarchy | Decoder
-_READERS = {
+_READERS: dict[str, Callable[[Saved], StateDecoder]] = {
     PartDiscovery.KIND: read_part_discovery,
     Hierarchy.KIND: read_hierarchy,
     separable.KIND: read_decoder,

@@ -62,7 +62,7 @@ class _Hidden(torch.autograd.Function):
         for part in _parts(own, latent):
             hidden = (own + latent[part, None]).clamp_(min=0)
             to_weight += upstream[part].flatten(0, 1).T @ hidden.flatten(0, 1)
-            back = (upstream[part] @ weight).mul_(hidden > 0)
+            back = torch.ops.aten.threshold_backward(upstream[part] @ weight, hidden, 0.0)
             to_own += back.sum(0)
             to_latent[part] = back.sum(1)
         return to_own, to_latent, to_weight
@@ -158,7 +158,7 @@ class Hierarchy(torch.nn.Module):
     """The second stage: x_i(z) = R_a(z)(c_i - p_a) + p_a + t_a(z) + D(F_a + δ_i, z), a the anchor of Gaussian i.
 
     R_a and t_a come from a perceptron of the anchor's feature F_a, D and the amplitudes, as in `PartDiscovery`, from
-    those of the Gaussian's own feature F_a + δ_i. Anchor positions p_a stay, since t_a can take up any change of theirs.
+    those of the Gaussian's own feature F_a + δ_i. Anchor positions p_a stay: t_a can take up any change of theirs.
     ``part`` is the cluster of features that an anchor belongs to. Units are those of `PartDiscovery`.
     """
 
@@ -250,7 +250,7 @@ class Hierarchy(torch.nn.Module):
         self.rigid.constant[6:] = scale * before.displacement.constant
         self.displacement.weight.mul_(0.1)
         position, _ = self(latent)
-        self.centre += self.centre - position[0] / self.length
+        self.centre.add_(self.centre - position[0] / self.length)
 
 
 def _peaks(amplitude: Float[Tensor, " g"], change: Float[Tensor, "b g 1"]) -> Float[Tensor, "b g"]:
@@ -280,7 +280,8 @@ def read_part_discovery(saved: Saved) -> PartDiscovery:
         KeyError, TypeError, ValueError, RuntimeError: it describes another.
     """
     own = PartDiscovery(torch.zeros_like(saved.tensors["centre"]), **_numbers(saved, PartDiscovery.KIND))
-    return _filled(own, saved)
+    own.to(saved.tensors["centre"].device).load_state_dict(saved.tensors)
+    return own
 
 
 def read_hierarchy(saved: Saved) -> Hierarchy:
@@ -289,9 +290,10 @@ def read_hierarchy(saved: Saved) -> Hierarchy:
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: it describes another.
     """
-    names = ("centre", "anchor", "feature", "position", "part")
-    own = Hierarchy(*(torch.zeros_like(saved.tensors[name]) for name in names), **_numbers(saved, Hierarchy.KIND))
-    return _filled(own, saved)
+    held = {name: torch.zeros_like(saved.tensors[name]) for name in ("centre", "anchor", "feature", "position", "part")}
+    own = Hierarchy(**(_numbers(saved, Hierarchy.KIND) | held))
+    own.to(saved.tensors["centre"].device).load_state_dict(saved.tensors)
+    return own
 
 
 def _numbers(saved: Saved, kind: str) -> dict[str, Any]:
@@ -300,9 +302,3 @@ def _numbers(saved: Saved, kind: str) -> dict[str, Any]:
     length, unit = float(saved.numbers["length"]), float(saved.numbers["unit"])
     generator = torch.Generator().manual_seed(0)
     return {"shape": Shape(**saved.numbers["shape"]), "length": length, "unit": unit, "generator": generator}
-
-
-def _filled(own: Any, saved: Saved) -> Any:
-    own = own.to(saved.tensors["centre"].device)
-    own.load_state_dict(saved.tensors)
-    return own
