@@ -187,7 +187,6 @@ def _refined(model: Conformations, grid: Grid, options: ImageOptions) -> Conform
     return Conformations(after, latent.clone(), model.rows, elements=model.elements, rate=model.rate)
 
 
-@torch.no_grad()
 def _hierarchy(
     before: PartDiscovery,
     latent: Float[Tensor, "v q"],
@@ -197,14 +196,15 @@ def _hierarchy(
     rng: torch.Generator,
 ) -> Hierarchy:
     """Positions are those of the state ``reference``, weights means over states: what comes and goes is in the map."""
-    before, reference = before.cpu(), reference.cpu()
+    before, reference = copy.deepcopy(before).cpu(), reference.cpu()
     some = latent[torch.linspace(0, len(latent) - 1, min(_STATES, len(latent)), device=latent.device).long()].cpu()
     used = before.used(some)
     if not bool(used.any()):
         raise EmsplatError("the first stage has left no Gaussian; try a smaller --learning-rate or another start")
-    position, mass = before(reference)[0][0], before(some)[1].mean(0)
-    anchors = find_anchors(before, position, used, options.parts, rng)
-    variance = before.widths()[used].square()
+    with torch.no_grad():
+        position, mass = before(reference)[0][0], before(some)[1].mean(0)
+    anchors = find_anchors(before, position, mass, used, options.parts, rng)
+    variance = before.widths().detach()[used].square()
     seen = Gaussians(position[used], variance[:, None, None] * torch.eye(3), mass[used])
     volume = voxelize(seen, grid)
     # This map has no noise: what counts is where there is something at all.
@@ -222,8 +222,9 @@ def _hierarchy(
         unit=before.unit,
         generator=rng,
     )
-    after.inherit(before, reference)
-    after.unit *= float(seen.amplitude.sum()) / float(after(some)[1].mean(0).sum())  # as heavy as before
+    after.inherit(before, anchors.member, mass, latent.cpu(), reference, rng)
+    with torch.no_grad():  # as heavy as before
+        after.unit *= float(seen.amplitude.sum() / after(some)[1].mean(0).sum())
     return after
 
 

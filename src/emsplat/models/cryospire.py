@@ -28,6 +28,8 @@ AMPLITUDE = 0.15  # m at the start (supplement D)
 EMPTY = 0.02  # of the mean peak: below it a Gaussian is not used
 _FEATURE = 0.1  # spread of features at the start: Gaussians begin alike
 _OUTPUT = 0.02  # spread of the last layer's weights at the start
+_LESSONS, _STATES = 400, 16  # steps by which rigid motions follow the first stage, and states of each
+_TEACH = 2e-2  # their rate
 _CACHED = 2**18  # hidden numbers that are made at a time on a CPU
 
 
@@ -208,16 +210,22 @@ class Hierarchy(torch.nn.Module):
         """F_a + δ_i of each Gaussian."""
         return self.feature[self.anchor] + self.offset
 
-    def forward(self, latent: Float[Tensor, "b q"]) -> tuple[Float[Tensor, "b g 3"], Float[Tensor, "b g"]]:
-        """Positions (Å) and weights of all Gaussians in some states."""
+    def carried(
+        self, point: Float[Tensor, "n 3"], anchor: Int[Tensor, " n"], latent: Float[Tensor, "b q"]
+    ) -> Float[Tensor, "b n 3"]:
+        """Points that hang on anchors, moved rigidly with them; in units of ``length``."""
         rotation, shift = self.motions(latent)
-        # One product (g, 4a) times (4a, 3): rows are zero but for the anchor's R (c - p) + (p + t).
-        lever = torch.cat([self.centre - self.position[self.anchor], torch.ones_like(self.centre[:, :1])], 1)
-        member = torch.nn.functional.one_hot(self.anchor, len(self.feature)).to(lever)
+        # One product (n, 4a) times (4a, 3): rows are zero but for the anchor's R (c - p) + (p + t).
+        lever = torch.cat([point - self.position[anchor], torch.ones_like(point[:, :1])], 1)
+        member = torch.nn.functional.one_hot(anchor, len(self.feature)).to(lever)
         own = (member[:, :, None] * lever[:, None]).flatten(1)
         act = torch.cat([rotation.mT, (shift + self.position)[:, :, None]], 2).flatten(1, 2)
+        return own @ act
+
+    def forward(self, latent: Float[Tensor, "b q"]) -> tuple[Float[Tensor, "b g 3"], Float[Tensor, "b g"]]:
+        """Positions (Å) and weights of all Gaussians in some states."""
         feature = self.features()
-        position = own @ act + self.displacement(feature, latent)
+        position = self.carried(self.centre, self.anchor, latent) + self.displacement(feature, latent)
         return self.length * position, _weights(self, _peaks(self.amplitude, self.modulation(feature, latent)))
 
     def penalty(self) -> Float[Tensor, ""]:
@@ -235,22 +243,44 @@ class Hierarchy(torch.nn.Module):
     def state(self) -> Saved:
         return _state(self)
 
-    @torch.no_grad()
-    def inherit(self, before: PartDiscovery, latent: Float[Tensor, "1 q"]) -> None:
-        """Takes on how the first stage moves and changes the anchors; in the state ``latent`` nothing moves.
+    def inherit(
+        self,
+        before: PartDiscovery,
+        member: Int[Tensor, " n"],
+        weight: Float[Tensor, " n"],
+        latent: Float[Tensor, "v q"],
+        reference: Float[Tensor, "1 q"],
+        generator: torch.Generator,
+    ) -> None:
+        """Takes on how the first stage moves and changes, without looking at images.
 
-        What a network of the first stage says of an anchor's feature is a shift of all that hangs on the anchor: it
-        becomes the rigid shift, and the residual starts anew.
+        ``member`` is the anchor of each Gaussian of the first stage, -1 for none. What its network says of an anchor's
+        feature is a shift of all that hangs on the anchor. From there, rigid motions come as close as they can to the
+        motions of these Gaussians, counted by ``weight``. In the state ``reference`` everything is where it was put.
         """
-        scale = before.length / self.length
-        self.modulation.load_state_dict(before.modulation.state_dict())
-        for name in ("feature", "latent", "bias"):
-            getattr(self.rigid, name).copy_(getattr(before.displacement, name))
-        self.rigid.weight[6:] = scale * before.displacement.weight
-        self.rigid.constant[6:] = scale * before.displacement.constant
-        self.displacement.weight.mul_(0.1)
-        position, _ = self(latent)
-        self.centre.add_(self.centre - position[0] / self.length)
+        with torch.no_grad():
+            self.modulation.load_state_dict(before.modulation.state_dict())
+            for name in ("feature", "latent", "bias"):
+                getattr(self.rigid, name).copy_(getattr(before.displacement, name))
+            scale = before.length / self.length
+            self.rigid.weight[6:] = scale * before.displacement.weight
+            self.rigid.constant[6:] = scale * before.displacement.constant
+            rows = (member >= 0).nonzero()[:, 0]
+            share = (weight[rows] / weight[rows].sum())[:, None]
+            start = before(reference)[0][0, rows] / self.length
+        optimiser = torch.optim.Adam(self.rigid.parameters(), lr=_TEACH)
+        for _ in range(_LESSONS):
+            some = latent[torch.randint(len(latent), (_STATES,), generator=generator)]
+            with torch.no_grad():
+                seen = before(some)[0][:, rows] / self.length
+            optimiser.zero_grad()
+            error = (share * (self.carried(start, member[rows], some) - seen).square()).sum()
+            error.backward()
+            optimiser.step()
+        with torch.no_grad():
+            rotation, shift = (both[0, self.anchor] for both in self.motions(reference))
+            place, anchor = self.centre - self.displacement(self.features(), reference)[0], self.position[self.anchor]
+            self.centre.copy_(((place - anchor - shift)[:, None] @ rotation).squeeze(1) + anchor)
 
 
 def _peaks(amplitude: Float[Tensor, " g"], change: Float[Tensor, "b g 1"]) -> Float[Tensor, "b g"]:
