@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from emsplat.errors import EmsplatError, InputError
 from emsplat.fitting.images import ImageObjective, noise_weight
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
-from emsplat.heterogeneity.parts import find_anchors
+from emsplat.heterogeneity.parts import cluster, find_anchors
 from emsplat.imaging.ctf import Observed, in_image, observe
 from emsplat.imaging.project import project, voxelize
 from emsplat.maths.fourier import hermitian_weight
@@ -50,7 +50,11 @@ class Pass:
     width: float  # at the start, of the box
     epochs: int
     learning_rate: float
-    decay: float  # of the rate, each epoch
+    last: float = 0.1  # of the rate, at the end: noise dominates every gradient, and a falling rate averages it out
+
+    def plan(self, first: int = 0) -> Plan:
+        """The stage after ``first`` epochs of others."""
+        return Plan(self.epochs, self.learning_rate, self.last ** (1 / max(self.epochs, 1)), first)
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class ImageOptions:
     penalty: float = 1e-3  # of the mean squared feature offset, beside the squared error per pixel
     weighted: bool = False  # by the noise spectrum; the paper's error is plain
     seed: int = 0
-    coarse: Pass = Pass(2048, 0.02, 20, 5e-3, 0.9)
-    fine: Pass = Pass(8192, 0.01, 10, 2.5e-3, 0.85)
+    coarse: Pass = Pass(2048, 0.02, 20, 5e-3)
+    fine: Pass = Pass(8192, 0.01, 10, 5e-3)
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,13 @@ def follow_images(
     coarse, fine = options.coarse, options.fine
     turn = coarse.epochs * objective.steps_per_epoch
     if state.step < turn:
-        for state in fit(state, objective, Plan(coarse.epochs, coarse.learning_rate, coarse.decay)):  # noqa: B020
+        for state in fit(state, objective, coarse.plan()):  # noqa: B020
             yield state
     if not fine.epochs:
         return
     if state.step == turn:
         state = State.begin(_refined(state.model, stack.grid, options), turn)
-    yield from fit(state, objective, Plan(fine.epochs, fine.learning_rate, fine.decay, first=coarse.epochs))
+    yield from fit(state, objective, fine.plan(coarse.epochs))
 
 
 class _WithPenalty:
@@ -177,7 +181,7 @@ def _refined(model: Conformations, grid: Grid, options: ImageOptions) -> Conform
     count, width = options.fine.gaussians, options.fine.width * grid.length
     after: StateDecoder
     if isinstance(before, Decoder):
-        after = before.split(max(1, count // len(before)), width, rng)
+        after = copy.deepcopy(before).cpu().split(max(1, count // len(before)), width, rng)
     elif isinstance(before, PartDiscovery):
         reference = model.reference()
         after = _hierarchy(before, latent, reference, grid, options, rng)
@@ -242,15 +246,15 @@ def seeds(
         density = torch.from_numpy(smooth) * torch.from_numpy(dense)
     else:
         density = torch.where(volume > threshold, volume, 0.0)
-    density = density.clamp(min=0).flatten()
-    if not float(density.sum()) > 0:
+    density = density.flatten()
+    inside = (density > 0).nonzero()[:, 0]
+    if not len(inside):
         said = "no density" if threshold is None else f"no density above {threshold:g}"
         raise InputError(f"{said} to put Gaussians on; expected a consensus map of bright protein")
-    # `multinomial` takes 2²⁴ choices; boxes of 512 have more.
-    edge = torch.rand(count, generator=generator, dtype=torch.float64) * float(density.double().sum())
-    drawn = torch.searchsorted(density.double().cumsum(0), edge).clamp(max=len(density) - 1)
-    size = grid.size
-    index = torch.stack([drawn % size, drawn // size % size, drawn // size**2], 1).float()
+    up_to = density[inside].double().cumsum(0)  # `multinomial` takes 2²⁴ choices at most
+    drawn = torch.searchsorted(up_to, up_to[-1] * torch.rand(count, generator=generator, dtype=torch.float64))
+    voxel, size = inside[drawn.clamp(max=len(inside) - 1)], grid.size
+    index = torch.stack([voxel % size, voxel // size % size, voxel // size**2], 1).float()
     index += torch.rand(count, 3, generator=generator) - 0.5
     return (index - size // 2) * grid.pixel_size
 
@@ -312,30 +316,28 @@ def _misfit(projection: Tensor, seen: Observed, weight: Tensor, size: int) -> Fl
 
 
 def place_latents(
-    decoder: StateDecoder,
-    stack: ParticleStack,
-    candidates: Float[Tensor, "k q"],
-    options: ImageOptions,
-    *,
-    epochs: int = 5,
+    model: Conformations, stack: ParticleStack, options: ImageOptions, *, candidates: int = 16, epochs: int = 5
 ) -> Conformations:
-    """Latents of images that a decoder was not fitted to, by their likelihood; the decoder stays.
+    """Latents of images that a model was not fitted to, by their likelihood; its decoder stays.
 
-    Each view starts from the candidate that it fits best, e.g. `spread` latents of the decoder's own half, and is then
-    moved downhill. The model's ``latent`` has a row for each view of the stack.
+    Each view starts from that of some ``candidates`` among the model's own latents, spread by k-means, which it fits
+    best, and is then moved downhill. The result's ``latent`` has a row for each view of the stack.
     """
-    stays = copy.deepcopy(decoder).requires_grad_(False)
-    elements = len(stack.symmetry)
-    mixtures = stays.mixtures(candidates.float())
+    decoder = copy.deepcopy(model.decoder).requires_grad_(False)
+    known = model.latent.detach()
+    spread = cluster(known.cpu(), torch.ones(len(known)), candidates, _generator(options.seed, 0)).centroid
+    among = known[torch.cdist(spread.to(known.device), known).argmin(1)]
+    mixtures = decoder.mixtures(among)
     best = []
     for element in stack.symmetry:
         poses = stack.table.poses[stack.rows]
         turned = stack.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
         best.append(misfits(turned, mixtures).argmin(1))
-    latent = candidates[torch.stack(best, 1).flatten().to(candidates.device)].float().clone()
-    model = Conformations(stays, latent, stack.rows, elements=elements, rate=options.latent_rate).to(stack.device)
+    latent = among[torch.stack(best, 1).flatten().to(among.device)].clone()
+    rows = stack.rows.to(latent.device)
+    placed = Conformations(decoder, latent, rows, elements=len(stack.symmetry), rate=model.rate)
     noise = estimate_noise(stack) if options.weighted else None
     objective = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise)
-    for _ in fit(State.begin(model), objective, Plan(epochs, options.fine.learning_rate, options.fine.decay)):
+    for _ in fit(State.begin(placed), objective, replace(options.fine, epochs=epochs).plan()):
         pass
-    return model
+    return placed

@@ -156,8 +156,11 @@ def find_anchors(
     the state that the second stage starts from. ``parts`` overrides the rule."""
     rows = used.nonzero()[:, 0]
     feature, place, mass = model.feature[rows], position[rows], weight[rows]
-    strength = count_clusters(feature, mass, generator) if parts is None else None
-    label = cluster(feature, mass, strength.count if strength else parts or 1, generator).label
+    strength = None
+    if parts is None:
+        strength = count_clusters(feature, mass, generator)
+        parts = strength.count
+    label = cluster(feature, mass, parts, generator).label
     region, part = divide(place, mass, label, generator)
     count = len(part)
     size = torch.zeros(count).index_add_(0, region, mass)
