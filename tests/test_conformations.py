@@ -31,6 +31,8 @@ from emsplat.models import decoder as separable
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.cryospire import Hierarchy, PartDiscovery, Perceptron, Shape, _Hidden
 from emsplat.models.decoder import Decoder
+from emsplat.particles.open import open_particles
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
 GRID = Grid(32, 4.0)
@@ -509,3 +511,38 @@ def test_starts_that_do_not_fit(hinge):
     dark = stack.copy(replace(stack.all, images=-stack.all.images))
     with pytest.raises(InputError, match="--invert"):
         fit_images(dark, quick(), ImageStart(volume))
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "C2"])
+def test_half_sets_of_a_file(simulated, symmetry):
+    """From the stacks on disk, one half fitted, the other placed: every view of every particle has a latent."""
+    stack = open_particles(simulated(particles=60), symmetry=symmetry).with_halves(0)
+    one, other = stack.only(1), stack.only(2)
+    options = quick(weighted=True, parts=1, coarse=Pass(40, 0.05, 2, 1e-2), fine=Pass(60, 0.04, 1, 1e-2))
+    model, latent = fit_images(one, options, ImageStart(equations_of(one).solve()))
+    views = len(stack.symmetry)
+    assert latent.shape == (views * len(one), 4)
+    assert torch.equal(model.rows, one.rows)
+    placed = place_latents(model, other, options, candidates=3, epochs=1)
+    assert placed.latent.shape == (views * len(other), 4)
+    assert torch.equal(placed.rows, other.rows)
+    nats = misfits(other, [placed, model.gaussians()])
+    assert nats.shape == (len(other), 2)
+    assert torch.isfinite(nats).all()
+
+
+def test_misfits_are_in_nats(monkeypatch):
+    """White noise of variance v costs v/2 for each coefficient within Nyquist, by a spectrum of 1."""
+    stack = Memory(torch.zeros(50))
+    noise = 2 * torch.randn(stack.all.images.shape, generator=rng())
+    stack = stack.copy(replace(stack.all, images=noise))
+    white = torch.ones(1, GRID.size // 2 + 1)
+    monkeypatch.setattr("emsplat.heterogeneity.images.estimate_noise", lambda stack: white)
+    nothing, something = replace(molecule(0.0), amplitude=torch.zeros(45)), molecule(0.0)
+    nats = misfits(stack, [nothing, something])
+    k = torch.fft.fftfreq(GRID.size, 1 / GRID.size)
+    count = int(((k[:, None] ** 2 + k**2).sqrt().round() <= GRID.size // 2).sum())
+    # As many real numbers are free; each costs v/2 times χ² with one degree of freedom.
+    error = 2 * math.sqrt(2 * count / len(stack))
+    assert abs(float(nats[:, 0].mean()) - 2 * count) < 5 * error
+    assert float(nats[:, 1].min() - nats[:, 0].min()) > 0
