@@ -36,6 +36,8 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.types import Batch, Gaussians, Grid, Poses
 
 _SPREAD = 0.1  # of latents that start at random
+# Times the learning rate: an epoch moves a latent once. Random ones have far to go, given ones are lost by large steps.
+_FROM_RANDOM, _FROM_GIVEN = 50.0, 10.0
 _BRIGHT = 512  # images that the brightness of the start is judged by
 _STATES = 128  # images whose states say which Gaussians are used
 _SOME = 0.02  # of the largest density of a mixture: less is nothing
@@ -68,7 +70,7 @@ class ImageOptions:
     parts: int | None = None  # None: from the data (`parts.count_clusters`)
     threshold: float | None = None  # density below which no Gaussian starts; None: three deviations of the surroundings
     batch: int = 64
-    latent_rate: float = 10.0  # times the learning rate: a latent is moved once an epoch
+    latent_rate: float | None = None  # times the learning rate; None: 50 from random latents, 10 from given ones
     penalty: float = 1e-3  # of the mean squared feature offset, beside the squared error per pixel
     weighted: bool = False  # by the noise spectrum; the paper's error is plain
     seed: int = 0
@@ -170,7 +172,8 @@ def _begin(stack: ParticleStack, options: ImageOptions, start: ImageStart) -> Co
     else:
         shape = Shape(options.features, latent.shape[1], options.hidden)
         decoder = PartDiscovery(centre, shape, length=width, generator=rng)
-    model = Conformations(decoder, latent, stack.rows, elements=elements, rate=options.latent_rate).to(stack.device)
+    rate = options.latent_rate or (_FROM_RANDOM if start.latent is None else _FROM_GIVEN)
+    model = Conformations(decoder, latent, stack.rows, elements=elements, rate=rate).to(stack.device)
     model.decoder.unit *= _brightness(stack, model)
     return model
 
@@ -335,7 +338,8 @@ def place_latents(
         best.append(misfits(turned, mixtures).argmin(1))
     latent = among[torch.stack(best, 1).flatten().to(among.device)].clone()
     rows = stack.rows.to(latent.device)
-    placed = Conformations(decoder, latent, rows, elements=len(stack.symmetry), rate=model.rate)
+    rate = options.latent_rate or _FROM_GIVEN
+    placed = Conformations(decoder, latent, rows, elements=len(stack.symmetry), rate=rate)
     noise = estimate_noise(stack) if options.weighted else None
     objective = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise)
     for _ in fit(State.begin(placed), objective, replace(options.fine, epochs=epochs).plan()):
