@@ -27,7 +27,7 @@ from emsplat.config import ReconstructConfig, SimulateConfig, configure
 from emsplat.io.atoms import Atoms
 from emsplat.io.mrc import read_map
 from emsplat.maths.fourier import shell_index, shell_radius
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.fsc import fsc
 from emsplat.measures.mask import solvent_mask
@@ -104,14 +104,14 @@ def ball(inner, outer, volume, rng):
 
 
 def hollow(inner, outer, rng, group="O"):
-    elements = symmetry_group(group).numpy()
+    elements = parse_symmetry(group).elements.numpy()
     part = ball(inner, outer, 4 / 3 * math.pi * (outer**3 - inner**3) / len(elements), rng)
     return np.concatenate([part @ element.T for element in elements])
 
 
 def ferritin(rng):
     part = procedural_protein(1300, 0).position.numpy() + [0.0, 20.0, 44.0]
-    return np.concatenate([part @ element.T for element in symmetry_group("O").numpy()])
+    return np.concatenate([part @ element.T for element in parse_symmetry("O").elements.numpy()])
 
 
 def rod(radius, length, rng):

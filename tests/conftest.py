@@ -20,13 +20,13 @@ if not torch.cuda.is_available():
 # The problems of the tests are small: threads would mostly wait for each other.
 torch.set_num_threads(1)
 
-# Shapes in signatures are checked while the tests run, but where tests put other things in the place of a stack.
+# Shapes and types in signatures are checked while the tests run. Not those of `interface`: what a user hands in is its
+# own to refuse.
 _CHECKED = (
-    *("assessment", "imaging", "io", "kernels.reference", "maths", "measures", "models"),
-    *("fitting.growth", "particles.background", "particles.choose", "particles.copies", "particles.noise"),
-    *("particles.open", "particles.resample", "sums.equations", "sums.window"),
+    *("assessment", "fitting", "imaging", "io", "kernels.reference", "maths", "measures", "models", "particles"),
+    *("commandline", "parallel", "programs", "report", "run", "simulation", "sums", "types"),
 )
-install_import_hook([f"emsplat.{name}" for name in _CHECKED], "beartype.beartype")
+install_import_hook([f"emsplat.{name}" for name in _CHECKED], "checked.typechecked")
 
 settings.register_profile("emsplat", deadline=None, derandomize=True)
 settings.load_profile("emsplat")

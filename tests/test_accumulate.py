@@ -13,13 +13,15 @@ from emsplat.imaging.project import project, voxelize
 from emsplat.io.mrc import read_map
 from emsplat.maths.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.maths.geometry import random_rotations
+from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.fsc import fsc_curve
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_particles
 from emsplat.sums import statistics as module
 from emsplat.sums.equations import NormalEquations, contrast
 from emsplat.sums.statistics import FourierStatistics, accumulate, begin, equations_of
-from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
+from emsplat.types import Gaussians, Grid, Optics, Poses
+from memory import Memory
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_coarser_sums_give_the_same_low_resolution_map(star):
 
 
 def test_symmetry_is_imposed(star):
-    volume = equations_of(open_particles(star, symmetry="C2")).solve()
+    volume = equations_of(open_particles(star, symmetry=parse_symmetry("C2"))).solve()
     turned = torch.roll(volume.flip([1, 2]), [1, 1], [1, 2])
     inner = slice(4, 28)
     a, b = volume[inner, inner, inner].flatten(), turned[inner, inner, inner].flatten()
@@ -228,7 +230,7 @@ def test_statistics_of_other_settings_are_refused_by_name(star, tmp_path):
     stack = open_particles(star)
     begin(stack).save(tmp_path / "s.safetensors")
     for other, word in (
-        (open_particles(star, symmetry="C2"), "symmetry"),
+        (open_particles(star, symmetry=parse_symmetry("C2")), "symmetry"),
         (stack.take(torch.arange(10)), "particles"),
         (stack.inverted(), "particles"),
     ):
@@ -311,36 +313,28 @@ def test_empty_equations_solve_to_nothing():
 
 
 def test_experimental_particles_are_bright(shared_data):
-    assert contrast(equations_of(open_particles(shared_data / "bgal" / "particles.star", symmetry="D2")).solve()) > 1
+    assert (
+        contrast(
+            equations_of(open_particles(shared_data / "bgal" / "particles.star", symmetry=parse_symmetry("D2"))).solve()
+        )
+        > 1
+    )
 
 
-class Memory:
-    """Noise-free images of a smooth mixture with the interface of a ParticleStack, never written or normalised."""
+class Smooth(Memory):
+    """Noise-free images of a smooth mixture."""
 
     def __init__(self, count=500, sign=1.0):
         rng = torch.Generator().manual_seed(0)
-        self.grid = Grid(32, 3.0)
-        self.symmetry = torch.eye(3, dtype=torch.float64)[None]
+        grid = Grid(32, 3.0)
         mean = 11 * torch.randn(12, 3, generator=rng) * torch.tensor([1.0, 0.8, 0.6])
         self.truth = Gaussians(mean, 25 * torch.eye(3).expand(12, 3, 3), 1 + torch.rand(12, generator=rng))
         poses = Poses(random_rotations(count, rng).float(), 3 * torch.randn(count, 2, generator=rng))
         rows = torch.tensor([300, 2.7, 0.1, 9000, 8500, 0.6, 0, 0, 1]).repeat(count, 1)
         rows[:, 3:5] += 12000 * torch.rand(count, 1, generator=rng)
         optics = Optics(*rows.unbind(1))
-        images = irfft(rfft(project(self.truth, poses, self.grid)) * ctf(optics, self.grid))
-        self.all = Batch(sign * images, poses, optics, torch.zeros(count).long(), torch.arange(count))
-
-    def __len__(self):
-        return len(self.all)
-
-    def take(self, rows):
-        part = object.__new__(Memory)
-        vars(part).update(vars(self), all=self.all[rows])
-        return part
-
-    def sequential(self, size):
-        for rows in torch.arange(len(self)).split(size):
-            yield self.all[rows]
+        images = irfft(rfft(project(self.truth, poses, grid)) * ctf(optics, grid))
+        super().__init__(grid, sign * images, poses, optics)
 
 
 def classical(stack):
@@ -351,7 +345,7 @@ def classical(stack):
 
 
 def test_noise_free_images_give_the_map_in_frame_and_hand():
-    stack = Memory()
+    stack = Smooth()
     truth, volume = voxelize(stack.truth, stack.grid), classical(stack)
 
     def likeness(other):
@@ -366,14 +360,14 @@ def test_noise_free_images_give_the_map_in_frame_and_hand():
 
 
 def test_noise_free_images_give_the_grey_values_of_the_map():
-    stack = Memory()
+    stack = Smooth()
     truth, volume = voxelize(stack.truth, stack.grid), classical(stack)
     dense = truth > 0.3 * truth.max()
     assert float((volume[dense] * truth[dense]).sum() / truth[dense].square().sum()) == pytest.approx(0.9, abs=0.1)
 
 
 def test_brightness_does_not_fade_away_from_the_centre():
-    stack = Memory()
+    stack = Smooth()
     truth, volume = voxelize(stack.truth, stack.grid), classical(stack)
     axis = torch.arange(32) - 16
     radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
@@ -385,5 +379,5 @@ def test_brightness_does_not_fade_away_from_the_centre():
 
 
 def test_contrast_of_noise_free_images():
-    assert contrast(classical(Memory(200))) > 1
-    assert contrast(classical(Memory(200, sign=-1.0))) < -1
+    assert contrast(classical(Smooth(200))) > 1
+    assert contrast(classical(Smooth(200, sign=-1.0))) < -1

@@ -151,6 +151,12 @@ def test_relions_names_of_curves_are_written_in_one_place():
     assert found == {"run/fsc_star.py"}
 
 
+def test_symmetries_are_parsed_at_the_doors():
+    """Options, Python's interface, the settings of a run folder; below, a symmetry is a value."""
+    found = {path.relative_to(SOURCE).as_posix() for path in MODULES if "parse_symmetry(" in path.read_text()}
+    assert found == {"maths/groups.py", "config.py", "interface.py", "assessment/maps.py"}
+
+
 def test_the_report_has_no_readers_of_its_own():
     """STAR, MRC and PLY are read by `io`, whose readers load no torch."""
     for path in (SOURCE / "report").glob("*.py"):

@@ -19,6 +19,7 @@ from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
+from emsplat.maths.groups import C1, dihedral
 from emsplat.measures.mask import spherical_mask
 from emsplat.report import verdict
 from emsplat.run.files import BACKPROJECTIONS, FULL_MAP, HALF_MAPS
@@ -57,7 +58,7 @@ def write_run(folder, *, halves=MODELS, raw=RAW, mask=MASK, full=TRUTH):
 
 def measure(run, **options):
     log = Log(StringIO())
-    result = assess(run, configure(AssessConfig, **options), log, diameter=None, symmetry="C1")
+    result = assess(run, configure(AssessConfig, **options), log, diameter=None)
     return result, log.warnings
 
 
@@ -276,11 +277,21 @@ def test_correction_begins_where_the_unmasked_curve_falls(tmp_path):
 def test_a_run_knows_the_symmetry_that_was_imposed(tmp_path):
     """Of as many coefficients only one is independent: the band of the cross-validated FSC is wider for it."""
     run = write_run(tmp_path / "run", halves=RAW, raw=RAW)
-    assert read_run(run).copies == 1
+    assert read_run(run).symmetry == C1
     (run / "config.toml").write_text('[options]\nsymmetry = "D2"\n')
-    assert read_run(run).copies == 4
-    (run / "config.toml").write_text("[options]\nsymmetry = 7\n")
-    assert read_run(run).copies == 1
+    assert read_run(run).symmetry == dihedral(2)
+    (run / "config.toml").write_text("[options]\ninvert = true\n")
+    assert read_run(run).symmetry == C1
+
+
+@pytest.mark.parametrize(
+    "settings", [b"[options]\nsymmetry = 7\n", b'[options]\nsymmetry = "Q7"\n', b"options = 1\n", b"[options", b"\xff"]
+)
+def test_a_symmetry_that_cannot_be_read_is_none_that_is_guessed(tmp_path, settings):
+    run = write_run(tmp_path / "run", halves=RAW, raw=RAW)
+    (run / "config.toml").write_bytes(settings)
+    with pytest.raises(InputError, match=r"config\.toml: the symmetry of the run cannot be read .*; give a point"):
+        read_run(run)
 
 
 def put(path, **fields):

@@ -66,8 +66,13 @@ def test_good_particles(particles, tmp_path, capsys):
     assert read_map(tmp_path / "look" / "check.mrc")[1].size == 32
     assert "slices of check.mrc" in page
     assert not (tmp_path / "look" / "run_class001.mrc").exists()
+    # What is not looked at again is not shown as if it had been.
+    assert main(["check", str(particles), "--metadata-only", "-o", str(tmp_path / "look")]) == 0
+    assert "slices of check.mrc" not in (tmp_path / "look" / "report.html").read_text()
+    assert {path.name for path in (tmp_path / "look").iterdir()} == {"check.json", "report.html"}
     # Over a run it would replace the page.
     (tmp_path / "look" / "config.toml").write_text("")
+    capsys.readouterr()
     assert main(["check", str(particles), "-o", str(tmp_path / "look")]) == 2
     assert "holds a run" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.relion.read import read_star
 from emsplat.io.relion.write import write_table
 from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import C1, dihedral, parse_symmetry
 from emsplat.measures.fsc import fsc_curve
 from emsplat.particles.choose import open_stack, read_table
 from emsplat.particles.copies import (
@@ -115,7 +115,7 @@ def test_an_image_is_known_over_hard_links_of_several_files(stack, poses, tmp_pa
     one = star(tmp_path / "a.star", tmp_path / "one.mrcs", range(8), poses[:8], RandomSubset=[1] * 8)
     two = star(tmp_path / "b.star", other, range(8), poses[:8], RandomSubset=[2] * 8)
     table = read_table(ChoiceOptions(merge=(two,)), one)
-    assert copies(table, "C1").rows == 8
+    assert copies(table, C1).rows == 8
     with pytest.raises(InputError, match="16 of 16 rows name an image that is in both"):
         settle_halves(table, 0)
 
@@ -134,7 +134,7 @@ def test_a_particle_is_known_before_something_was_subtracted(stack, poses, tmp_p
     unknown = star(
         tmp_path / "b.star", stack, range(8), poses[:8], ImageOriginalName=["None"] * 8, RandomSubset=[1, 2] * 4
     )
-    assert copies(read_table(ChoiceOptions(), unknown), "C1").crossing == 0
+    assert copies(read_table(ChoiceOptions(), unknown), C1).crossing == 0
 
 
 def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_path):
@@ -151,7 +151,7 @@ def test_a_particle_of_cryosparc_is_known_in_another_stack(stack, poses, tmp_pat
     one, counted, two, other = files
     with pytest.raises(InputError, match=r"16 of 16 rows name a particle .* in both"):
         settle_halves(read_table(ChoiceOptions(merge=(two,)), one), 0)
-    assert copies(read_table(ChoiceOptions(merge=(other,)), counted), "C1").crossing == 0
+    assert copies(read_table(ChoiceOptions(merge=(other,)), counted), C1).crossing == 0
 
 
 def restacked(tmp_path, stack, poses, count=8):
@@ -168,7 +168,7 @@ def restacked(tmp_path, stack, poses, count=8):
 def test_a_particle_in_two_stacks_counts_once(stack, poses, tmp_path, capsys):
     one, two = restacked(tmp_path, stack, poses)
     table = read_table(ChoiceOptions(merge=(two,)), one)
-    found = copies(table, "C1")
+    found = copies(table, C1)
     assert (found.images, found.rows, found.again) == (16, 0, 8)
     assert found.text == (
         "8 images show a particle that an earlier row shows in another image (by uid or rlnImageOriginalName; "
@@ -184,7 +184,7 @@ def test_a_particle_in_two_stacks_counts_once(stack, poses, tmp_path, capsys):
     particle = torch.tensor(rows) % 4
     names = [f"{number + 1:06d}@Extract/x.mrcs" for number in particle.tolist()]
     path = star(tmp_path / "c.star", stack, rows, poses[particle], ImageOriginalName=names)
-    found = copies(read_star(path), "C1")
+    found = copies(read_star(path), C1)
     assert (found.images, found.rows, found.again) == (10, 2, 6)
     assert read_table(ChoiceOptions(unique=True), path).row.tolist() == [0, 1, 2, 3]
 
@@ -203,12 +203,12 @@ def test_copies_in_both_halves_may_be_left_out_where_one_of_them_stays(stack, po
 
 def test_subtracted_after_expansion_are_images_of_their_own(stack, poses, tmp_path):
     """A part is left in each under another pose: they share noise and a half-set, not their weight."""
-    group = symmetry_group("D2")
+    group = dihedral(2).elements
     turned = torch.cat([pose @ group for pose in poses[:6]])
     names = [f"{row // 4 + 1}@Extract/x.mrcs" for row in range(24)]
     path = star(tmp_path / "a.star", stack, range(24), turned, ImageOriginalName=names)
-    found = copies(read_star(path), "C1")
-    assert (found.images, found.rows, found.again, found.expansion) == (24, 0, 18, "D2")
+    found = copies(read_star(path), C1)
+    assert (found.images, found.rows, found.again, found.expansion) == (24, 0, 18, dihedral(2))
     assert found.text == (
         "symmetry-expanded by D2: 6 particles in 24 rows, with images of their own (by uid or rlnImageOriginalName)"
     )
@@ -221,7 +221,7 @@ def test_subtracted_after_expansion_are_images_of_their_own(stack, poses, tmp_pa
     assert read_table(ChoiceOptions(unique=True, symmetry="D2"), path).row.tolist() == list(range(0, 24, 4))
     # One is left per particle by ordinary subtraction.
     plain = star(tmp_path / "b.star", stack, range(6), poses[:6], ImageOriginalName=names[::4])
-    assert copies(read_star(plain), "C1").text == ""
+    assert copies(read_star(plain), C1).text == ""
 
 
 def test_marks_know_links_and_particles(stack, poses, tmp_path):
@@ -294,7 +294,7 @@ def test_overlapping_selections_share_no_image_between_halves(stack, poses, tmp_
         for number in merged.table.micrograph.unique():
             assert len(merged.half[merged.table.micrograph == number].unique()) == 1
     assert len(merged.table.micrograph_names) == len(merged.table.micrograph.unique()) == 8
-    found = copies(merged.table, "C1")
+    found = copies(merged.table, C1)
     assert (found.images, found.rows, found.expansion, found.crossing) == (24, 8, None, 0)
 
 
@@ -394,7 +394,7 @@ def test_particles_picked_twice(stack, poses, tmp_path):
     shift[12:, 0] = 30  # the boxes lie 30 Å apart, the particles in the same place
     columns = {"MicrographName": ["m.mrc"] * 24, "CoordinateX": x, "CoordinateY": [50] * 24}
     path = star(tmp_path / "p.star", stack, range(24), poses, shift=shift, RandomSubset=half, **columns)
-    found = copies(read_star(path), "C1")
+    found = copies(read_star(path), C1)
     assert (found.rows, found.crossing, found.close) == (0, 0, 24)
     assert "--redraw-halves" in found.near
     assert settle_halves(read_star(path), 0).tolist() == half
@@ -402,7 +402,7 @@ def test_particles_picked_twice(stack, poses, tmp_path):
     assert drawn.half[:12].tolist() == drawn.half[12:].tolist()
     assert set(drawn.half.tolist()) == {1, 2}
     apart = star(tmp_path / "q.star", stack, range(24), poses, RandomSubset=half, **columns)
-    assert copies(read_star(apart), "C1").close == 0
+    assert copies(read_star(apart), C1).close == 0
 
 
 def placed(table, x, y, micrograph=None):
@@ -431,7 +431,7 @@ def test_neighbours_are_those_within_twenty_angstroms(stack, poses, tmp_path, se
     near = (torch.cdist(at, at) <= 20) & (micrograph[:, None] == micrograph)
     assert near[0, 1]
     wanted = (near & (half[:, None] != half)).any(1)
-    assert copies(replace(table, half=half), "C1").close == int(wanted.sum())
+    assert copies(replace(table, half=half), C1).close == int(wanted.sum())
     reach = near
     for _ in range(8):
         reach = (reach.float() @ reach.float()) > 0
@@ -448,7 +448,7 @@ def test_a_crowd_in_one_place_ends(stack, poses, tmp_path):
     x = 1e-3 * torch.rand(count, generator=torch.Generator().manual_seed(0)).double()
     x[-1] = 100.0
     assert _places(placed(table, x, x)).tolist() == [0] * (count - 1) + [1]
-    assert copies(replace(placed(table, x, x), half=1 + torch.arange(count) % 2), "C1").close == count - 1
+    assert copies(replace(placed(table, x, x), half=1 + torch.arange(count) % 2), C1).close == count - 1
 
 
 def test_halves_that_part_neighbours_say_so(stack, poses, tmp_path, capsys):
@@ -459,7 +459,7 @@ def test_halves_that_part_neighbours_say_so(stack, poses, tmp_path, capsys):
     table = read_star(path)
     half = settle_halves(table, 0).tolist()
     beside = sum(any(half[j] != half[i] for j in (i - 1, i + 1) if 0 <= j < 20) for i in range(20))
-    assert copies(replace(table, half=torch.tensor(half)), "C1").close == beside > 0
+    assert copies(replace(table, half=torch.tensor(half)), C1).close == beside > 0
     assert main(["check", str(path), "--metadata-only"]) == 1
     said = f"look  repeated particles: {beside} particles lie within 20 Å of one of the other half-set"
     assert said in capsys.readouterr().out
@@ -485,31 +485,31 @@ def expanded(path, stack, poses, group, count=IMAGES, noise=0.0):
     [("C2", 0.0), ("C7", 2.0), ("D2", 3.0), ("D3", 0.0), ("T", 1.0), ("I2", 2.0), ("O", 4.0), ("I1", 4.0), ("C2", 9.0)],
 )
 def test_symmetry_expanded_sets_are_recognised(stack, poses, tmp_path, symbol, noise):
-    path = expanded(tmp_path / "p.star", stack, poses, symmetry_group(symbol), 8, noise)
+    path = expanded(tmp_path / "p.star", stack, poses, parse_symmetry(symbol).elements, 8, noise)
     for asked in ("C1", symbol):
-        found = copies(read_star(path), asked)
-        assert found.expansion == symbol
+        found = copies(read_star(path), parse_symmetry(asked))
+        assert found.expansion == parse_symmetry(symbol)
         assert found.images == 8
     assert parted(open_stack(BackprojectConfig(), path)) == 0
     assert len(read_table(ChoiceOptions(unique=True), path)) == 8
     some = read_star(path).take(torch.arange(4 if symbol == "I2" else 3))
-    assert copies(some, "C1").expansion is None or len(symmetry_group(symbol)) < 4
+    assert copies(some, C1).expansion is None or parse_symmetry(symbol).order < 4
 
 
 def test_copies_that_are_not_expanded(stack, poses, tmp_path):
     twice = [*range(IMAGES), *range(IMAGES)]
     again = star(tmp_path / "a.star", stack, twice, poses[twice])
-    assert copies(read_star(again), "D2").expansion is None
-    assert "poses" not in copies(read_star(again), "D2").text
+    assert copies(read_star(again), dihedral(2)).expansion is None
+    assert "poses" not in copies(read_star(again), dihedral(2)).text
     other = random_rotations(IMAGES, torch.Generator().manual_seed(9))
     realigned = star(tmp_path / "b.star", stack, twice, torch.cat([poses, other]))
-    assert copies(read_star(realigned), "D2").expansion is None
-    assert "poses that differ by" in copies(read_star(realigned), "D2").text
+    assert copies(read_star(realigned), dihedral(2)).expansion is None
+    assert "poses that differ by" in copies(read_star(realigned), dihedral(2)).text
 
 
 def test_expanded_sets_give_the_sums_of_the_symmetry(stack, poses, tmp_path):
     """Σ over n copies without symmetry is Σ over images with it; with both, copies count once."""
-    group = symmetry_group("D2")
+    group = dihedral(2).elements
     plain = star(tmp_path / "plain.star", stack, range(IMAGES), poses)
     more = expanded(tmp_path / "more.star", stack, poses, group)
 
@@ -527,30 +527,30 @@ def test_expanded_sets_give_the_sums_of_the_symmetry(stack, poses, tmp_path):
 
 def test_copies_of_an_expanded_set_that_were_refined_count_once(stack, poses, tmp_path):
     """Local searches move a copy by up to 15°: still nearer to its own pose than to that of another element."""
-    group = symmetry_group("D2")
+    group = dihedral(2).elements
     axes = torch.from_numpy(np.random.default_rng(1).normal(size=(96, 3)))
     off = torch.from_numpy(np.stack([axis_rotation(axis, np.radians(13)) for axis in axes.numpy()]))
     turned = torch.cat([pose @ group for pose in poses]) @ off
     refined = read_star(star(tmp_path / "a.star", stack, np.repeat(range(24), 4), turned))
-    assert copies(refined, "C1").expansion == "D2"
-    assert shares(refined, group).tolist() == [0.25] * 96
-    assert shares(refined, group[:1]) is None
+    assert copies(refined, C1).expansion == dihedral(2)
+    assert shares(refined, dihedral(2)).tolist() == [0.25] * 96
+    assert shares(refined, C1) is None
     # So do two of a set without expansion only where they agree: neighbours of a helix would be lost otherwise.
     turn = torch.from_numpy(axis_rotation([0.0, 0, 1], np.radians(22)))
     helix = read_star(star(tmp_path / "b.star", stack, [*range(24)] * 2, torch.cat([poses, poses @ turn])))
-    assert copies(helix, "C1").expansion is None
-    assert shares(helix, group[:1]) is None
+    assert copies(helix, C1).expansion is None
+    assert shares(helix, C1) is None
 
 
 def test_shares_of_an_image_with_many_poses_are_bounded(stack, poses, tmp_path):
     """Each pose of few, and the rest as one."""
     table = read_star(star(tmp_path / "p.star", "s.mrcs", [0] * 24, poses), need_stacks=False)
-    few = shares(table, torch.eye(3).double()[None])
+    few = shares(table, C1)
     assert few is None or float(few.sum()) <= 24
     rotation = random_rotations(20_000, torch.Generator().manual_seed(3))
     many = table.take(torch.zeros(20_000, dtype=torch.int64))
     many = replace(many, poses=Poses(rotation, many.poses.shift))
-    assert float(shares(many, torch.eye(3).double()[None]).double().sum()) == pytest.approx(121, abs=1e-3)
+    assert float(shares(many, C1).double().sum()) == pytest.approx(121, abs=1e-3)
 
 
 def test_copies_count_once(stack, poses, tmp_path):
@@ -678,7 +678,7 @@ def test_check_and_run_say_what_is_repeated(tmp_path, capsys):
     assert any("20 rows name an image" in text for text in log.warnings)
     assert any("3 classes are mixed" in text and "--class" in text for text in log.warnings)
     used = read_star(tmp_path / "run" / "run_data.star")
-    assert copies(used, "C1").crossing == 0
+    assert copies(used, C1).crossing == 0
     unique = backproject(configure(BackprojectConfig, merge=(b,), unique=True), a, tmp_path / "unique", log)
     assert (unique["input"]["particles"], unique["input"]["left_out_rows"]) == (60, 20)
     again = backproject(

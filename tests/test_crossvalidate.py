@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emsplat.maths.fourier import frequencies, irfft, rfft
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.crossvalidate import CrossValidation, _smooth, independent_coefficients
 from emsplat.measures.fsc import fsc
 from emsplat.measures.mask import spherical_mask
@@ -118,7 +118,7 @@ def hollow_shell(seed):
     """Octahedral, 14 to 16 voxels from the centre."""
     axis, rng = directions(120, seed)
     radius = 14 + 2 * torch.rand(len(axis), 1, generator=rng, dtype=torch.float64)
-    return points(torch.cat([radius * axis @ element.T for element in symmetry_group("O")]))
+    return points(torch.cat([radius * axis @ element.T for element in parse_symmetry("O").elements]))
 
 
 def sphere(seed):

@@ -304,6 +304,8 @@ def test_scale_of_each_particle(folder):
         ({"alignments3D/pose": None}, "known orientations"),
         ({"blob/idx": np.full(6, 1e30)}, "whole numbers"),
         ({"blob/idx": np.full(6, 1.5)}, "whole numbers"),
+        ({"alignments3D/class": np.full(6, 1e19)}, "alignments3D/class has values up to 1e.19; expected whole numbers"),
+        ({"alignments3D/class": np.full((6, 2), 0.5)}, "whole numbers"),
         ({"blob/idx": np.full(6, np.finfo(np.longdouble).max)}, "row 1: blob/idx"),
         ({"blob/shape": np.zeros((6, 2), "u4")}, "without size"),
         ({"sym_expand/src_uid": np.zeros((6, 2), "u8")}, "one integer per particle"),

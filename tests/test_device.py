@@ -36,6 +36,7 @@ from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import random_rotations
+from emsplat.maths.groups import cyclic, dihedral
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.models.gaussians import PARAMETERS, Bounds
 from emsplat.models.starts import ball
@@ -135,7 +136,7 @@ KINDS = {
     "as they are": {},
     "coarser": {"pixel_size": 5.5},
     "cut": {"box": 20, "pixel_size": 5.0},
-    "cut, dark": {"box": 24, "pixel_size": 4.0, "symmetry": "D2"},
+    "cut, dark": {"box": 24, "pixel_size": 4.0, "symmetry": dihedral(2)},
 }
 
 
@@ -216,7 +217,7 @@ def test_readers_do_not_keep_the_interpreter_alive(particles):
 
 
 def test_sums_are_the_same_on_a_device(gpu, particles, tmp_path):
-    stack = opened(particles, symmetry="C2")
+    stack = opened(particles, symmetry=cyclic(2))
     there = stack.on(gpu)
     noise = estimate_noise(stack)
     same(estimate_noise(there), noise, rtol=1e-5, atol=1e-6)

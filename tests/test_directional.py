@@ -7,7 +7,7 @@ import torch
 
 from emsplat.errors import InputError
 from emsplat.maths.geometry import random_rotations
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.directional import (
     Directions,
     conical_fsc,
@@ -24,7 +24,7 @@ from emsplat.types import Grid
 SIZE = 64
 GRID = Grid(SIZE, 2.0)
 CELLS = direction_grid(15.0)
-IDENTITY = symmetry_group("C1")
+IDENTITY = parse_symmetry("C1").elements
 
 
 def noise(seed, size=SIZE):
@@ -121,7 +121,7 @@ def test_views_of_uniform_poses_fill_the_cells():
 
 def test_view_is_the_direction_that_the_image_sums_along():
     # The last row of the rotation: A p has its z there.
-    turned = symmetry_group("D2")[1:2]  # a half turn about z or x keeps z up to its sign
+    turned = parse_symmetry("D2").elements[1:2]  # a half turn about z or x keeps z up to its sign
     assert float(view_histogram(turned, CELLS).reshape(12, 24)[[0, -1]].sum()) == 1
 
 
@@ -145,7 +145,7 @@ def test_symmetry_fills_directions():
     poses = rotations(200_000)
     top = poses[poses[:, 2, 2].abs() > 0.95]
     alone, _ = sampling_compensation(fourier_sampling(top, IDENTITY)[:, 3])
-    cubic, empty = sampling_compensation(fourier_sampling(top, symmetry_group("O"))[:, 3])
+    cubic, empty = sampling_compensation(fourier_sampling(top, parse_symmetry("O").elements)[:, 3])
     assert cubic > 1.5 * alone
     assert empty < 0.6
 

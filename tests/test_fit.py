@@ -16,7 +16,8 @@ from emsplat.maths.fourier import shell_index
 from emsplat.maths.geometry import random_rotations
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball
-from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
+from emsplat.types import Gaussians, Grid, Optics, Poses
+from memory import Memory
 
 GRID = Grid(24, 2.0)
 
@@ -35,26 +36,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class Memory:
-    """Images that a hidden mixture made, with the interface of a ParticleStack."""
+class Hidden(Memory):
+    """Images that a hidden mixture made."""
 
     def __init__(self, count=60, noise=0.0):
         rng = torch.Generator().manual_seed(0)
-        self.grid = GRID
         self.truth = Gaussians(4 * torch.randn(8, 3, generator=rng), 9 * torch.eye(3).expand(8, 3, 3), torch.ones(8))
         poses = Poses(random_rotations(count, rng).float(), torch.randn(count, 2, generator=rng))
         clean = torch.fft.rfft2(project(self.truth, poses, GRID)) * ctf(optics(count), GRID)
         images = torch.fft.irfft2(clean, s=(24, 24)) + noise * torch.randn(count, 24, 24, generator=rng)
-        rows = torch.arange(count)
-        self.all = Batch(images, poses, optics(count), torch.zeros(count, dtype=torch.int64), rows)
-
-    def __len__(self):
-        return len(self.all)
-
-    def batches(self, size, *, seed, epoch=0, skip=0):
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(100 * seed + epoch))
-        for start in range(skip * size, len(self), size):
-            yield self.all[order[start : start + size]]
+        super().__init__(GRID, images, poses, optics(count))
 
 
 def start(seed=0, **options):
@@ -67,7 +58,7 @@ def run(state, objective, plan, doubling=()):
 
 
 def test_loss_is_the_mean_squared_error_in_real_space():
-    stack = Memory(7, noise=0.1)
+    stack = Hidden(7, noise=0.1)
     stack.all.poses.shift.zero_()  # a fractional shift leaves a part at Nyquist that no real image has
     objective = ImageObjective(stack, batch=7, seed=0)
     seen, weight = objective.observe(stack.all)
@@ -84,7 +75,7 @@ def test_loss_is_the_mean_squared_error_in_real_space():
 
 
 def test_loss_vanishes_for_the_model_that_made_the_images():
-    stack = Memory(9)
+    stack = Hidden(9)
     objective = ImageObjective(stack, batch=9, seed=0)
     power = stack.all.images.square().mean()
     # Shifting images in Fourier space wraps around, rendering them shifted does not: hence not exactly 0.
@@ -119,7 +110,7 @@ def test_noise_weights_are_per_shell_and_group():
 
 @pytest.mark.parametrize("batch", [1, 7, 60])
 def test_fitting_lowers_the_loss(batch, device):
-    stack = Memory()
+    stack = Hidden()
     stack.all = stack.all.to(device=device)
     objective = ImageObjective(stack, batch=batch, seed=0)
     state = State.begin(start().model.to(device))
@@ -129,21 +120,21 @@ def test_fitting_lowers_the_loss(batch, device):
 
 
 def test_resumed_fit_is_bit_identical(tmp_path):
-    objective, plan = ImageObjective(Memory(), batch=8, seed=0), Plan(4, 1e-2, 0.8)
+    objective, plan = ImageObjective(Hidden(), batch=8, seed=0), Plan(4, 1e-2, 0.8)
     whole = run(start(), objective, plan, (2,)).model
     for stop in (3, 8, 17, 20):
         for state in fit_doubling(start(), objective, plan, (2,)):
             if state.step == stop:
                 save_checkpoint(tmp_path / "c.safetensors", state)
                 break
-        objective = ImageObjective(Memory(), batch=8, seed=0)
+        objective = ImageObjective(Hidden(), batch=8, seed=0)
         again = run(load_checkpoint(tmp_path / "c.safetensors"), objective, plan, (2,)).model
         for a, b in zip(whole.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b)
 
 
 def test_splitting_and_learning_rate_follow_the_plan():
-    objective, plan = ImageObjective(Memory(), batch=20, seed=0), Plan(4, 1e-2, 0.5)
+    objective, plan = ImageObjective(Hidden(), batch=20, seed=0), Plan(4, 1e-2, 0.5)
     counts, rates = [], []
     for state in fit_doubling(start(), objective, plan, (1, 3)):
         counts.append(len(state.model))
@@ -156,7 +147,7 @@ def test_splitting_and_learning_rate_follow_the_plan():
 
 def test_constrained_models_are_fitted_and_saved(tmp_path):
     for options in ({"isotropic": True}, {"rotation": False}):
-        state = run(start(**options), ImageObjective(Memory(), batch=20, seed=0), Plan(2, 1e-2, 1.0))
+        state = run(start(**options), ImageObjective(Hidden(), batch=20, seed=0), Plan(2, 1e-2, 1.0))
         save_checkpoint(tmp_path / "c.safetensors", state)
         again = load_checkpoint(tmp_path / "c.safetensors").model
         assert torch.equal(again.gaussians().covariance, state.model.gaussians().covariance)
@@ -164,7 +155,7 @@ def test_constrained_models_are_fitted_and_saved(tmp_path):
 
 
 def test_divergence_is_said():
-    stack = Memory()
+    stack = Hidden()
     stack.all.images[3] = torch.inf
     with pytest.raises(EmsplatError, match=r"diverged.*--learning-rate"):
         run(start(), ImageObjective(stack, batch=60, seed=0), Plan(1, 1e-2, 1.0))
@@ -181,19 +172,19 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
 
 def test_a_fit_stopped_right_before_it_splits_splits_when_it_is_resumed(tmp_path):
     plan = Plan(2, 1e-2, 0.8)
-    whole = run(start(), ImageObjective(Memory(), batch=20, seed=0), plan, (1,)).model
-    for state in fit_doubling(start(), ImageObjective(Memory(), batch=20, seed=0), plan, (1,)):
+    whole = run(start(), ImageObjective(Hidden(), batch=20, seed=0), plan, (1,)).model
+    for state in fit_doubling(start(), ImageObjective(Hidden(), batch=20, seed=0), plan, (1,)):
         if state.step == 3:
             assert len(state.model) == 40
             save_checkpoint(tmp_path / "c.safetensors", state)
-    objective = ImageObjective(Memory(), batch=20, seed=0)
+    objective = ImageObjective(Hidden(), batch=20, seed=0)
     again = run(load_checkpoint(tmp_path / "c.safetensors"), objective, plan, (1,)).model
     assert len(again) == 80
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_both_halves_of_a_gaussian_inherit_its_moments():
-    stack = Memory()
+    stack = Hidden()
     plan = Plan(2, 0.0, 1.0)  # a rate of 0: parameters rest, moments move
     before, after = list(fit_doubling(start(), ImageObjective(stack, batch=60, seed=0), plan, (1,)))
     gradient = torch.autograd.grad(
@@ -210,7 +201,7 @@ def test_both_halves_of_a_gaussian_inherit_its_moments():
 
 
 def test_checkpoint_holds_the_whole_state(tmp_path):
-    state = run(start(), ImageObjective(Memory(), batch=20, seed=0), Plan(2, 1e-2, 1.0), (1,))
+    state = run(start(), ImageObjective(Hidden(), batch=20, seed=0), Plan(2, 1e-2, 1.0), (1,))
     save_checkpoint(tmp_path / "c.safetensors", state)
     again = load_checkpoint(tmp_path / "c.safetensors")
     assert again.step == state.step == 6

@@ -17,7 +17,7 @@ from emsplat.maths.geometry import (
     quaternion_to_matrix,
     random_rotations,
 )
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import parse_symmetry
 
 ANGLE = st.floats(-360, 360)
 
@@ -63,8 +63,9 @@ def test_random_rotations_are_uniform():
     + [(symbol, 60) for symbol in ("I", "I1", "I2", "I3", "I4")],
 )
 def test_groups_are_closed_and_of_the_right_order(symbol, order):
-    group = symmetry_group(symbol)
-    assert len(group) == order
+    symmetry = parse_symmetry(symbol)
+    group = symmetry.elements
+    assert (symmetry.symbol, symmetry.order, len(group)) == (symbol.upper(), order, order)
     torch.testing.assert_close(group[0], torch.eye(3).double())
     products = (group[:, None] @ group[None]).reshape(-1, 1, 3, 3)
     assert (products - group).abs().amax((2, 3)).min(1).values.max() < 1e-5
@@ -86,7 +87,7 @@ AXES = {
 
 @pytest.mark.parametrize("symbol", AXES)
 def test_axes_lie_where_relion_puts_them(symbol):
-    group = symmetry_group(symbol)
+    group = parse_symmetry(symbol).elements
     for order, *axis in AXES[symbol]:
         turn = torch.from_numpy(axis_rotation(axis, 2 * math.pi / order))
         assert (group - turn).abs().amax((1, 2)).min() < 1e-4
@@ -95,7 +96,7 @@ def test_axes_lie_where_relion_puts_them(symbol):
 @pytest.mark.parametrize("symbol", ["", "C0", "D", "I5", "C1.5", "Q2", "tetrahedral"])
 def test_unknown_groups_are_refused(symbol):
     with pytest.raises(InputError, match=r"--symmetry .*expected Cn, Dn"):
-        symmetry_group(symbol)
+        parse_symmetry(symbol)
 
 
 def test_quaternion_of_a_matrix_gives_the_matrix_again():

@@ -20,7 +20,7 @@ from emsplat.io.pickles import write_arrays
 from emsplat.io.relion.read import read_star
 from emsplat.io.relion.write import write_table
 from emsplat.io.table import OpticsGroup
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import parse_symmetry
 from emsplat.particles.choose import flip_hand, open_stack, read_table
 from emsplat.sums.equations import _lowpass
 from emsplat.sums.statistics import equations_of
@@ -156,7 +156,7 @@ def test_images_of_two_signs_are_not_merged(particles, tmp_path):
 def test_flipped_poses_project_the_mirrored_molecule(symbol):
     """The same images; and the mirror image of a symmetric molecule has the symmetry in the same setting."""
     rng = torch.Generator().manual_seed(0)
-    group = symmetry_group(symbol)
+    group = parse_symmetry(symbol).elements
     one = 12 * torch.randn(5, 3, generator=rng, dtype=torch.float64)
     mean = torch.cat([one @ element.T for element in group])
     count, grid = len(mean), Grid(48, 2.0)
@@ -166,7 +166,7 @@ def test_flipped_poses_project_the_mirrored_molecule(symbol):
 
     poses = Poses(random_rotations(4, rng), 3 * torch.randn(4, 2, generator=rng, dtype=torch.float64))
     table = replace(_bare(4), poses=poses)
-    flipped = flip_hand(table, group)
+    flipped = flip_hand(table, parse_symmetry(symbol))
     assert flipped.mirrored
     axes = [-1.0, -1.0, -1.0] if symbol in ("T", "I1", "I3") else [1.0, 1.0, -1.0]
     mirrored = mean * torch.tensor(axes, dtype=torch.float64)

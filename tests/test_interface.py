@@ -32,7 +32,7 @@ def test_particles_are_looked_at_and_chosen(star):
     particles = em.read_particles(str(star), symmetry="C2", diameter=100)
     assert len(particles) == 300
     assert particles.half.bincount().tolist() == [0, 150, 150]
-    assert len(particles.symmetry) == 2
+    assert particles.symmetry.order == 2
     assert "300 particles" in repr(particles)
     few = particles.take(torch.arange(10))
     assert next(few.sequential(10)).images.shape == (10, 32, 32)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from emsplat.config import ReconstructConfig, change, configure
+from emsplat.config import BackprojectConfig, ReconstructConfig, change, configure
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fitting.course import Score, Stage
 from emsplat.programs import image_engine
@@ -275,7 +275,7 @@ def test_a_run_of_one_pass_is_in_its_journal(particles, tmp_path):
 
 
 def test_a_back_projection_has_a_journal_too(particles, tmp_path):
-    backproject(IMAGES, particles, tmp_path / "run")
+    backproject(configure(BackprojectConfig, threads=1), particles, tmp_path / "run")
     rows = what(tmp_path / "run")
     assert rows[0].program == "emsplat backproject"
     assert rows[-1].how == "finished"

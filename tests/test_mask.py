@@ -10,6 +10,7 @@ import torch
 
 from emsplat.errors import InputError
 from emsplat.io.mrc import read_map
+from emsplat.maths.groups import dihedral
 from emsplat.measures.mask import check_mask, solvent_mask, spherical_mask
 from emsplat.particles.open import open_particles
 from emsplat.sums.statistics import equations_of
@@ -92,7 +93,7 @@ def test_solvent_mask_of_nothing_is_the_sphere() -> None:
 
 
 def test_solvent_mask_of_experimental_particles(shared_data: Path) -> None:
-    stack = open_particles(shared_data / "bgal" / "particles.star", symmetry="D2")
+    stack = open_particles(shared_data / "bgal" / "particles.star", symmetry=dihedral(2))
     mask = solvent_mask(equations_of(stack).solve(), stack.grid, stack.diameter)
     reference = read_map(shared_data / "bgal" / "mask_soft.mrc")[0] > 0.5
     assert float(mask[reference].mean()) > 0.95

@@ -16,6 +16,7 @@ from emsplat.models.base import ParameterGroup, Saved, rows_of
 from emsplat.models.gaussians import Bounds, read_gaussian_field
 from emsplat.models.starts import ball
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
+from memory import Memory
 
 GRID = Grid(24, 2.0)
 COUNT = 40
@@ -72,12 +73,11 @@ class TurnedTogether(ShiftedCopies):
         return [ParameterGroup({"angle": self.angle}, rate=0.3), ParameterGroup({"offset": self.offset})]
 
 
-class Memory:
-    """Images of shifted copies, with the interface of a ParticleStack."""
+class Shifted(Memory):
+    """Images of shifted copies."""
 
     def __init__(self):
         rng = torch.Generator().manual_seed(0)
-        self.grid = GRID
         self.mixture = Gaussians(4 * torch.randn(8, 3, generator=rng), 9 * torch.eye(3).expand(8, 3, 3), torch.ones(8))
         self.shift = 2 * torch.randn(COUNT, 3, generator=rng)
         poses = Poses(random_rotations(COUNT, rng).float(), torch.randn(COUNT, 2, generator=rng))
@@ -86,16 +86,7 @@ class Memory:
         optics = Optics(*(torch.full((COUNT,), float(v)) for v in values))
         spectrum = torch.fft.rfft2(project(moved, poses, GRID)) * ctf(optics, GRID)
         images = torch.fft.irfft2(spectrum, s=(24, 24))
-        rows = torch.arange(COUNT)
-        self.all = Batch(images, poses, optics, torch.zeros_like(rows), rows)
-
-    def __len__(self):
-        return COUNT
-
-    def batches(self, size, *, seed, epoch=0, skip=0):
-        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(100 * seed + epoch))
-        for start in range(skip * size, COUNT, size):
-            yield self.all[order[start : start + size]]
+        super().__init__(GRID, images, poses, optics)
 
 
 def run(state, objective, plan, until=None):
@@ -105,7 +96,7 @@ def run(state, objective, plan, until=None):
 
 def test_latents_are_found_from_a_wrong_start():
     """What lies in the image plane; along the beam a single projection says nothing, and nothing moves it."""
-    stack = Memory()
+    stack = Shifted()
     state = run(
         State.begin(ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))),
         ImageObjective(stack, batch=8, seed=0),
@@ -118,7 +109,7 @@ def test_latents_are_found_from_a_wrong_start():
 
 
 def test_only_the_rows_of_a_batch_move():
-    stack = Memory()
+    stack = Shifted()
     model = ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))
     objective = ImageObjective(stack, batch=8, seed=0)
     states = fit(State.begin(model), objective, Plan(1, 1e-2, 1.0))
@@ -133,7 +124,7 @@ def test_only_the_rows_of_a_batch_move():
 
 
 def test_poses_of_a_model_are_fitted():
-    stack = Memory()
+    stack = Shifted()
     still = Gaussians(stack.mixture.mean, stack.mixture.covariance, stack.mixture.amplitude)
     spectrum = torch.fft.rfft2(project(still, stack.all.poses, GRID)) * ctf(stack.all.optics, GRID)
     turn = axis_rotation([0.0, 0.0, 1.0], 0.1)
@@ -149,7 +140,7 @@ def test_poses_of_a_model_are_fitted():
 
 
 def test_any_model_is_saved_and_goes_on_where_it_was(tmp_path):
-    stack, plan = Memory(), Plan(4, 1e-2, 0.8)
+    stack, plan = Shifted(), Plan(4, 1e-2, 0.8)
     whole = run(
         State.begin(ShiftedCopies(stack.mixture, torch.zeros(COUNT, 3))), ImageObjective(stack, batch=8, seed=0), plan
     )

@@ -14,7 +14,8 @@ from emsplat.maths.fourier import frequencies, hermitian_weight, shell_index, sh
 from emsplat.maths.geometry import random_rotations
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball
-from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
+from emsplat.types import Gaussians, Grid, Optics, Poses
+from memory import Memory
 
 GRID = Grid(32, 2.0)
 
@@ -60,31 +61,16 @@ def corner(spectrum):
     return spectrum * shift_phase(shift, GRID)
 
 
-class Stack:
-    """The part of ParticleStack that an objective uses, in memory."""
-
-    def __init__(self, images, poses, groups=None):
-        count = len(images)
-        groups = torch.zeros(count, dtype=torch.int64) if groups is None else groups
-        self.grid = GRID
-        self.all = Batch(
-            images.float(), poses.to(torch.float32), optics(count).to(torch.float32), groups, torch.arange(count)
-        )
-
-    def __len__(self):
-        return len(self.all)
-
-    def batches(self, size, *, seed, epoch=0, skip=0):
-        order = torch.randperm(len(self), generator=seeded(100 * seed + epoch))
-        for start in range(skip * size, len(self), size):
-            yield self.all[order[start : start + size]]
+def in_memory(images, poses, groups=None):
+    return Memory(GRID, images.float(), poses.to(torch.float32), optics(len(images)).to(torch.float32), groups)
 
 
 def simulated(count=5, groups=None):
     """Images that were never rendered: the analytic transform of the shifted mixture times the CTF."""
     poses = Poses(random_rotations(count, seeded(4)), 3 * normal(count, 2, seed=5))
     spectrum = analytic_spectrum(mixture(), poses, GRID) * ctf(optics(count), GRID)
-    return Stack(torch.fft.irfft2(corner(spectrum), s=(GRID.size,) * 2), poses, groups)
+    images = torch.fft.irfft2(corner(spectrum), s=(GRID.size,) * 2)
+    return in_memory(images, poses, groups)
 
 
 def test_rendered_projections_have_the_analytic_transform():
@@ -136,7 +122,7 @@ def test_weights_multiply_the_shells():
     """A residual in one shell only: the loss is the plain one times that shell's weight."""
     size, shell = 12, 3
     residual = torch.fft.rfft2(normal(2, size, size)) * (shell_index(size) == shell)
-    zero, one = torch.zeros(2, size, size).double(), torch.ones(1, size, size // 2 + 1).double()
+    zero, one = torch.zeros(2, size, size).double(), torch.ones(2, size, size // 2 + 1).double()
     plain, _ = error_and_gradient(zero, one, residual, one)
     weight = noise_weight(torch.arange(1.0, size // 2 + 2).double()[None], Grid(size, 1.0))
     weighted, _ = error_and_gradient(zero, one, residual, weight)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from emsplat.maths.groups import cyclic
 from emsplat.parallel import ALONE, World, joined
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_particles
@@ -17,12 +18,13 @@ _ONE_OF_MANY = """
 import sys
 from pathlib import Path
 import torch
+from emsplat.maths.groups import cyclic
 from emsplat.parallel import joined
 from emsplat.particles.open import open_particles
 from emsplat.particles.noise import estimate_noise
 from emsplat.sums.statistics import accumulate, begin, equations_of
 torch.set_num_threads(1)
-stack = open_particles(Path(sys.argv[1]), symmetry="C2")
+stack = open_particles(Path(sys.argv[1]), symmetry=cyclic(2))
 with joined() as world:
     assert world.agree(world.rank == 1) and not world.agree(False)
     sums, own = begin(stack), stack.take(world.share(torch.arange(len(stack))))
@@ -64,7 +66,7 @@ def run_world(size, star, folder):
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_the_particles_out(simulated, tmp_path, size):
     particles = simulated(particles=150)
-    stack = open_particles(particles, symmetry="C2")
+    stack = open_particles(particles, symmetry=cyclic(2))
     alone, equations = begin(stack), equations_of(stack)
     for _ in accumulate(alone, stack, estimate_noise(stack)):
         pass

@@ -15,7 +15,7 @@ from emsplat.io.relion.write import rewrite_star, write_particles_star
 from emsplat.io.star import read_star_file
 from emsplat.io.table import merge_tables
 from emsplat.maths.geometry import euler_to_matrix, random_rotations
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import C1
 from emsplat.particles.choose import flip_hand
 from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED, RAW, Grid, Optics, Poses
 
@@ -440,7 +440,7 @@ def test_defocus_of_another_unit_or_sign_is_said(folder, factor, words):
 def test_priors_follow_the_hand(folder, files):
     """Local searches of RELION start from them."""
     path = write(folder, OPTICS + particles([f"{row} 90 5" for row in ROWS], f"{COLUMNS} AngleTiltPrior Other"))
-    table = flip_hand(merge_tables([read_star(path)] * files), symmetry_group("C1"))
+    table = flip_hand(merge_tables([read_star(path)] * files), C1)
     write_used(table, folder / "flipped.star", None)
     written = read_star_file(folder / "flipped.star").table("particles")
     assert written.text("_rlnOther") == ["5"] * 4 * files

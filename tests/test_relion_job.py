@@ -198,3 +198,24 @@ def test_label_of_the_particles_is_that_of_this_relion(tmp_path):
         )
         write_nodes(tmp_path, Path("Refine3D/job004/run_data.star"))
         assert path.read_text().split()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "nodes", ["", "data_pipeline_nodes\n\nloop_\n_rlnPipeLineNodeName #1\n_rlnPipeLineNodeType #2\na 3\n"]
+)
+def test_a_pipeline_without_labels_says_nothing_of_the_particles(tmp_path, nodes):
+    """RELION 3.1 had numbers for the kinds of files."""
+    from emsplat.relion_job import write_nodes
+
+    folder = tmp_path / "a job"
+    folder.mkdir()
+    (folder / "run_data.star").touch()
+    (folder / "job_pipeline.star").write_text(f"data_pipeline_general\n\n_rlnPipeLineJobCounter 2\n\n{nodes}")
+    write_nodes(folder, Path("a"))
+    (row,) = (
+        cif.read_file(str(folder / "RELION_OUTPUT_NODES.star"))
+        .sole_block()
+        .find("_rlnPipeLineNode", ["Name", "TypeLabel"])
+    )
+    assert Path(row.str(0)).resolve() == folder / "run_data.star"
+    assert row.str(1) == "ParticleGroupMetadata.star.relion"

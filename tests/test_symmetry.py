@@ -1,6 +1,7 @@
 """Whether particles have the symmetry that is said of them, about the axes that are said."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import gemmi
@@ -26,10 +27,15 @@ from emsplat.io.relion.read import read_star
 from emsplat.io.relion.write import rewrite_star
 from emsplat.maths.fourier import irfft, rfft
 from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
-from emsplat.maths.groups import generators, symmetry_group
+from emsplat.maths.groups import generators, parse_symmetry, tetrahedral
 from emsplat.particles.open import open_particles
 from emsplat.programs.simulate import simulate
 from emsplat.simulation.protein import procedural_protein
+
+
+def examined(stack, symbol):
+    """What is found out about a symmetry that is asked for."""
+    return examine_symmetry(replace(stack, symmetry=parse_symmetry(symbol)))
 
 
 def write_model(path, symbol):
@@ -37,7 +43,7 @@ def write_model(path, symbol):
     atoms = procedural_protein(400, 0)
     position = atoms.position - atoms.position.mean(0) + 33 * torch.tensor([0.6, 0.35, 0.72], dtype=torch.float64)
     model = gemmi.Model("1")
-    for number, rotation in enumerate(symmetry_group(symbol)):
+    for number, rotation in enumerate(parse_symmetry(symbol).elements):
         chain, residue = gemmi.Chain(f"A{number}"), gemmi.Residue()
         residue.name, residue.seqid = "ALA", gemmi.SeqId("1")
         for element, place in zip(atoms.element.tolist(), (position @ rotation.T).tolist(), strict=True):
@@ -81,18 +87,18 @@ def turned(star, axis, degrees):
 
 @pytest.mark.parametrize("symbol", ["D3", "T"])
 def test_true_axes(particles, symbol):
-    finding = examine_symmetry(open_particles(particles[symbol]), symbol)
+    finding = examined(open_particles(particles[symbol]), symbol)
     assert finding.verdict == "ok", finding.text
     assert "600 particles" in finding.text
 
 
 def test_poses_in_one_asymmetric_unit(particles):
-    group, rotation = symmetry_group("T"), read_star(particles["T"]).poses.rotation
+    group, rotation = parse_symmetry("T").elements, read_star(particles["T"]).poses.rotation
     towards = torch.nn.functional.normalize(torch.tensor([0.31, 0.22, 0.92], dtype=torch.float64), dim=0)
     poses = torch.einsum("pij,gjk->pgik", rotation, group)
     nearest = (poses[:, :, 2] @ towards).argmax(1)
     stack = with_poses(particles["T"], poses[torch.arange(len(poses)), nearest])
-    assert examine_symmetry(stack, "T").verdict == "ok"
+    assert examined(stack, "T").verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_poses_in_one_asymmetric_unit(particles):
     ],
 )
 def test_wrong_axes(particles, own, asked, said):
-    finding = examine_symmetry(open_particles(particles[own]), asked)
+    finding = examined(open_particles(particles[own]), asked)
     assert finding.verdict == "wrong", finding.text
     assert said in finding.text
 
@@ -121,34 +127,34 @@ def test_wrong_axes(particles, own, asked, said):
     ],
 )
 def test_axes_elsewhere(particles, own, axis, degrees, said):
-    finding = examine_symmetry(turned(particles[own], axis, degrees), own)
+    finding = examined(turned(particles[own], axis, degrees), own)
     assert finding.verdict == "wrong", finding.text
     assert said in finding.text
 
 
 def test_tetrahedral_particles_with_two_folds_along_the_axes(particles):
     # RELION's T has a 2-fold along (0, 0.816, 0.577) and a 3-fold along z; bring three 2-folds onto x, y and z.
-    twofold = [np.linalg.eigh((g + g.T).numpy())[1][:, -1] for g in symmetry_group("T") if abs(g.trace() + 1) < 1e-6]
+    twofold = [np.linalg.eigh((g + g.T).numpy())[1][:, -1] for g in tetrahedral().elements if abs(g.trace() + 1) < 1e-6]
     turn = np.stack(twofold)
     turn[2] *= np.sign(np.linalg.det(turn))
     rotation = read_star(particles["T"]).poses.rotation @ torch.from_numpy(turn).T
-    finding = examine_symmetry(with_poses(particles["T"], rotation), "T")
+    finding = examined(with_poses(particles["T"], rotation), "T")
     assert finding.verdict == "wrong"
     assert "2-folds along x, y and z" in finding.text
     assert "--symmetry D2, which agrees" in finding.text
 
 
 def test_no_symmetry_given(particles, simulated):
-    assert "--symmetry D3" in examine_symmetry(open_particles(particles["D3"]), "C1").text
-    assert examine_symmetry(open_particles(simulated(particles=400)), "C1") is None
+    assert "--symmetry D3" in examined(open_particles(particles["D3"]), "C1").text
+    assert examined(open_particles(simulated(particles=400)), "C1") is None
 
 
 def test_too_few_particles_cannot_be_told(simulated):
     stack = open_particles(simulated(particles=60, noise_only=True, seed=0))
-    finding = examine_symmetry(stack, "D2")
+    finding = examined(stack, "D2")
     assert finding.verdict == "look"
     assert "too few particles" in finding.text
-    assert examine_symmetry(stack, "C1") is None
+    assert examined(stack, "C1") is None
 
 
 def test_standard_error(shared_data):
@@ -165,24 +171,24 @@ def test_standard_error(shared_data):
 def test_particles_of_an_experiment(shared_data):
     stack = open_particles(shared_data / "bgal" / "particles.star")
     test = AxisTest(stack)
-    for element in symmetry_group("D2")[1:]:
+    for element in parse_symmetry("D2").elements[1:]:
         value, error = test.agreement(element)
         assert value > 0.9
         assert error < 0.03
-    assert examine_symmetry(stack, "D2").verdict == "ok"
+    assert examined(stack, "D2").verdict == "ok"
     for symbol in ("C4", "D3", "T"):
-        finding = examine_symmetry(stack, symbol)
+        finding = examined(stack, symbol)
         assert finding.verdict == "wrong"
         assert "--symmetry D2, which agrees" in finding.text
     few = stack.take(torch.arange(0, len(stack), 40))
-    assert AxisTest(few).agreement(symmetry_group("C2")[1])[0] > HOLDS
+    assert AxisTest(few).agreement(parse_symmetry("C2").elements[1])[0] > HOLDS
 
 
 @given(st.sampled_from(["C1", "C2", "C7", "D2", "D5", "T", "O", "I1", "I3"]))
 def test_generators_generate(symbol):
     from emsplat.maths.groups import _close
 
-    group = symmetry_group(symbol)
+    group = parse_symmetry(symbol).elements
     few = generators(group)
     assert len(few) <= 2
     again = torch.from_numpy(_close(list(few.numpy()))) if len(few) else torch.eye(3)[None]
@@ -209,11 +215,11 @@ def test_turning_a_map():
 
 
 def test_names_of_axes():
-    assert [name_axis(rotation) for rotation in generators(symmetry_group("D7"))] == [
+    assert [name_axis(rotation) for rotation in generators(parse_symmetry("D7").elements)] == [
         "7-fold along z",
         "2-fold along x",
     ]
-    assert name_axis(symmetry_group("O")[2]) == "3-fold along (0.58, 0.58, 0.58)"
+    assert name_axis(parse_symmetry("O").elements[2]) == "3-fold along (0.58, 0.58, 0.58)"
 
 
 def test_check_and_log(particles, tmp_path, capsys):

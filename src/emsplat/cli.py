@@ -36,8 +36,6 @@ from emsplat.process import threads as with_threads
 from emsplat.run.files import REPORT
 from emsplat.run.log import Log
 
-_SAME = 1e-6  # by which an FSC may fall short of 1 by rounding
-
 
 def reconstruct(
     particles: Path,
@@ -349,57 +347,10 @@ def fsc(
         # the curves as a file
         emsplat fsc a.mrc b.mrc -o fsc.star
     """
+    from emsplat.programs.fsc import compare
+
     with with_threads(threads):
-        _fsc(a, b, mask, output)
-
-
-def _fsc(a: Path, b: Path, mask: Path | None, output: Path | None) -> None:
-    import torch
-
-    from emsplat.assessment.curves import half_map_curves
-    from emsplat.assessment.maps import are_opposite, read_mask, read_pair, say_opposite
-    from emsplat.measures.curves import Curves, crossing, last_crossing, never_falls, resolution
-    from emsplat.measures.fsc import fsc_curve
-    from emsplat.report.verdict import LIMIT, is_nyquist, spacing
-    from emsplat.run.fsc_star import write_fsc_star
-    from emsplat.run.log import Log
-
-    log = Log()
-    first, second, grid, origin = read_pair(a, b, log)
-    soft = None if mask is None else read_mask(mask, grid, log, origin)
-    plain = fsc_curve(first, second, grid)
-    if torch.equal(first, second) or float(plain.value[1:].min()) > 1 - _SAME:
-        log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")
-    if are_opposite(plain):
-        log.warn(say_opposite(str(a), str(b)))
-    curves = Curves(plain.frequency.numpy(), {}).joined(unmasked=plain.value)
-    if soft is not None:
-        known = half_map_curves((first, second), grid, soft).values
-        curves = curves.joined(**{name: known[name] for name in ("masked", "corrected", "random_phases")})
-    print("shell  resolution (Å)  " + "  ".join(f"{name.replace('_', ' '):>13}" for name in curves.values))
-    for shell, frequency in enumerate(curves.frequency.tolist()):
-        values = "  ".join(f"{float(value[shell]):13.4f}" for value in curves.values.values())
-        print(f"{shell:5d}  {1 / frequency if shell else 999:14.3f}  {values}")
-    finest = 1 / float(curves.frequency[-1])
-    at_limit = f"{spacing(finest, finest)}, {LIMIT}"
-    label = "masked" if "masked" in curves else "unmasked"
-    print(f"mean over shells 1 to {grid.size // 2}, {label}: {float(curves[label].value[1:].mean()):.4f}")
-    for label in [name for name in curves.values if name != "random_phases"]:
-        for threshold in (0.143, 0.5):
-            found, between = resolution(curves[label], threshold), crossing(curves[label], threshold)
-            if never_falls(curves[label], threshold):
-                print(f"FSC {threshold} {label}: {at_limit}: the curve never falls to {threshold}")
-                continue
-            print(
-                f"FSC {threshold} {label}: "
-                + ("never reached" if found is None else f"{found:.2f} Å (RELION's rule: last shell before the drop)")
-                + ("" if between is None else f", {between:.2f} Å (interpolated)")
-            )
-    found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
-    text = "never reached" if found is None else at_limit if is_nyquist(found, finest) else spacing(found)
-    print(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")
-    if output:
-        write_fsc_star(output, {}, curves)
+        compare(a, b, mask, output, _log())
 
 
 def voxelize(

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
+
+if TYPE_CHECKING:
+    from emsplat.maths.groups import Symmetry
 
 T = TypeVar("T")
 
@@ -74,6 +78,17 @@ class ChoiceOptions:
 
     flip_hand: bool = False
     """Reconstruct the mirror image. The images do not tell which hand is right."""
+
+    @cached_property
+    def point_group(self) -> Symmetry:
+        """What ``symmetry`` means.
+
+        Raises:
+            InputError: it is no point group.
+        """
+        from emsplat.maths.groups import parse_symmetry  # loads torch
+
+        return parse_symmetry(self.symmetry)
 
 
 @dataclass(frozen=True)

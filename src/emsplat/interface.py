@@ -29,7 +29,7 @@ from emsplat.io import gaussians as gaussian_files
 from emsplat.io import mrc
 from emsplat.io.particles import read_particles as read_table
 from emsplat.io.table import ParticleTable, merge_tables
-from emsplat.measures.crossvalidate import CrossValidation
+from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.curves import Curves, resolution
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import from_gaussians, from_map
@@ -37,7 +37,7 @@ from emsplat.particles.open import open_table
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs import reconstruct as programs
 from emsplat.programs.begin import gaussian_count
-from emsplat.programs.classical import ssnr_prior
+from emsplat.programs.classical import judge
 from emsplat.programs.settings import RECIPES
 from emsplat.report import verdict
 from emsplat.run import files
@@ -85,7 +85,7 @@ def read_particles(
     table = merge_tables([first, *more])
     stack = open_table(
         table,
-        symmetry=symmetry,
+        symmetry=parse_symmetry(symmetry),
         invert=invert,
         diameter=None if diameter is None else float(diameter),
         box=box,
@@ -180,14 +180,12 @@ def backproject(particles: ParticleStack) -> Maps:
     Raises:
         InputError: a half-set has fewer than two particles, or an image cannot be used.
     """
-    first, second = (accumulate(particles.only(half)) for half in (1, 2))
-    raw = first.solve().cpu(), second.solve().cpu()
-    both, grid = first + second, particles.grid
-    whole = both.solve().cpu()
-    mask = particle_mask(whole, grid, particles.diameter, is_evident(raw, grid, particles.diameter))
-    validation = CrossValidation(raw, mask, grid, len(particles.symmetry))
-    full = both.solve(ssnr_prior(validation.raw).to(both.linear.device)).cpu()
-    return Maps(grid, raw, full, mask, half_map_curves(raw, grid, mask), (first, second))
+    equations = {name: accumulate(particles.only(half)) for name, half in files.HALVES.items()}
+    classical, grid = judge(equations, particles), particles.grid
+    raw = classical.raw["half1"], classical.raw["half2"]
+    curves = half_map_curves(raw, grid, classical.mask)
+    full = classical.regularised().cpu()
+    return Maps(grid, raw, full, classical.mask, curves, (equations["half1"], equations["half2"]))
 
 
 def fit(

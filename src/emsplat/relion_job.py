@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gemmi import cif
-
 from emsplat.commandline.arguments import Command, command_of
 from emsplat.commandline.parse import call
 from emsplat.config import ReconstructConfig, change
 from emsplat.errors import EmsplatError, InputError, Interrupted
-from emsplat.io.files import replacing
+from emsplat.io.star import read_star_file, write_star_file
 from emsplat.process import Stopped, started
 from emsplat.run.files import BACKPROJECTIONS, FULL_MAP, HALF_MAPS, LOCAL_RESOLUTION, MASK, PARTICLES, REPORT, SETTINGS
 from emsplat.run.folder import check_same_run, read_summary
@@ -38,6 +36,7 @@ _UNUSED = {
     "in_3dref": "Input 3D reference",
 }
 _PARTICLE_FILE = "ParticleGroupMetadata.star.relion"  # what RELION 5 calls a particle file
+_NODE_NAME, _NODE_KIND = "_rlnPipeLineNodeName", "_rlnPipeLineNodeTypeLabel"
 # RELION's file browsers go by the words before the first dot, and offer half maps by "half1" in the file name.
 _NODES = {
     FULL_MAP: "DensityMap.mrc",
@@ -127,16 +126,10 @@ def write_nodes(output: Path, particles: Path) -> None:
         OutputError: it cannot be written.
     """
     folder = Path(os.path.relpath(output))
-    document = cif.Document()
-    block = document.add_new_block("output_nodes")
-    loop = block.init_loop("_rlnPipeLine", ["NodeName", "NodeTypeLabel"])
-    for name, kind in {PARTICLES: _particle_label(output, particles), **_NODES}.items():
-        if (output / name).is_file():
-            # Plain where possible, as RELION writes names: not every script around it reads quotes.
-            path = (folder / name).as_posix()
-            loop.add_row([cif.quote(path) if any(c.isspace() for c in path) else path, kind])
-    with replacing(output / "RELION_OUTPUT_NODES.star") as temporary:
-        document.write_file(str(temporary))
+    kinds = {PARTICLES: _particle_label(output, particles), **_NODES}
+    there = {(folder / name).as_posix(): kind for name, kind in kinds.items() if (output / name).is_file()}
+    columns = {_NODE_NAME: list(there), _NODE_KIND: list(there.values())}
+    write_star_file(output / "RELION_OUTPUT_NODES.star", [("output_nodes", columns)])
 
 
 def _particle_label(output: Path, particles: Path) -> str:
@@ -146,13 +139,11 @@ def _particle_label(output: Path, particles: Path) -> str:
     """
     path = output / "job_pipeline.star"
     if path.is_file():
-        try:
-            nodes = cif.read(str(path)).find_block("pipeline_nodes")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); expected the STAR file that RELION wrote") from error
-        for name, kind in nodes.find("_rlnPipeLineNode", ["Name", "TypeLabel"]) if nodes else ():
-            if Path(cif.as_string(name)) == particles and cif.as_string(kind).startswith("Particle"):
-                return f"{cif.as_string(kind).split('.')[0]}.star.relion"
+        nodes = read_star_file(path).table("pipeline_nodes")
+        if nodes is not None and nodes.has(_NODE_NAME) and nodes.has(_NODE_KIND):
+            for name, kind in zip(nodes.text(_NODE_NAME), nodes.text(_NODE_KIND), strict=True):
+                if Path(name) == particles and kind.startswith("Particle"):
+                    return f"{kind.split('.')[0]}.star.relion"
     return _PARTICLE_FILE
 
 

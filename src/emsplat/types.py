@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_R = TypeVar("_R", bound="_Rows")
+
 
 class _Rows:
     """Bundles whose tensors share a leading particle axis can be indexed as one. Parts may be bundles, or None."""
 
-    def __getitem__(self, rows: Tensor | slice) -> Self:
+    def __getitem__(self: _R, rows: Tensor | slice) -> _R:
         return self._each(lambda part: part[rows])
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Self:
+    def to(self: _R, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> _R:
         """The same bundle with floating tensors in another dtype and all tensors on another device."""
 
         return self.each(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def each(self: _R, change: Callable[[Tensor], Tensor]) -> _R:
         """The same bundle with every tensor changed, also in bundles within."""
         return self._each(lambda part: part.each(change) if isinstance(part, _Rows) else change(part))
 
@@ -38,7 +40,7 @@ class _Rows:
             elif part is not None:
                 yield part
 
-    def _each(self, change: Callable[[Any], Any]) -> Self:
+    def _each(self: _R, change: Callable[[Any], Any]) -> _R:
         parts = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
         return type(self)(*(None if part is None else change(part) for part in parts))
 

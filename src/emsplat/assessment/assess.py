@@ -19,7 +19,6 @@ from emsplat.assessment.maps import FIRST_SHELLS, RunMaps, given_mask, is_eviden
 from emsplat.config import AssessConfig
 from emsplat.io.mrc import write_map
 from emsplat.io.relion.read import read_rotations
-from emsplat.maths.groups import symmetry_group
 from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated, local_resolution
 from emsplat.run.files import DIRECTIONS, FSC, LOCAL_RESOLUTION, LOCAL_RESOLUTION_HALF_MAPS, MASK, PARTICLES
 from emsplat.run.fsc_star import write_fsc_star
@@ -27,7 +26,7 @@ from emsplat.run.log import Log
 from emsplat.types import Grid
 
 
-def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None, symmetry: str) -> dict[str, Any]:
+def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None) -> dict[str, Any]:
     """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
 
     ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
@@ -70,9 +69,8 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None,
         fine = found["cross_validated"] or found["backprojection_masked"] or grid.nyquist
         star = run / PARTICLES
         rotation = read_rotations(star) if star.is_file() else None
-        group = symmetry_group(symmetry)
         result["directional"] = directions(
-            run, maps.masked(maps.halves), maps.raw and maps.masked(maps.raw), grid, fine, rotation, group
+            run, maps.masked(maps.halves), maps.raw and maps.masked(maps.raw), grid, fine, rotation, maps.symmetry
         )
     return result
 

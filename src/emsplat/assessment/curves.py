@@ -63,7 +63,7 @@ def measure_shells(
         if name != "corrected":
             found[f"half_map_{name}_0.5"] = resolution(curves[name], 0.5)
     found["half_map_masked_cryodrgn"] = last_crossing(curves["masked_cryodrgn"], 0.143)
-    validation = CrossValidation(maps.data, mask, grid, maps.copies)
+    validation = CrossValidation(maps.data, mask, grid, maps.symmetry.order)
     found["backprojection_masked"] = resolution(Line(curves.frequency, validation.raw.numpy()), 0.143)
     if maps.raw is not None:
         curve, low, high = validation.band(maps.halves)

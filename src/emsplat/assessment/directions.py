@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emsplat.assessment.maps import FIRST_SHELLS
 from emsplat.io.files import number_text, replacing
+from emsplat.maths.groups import Symmetry
 from emsplat.measures.directional import (
     conical_fsc,
     conical_resolution,
@@ -30,13 +31,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def directions(
-    folder: Path, halves: Pair, data: Pair | None, grid: Grid, fine: float, rotation: Tensor | None, group: Tensor
+    folder: Path, halves: Pair, data: Pair | None, grid: Grid, fine: float, rotation: Tensor | None, symmetry: Symmetry
 ) -> dict[str, Any]:
     """Writes directions.csv into a folder and returns its summary.
 
     Slices through two half maps in their mask go down to ``fine`` Å. Cones go through ``data``, their back-projections
     in the same mask; None: the half maps are such. Where ``rotation`` is known the views of the particles are added,
-    under the symmetry ``group``.
+    under ``symmetry``.
     """
     cells = direction_grid(_STEP)
     coarse = grid.length / FIRST_SHELLS
@@ -56,11 +57,11 @@ def directions(
         "conical_of": "half maps" if data is None else "back-projections",
     }
     if rotation is not None:
-        density = fourier_sampling(rotation, group)
+        density = fourier_sampling(rotation, symmetry.elements)
         factor, unsampled = sampling_compensation(density[:, 3])
         about |= {"sampling_compensation": round(factor, 4), "unsampled": round(unsampled, 4)}
         nearest = (cells.vectors @ density[:, :3].T).argmax(1)
-        views = torch.stack([view_histogram(rotation @ element, cells) for element in group]).mean(0)
+        views = torch.stack([view_histogram(rotation @ element, cells) for element in symmetry.elements]).mean(0)
         columns |= {"sampling": density[nearest, 3], "particles": views}
     with (
         replacing(folder / DIRECTIONS) as temporary,

@@ -15,7 +15,7 @@ from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import holds_gaussians
 from emsplat.io.mrc import StoredMap, misplaced, read_stored_map
 from emsplat.io.mrc_arrays import Origin
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import C1, Symmetry, parse_symmetry
 from emsplat.measures.curves import resolution
 from emsplat.measures.fsc import common_grid, fsc_curve
 from emsplat.measures.mask import check_mask, solvent_mask, spherical_mask
@@ -25,11 +25,7 @@ from emsplat.run.log import Log
 from emsplat.types import Curve, Grid
 
 _NOWHERE = (0.0, 0.0, 0.0)
-
-
-FIRST_SHELLS = 4
-
-
+FIRST_SHELLS = 4  # which show the outline
 _OPPOSITE = -0.3  # mean FSC of the first shells
 
 
@@ -43,7 +39,7 @@ class RunMaps:
     full: Tensor | None
     mask: Tensor
     origin: Origin = _NOWHERE
-    copies: int = 1  # elements of the symmetry that was imposed on them
+    symmetry: Symmetry = C1  # that was imposed on them
 
     @property
     def data(self) -> tuple[Tensor, Tensor]:
@@ -188,7 +184,8 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
     """The maps of a run folder; ``mask`` in place of its own. A ``log`` is told what its files leave open.
 
     Raises:
-        InputError: no such folder, no half maps, maps that do not belong together, half maps that are one map.
+        InputError: no such folder, no half maps, maps that do not belong together, half maps that are one map,
+            or settings that cannot be read.
     """
     if not run.is_dir():
         raise InputError(f"{run}: not a folder; expected a run folder of emsplat; check the path")
@@ -218,14 +215,24 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
     else:
         soft = read_mask(path, grid, None if mask is None else log, origin)
     return RunMaps(
-        grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, origin, _elements(run)
+        grid, (first, second), (raw[0], raw[1]) if len(raw) == 2 else None, full, soft, origin, _imposed(run)
     )
 
 
-def _elements(run: Path) -> int:
-    """Elements of the symmetry that a run imposed; 1 where its settings do not say."""
+def _imposed(run: Path) -> Symmetry:
+    """The symmetry that a run imposed; C1 where its folder says none.
+
+    Raises:
+        InputError: its settings cannot be read, or name no point group.
+    """
+    path = run / SETTINGS
+    if not path.is_file():
+        return C1
     try:
-        options = tomllib.loads((run / SETTINGS).read_text(encoding="utf-8"))["options"]
-        return len(symmetry_group(options["symmetry"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
-        return 1
+        options = tomllib.loads(path.read_text(encoding="utf-8")).get("options", {})
+        return parse_symmetry(str(options.get("symmetry", C1.symbol)), "symmetry =")
+    except (OSError, ValueError, AttributeError, InputError) as error:
+        raise InputError(
+            f"{path}: the symmetry of the run cannot be read ({error}); give a point group as `symmetry` below "
+            "[options], or make the run again"
+        ) from error

@@ -26,7 +26,15 @@ from torch import Tensor
 from emsplat.device import CPU
 from emsplat.maths.fourier import hermitian_weight, irfft, rfft, shell_index
 from emsplat.maths.geometry import axis_rotation
-from emsplat.maths.groups import generators, symmetry_group
+from emsplat.maths.groups import (
+    Symmetry,
+    cyclic,
+    dihedral,
+    generators,
+    icosahedral,
+    octahedral,
+    tetrahedral,
+)
 from emsplat.measures.mask import spherical_mask
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.equations import mean_per_shell
@@ -117,24 +125,26 @@ class AxisTest:
         return torch.bincount(self._shells.flatten(), values.double().flatten(), half + 2)[: half + 1]
 
 
-def examine_symmetry(stack: ParticleStack, symbol: str) -> Finding | None:
-    """Looks whether a sample of at most 2,000 particles agrees with a point group about its axes; about two seconds.
+def examine_symmetry(stack: ParticleStack) -> Finding | None:
+    """Looks whether a sample of at most 2,000 particles has the symmetry of its stack, about its axes; two seconds.
 
     For C1, None where the particles have no symmetry that could be asked for. ``stack`` needs half-sets.
 
     Raises:
-        InputError: the symbol is not a point group, or an image cannot be used.
+        InputError: an image cannot be used.
     """
     test = AxisTest(stack)
     sample = f"{test.particles:,} particles, to {test.resolution:.1f} Å"
-    wanted = generators(symmetry_group(symbol))
+    symbol, wanted = stack.symmetry.symbol, generators(stack.symmetry.elements)
     found = [test.agreement(rotation) for rotation in wanted]
     if not found:
         best = _best_group(test)
         if best is None:
             return None
-        text = f"none is given, but the map agrees with {best}; --symmetry {best} makes use of that ({sample})"
-        return Finding("look", text)
+        name = best.symbol
+        return Finding(
+            "look", f"none is given, but the map agrees with {name}; --symmetry {name} makes use of that ({sample})"
+        )
     if max(error for _, error in found) > _ERROR:
         return Finding("look", f"{symbol}: too few particles, or too much noise, to see its axes ({sample})")
     axes = ", ".join(f"{name_axis(rotation)} {value:.2f}" for rotation, (value, _) in zip(wanted, found, strict=True))
@@ -145,17 +155,17 @@ def examine_symmetry(stack: ParticleStack, symbol: str) -> Finding | None:
     if least >= FAILS:
         reason = "; less than that of a true axis: it is off by a degree or two, or the symmetry is not exact"
         return Finding("look", text + reason)
-    return Finding("wrong", f"{text}; {_remedy(test, symbol)}")
+    return Finding("wrong", f"{text}; {_remedy(test, stack.symmetry)}")
 
 
-def _remedy(test: AxisTest, symbol: str) -> str:
-    best = _best_group(test)
-    turned = next((words for words, group in _other_settings(symbol) if _holds(test, group)), None)
+def _remedy(test: AxisTest, wanted: Symmetry) -> str:
+    best, symbol = _best_group(test), wanted.symbol
+    turned = next((words for words, group in _other_settings(wanted) if _holds(test, group)), None)
     if turned is not None:
         text = f"the map has {symbol} {turned}: turn map and particles first (relion_align_symmetry), or use "
     else:
         text = f"the map does not have {symbol} about these axes; use "
-    return text + (f"--symmetry {best}, which agrees" if best is not None else "--symmetry C1")
+    return text + (f"--symmetry {best.symbol}, which agrees" if best is not None else "--symmetry C1")
 
 
 def _holds(test: AxisTest, group: Float[Tensor, "s 3 3"]) -> bool:
@@ -163,25 +173,27 @@ def _holds(test: AxisTest, group: Float[Tensor, "s 3 3"]) -> bool:
     return all(value >= HOLDS and error <= _ERROR for value, error in found)
 
 
-def _best_group(test: AxisTest) -> str | None:
+def _best_group(test: AxisTest) -> Symmetry | None:
     """The largest group in RELION's setting that the map agrees with, None where it agrees with none."""
-    folds = [n for n in range(_HIGHEST, 1, -1) if _holds(test, symmetry_group(f"C{n}"))]
-    symbols = ["I1", "I2", "I3", "I4", "O", "T", *(f"{kind}{n}" for kind in "DC" for n in folds)]
-    return next((symbol for symbol in symbols if _holds(test, symmetry_group(symbol))), None)
+    folds = [n for n in range(_HIGHEST, 1, -1) if _holds(test, cyclic(n).elements)]
+    groups = [*(icosahedral(setting) for setting in "1234"), octahedral(), tetrahedral()]
+    groups += [kind(n) for kind in (dihedral, cyclic) for n in folds]
+    return next((group for group in groups if _holds(test, group.elements)), None)
 
 
-def _other_settings(symbol: str) -> list[tuple[str, Float[Tensor, "s 3 3"]]]:
+def _other_settings(symmetry: Symmetry) -> list[tuple[str, Float[Tensor, "s 3 3"]]]:
     """The same group about other axes that programs use, with words for them."""
-    group, kind = symmetry_group(symbol), symbol.strip().upper()
+    group = symmetry.elements
     quarter = math.pi / 2
     turns = [
         ("with its main axis along x", axis_rotation([0.0, 1.0, 0.0], quarter)),
         ("with its main axis along y", axis_rotation([-1.0, 0.0, 0.0], quarter)),
     ]
-    if kind.startswith("D"):
-        n = int(kind[1:])
+    if symmetry.symbol.startswith("D"):
+        n = symmetry.order // 2
         turns.append((f"with its 2-folds turned by {90 / n:g}° about z", axis_rotation([0.0, 0.0, 1.0], quarter / n)))
-    if kind == "T":  # RELION has a 3-fold on z; the 2-folds, at right angles to each other, may as well be the axes
+    if symmetry == tetrahedral():
+        # RELION has a 3-fold on z; the 2-folds, at right angles to each other, may as well be the axes.
         twofolds = [_axis(element) for element in group if abs(float(element.trace()) + 1) < 1e-4]
         turns.append(("with its 2-folds along x, y and z", np.stack(twofolds)))
     matrices = [(words, torch.from_numpy(matrix)) for words, matrix in turns]

@@ -15,7 +15,7 @@ from emsplat.imaging.ctf import Observed, in_image, observe
 from emsplat.imaging.project import CUTOFF, project
 from emsplat.maths.fourier import shell_index
 from emsplat.models.base import Model
-from emsplat.particles.stack import ParticleStack
+from emsplat.particles.stack import Particles
 from emsplat.types import Batch, Gaussians, Grid, Poses
 
 _CACHED_PIXELS = 2**19
@@ -30,7 +30,7 @@ class ImageObjective:
 
     def __init__(
         self,
-        stack: ParticleStack,
+        stack: Particles,
         *,
         batch: int,
         seed: int,
@@ -72,7 +72,7 @@ class ImageObjective:
         count = len(projection)
         return cast(Tensor, KnownGradient.apply(projection, error / count, gradient / count))  # type: ignore[no-untyped-call]
 
-    def observe(self, batch: Batch) -> tuple[Observed, Float[Tensor, "*p y k"]]:
+    def observe(self, batch: Batch) -> tuple[Observed, Float[Tensor, "*#p #y #k"]]:
         """Transforms and CTFs of a batch, and the weight of each coefficient."""
         seen = observe(batch, self.stack.grid, corner=True)
         weight = seen.transfer.new_ones(1, 1) if self._weight is None else self._weight[batch.optics_group]

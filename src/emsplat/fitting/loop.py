@@ -1,4 +1,4 @@
-"""The only optimisation loop and its checkpoints, for any model.
+"""The only optimisation loop, for any model.
 
 Adam, for the parameters of Gaussians with one rate: unequal rates bend the descent direction and let Gaussians spread
 (cryoSplat, 4.1). The caller owns the loop: ``for state in fit(...)``.

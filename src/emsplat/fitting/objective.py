@@ -43,7 +43,7 @@ def error_and_gradient(
     projection: Float[Tensor, "p y x"],
     transfer: Float[Tensor, "p y k"],
     observed: Complex[Tensor, "p y k"],
-    weight: Float[Tensor, "*p y k"],
+    weight: Float[Tensor, "*#p #y #k"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "p y x"]]:
     """Sum over the images of Σ_k h w |C P̂ - Ŷ|² / N⁴, and its gradient with respect to the projections.
 
@@ -63,7 +63,7 @@ def squared_error(
     projection: Float[Tensor, "p y x"],
     transfer: Float[Tensor, "p y k"],
     observed: Complex[Tensor, "p y k"],
-    weight: Float[Tensor, "*p y k"],
+    weight: Float[Tensor, "*#p #y #k"],
 ) -> Float[Tensor, ""]:
     """Weighted squared error between CTF-modulated projections and observed images, mean over images and pixels.
 

@@ -1,4 +1,4 @@
-"""Objectives: what a model is compared with. An objective owns its data, so one loop (`fit`) serves all of them."""
+"""The objective of the one-pass engine: the map of a model against the normal equations of all images."""
 
 from __future__ import annotations
 

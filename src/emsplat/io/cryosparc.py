@@ -244,7 +244,10 @@ class _Fields:
         return values
 
     def integers(self, name: str, *inner: int) -> NDArray[np.int64]:
-        values = self.numbers(name, *inner)
+        return self.whole(name, self.numbers(name, *inner))
+
+    def whole(self, name: str, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Values of a column as integers."""
         if ((values != np.rint(values)) | (np.abs(values) >= _TOO_MANY)).any():
             raise InputError(f"{self.path}: {name} has values up to {values.max():g}; expected whole numbers")
         return values.astype(np.int64)
@@ -368,7 +371,9 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
     if fields.has("alignments3D/pose"):
         prefix = "alignments3D"
         pose, shift = fields.numbers(f"{prefix}/pose", 3), fields.numbers(f"{prefix}/shift", 2)
-        number = fields.first(f"{prefix}/class") if fields.has(f"{prefix}/class") else None
+        number = (
+            fields.whole(f"{prefix}/class", fields.first(f"{prefix}/class")) if fields.has(f"{prefix}/class") else None
+        )
     elif fields.has("alignments3D_multi/pose"):
         prefix = "alignments3D_multi"
         posterior = fields.numbers(f"{prefix}/class_posterior", 0)

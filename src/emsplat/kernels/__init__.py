@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.errors import EmsplatError
@@ -102,6 +103,11 @@ class Kernels(Protocol):
         radius: float,
         step: float,
     ) -> None: ...
+
+
+def unpacked(packed: Float[Tensor, "*p g 13"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, covariances and amplitudes, or gradients of these, from the rows in which kernels return them."""
+    return packed[..., :3], packed[..., 3:12].reshape(*packed.shape[:-1], 3, 3), packed[..., 12]
 
 
 def backend(device: torch.device) -> Kernels:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat import _native
+from emsplat.kernels import unpacked
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -52,7 +53,7 @@ def project_gradient(
     packed, poses = _native.project_gradient(
         *mixture, *pose, _array(upstream), pixel_size, cutoff, with_pose, torch.get_num_threads()
     )
-    return (*_unpack(torch.from_numpy(packed)), *_unpack_poses(torch.from_numpy(poses)))
+    return (*unpacked(torch.from_numpy(packed)), *_unpack_poses(torch.from_numpy(poses)))
 
 
 def project_each(
@@ -84,7 +85,7 @@ def project_each_gradient(
     packed, poses = _native.project_each_gradient(
         *mixture, *pose, _array(upstream), pixel_size, cutoff, with_pose, torch.get_num_threads()
     )
-    return (*_unpack(torch.from_numpy(packed)), *_unpack_poses(torch.from_numpy(poses)))
+    return (*unpacked(torch.from_numpy(packed)), *_unpack_poses(torch.from_numpy(poses)))
 
 
 def voxelize(
@@ -108,7 +109,7 @@ def voxelize_gradient(
     cutoff: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mixture = _array(mean), _array(covariance), _array(amplitude)
-    return _unpack(
+    return unpacked(
         torch.from_numpy(
             _native.voxelize_gradient(*mixture, _array(upstream), pixel_size, cutoff, torch.get_num_threads())
         )
@@ -128,10 +129,6 @@ def insert(
     """Threads share out planes of the volume: sums do not depend on their number."""
     slices = _array(numerator), _array(weight), _array(rotation), _array(polynomials)
     _native.insert(total.numpy(), total_weight.numpy(), *slices, radius, step, torch.get_num_threads())
-
-
-def _unpack(packed: Float[Tensor, "*p g 13"]) -> tuple[Tensor, Tensor, Tensor]:
-    return packed[..., :3], packed[..., 3:12].reshape(*packed.shape[:-1], 3, 3), packed[..., 12]
 
 
 def _unpack_poses(poses: Float[Tensor, "p 8"]) -> tuple[Float[Tensor, "p 3 3"], Float[Tensor, "p 2"]]:

@@ -13,6 +13,7 @@ import triton
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from emsplat.kernels import unpacked
 from emsplat.kernels.insert_triton import insert_kernel
 from emsplat.kernels.splat_triton import (
     pose_gradient_kernel,
@@ -87,7 +88,7 @@ def project_gradient(
     inputs = _contiguous(mean, covariance, amplitude, rotation, shift, upstream)
     shared_out = _shared_out(len(rotation), len(mean))
     packed, *poses = _gather(inputs, len(mean), shared_out, 0, pixel_size, cutoff, with_pose)
-    return (*_unpack(packed), poses[0], poses[1])
+    return (*_added_up(packed), poses[0], poses[1])
 
 
 def project_each_gradient(
@@ -104,7 +105,7 @@ def project_each_gradient(
     gaussians = mean.shape[1]
     inputs = _contiguous(mean, covariance, amplitude, rotation, shift, upstream)
     packed, *poses = _gather(inputs, gaussians, (len(rotation), 1), gaussians, pixel_size, cutoff, with_pose)
-    return (*_split(packed), poses[0], poses[1])
+    return (*unpacked(packed), poses[0], poses[1])
 
 
 def _gather(
@@ -165,7 +166,7 @@ def voxelize_gradient(
     inputs = _contiguous(mean, covariance, amplitude, upstream)
     counts = (gaussians, size, 1 / pixel_size, cutoff, parts)
     _launch(voxelize_gradient_kernel, (gaussians, parts), *inputs, packed, *counts, **TILE)
-    return _unpack(packed)
+    return _added_up(packed)
 
 
 def insert(
@@ -205,9 +206,5 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().contiguous() for tensor in tensors]
 
 
-def _unpack(packed: Float[Tensor, "parts g 13"]) -> tuple[Tensor, Tensor, Tensor]:
-    return _split(packed[0] if len(packed) == 1 else packed.sum(0))
-
-
-def _split(packed: Float[Tensor, "*p g 13"]) -> tuple[Tensor, Tensor, Tensor]:
-    return packed[..., :3], packed[..., 3:12].reshape(*packed.shape[:-1], 3, 3), packed[..., 12]
+def _added_up(packed: Float[Tensor, "parts g 13"]) -> tuple[Tensor, Tensor, Tensor]:
+    return unpacked(packed[0] if len(packed) == 1 else packed.sum(0))

@@ -7,7 +7,7 @@ may differ from run to run by its rounding, n ε of its value at most for n over
 gathers: every gradient is a sum in a fixed order, the same in each run.
 
 A Gaussian with centre (x, y) and conic (a, b, c) adds w exp(-½(a dx² + 2b dx dy + c dy²)) wherever the exponent is
-within the cut. The factor -½ log2(e) is put into a, b, c beforehand (`_base2`), as exp2 is what the hardware computes.
+within the cut. The factor -½ log2(e) is put into a, b, c beforehand, as exp2 is what the hardware computes.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Orientations: RELION's Euler angles, matrices and quaternions, point groups, uniform sampling of rotations.
+"""Orientations: RELION's Euler angles, matrices and quaternions, uniform sampling of rotations.
 
 Matrices map object to image coordinates (q = A p); see docs/conventions.md.
 """

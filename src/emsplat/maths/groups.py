@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -13,6 +15,22 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.maths.geometry import axis_rotation
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """A point group in RELION's setting.
+
+    A particle with pose A has the equivalent poses A R for each of its elements R.
+    """
+
+    symbol: str
+    elements: Float[Tensor, "s 3 3"] = field(compare=False, repr=False)  # float64, the identity first
+
+    @property
+    def order(self) -> int:
+        """How many elements there are."""
+        return len(self.elements)
 
 
 def _close(generators: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -41,37 +59,62 @@ _ICOSAHEDRAL_AXES = {
 }
 
 
-def symmetry_group(symbol: str) -> Float[Tensor, "s 3 3"]:
-    """Rotations R of a point group in RELION's setting, float64, the identity first.
+_X, _Z = np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])
 
-    A particle with pose A has the equivalent poses A R. Cn and Dn have their main axis on z (Dn: a two-fold on x),
-    T, O and I1 to I4 as in RELION (I = I2).
+
+def _symmetry(symbol: str, generators: list[NDArray[np.float64]]) -> Symmetry:
+    return Symmetry(symbol, torch.from_numpy(_close(generators)))
+
+
+@cache
+def cyclic(fold: int) -> Symmetry:
+    """Cn: the axis on z."""
+    return _symmetry(f"C{fold}", [axis_rotation(_Z, 2 * np.pi / fold)])
+
+
+@cache
+def dihedral(fold: int) -> Symmetry:
+    """Dn: the main axis on z, a two-fold on x."""
+    return _symmetry(f"D{fold}", [axis_rotation(_Z, 2 * np.pi / fold), axis_rotation(_X, np.pi)])
+
+
+@cache
+def tetrahedral() -> Symmetry:
+    """T: a three-fold on z, a two-fold at the tetrahedral angle to it."""
+    twofold = np.array([0.0, np.sqrt(2 / 3), np.sqrt(1 / 3)])
+    return _symmetry("T", [axis_rotation(_Z, 2 * np.pi / 3), axis_rotation(twofold, np.pi)])
+
+
+@cache
+def octahedral() -> Symmetry:
+    """O: the four-folds on x, y and z."""
+    return _symmetry("O", [axis_rotation(_Z, np.pi / 2), axis_rotation(np.ones(3), 2 * np.pi / 3)])
+
+
+@cache
+def icosahedral(setting: str = "") -> Symmetry:
+    """I1 to I4 by their number, as RELION sets them; I without one is I2."""
+    axes = zip(_ICOSAHEDRAL_AXES[setting or "2"], (2, 5, 3), strict=True)
+    return _symmetry(f"I{setting}", [axis_rotation(np.array(axis), 2 * np.pi / order) for axis, order in axes])
+
+
+C1 = cyclic(1)
+
+
+def parse_symmetry(text: str, where: str = "--symmetry") -> Symmetry:
+    """The point group that a user or a file names, in capitals or not; ``where`` is for the error.
 
     Raises:
-        InputError: the symbol is not one of Cn, Dn, T, O, I, I1, I2, I3, I4.
+        InputError: it is not one of Cn, Dn, T, O, I, I1, I2, I3, I4.
     """
-    name = symbol.strip().upper()
-    z, x = np.array([0.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0])
-    if match := re.fullmatch(r"([CD])([1-9]\d?)", name):
-        generators = [axis_rotation(z, 2 * np.pi / int(match[2]))]
-        if match[1] == "D":
-            generators.append(axis_rotation(x, np.pi))
-    elif name == "T":
-        # RELION: three-fold on z, two-fold at the tetrahedral angle to it.
-        generators = [
-            axis_rotation(z, 2 * np.pi / 3),
-            axis_rotation(np.array([0.0, np.sqrt(2 / 3), np.sqrt(1 / 3)]), np.pi),
-        ]
-    elif name == "O":
-        generators = [axis_rotation(z, np.pi / 2), axis_rotation(np.ones(3), 2 * np.pi / 3)]
-    elif match := re.fullmatch(r"I([1-4]?)", name):
-        generators = [
-            axis_rotation(np.array(axis), 2 * np.pi / order)
-            for axis, order in zip(_ICOSAHEDRAL_AXES[match[1] or "2"], (2, 5, 3), strict=True)
-        ]
-    else:
-        raise InputError(f"--symmetry {symbol}: not a point group; expected Cn, Dn, T, O, I (= I2), I1, I2, I3 or I4")
-    return torch.from_numpy(_close(generators))
+    name = text.strip().upper()
+    if match := re.fullmatch(r"([CD])([1-9]\d?)", name, re.ASCII):
+        return (cyclic if match[1] == "C" else dihedral)(int(match[2]))
+    if match := re.fullmatch(r"I([1-4]?)", name):
+        return icosahedral(match[1])
+    if name in ("T", "O"):
+        return tetrahedral() if name == "T" else octahedral()
+    raise InputError(f"{where} {text}: not a point group; expected Cn, Dn, T, O, I (= I2), I1, I2, I3 or I4")
 
 
 def generators(group: Float[Tensor, "s 3 3"]) -> Float[Tensor, "g 3 3"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from emsplat.config import ChoiceOptions, ImageOptions, SourceConfig
@@ -18,7 +18,7 @@ from emsplat.io.particles import image_keys, read_particles
 from emsplat.io.paths import find_stacks, real_paths
 from emsplat.io.pickles import load_arrays
 from emsplat.io.table import ParticleTable, merge_tables
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import Symmetry
 from emsplat.particles.copies import unique_rows
 from emsplat.particles.open import open_table
 from emsplat.particles.stack import ParticleStack
@@ -46,7 +46,7 @@ def read_table(choice: ChoiceOptions, particles: Path, *, need_stacks: bool = Tr
     )
     more = [read_particles(path, datadir=choice.datadir, need_stacks=need_stacks) for path in choice.merge]
     table = _choose(choice, merge_tables([first, *more]))
-    return flip_hand(table, symmetry_group(choice.symmetry)) if choice.flip_hand else table
+    return flip_hand(table, choice.point_group) if choice.flip_hand else table
 
 
 def read_source(config: SourceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
@@ -88,7 +88,7 @@ def open_images(
     """
     return open_table(
         table,
-        symmetry=choice.symmetry,
+        symmetry=choice.point_group,
         invert=images.invert,
         diameter=images.diameter,
         trust_star_pixel_size=images.trust_star_pixel_size,
@@ -122,7 +122,7 @@ def _choose(choice: ChoiceOptions, table: ParticleTable) -> ParticleTable:
             raise InputError(f"{table.name}: no particle of class {choice.particle_class}; there are {there}")
         table = table.take(found)
     if choice.unique:
-        rows = unique_rows(table, symmetry_group(choice.symmetry))
+        rows = unique_rows(table, choice.point_group)
         table = replace(table.take(rows), left_out=len(table) - len(rows))
     if choice.first is not None:
         if choice.first < 1:
@@ -190,13 +190,14 @@ def _same_images(path: Path, table: ParticleTable, datadir: Path | None) -> tupl
     return torch.from_numpy(found), said if len(found) > len(index) else []
 
 
-def flip_hand(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> ParticleTable:
+def flip_hand(table: ParticleTable, symmetry: Symmetry) -> ParticleTable:
     """The same images as projections of the mirrored molecule, which they are as well (docs/conventions.md, 2).
 
     The map is mirrored in z through its centre, A' = F A F. Where the symmetry group does not allow that without a
     change of setting, it is mirrored in all three axes, which every group allows: a half turn about z more.
     """
     rotation = _MIRROR @ table.poses.rotation @ _MIRROR
+    group = symmetry.elements
     mirrored = _MIRROR @ group @ _MIRROR
     distance = (mirrored[:, None] - group).flatten(2).norm(dim=2).min(1).values
     if float(distance.max()) > 1e-6:

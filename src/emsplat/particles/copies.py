@@ -18,7 +18,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.io.paths import file_numbers, real_paths
 from emsplat.io.table import ParticleTable
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import C1, Symmetry, cyclic, dihedral, icosahedral, octahedral, tetrahedral
 
 SAME_PLACE = 20.0  # Å, as programs that remove duplicates take it
 _SAME_POSE = 10.0  # degrees: more than two alignments of one image differ by, less than units of most helices
@@ -59,7 +58,7 @@ class Copies:
     crossing: int  # rows whose particle is in both half-sets
     close: int  # rows with another particle within `SAME_PLACE` in the other half-set
     drawn: bool  # the half-sets are not those of the file
-    expansion: str | None  # point group whose elements turn copies into each other
+    expansion: Symmetry | None  # point group whose elements turn copies into each other
     turned: float  # degrees, median over the copies, from the first row of an image
 
     @property
@@ -67,10 +66,10 @@ class Copies:
         """What there is, for messages; empty where nothing is repeated."""
         if not self.rows and not self.again:
             return ""
-        if self.expansion:
+        if self.expansion is not None:
             what = f"{self.images - self.again:,} {'particles' if self.again else 'images'}"
             own = ", with images of their own (by uid or rlnImageOriginalName)" if self.again else ""
-            return f"symmetry-expanded by {self.expansion}: {what} in {self.rows + self.images:,} rows{own}"
+            return f"symmetry-expanded by {self.expansion.symbol}: {what} in {self.rows + self.images:,} rows{own}"
         found = []
         if self.rows:
             found.append(
@@ -121,7 +120,7 @@ def mixed_classes(table: ParticleTable) -> str:
     return ""
 
 
-def copies(table: ParticleTable, symmetry: str) -> Copies:
+def copies(table: ParticleTable, symmetry: Symmetry) -> Copies:
     """Counts what is repeated, with the half-sets of the table; ``symmetry`` is the first group that is tried as the
     one that the set was expanded by."""
     half = table.half
@@ -203,7 +202,7 @@ def first_rows(table: ParticleTable) -> Int[Tensor, " q"]:
     return _firsts(image_numbers(table))
 
 
-def unique_rows(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Int[Tensor, " q"]:
+def unique_rows(table: ParticleTable, symmetry: Symmetry) -> Int[Tensor, " q"]:
     """The first row of each image; of several images of one particle, the first of those whose poses agree (`shares`).
 
     So one that is in two stacks is left once, and what was subtracted under each pose of an expanded set stays.
@@ -213,7 +212,7 @@ def unique_rows(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Int[Tens
     same = particle_numbers(table, image)
     several = (torch.bincount(same)[same] > 1).nonzero()[:, 0]
     if len(several):
-        kind = _counted(_pose_classes(same[several], table.poses.rotation[several], group))
+        kind = _counted(_pose_classes(same[several], table.poses.rotation[several], symmetry))
         later = torch.ones(len(several), dtype=torch.bool).index_fill(0, _firsts(kind), False)
         first[several[later]] = False
     return first.nonzero()[:, 0]
@@ -263,7 +262,7 @@ def _refuse_crossing(table: ParticleTable, same: Int[Tensor, " p"], half: Int[Te
     name = f"{int(table.image[first]) + 1}@{table.stacks[int(table.stack[first])]}"
     image = image_numbers(table)
     known = bool(image[first] == image[other])
-    left = unique_rows(table, torch.eye(3, dtype=torch.float64)[None])
+    left = unique_rows(table, C1)
     helps = not bool(_in_both(same[left], half[left]).any())
     what = "an image" if known else "a particle (by its uid, or by its image before it was expanded or subtracted from)"
     raise InputError(
@@ -319,11 +318,11 @@ def linked(*labels: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
     return _counted(torch.from_numpy(component.astype(np.int64)[first]))
 
 
-def shares(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Float[Tensor, " p"] | None:
+def shares(table: ParticleTable, symmetry: Symmetry) -> Float[Tensor, " p"] | None:
     """The weight of each row with which every particle counts once under each pose; None where all weigh 1.
 
-    Rows of one image, or of one particle in several images, whose poses are equivalent under ``group`` share the weight
-    of one. Under poses that the group does not connect it counts each time: a set that was expanded by D2 and is
+    Rows of one image, or of one particle in several images, whose poses are equivalent under ``symmetry`` share the
+    weight of one. Under poses that the group does not connect it counts each time: a set that was expanded by D2 and is
     reconstructed without symmetry gives the sums of the set before, reconstructed with D2; so it does if D2 is asked
     for as well.
 
@@ -336,21 +335,19 @@ def shares(table: ParticleTable, group: Float[Tensor, "s 3 3"]) -> Float[Tensor,
     rows = (torch.bincount(same)[same] > 1).nonzero()[:, 0]
     if not len(rows):
         return None
-    kind = _pose_classes(same[rows], table.poses.rotation[rows], group)
+    kind = _pose_classes(same[rows], table.poses.rotation[rows], symmetry)
     share = torch.ones(len(table))
     share[rows] = 1 / torch.bincount(kind)[kind]
     return share if bool((share != 1).any()) else None
 
 
-def _pose_classes(
-    same: Int[Tensor, " q"], rotation: Float[Tensor, "q 3 3"], group: Float[Tensor, "s 3 3"]
-) -> Int[Tensor, " q"]:
+def _pose_classes(same: Int[Tensor, " q"], rotation: Float[Tensor, "q 3 3"], symmetry: Symmetry) -> Int[Tensor, " q"]:
     """Equal numbers for rows of one particle whose poses are equivalent to that of the first among them, as `shares`
     takes it; beyond `_MOST_POSES` all others of a particle are one."""
-    expansion, _ = _expansion(_counted(same), rotation, "C1")
-    tolerance = _SAME_POSE if expansion is None else _tolerance(_group(expansion))
+    expansion, _ = _expansion(_counted(same), rotation, C1)
+    tolerance = _SAME_POSE if expansion is None else _tolerance(expansion.elements.numpy())
     least = 1 + 2 * math.cos(math.radians(tolerance))  # trace of a turn
-    labels, pose, elements = same.numpy(), rotation.numpy(), group.numpy()
+    labels, pose, elements = same.numpy(), rotation.numpy(), symmetry.elements.numpy()
     found = np.full(len(labels), -1)
     left, number = np.arange(len(labels)), 0
     for count in range(_MOST_POSES + 1):
@@ -389,7 +386,9 @@ def _tolerance(group: NDArray[np.float64]) -> float:
     return min(_REFINED, float(apart) / 3)
 
 
-def _expansion(same: Int[Tensor, " p"], rotation: Float[Tensor, "p 3 3"], symmetry: str) -> tuple[str | None, float]:
+def _expansion(
+    same: Int[Tensor, " p"], rotation: Float[Tensor, "p 3 3"], symmetry: Symmetry
+) -> tuple[Symmetry | None, float]:
     """The point group whose elements turn copies into each other, the smallest if it is not ``symmetry``; None where
     there is none. And by how many degrees copies are turned from the first row of their particle, the median."""
     first = _firsts(same)
@@ -401,29 +400,23 @@ def _expansion(same: Int[Tensor, " p"], rotation: Float[Tensor, "p 3 3"], symmet
     turned = float(np.median(_angle_to(turn, np.eye(3)[None])[0]))
     if turned < _SAME_POSE:
         return None, turned
-    for name in [symmetry, *_known_groups()]:
-        group = _group(name)
+    for known in [symmetry, *_known_groups()]:
+        group = known.elements.numpy()
         tolerance = _tolerance(group)
         if turned < tolerance:  # most are not turned to another element; so also without symmetry
             continue
         angle, nearest = _angle_to(turn, group)
         near = angle < tolerance
         if near.mean() >= _EXPANDED and len({0, *nearest[near].tolist()}) == len(group) > 1:
-            return name, turned
+            return known, turned
     return None, turned
 
 
-@cache
-def _group(name: str) -> NDArray[np.float64]:
-    group: NDArray[np.float64] = symmetry_group(name).numpy()
-    return group
-
-
-def _known_groups() -> list[str]:
-    """Symbols of point groups, small groups first."""
-    sizes = {f"{kind}{n}": n * order for n in range(2, _HIGHEST_FOLD + 1) for kind, order in (("C", 1), ("D", 2))}
-    sizes |= {"T": 12, "O": 24, "I1": 60, "I2": 60, "I3": 60, "I4": 60}
-    return sorted(sizes, key=sizes.__getitem__)
+def _known_groups() -> list[Symmetry]:
+    """Point groups, small ones first."""
+    groups = [kind(fold) for fold in range(2, _HIGHEST_FOLD + 1) for kind in (cyclic, dihedral)]
+    groups += [tetrahedral(), octahedral(), *(icosahedral(setting) for setting in "1234")]
+    return sorted(groups, key=lambda group: group.order)
 
 
 def _places(table: ParticleTable) -> Int[Tensor, " p"]:

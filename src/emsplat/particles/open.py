@@ -10,7 +10,7 @@ import torch
 from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.io.table import ParticleTable
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import C1, Symmetry
 from emsplat.particles.images import ImageFiles
 from emsplat.particles.resample import resampled_grid
 from emsplat.particles.stack import ParticleStack
@@ -22,7 +22,7 @@ def open_particles(
     path: Path,
     *,
     datadir: Path | None = None,
-    symmetry: str = "C1",
+    symmetry: Symmetry = C1,
     invert: bool = False,
     diameter: float | None = None,
     trust_star_pixel_size: bool = False,
@@ -37,7 +37,7 @@ def open_particles(
 def open_table(
     table: ParticleTable,
     *,
-    symmetry: str = "C1",
+    symmetry: Symmetry = C1,
     invert: bool = False,
     diameter: float | None = None,
     trust_star_pixel_size: bool = False,
@@ -55,7 +55,6 @@ def open_table(
         InputError: an image index outside its stack, stacks of odd or unexpected boxes, pixel sizes that disagree, a
             diameter that leaves no background, fewer than 4 particles, a box or pixel size that the images do not have.
     """
-    elements = symmetry_group(symmetry)
     if len(table) < 4:
         raise InputError(
             f"{table.name}: {counted(len(table), 'particle')}; expected at least 4, which are 2 in each half-set; take "
@@ -84,7 +83,7 @@ def open_table(
         grids=grids,
         disk=disk,
         rows=torch.arange(len(table)),
-        symmetry=elements,
+        symmetry=symmetry,
         diameter=0.9 * grid.length if diameter is None else diameter,
         sign=sign,
         recentre=recentre,

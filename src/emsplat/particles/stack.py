@@ -1,11 +1,11 @@
-"""Particles with their images on disk: half-sets, batches, normalisation, the noise spectrum."""
+"""Particles with their images on disk: half-sets, batches, normalisation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from emsplat.device import CPU, Lane
 from emsplat.errors import InputError
 from emsplat.imaging.ctf import flipped_from_multiplied
 from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.maths.groups import C1, Symmetry
 from emsplat.particles.background import MASKED, background_pixels, is_bad
 from emsplat.particles.copies import first_rows, image_numbers, particle_numbers, shares, with_halves
 from emsplat.particles.images import ImageFiles
@@ -39,6 +40,20 @@ class _Read:
     element: Int[Tensor, " q"]
 
 
+@runtime_checkable
+class Particles(Protocol):
+    """Particles in batches, which is all that sums and objectives ask of a `ParticleStack`."""
+
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def symmetry(self) -> Symmetry: ...
+    def __len__(self) -> int: ...
+    def take(self, rows: Int[Tensor, " q"]) -> Particles: ...
+    def sequential(self, size: int) -> Iterator[Batch]: ...
+    def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class ParticleStack:
     """Some particles of a table with their images on disk; a subset is again a `ParticleStack`.
@@ -60,7 +75,7 @@ class ParticleStack:
     grids: tuple[Grid, ...]
     disk: tuple[Grid, ...]
     rows: Int[Tensor, " p"]  # of the table
-    symmetry: Float[Tensor, "s 3 3"]  # float64
+    symmetry: Symmetry
     diameter: float  # Å
     sign: float = 1.0
     recentre: bool = False
@@ -78,15 +93,15 @@ class ParticleStack:
             f"{len(self):,} particles of {table.name}",
             f"{grid.size} px of {grid.pixel_size:g} Å",
             f"half-sets {halves}" if halves else "no half-sets",
-            f"{len(self.symmetry)} elements of symmetry" if len(self.symmetry) > 1 else "",
+            f"symmetry {self.symmetry.symbol}" if self.symmetry.order > 1 else "",
         ]
         return f"<{', '.join(filter(None, parts))}>"
 
-    def on(self, device: torch.device) -> Self:
+    def on(self, device: torch.device) -> ParticleStack:
         """The same particles with their batches on a device."""
         return replace(self, device=device)
 
-    def parts(self) -> list[Self]:
+    def parts(self) -> list[ParticleStack]:
         """The particles of each grid, those of ``grid`` first; together they are this stack."""
         group = self.table.optics_group[self.rows]
         within = [(grid, _with_grid(grid, self.grids, group)) for grid in self._kinds()]
@@ -104,7 +119,7 @@ class ParticleStack:
         used = {grid for number, grid in enumerate(self.grids) if number in present}
         return [grid for grid in dict.fromkeys((self.grid, *self.grids)) if grid in used]
 
-    def once(self) -> Self:
+    def once(self) -> ParticleStack:
         """These particles with each image once, in its first row."""
         return self.take(first_rows(self.table.take(self.rows)))
 
@@ -139,19 +154,19 @@ class ParticleStack:
         moves = torch.zeros_like(shift) if not self.recentre else (shift / grid.pixel_size).round()
         return moves.long()
 
-    def take(self, rows: Int[Tensor, " q"]) -> Self:
+    def take(self, rows: Int[Tensor, " q"]) -> ParticleStack:
         """The particles at these positions of this stack."""
         return replace(self, rows=self.rows[rows])
 
-    def inverted(self) -> Self:
+    def inverted(self) -> ParticleStack:
         """The same particles with the opposite contrast."""
         return replace(self, sign=-self.sign)
 
-    def without_symmetry(self) -> Self:
+    def without_symmetry(self) -> ParticleStack:
         """The same particles, each in its own pose only."""
-        return replace(self, symmetry=self.symmetry[:1])  # the identity
+        return replace(self, symmetry=C1)
 
-    def with_poses(self, poses: Poses) -> Self:
+    def with_poses(self, poses: Poses) -> ParticleStack:
         """The same particles in other poses, one for each (float64); those of other rows of the table stay.
 
         Raises:
@@ -177,7 +192,7 @@ class ParticleStack:
             raise InputError(f"{self.table.name}: no half-sets; draw them with `with_halves`")
         return self.table.half[self.rows]
 
-    def only(self, half: int) -> Self:
+    def only(self, half: int) -> ParticleStack:
         """The particles of half-set 1 or 2.
 
         Raises:
@@ -197,7 +212,7 @@ class ParticleStack:
             )
         return chosen
 
-    def with_halves(self, seed: int) -> Self:
+    def with_halves(self, seed: int) -> ParticleStack:
         """With the half-sets of the file, or else with new ones drawn per micrograph; so also for those particles of
         several files whose file has none. Copies of an image share a half, and where their poses agree one weight.
 
@@ -218,7 +233,7 @@ class ParticleStack:
         self.require_one_grid()
         rng = torch.Generator().manual_seed((seed << 24) + epoch)
         order = torch.randperm(len(self), generator=rng)
-        element = torch.randint(len(self.symmetry), (len(self),), generator=rng)
+        element = torch.randint(self.symmetry.order, (len(self),), generator=rng)
         parts = (slice(start, start + size) for start in range(skip * size, len(self), size))
         return self._stream(((order[part], element[part]) for part in parts), normalised=True)
 
@@ -270,7 +285,7 @@ class ParticleStack:
         poses, optics, group = self.table.poses[rows], self.table.optics[rows], self.table.optics_group[rows]
         moves = self._moves(poses.shift, self.grid)
         shift = poses.shift - self.grid.pixel_size * moves
-        turned = Poses(poses.rotation @ self.symmetry[element], shift)
+        turned = Poses(poses.rotation @ self.symmetry.elements[element], shift)
         images = []
         for disk in dict.fromkeys(self.disk[number] for number in torch.unique(group).tolist()):
             here = _with_grid(disk, self.disk, group).nonzero()[:, 0]
@@ -338,7 +353,7 @@ class ParticleStack:
                 "constant or hold values that are not finite, this is the first; leave such images out with --skip-bad"
             )
 
-    def without_bad(self) -> tuple[Self, Int[Tensor, " b"]]:
+    def without_bad(self) -> tuple[ParticleStack, Int[Tensor, " b"]]:
         """Reads every image once; the stack without bad ones, and the rows of the bad ones."""
         bad = torch.zeros(len(self.table), dtype=torch.bool)
         group = self.table.optics_group[self.rows]

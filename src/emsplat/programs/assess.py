@@ -29,8 +29,7 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
 
 def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
     summary = read_summary(run)
-    about, options = summary.get("input", {}), summary.get("options", {})
-    measured = assess(run, config, log, diameter=about.get("diameter"), symmetry=options.get("symmetry", "C1"))
+    measured = assess(run, config, log, diameter=summary.get("input", {}).get("diameter"))
     # Those of the run stay, those of the assessment before this one do not.
     outdated = summary.get("assessment", {}).get("warnings", [])
     kept = [text for text in summary.get("warnings", []) if text not in outdated]

@@ -22,7 +22,7 @@ from emsplat.io.mrc import write_map
 from emsplat.io.particles import count_stacks, is_star, lost_stacks
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
-from emsplat.maths.groups import symmetry_group
+from emsplat.maths.groups import Symmetry
 from emsplat.measures.curves import resolution
 from emsplat.measures.directional import fourier_sampling, sampling_compensation
 from emsplat.measures.fsc import fsc_curve
@@ -30,7 +30,7 @@ from emsplat.particles.choose import open_images, read_source
 from emsplat.particles.copies import copies, mixed_classes, particle_numbers, with_halves
 from emsplat.particles.stack import ParticleStack
 from emsplat.report.verdict import spacing
-from emsplat.run.files import CHECK, CHECK_MAP, SETTINGS, SLICES_FIGURE
+from emsplat.run.files import CHECK, CHECK_MAP, DIRECTIONS, DIRECTIONS_FIGURE, SETTINGS, SLICES_FIGURE
 from emsplat.run.folder import write_text
 from emsplat.run.log import counted, data_size, duration
 from emsplat.sums.equations import contrast
@@ -70,20 +70,10 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
     if output is not None and (output / SETTINGS).exists():
         raise OutputError(f"{output}: holds a run, whose page would be replaced; choose another folder with -o")
     table = read_source(config, particles, need_stacks=False)
-    group = symmetry_group(config.choice.symmetry)
     missing = [] if config.metadata_only else lost_stacks(table)
-    items = [
-        _counts(table),
-        _half_sets(table, config),
-        *_classes(table),
-        *_optics(table),
-        *_formation(table),
-        _shifts(table),
-        _views(table, group),
-    ]
-    items += [Item("metadata", "ok", note) for note in table.notes]
-    items += [Item("metadata", "look", warning) for warning in table.warnings]
-    items += _repeated(table, config)
+    items = _of_the_metadata(table, config)
+    if output is not None:
+        _clear(output)
     stack: ParticleStack | None = None
     if config.metadata_only:
         items.append(Item("images", "ok", "not looked at (--metadata-only)"))
@@ -95,14 +85,7 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         except InputError as error:
             items.append(Item("images", "wrong", str(error)))
     if stack is not None:
-        items += [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
-        items += [_headers(stack), _cost(stack)]
-        try:
-            items += _quick_look(stack, group, output)
-            symmetry = examine_symmetry(stack, config.choice.symmetry)
-            items += [] if symmetry is None else [Item("symmetry", symmetry.verdict, symmetry.text)]
-        except InputError as error:
-            items.append(Item("image values", "wrong", str(error)))
+        items += _of_the_images(stack, table, output)
     elif table.groups[0].box is not None:
         items.append(_cost_of(len(table), table.groups[0].box))
     half = table.half
@@ -118,10 +101,53 @@ def check(config: CheckConfig, particles: Path, output: Path | None) -> dict[str
         "items": [asdict(item) for item in items],
     }
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_text(output / CHECK, json_text(result))
         report.write_report(output)
     return result
+
+
+def _clear(output: Path) -> None:
+    """The folder, without what a check before may have left in it: its page shows what is there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+    if (output / CHECK).exists():
+        figures = (output / name for name in (SLICES_FIGURE, DIRECTIONS_FIGURE))
+        drawn = [path for figure in figures for path in (figure, figure.with_suffix(".svg"))]
+        for path in (*drawn, *(output / name for name in (CHECK, CHECK_MAP, DIRECTIONS))):
+            path.unlink(missing_ok=True)
+
+
+def _of_the_metadata(table: ParticleTable, config: CheckConfig) -> list[Item]:
+    return [
+        _counts(table),
+        _half_sets(table, config),
+        *_classes(table),
+        *_optics(table),
+        *_formation(table),
+        _shifts(table),
+        _views(table, config.choice.point_group),
+        *(Item("metadata", "ok", note) for note in table.notes),
+        *(Item("metadata", "look", warning) for warning in table.warnings),
+        *_repeated(table, config),
+    ]
+
+
+def _of_the_images(stack: ParticleStack, table: ParticleTable, output: Path | None) -> list[Item]:
+    items = [Item("images", "look", said) for said in stack.table.warnings if said not in table.warnings]
+    items += [_headers(stack), _cost(stack)]
+    try:
+        items += _quick_look(stack, output)
+        found = examine_symmetry(stack)
+        items += [] if found is None else [Item("symmetry", found.verdict, found.text)]
+    except InputError as error:
+        items.append(Item("image values", "wrong", str(error)))
+    return items
 
 
 def exit_code(result: dict[str, Any]) -> int:
@@ -266,17 +292,17 @@ def _shifts(table: ParticleTable) -> Item:
     return Item("shifts", "ok", text)
 
 
-def _views(table: ParticleTable, group: Tensor) -> Item:
+def _views(table: ParticleTable, symmetry: Symmetry) -> Item:
     rotation = table.poses.rotation
     if float((rotation - rotation[:1]).abs().max()) < 1e-6 and len(table) > 1:
         return Item("orientations", "wrong", "all particles have the same; expected those of a refinement")
-    factor, empty = sampling_compensation(fourier_sampling(rotation, group)[:, 3])
+    factor, empty = sampling_compensation(fourier_sampling(rotation, symmetry.elements)[:, 3])
     text = f"sampling compensation factor {factor:.2f} (1 is uniform), {empty:.1%} of directions without a sample"
     return Item("orientations", "look" if factor < 0.6 or empty > 0.02 else "ok", text)
 
 
 def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
-    symmetry, items = config.choice.symmetry, list[Item]()
+    symmetry, items = config.choice.point_group, list[Item]()
     found = copies(table, symmetry)
     if not found.crossing:
         found = copies(with_halves(table, config.halves.seed), symmetry)
@@ -289,8 +315,8 @@ def _repeated(table: ParticleTable, config: CheckConfig) -> list[Item]:
                 "repeated images", "wrong", f"{found.text}; {said}: --redraw-halves, or --unique where that leaves one"
             )
         )
-    elif found.expansion:
-        twice = f"; --symmetry {symmetry} adds nothing to that" if symmetry_group(symmetry).shape[0] > 1 else ""
+    elif found.expansion is not None:
+        twice = f"; --symmetry {symmetry.symbol} adds nothing to that" if symmetry.order > 1 else ""
         items.append(Item("repeated images", "look" if twice else "ok", found.text + twice))
     elif found.text:
         said = "they stay in one half-set and count once where their poses agree, --unique leaves them out"
@@ -348,14 +374,14 @@ def _cost_of(count: int, box: int) -> Item:
     return Item("cost", "ok", text)
 
 
-def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> list[Item]:
+def _quick_look(stack: ParticleStack, output: Path | None) -> list[Item]:
     """Back-projections of a sample of each half at coarse voxels: contrast, signal, figures."""
     size = min(_VOXELS, stack.grid.size)
     halves = []
     for number in (1, 2):
         own = stack.only(number)
         rate = 4000 * (96 / stack.grid.size) ** 2
-        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / len(group))))
+        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / stack.symmetry.order)))
         sample = own.take(torch.linspace(0, len(own) - 1, count).long())
         halves.append(equations_of(sample, size if size < stack.grid.size else None))
     raw = tuple(part.solve() for part in halves)
@@ -389,7 +415,6 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
             Item("contrast", "look", f"taken as {kind}, but the sample does not tell; look at {SLICES_FIGURE}")
         )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_map(output / CHECK_MAP, whole, grid.pixel_size)
         directions(
             output,
@@ -398,6 +423,6 @@ def _quick_look(stack: ParticleStack, group: Tensor, output: Path | None) -> lis
             grid,
             found or grid.nyquist,
             stack.table.poses.rotation[stack.rows],
-            group,
+            stack.symmetry,
         )
     return items

@@ -47,6 +47,11 @@ class Classical:
     resolution: float | None  # Å, half maps in the mask at 0.143
     evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
 
+    def regularised(self) -> Float[Tensor, "z y x"]:
+        """The map of all particles: what the halves agree on decides how far it is trusted."""
+        both = self.equations["class001"]
+        return both.solve(ssnr_prior(self.validation.raw).to(both.linear.device))
+
 
 def accumulate_all(run: Run[RunConfig]) -> Classical:
     """One pass over the particles; the full set is the sum of the halves.
@@ -58,35 +63,38 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
     with run.log.part("accumulation"):
         _check_added(run)
         equations = {name: _accumulate_half(run, name) for name in HALVES}
-        equations["class001"] = equations["half1"] + equations["half2"]
-        return _judged(run, equations)
+        classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log))
+        write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
+        _tell(classical, run)
+        return classical
 
 
-def _judged(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
-    """Maps and mask from the sums, and how far the halves agree."""
-    stack, log = run.stack, run.log
+def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor | None = None) -> Classical:
+    """Maps from the sums of the halves of ``stack``, and how far these agree; without ``mask`` in one that is made."""
+    equations = halves | {"class001": halves["half1"] + halves["half2"]}
     solved = {name: part.solve() for name, part in equations.items()}
     raw = {name: volume.cpu() for name, volume in solved.items()}
-    _warn_of_contrast(raw["class001"], run)
-    evident = is_evident((raw["half1"], raw["half2"]), stack.grid, stack.diameter)
-    mask = given_mask(run.config.mask, stack.grid, log)
+    grid = stack.grid
+    evident = is_evident((raw["half1"], raw["half2"]), grid, stack.diameter)
     if mask is None:
-        mask = particle_mask(raw["class001"], stack.grid, stack.diameter, evident)
-    write_map(run.folder / MASK, mask, stack.grid.pixel_size)
-    validation = CrossValidation(
-        (solved["half1"], solved["half2"]), mask.to(stack.device), stack.grid, len(stack.symmetry)
-    )
-    curve = Curve(torch.arange(len(validation.raw)).double() / stack.grid.length, validation.raw)
-    covered = equations["class001"].coverage()
+        mask = particle_mask(raw["class001"], grid, stack.diameter, evident)
+    pair = solved["half1"], solved["half2"]
+    validation = CrossValidation(pair, mask.to(pair[0].device), grid, stack.symmetry.order)
+    curve = Curve(torch.arange(len(validation.raw)).double() / grid.length, validation.raw)
+    return Classical(equations, raw, mask, validation, resolution(curve, 0.143), evident)
+
+
+def _tell(classical: Classical, run: Run[RunConfig]) -> None:
+    """What the user should know of the classical maps."""
+    _warn_of_contrast(classical.raw["class001"], run)
+    covered, found = classical.equations["class001"].coverage(), classical.resolution
     if covered < 0.97:
-        log.warn(
+        run.log.warn(
             f"{1 - covered:.0%} of the Fourier voxels within Nyquist are hardly measured (preferred orientations or "
             "too few particles); they are left empty, not amplified: see the sampling in the report"
         )
-    found = resolution(curve, 0.143)
-    text = "nowhere above" if found is None else f"{verdict.spacing(found, stack.grid.nyquist)} at"
-    log.line(f"classical half maps in the mask: {text} FSC 0.143; Fourier voxels measured: {covered:.1%}")
-    return Classical(equations, raw, mask, validation, found, evident)
+    text = "nowhere above" if found is None else f"{verdict.spacing(found, run.stack.grid.nyquist)} at"
+    run.log.line(f"classical half maps in the mask: {text} FSC 0.143; Fourier voxels measured: {covered:.1%}")
 
 
 def _warn_of_contrast(volume: Tensor, run: Run[RunConfig]) -> None:
@@ -117,7 +125,7 @@ def _check_added(run: Run[RunConfig]) -> None:
             )
 
 
-_Held = tuple[str, Int[Tensor, "i 3"]]  # who holds images, and which
+_Held = tuple[str, Int[Tensor, "_ 3"]]  # who holds images, and which
 
 
 def _held_by(folder: Path, name: str, before: list[_Held], log: Log) -> list[_Held]:

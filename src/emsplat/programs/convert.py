@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from emsplat.config import ConvertConfig
 from emsplat.errors import InputError, OutputError
@@ -11,6 +13,7 @@ from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.gaussians import convert_model, holds_gaussians
 from emsplat.io.particles import columns_kept, count_stacks, is_star, lost_stacks, write_used
+from emsplat.io.table import ParticleTable
 from emsplat.particles.choose import read_table, with_boxes
 from emsplat.particles.copies import copies
 from emsplat.run.log import counted
@@ -49,55 +52,89 @@ def convert(
         for warning in convert_model(particles, target, given):
             say(f"look: {warning}")
         return files
-    table = read_table(config.choice, particles, need_stacks=False)
-    for text in (*table.notes, *(f"look: {warning}" for warning in table.warnings)):
+    table = with_boxes(read_table(config.choice, particles, need_stacks=False))
+    for text in _remarks(table, config, target):
         say(text)
-    missing = lost_stacks(table)
-    if missing and kind != ".pkl":
-        say(
-            f"look: missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is "
-            f"{missing[0]}; their paths stay as they are and may not lead to them from {target.parent}; give the "
-            "folder that they start from with --datadir"
-        )
-    table = with_boxes(table)
-    found = copies(table, config.choice.symmetry)
-    if found.text:
-        say(f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else ""))
     half = table.half
     if half is not None and not bool((half > 0).all()):
         say("look: some of the files have no half-sets; the column is left out, a refinement will draw new ones")
         half = None
-    kept, lost = columns_kept(table)
-    own = {is_star(path): ".star" if is_star(path) else path.suffix.lower() for path in table.sources}
-    if kind == ".star":
-        write_used(table, target, half)
-        if not table.micrograph_names and "MicrographName" not in kept and not is_star(table.sources[0]):
-            say(
-                "look: the micrographs are not known, rlnMicrographName is left out; without half-sets they are drawn "
-                "particle by particle, or per stack where there are several"
-            )
-    elif kind == ".cs":
-        write_cs(target, table, half, more=kept)
-        if kept and [*own.values()] == [".star"]:
-            say(
-                f"look: cryoSPARC has no fields for {_listed(kept, 'rln')}; they are kept as rln/..., which "
-                "`emsplat convert` puts back into a STAR file"
-            )
-    else:
-        lost = [*(f"rln{name}" for name in kept), *(f"rln{n}" if own.get(True) else n for n in lost)]
-        lost += ["half-sets"] if half is not None else []
-        lost += ["classes"] if table.particle_class is not None else []
-        lost += ["micrographs"] if table.micrograph_names else []
-        lost += ["B factors"] if bool(table.optics.b_factor.any()) else []
-        lost += ["scales"] if bool((table.optics.scale != 1).any()) else []
-        if lost:
-            say(f"look: cryoDRGN's pickles have no place for {_listed(lost)}; they are left out")
-        if table.sign < 0:
-            say("look: protein is dark in these images; give cryoDRGN --uninvert-data")
-        write_pickles(target, ctf_beside(target), table)
-    if lost and kind in (".star", ".cs") and [*own.values()] != [kind]:
-        say(f"look: a {kind} file has no place for {_listed(lost, 'rln' if own.get(True) else '')}; they are left out")
+    write = {".star": _to_star, ".cs": _to_cs, ".pkl": _to_pickles}[kind]
+    for text in write(table, target, half):
+        say(f"look: {text}")
     return files
+
+
+def _remarks(table: ParticleTable, config: ConvertConfig, target: Path) -> Iterator[str]:
+    """What there is to say of the particles, whatever they become."""
+    yield from table.notes
+    yield from (f"look: {warning}" for warning in table.warnings)
+    missing = lost_stacks(table)
+    if missing and target.suffix.lower() != ".pkl":
+        yield (
+            f"look: missing are {len(missing):,} of {counted(count_stacks(table), 'stack')}, the first is "
+            f"{missing[0]}; their paths stay as they are and may not lead to them from {target.parent}; give the "
+            "folder that they start from with --datadir"
+        )
+    found = copies(table, config.choice.point_group)
+    if found.text:
+        yield f"look: {found.text}" + ("; some are in both half-sets" if found.crossing else "")
+
+
+# Each writer returns what is to be said of what its format has no place for.
+
+
+def _to_star(table: ParticleTable, target: Path, half: Tensor | None) -> list[str]:
+    kept, lost = columns_kept(table)
+    write_used(table, target, half)
+    said = []
+    if not table.micrograph_names and "MicrographName" not in kept and not is_star(table.sources[0]):
+        said.append(
+            "the micrographs are not known, rlnMicrographName is left out; without half-sets they are drawn particle "
+            "by particle, or per stack where there are several"
+        )
+    if lost and _kinds(table) != {".star"}:
+        said.append(f"a .star file has no place for {_listed(lost, _prefix(table))}; they are left out")
+    return said
+
+
+def _to_cs(table: ParticleTable, target: Path, half: Tensor | None) -> list[str]:
+    kept, lost = columns_kept(table)
+    write_cs(target, table, half, more=kept)
+    said = []
+    if kept and _kinds(table) == {".star"}:
+        said.append(
+            f"cryoSPARC has no fields for {_listed(kept, 'rln')}; they are kept as rln/..., which `emsplat convert` "
+            "puts back into a STAR file"
+        )
+    if lost and _kinds(table) != {".cs"}:
+        said.append(f"a .cs file has no place for {_listed(lost, _prefix(table))}; they are left out")
+    return said
+
+
+def _to_pickles(table: ParticleTable, target: Path, half: Tensor | None) -> list[str]:
+    kept, lost = columns_kept(table)
+    write_pickles(target, ctf_beside(target), table)
+    lost = [*(f"rln{name}" for name in kept), *(f"{_prefix(table)}{name}" for name in lost)]
+    lost += ["half-sets"] if half is not None else []
+    lost += ["classes"] if table.particle_class is not None else []
+    lost += ["micrographs"] if table.micrograph_names else []
+    lost += ["B factors"] if bool(table.optics.b_factor.any()) else []
+    lost += ["scales"] if bool((table.optics.scale != 1).any()) else []
+    said = [f"cryoDRGN's pickles have no place for {_listed(lost)}; they are left out"] if lost else []
+    if table.sign < 0:
+        said.append("protein is dark in these images; give cryoDRGN --uninvert-data")
+    return said
+
+
+def _kinds(table: ParticleTable) -> set[str]:
+    """The formats that the particles come from."""
+    return {".star" if is_star(path) else path.suffix.lower() for path in table.sources}
+
+
+def _prefix(table: ParticleTable) -> str:
+    """What the names of columns begin with in the files that they come from."""
+    return "rln" if any(map(is_star, table.sources)) else ""
 
 
 def _listed(names: Iterable[str], prefix: str = "") -> str:

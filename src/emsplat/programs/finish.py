@@ -68,7 +68,7 @@ def finish(
     write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
-        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, symmetry=run.config.choice.symmetry)
+        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter)
     if not run.config.run.keep_statistics:
         for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()
@@ -93,7 +93,7 @@ def _found(run: Run[RunConfig], classical: Classical, fits: Fits | None) -> dict
         "course": [] if fits is None else [asdict(stage) for stage in fits.stages],
         "examples": [] if fits is None else list(fits.examples),
         "settings": {} if fits is None else plain(fits.settings),
-        "symmetry": None if run.symmetry is None else asdict(run.symmetry),
+        "symmetry": None if run.finding is None else asdict(run.finding),
     }
 
 
@@ -118,7 +118,7 @@ def _circumstances(run: Run[RunConfig]) -> dict[str, Any]:
 def _describe(run: Run[RunConfig]) -> dict[str, Any]:
     """The particles as they were used."""
     stack, table = run.stack, run.stack.table
-    found = copies(table.take(stack.rows), run.config.choice.symmetry)
+    found = copies(table.take(stack.rows), stack.symmetry)
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
@@ -130,7 +130,7 @@ def _describe(run: Run[RunConfig]) -> dict[str, Any]:
         "repeated_rows": found.rows,
         "repeated_particles": found.again,
         "left_out_rows": table.left_out,
-        "symmetry_expanded": found.expansion,
+        "symmetry_expanded": None if found.expansion is None else found.expansion.symbol,
         "close_to_other_half": found.close,
         "optics_groups": len(table.groups),
         "stacks": count_stacks(table.take(stack.rows)),
@@ -142,7 +142,7 @@ def _describe(run: Run[RunConfig]) -> dict[str, Any]:
         "contrast": "inverted" if stack.sign < 0 else "bright protein",
         "defocus_range": [round(float(defocus.min())), round(float(defocus.max()))],
         "shift_rms": round(float(shift.square().sum(1).mean().sqrt()), 3),
-        "symmetry_elements": len(stack.symmetry),
+        "symmetry_elements": stack.symmetry.order,
         "skipped_rows": list(run.skipped),
     }
 
@@ -157,7 +157,7 @@ def _conclude(run: Run[RunConfig], summary: dict[str, Any]) -> None:
         name_results(run.folder, run.config.run.naming, with_boxes(run.stack.table.take(run.stack.rows)), log)
     if exit_code(summary):
         log.line(
-            f"exit code 1: not of symmetry {run.config.choice.symmetry}, and --force does not say that this is meant"
+            f"exit code 1: not of symmetry {run.stack.symmetry.symbol}, and --force does not say that this is meant"
         )
 
 

@@ -162,8 +162,9 @@ def _saved(run: Run[ReconstructConfig], name: str) -> State[GaussianField] | Non
 
 def _begin(name: str, objective: ImageObjective, settings: Settings, classical: Classical) -> State[GaussianField]:
     """The start, as bright as fits the sums of all its images."""
-    stack, grid = objective.stack, objective.stack.grid
-    model = start_model(classical.raw[name], grid, settings, grid.pixel_size, name).to(stack.device)
+    grid = objective.stack.grid
+    model = start_model(classical.raw[name], grid, settings, grid.pixel_size, name)
+    model = model.to(classical.equations[name].linear.device)
     whole = VolumeObjective(classical.equations[name], support_size(grid.size, grid.size))
     return State.begin(model.with_unit(whole.best_gain(model)))
 

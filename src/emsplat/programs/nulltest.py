@@ -222,7 +222,7 @@ def _judge(name: str, expected: str, limit: float | None, run: Path, reported: f
     if name == "poses":
         halves, raw = _without_radial_part(halves), _without_radial_part(raw)
     curves = half_map_curves(halves, maps.grid, maps.mask)
-    validation = CrossValidation(raw, maps.mask, maps.grid, maps.copies)
+    validation = CrossValidation(raw, maps.mask, maps.grid, maps.symmetry.order)
     return Outcome(
         name,
         expected,

@@ -56,7 +56,7 @@ def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Setti
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
     write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
-    run = Run(config, particles, folder, log, stack, skipped, _symmetry(stack, config, log))
+    run = Run(config, particles, folder, log, stack, skipped, _look_for_symmetry(stack, log))
     write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
     return run
@@ -85,10 +85,10 @@ def _without_bad(stack: ParticleStack, log: Log) -> tuple[ParticleStack, tuple[i
     return stack, skipped
 
 
-def _symmetry(stack: ParticleStack, config: RunConfig, log: Log) -> Finding | None:
-    if len(stack.symmetry) == 1:
+def _look_for_symmetry(stack: ParticleStack, log: Log) -> Finding | None:
+    if stack.symmetry.order == 1:
         return None
-    found = examine_symmetry(stack, config.choice.symmetry)
+    found = examine_symmetry(stack)
     if found is not None:
         (log.warn if found.verdict == "wrong" else log.line)(f"symmetry {found.text}")
     return found
@@ -117,13 +117,13 @@ def _introduce(log: Log, stack: ParticleStack, config: RunConfig) -> None:
         log.line(f"  {text}")
     log.line(
         f"  box {grid.size} px of {grid.pixel_size:g} Å, {counted(len(table.groups), 'optics group')}, symmetry "
-        f"{config.choice.symmetry}"
+        f"{stack.symmetry.symbol}"
     )
     halves = [int((stack.half == h).sum()) for h in (1, 2)]
     how = half_sets_from(table, config)
     seed = "" if how == _OF_THE_FILE else f", seed {config.halves.seed}"
     log.line(f"  half-sets {halves[0]:,} + {halves[1]:,}: {how}{seed}")
-    _say_copies(log, copies(table, config.choice.symmetry), table, config)
+    _say_copies(log, copies(table, stack.symmetry), table, config)
     if text := mixed_classes(table):
         log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
@@ -155,12 +155,12 @@ def half_sets_from(table: ParticleTable, config: RunConfig) -> str:
 def _say_copies(log: Log, found: Copies, table: ParticleTable, config: RunConfig) -> None:
     if table.left_out:
         log.line(f"  {table.left_out:,} rows that show an image or particle again are left out (--unique)")
-    if found.expansion:
+    if found.expansion is not None:
         log.line(f"  {found.text}; copies share a half-set")
-        symmetry = config.choice.symmetry
-        if symmetry.upper() != "C1":
+        symmetry = config.choice.point_group
+        if symmetry.order > 1:
             log.warn(
-                f"the set is {found.text}; --symmetry {symmetry} does that again and adds nothing: leave it "
+                f"the set is {found.text}; --symmetry {symmetry.symbol} does that again and adds nothing: leave it "
                 "out, or leave the copies out with --unique"
             )
     elif found.text:
@@ -184,7 +184,7 @@ def introduce_fit(log: Log, settings: Settings) -> None:
     elif settings.independent_halves:
         log.line("  nothing passes between the half-sets")
     else:
-        log.line("  the halves share one number per candidate: the mean cross-validated FSC")
+        log.line("  the halves share two numbers per stage: the gain in mean cross-validated FSC, and its error")
 
 
 def _warn_of_shared_start(log: Log, init: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from emsplat.assessment.curves import correction, half_map_curves
 from emsplat.assessment.maps import RunMaps, read_run
@@ -56,16 +57,12 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
             f"with signal; see {FSC}"
         )
     average = 0.5 * (maps.halves[0] + maps.halves[1])
-    line: Guinier | None = None
-    try:
-        line = _signal(maps, config.b_factor_from)
-    except InputError as error:
-        if config.b_factor is None:
-            log.warn(f"not sharpened: {error}")
+    line = _signal_or_nothing(maps, config, log)
     b_factor = config.b_factor if config.b_factor is not None else line.b_factor if line else 0.0
     sharp = sharpen(average, grid, b_factor, weight)
     write_map(run / SHARPENED, sharp, grid.pixel_size)
     write_map(run / SHARPENED_MASKED, sharp * maps.mask, grid.pixel_size)
+    habit = _relion_b_factor(average, grid, corrected, config.b_factor_from)
     about: dict[str, Any] = {
         "resolution": round(found, 6),
         "b_factor": round(b_factor, 4),
@@ -77,29 +74,10 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
         "particle_fraction": round(PROTEIN_VOLUME / masking["fraction"], 6),
         "weight": source,
     }
-    if masking["randomised_from"] is not None:
-        about["randomised_from"] = masking["randomised_from"]
-    plot = None
-    habit = _relion_b_factor(average, grid, corrected, config.b_factor_from)
-    if line is not None:
-        about["slope"] = round(line.slope, 5)
-        about["intercept"] = round(line.intercept, 5)
-        about["correlation"] = round(line.correlation, 6)
-        about["protein_slope"] = round(line.protein_slope, 5)
-        about["b_factor_against_protein"] = round(line.b_factor, 4)
-    if habit is not None:
-        about["b_factor_by_relions_rule"] = round(habit, 4)
-    if line is not None:
-        square = line.frequency**2
-        plot = {
-            "square_frequency": square.numpy(),
-            "original": line.original.numpy(),
-            "weighted": line.weighted.numpy(),
-            "sharpened": (line.weighted - b_factor * square / 4).numpy(),
-            "intercept": np.full(len(square), line.intercept),
-            "protein": protein_amplitude(line.frequency).numpy(),
-        }
-    write_fsc_star(run / POSTPROCESS, about, curves, plot)
+    about |= {name: value for name, value in masking.items() if name == "randomised_from" and value is not None}
+    about |= {} if line is None else _numbers(line)
+    about |= {} if habit is None else {"b_factor_by_relions_rule": round(habit, 4)}
+    write_fsc_star(run / POSTPROCESS, about, curves, None if line is None else _plotted(line, b_factor))
     title = "emsplat half maps, masked and corrected"
     write_text(run / FSC_XML, fsc_xml(corrected, title))
     log.line(f"resolution {spacing(found, grid.nyquist)} ({source}), sharpened with a B factor of {b_factor:.1f} Å²")
@@ -114,6 +92,40 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
     log.line(f"  map: {run / SHARPENED}, masked: {run / SHARPENED_MASKED}")
     log.line(f"  tables: {run / POSTPROCESS}, FSC for EMDB: {run / FSC_XML}")
     return about
+
+
+def _signal_or_nothing(maps: RunMaps, config: PostprocessConfig, log: Log) -> Guinier | None:
+    """`_signal`, or None with a word where there are too few shells for it and no B factor is given."""
+    try:
+        return _signal(maps, config.b_factor_from)
+    except InputError as error:
+        if config.b_factor is None:
+            log.warn(f"not sharpened: {error}")
+        return None
+
+
+def _numbers(line: Guinier) -> dict[str, float]:
+    """What postprocess.star says of Guinier's plot."""
+    return {
+        "slope": round(line.slope, 5),
+        "intercept": round(line.intercept, 5),
+        "correlation": round(line.correlation, 6),
+        "protein_slope": round(line.protein_slope, 5),
+        "b_factor_against_protein": round(line.b_factor, 4),
+    }
+
+
+def _plotted(line: Guinier, b_factor: float) -> dict[str, NDArray[np.float64]]:
+    """Guinier's plot: logarithms of the amplitudes over the squared frequency."""
+    square = line.frequency**2
+    return {
+        "square_frequency": square.numpy(),
+        "original": line.original.numpy(),
+        "weighted": line.weighted.numpy(),
+        "sharpened": (line.weighted - b_factor * square / 4).numpy(),
+        "intercept": np.full(len(square), line.intercept),
+        "protein": protein_amplitude(line.frequency).numpy(),
+    }
 
 
 def _signal(maps: RunMaps, low: float) -> Guinier:
@@ -145,7 +157,7 @@ def _weight(maps: RunMaps, corrected: Line) -> tuple[torch.Tensor, float | None,
     """Weight per shell, resolution in Å, and what both come from."""
     if maps.raw is None:
         return _weight_of(corrected), resolution(corrected, 0.143), "corrected half-map FSC"
-    curve = CrossValidation(maps.raw, maps.mask, maps.grid, maps.copies).curve(maps.halves)
+    curve = CrossValidation(maps.raw, maps.mask, maps.grid, maps.symmetry.order).curve(maps.halves)
     # The average of the halves is at least as good as one of them, which is what the estimate is about.
     value = curve.value.clamp(0, 1)
     value[0] = 1

@@ -22,7 +22,7 @@ _PIXELS = 2**23  # of a batch
 def preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Log | None = None) -> Path:
     """Writes particles.mrcs and particles.star into ``output`` and returns the path of the latter.
 
-    Images are brought to the box and pixel size asked for (`particles.resampled_grid`), moved by whole pixels so that
+    Images are brought to the box and pixel size asked for (`resampled_grid`), moved by whole pixels so that
     origins are below one, normalised to mean 0 and standard deviation 1 outside the particle, and bright. Those that
     were multiplied by their CTF become phase-flipped ones. An image that several rows name is written once, and they
     go on naming it. A STAR file keeps its columns; particles of a .cs file get a

@@ -23,7 +23,7 @@ from emsplat.io.mrc import write_map
 from emsplat.io.ply import write_ply
 from emsplat.models.gaussians import GaussianField
 from emsplat.process import threads
-from emsplat.programs.classical import Classical, accumulate_all, ssnr_prior
+from emsplat.programs.classical import Classical, accumulate_all
 from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.image_engine import batch_before, fit_images, with_batch
 from emsplat.programs.opening import introduce_fit, open_run
@@ -89,9 +89,8 @@ def _settled(config: ReconstructConfig, output: Path) -> Settings:
 
 
 def _write_classical(run: Run[RunConfig], classical: Classical) -> None:
-    """The maps of `backproject`: what the halves agree on decides how far that of all particles is trusted."""
-    prior = ssnr_prior(classical.validation.raw).to(run.stack.device)
-    maps = {name: classical.raw[name] for name in HALVES} | {"class001": classical.equations["class001"].solve(prior)}
+    """The maps of `backproject`."""
+    maps = {name: classical.raw[name] for name in HALVES} | {"class001": classical.regularised()}
     for name, volume in maps.items():
         write_map(run.folder / map_name(name), volume, run.stack.grid.pixel_size)
 

@@ -27,7 +27,7 @@ class Run(Generic[C_co]):
     log: Log
     stack: ParticleStack
     skipped: tuple[int, ...]  # rows of the file (from 1) that were left out as bad
-    symmetry: Finding | None  # what a look at the particles says of the symmetry; None: none was asked for
+    finding: Finding | None  # what a look at the particles says of their symmetry; None: none was asked for
 
 
 @dataclass(frozen=True)

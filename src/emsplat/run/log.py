@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Protocol, cast, runtime_checkable
 
 from emsplat.errors import OutputError
 from emsplat.run.files import LOG
@@ -20,6 +20,15 @@ _PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
 _ROW_EVERY = 1.0  # seconds between rows of progress in the journal
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """Where lines go: standard output, or text in memory."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> object: ...
+    def isatty(self) -> bool: ...
+
+
 class Log:
     """Lines for the user, kept in a file as well once there is a run folder, and rows in its journal; and how long the
     work takes.
@@ -27,8 +36,8 @@ class Log:
     ``began`` (on the clock of `time.monotonic`) is when the user began to wait: for a command the start of its process.
     """
 
-    def __init__(self, stream: TextIO | None = None, began: float | None = None) -> None:
-        self.stream = sys.stdout if stream is None else stream
+    def __init__(self, stream: Stream | None = None, began: float | None = None) -> None:
+        self.stream: Stream = sys.stdout if stream is None else stream
         self._file: Path | None = None
         self.journal = Journal()
         self._began = time.monotonic() if began is None else began
@@ -126,7 +135,7 @@ class Log:
             TextColumn("{task.percentage:3.0f} %  {task.fields[remark]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(file=self.stream)) as bar:
+        with Progress(*columns, console=Console(file=cast("IO[str]", self.stream))) as bar:
             task = bar.add_task(name, total=total, completed=done, remark="")
 
             def update(images: int, remark: str) -> None:

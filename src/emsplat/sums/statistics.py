@@ -39,7 +39,7 @@ from emsplat.maths.fourier import shell_index
 from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
-from emsplat.particles.stack import ParticleStack
+from emsplat.particles.stack import Particles, ParticleStack
 from emsplat.sums.equations import NormalEquations, centre, combined, kernel_size, synthesis
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 from emsplat.types import Grid, Optics
@@ -226,8 +226,8 @@ def fingerprint(stack: ParticleStack) -> str:
 
 def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
     """Empty sums for a stack, on its own grid or another, where its images come."""
-    elements = hashlib.sha256(stack.symmetry.numpy().round(6).tobytes()).hexdigest()[:8]
-    about = {"symmetry": f"{len(stack.symmetry)} elements, {elements}", "particles": fingerprint(stack)}
+    elements = hashlib.sha256(stack.symmetry.elements.numpy().round(6).tobytes()).hexdigest()[:8]
+    about = {"symmetry": f"{stack.symmetry.order} elements, {elements}", "particles": fingerprint(stack)}
     return FourierStatistics(grid or stack.grid, about, stack.device, image_marks(stack.table.take(stack.rows)))
 
 
@@ -255,9 +255,9 @@ def _images_of(file: Any) -> Int[Tensor, "i 3"]:
 
 
 def accumulate(
-    statistics: FourierStatistics, stack: ParticleStack, noise: Float[Tensor, "o s"]
+    statistics: FourierStatistics, stack: Particles, noise: Float[Tensor, "o s"]
 ) -> Iterator[FourierStatistics]:
-    """Adds a stack's particles, each under every element of the symmetry, and yields after each batch.
+    """Adds particles, each under every element of the symmetry, and yields after each batch.
 
     Goes on where the sums left off (``statistics.particles``). ``noise`` is `estimate_noise` of the stack.
 
@@ -271,7 +271,7 @@ def accumulate(
     shells = shell_index(grid.size, device=device)
     precision = (shells <= grid.size // 2) / noise[:, shells.clamp(max=grid.size // 2)] / grid.size**2
     rest = torch.arange(statistics.particles, len(stack))
-    symmetry = stack.symmetry.float().to(device)
+    symmetry = stack.symmetry.elements.float().to(device)
     size = _BATCH if device.type == "cpu" else min(_BATCH_GPU, max(1, _PIXELS_GPU // grid.size**2))
     for batch in stack.take(rest).sequential(size):
         seen = observe(batch, grid)

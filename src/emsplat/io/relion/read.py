@@ -1,11 +1,11 @@
-"""RELION's STAR files, 3.0 and 3.1 or newer, in and out: what the tables of `star` mean."""
+"""RELION's STAR files, 3.0 and 3.1 or newer, in: what the tables of `star` mean."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,66 +182,18 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
     """
     particles, optics = find_tables(read_star_file(path))
     row_of_group, groups, group = _optics_groups(particles, optics)
-    count = len(group)
-    present = {name for name in _ASSUMED if particles.has(name) or (optics is not None and optics.has(name))}
-    notes = [*particles.table.notes, *(optics.table.notes if optics is not None else ()), *_pixel_size_note(optics)]
-    if not particles.has("MicrographName") and not particles.has("RandomSubset"):
-        notes.append(
-            f"{path}: no columns rlnRandomSubset and rlnMicrographName; half-sets are drawn per stack, or particle by "
-            "particle where there is one stack"
-        )
-    notes += [f"{path}: no column rln{name}; {what}" for name, what in _ASSUMED.items() if name not in present]
-
-    def of_group(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return values[row_of_group][group]
-
-    def column(name: str, default: float | NDArray[np.float64] | None = None) -> Tensor:
-        if particles.has(name):
-            values = particles.numbers(name)
-        elif optics is not None and optics.has(name):
-            values = of_group(optics.numbers(name))
-        elif default is None:
-            values = particles.numbers(name)  # raises, naming the column
-        else:
-            values = np.broadcast_to(np.asarray(default, dtype=np.float64), (count,)).copy()
-        return torch.from_numpy(values)
-
-    if column(_CORRECTED, 0.0).any():
-        raise InputError(
-            f"{path}: rln{_CORRECTED} is set; emsplat needs images that were not corrected for their CTF (flipping "
-            "phases or multiplying by it is fine), extract the particles again without it"
-        )
-    defocus_u = column("DefocusU")
-    ctf_values = Optics(
-        voltage=column("Voltage"),
-        cs=column("SphericalAberration"),
-        amplitude_contrast=column("AmplitudeContrast", 0.0),
-        defocus_u=defocus_u,
-        defocus_v=column("DefocusV", defocus_u.numpy()),
-        defocus_angle=torch.deg2rad(column("DefocusAngle", 0.0)),
-        phase_shift=torch.deg2rad(column("PhaseShift", 0.0)),
-        b_factor=column("CtfBfactor", 0.0),
-        scale=column("CtfScalefactor", 1.0),
-        treatment=_treatment(column),
-    )
-    _refuse_half_told(path, particles, optics, ctf_values)
-    refuse_impossible(path, ctf_values, ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"))
-    zernikes = {
-        kind: _zernikes(optics, f"{kind}Zernike")[row_of_group][group]
-        for kind in ("Odd", "Even")
-        if optics is not None and optics.has(f"{kind}Zernike")
-    }
-    ctf_values = replace(ctf_values, aberrations=_aberrations(path, column, zernikes, ctf_values))
+    columns = _Columns(particles, optics, row_of_group[group])
+    ctf_values = _optics(columns)
     pixel_size = np.array([g.pixel_size for g in groups])[group]
-    angles = torch.stack([torch.deg2rad(column(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")], 1)
+    angles = torch.stack([torch.deg2rad(columns.take(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")], 1)
     shift, shift_notes = _origins(particles, optics, pixel_size)
     found, image = _images(particles, path, datadir, need_stacks)
     micrographs = particles.text("MicrographName") if particles.has("MicrographName") else []
-    coordinates, micrograph_pixel_size = _coordinates(particles, optics, pixel_size, row_of_group[group])
+    coordinates, micrograph_pixel_size = _coordinates(particles, optics, pixel_size, columns.optics_row)
     return ParticleTable(
         sources=(path,),
-        source=torch.zeros(count, dtype=torch.int64),
-        row=torch.arange(count),
+        source=torch.zeros(len(group), dtype=torch.int64),
+        row=torch.arange(len(group)),
         poses=Poses(euler_to_matrix(angles), shift),
         optics=ctf_values,
         groups=groups,
@@ -256,20 +208,76 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
         origin=_before(particles, found.folders),
         coordinates=coordinates,
         micrograph_pixel_size=micrograph_pixel_size,
-        warnings=(*notes, *shift_notes, *doubts(path, ctf_values), *found.notes),
+        warnings=(*_assumptions(columns), *shift_notes, *doubts(path, ctf_values), *found.notes),
         folders=found.folders,
     )
 
 
-def _refuse_half_told(path: Path, particles: Block, optics: Block | None, values: Optics) -> None:
-    """Refuses astigmatism without its angle: no rule would give it."""
-    told = particles.has("DefocusAngle") or (optics is not None and optics.has("DefocusAngle"))
+@dataclass(frozen=True)
+class _Columns:
+    """Columns that either table may have: each particle has its own value, or that of its optics group."""
+
+    particles: Block
+    optics: Block | None
+    optics_row: NDArray[np.int64]  # of each particle
+
+    def has(self, name: str) -> bool:
+        return self.particles.has(name) or (self.optics is not None and self.optics.has(name))
+
+    def take(self, name: str, default: float | Tensor | None = None) -> Tensor:
+        """One value for each particle, float64.
+
+        Raises:
+            InputError: neither table has the column, and there is no default.
+        """
+        if not self.has(name) and default is not None:
+            return torch.as_tensor(default, dtype=torch.float64).expand(len(self.optics_row)).clone()
+        if self.particles.has(name) or self.optics is None or not self.optics.has(name):
+            return torch.from_numpy(self.particles.numbers(name))
+        return torch.from_numpy(self.optics.numbers(name)[self.optics_row])
+
+
+def _assumptions(columns: _Columns) -> list[str]:
+    """What is taken for granted where the tables are silent."""
+    path, particles, optics = columns.particles.path, columns.particles, columns.optics
+    notes = [*particles.table.notes, *(optics.table.notes if optics is not None else ()), *_pixel_size_note(optics)]
+    if not particles.has("MicrographName") and not particles.has("RandomSubset"):
+        notes.append(
+            f"{path}: no columns rlnRandomSubset and rlnMicrographName; half-sets are drawn per stack, or particle by "
+            "particle where there is one stack"
+        )
+    return notes + [f"{path}: no column rln{name}; {what}" for name, what in _ASSUMED.items() if not columns.has(name)]
+
+
+def _optics(columns: _Columns) -> Optics:
+    """What the CTF of each particle depends on."""
+    path, take = columns.particles.path, columns.take
+    if take(_CORRECTED, 0.0).any():
+        raise InputError(
+            f"{path}: rln{_CORRECTED} is set; emsplat needs images that were not corrected for their CTF (flipping "
+            "phases or multiplying by it is fine), extract the particles again without it"
+        )
+    defocus_u = take("DefocusU")
+    values = Optics(
+        voltage=take("Voltage"),
+        cs=take("SphericalAberration"),
+        amplitude_contrast=take("AmplitudeContrast", 0.0),
+        defocus_u=defocus_u,
+        defocus_v=take("DefocusV", defocus_u),
+        defocus_angle=torch.deg2rad(take("DefocusAngle", 0.0)),
+        phase_shift=torch.deg2rad(take("PhaseShift", 0.0)),
+        b_factor=take("CtfBfactor", 0.0),
+        scale=take("CtfScalefactor", 1.0),
+        treatment=_treatment(columns),
+    )
     astigmatism = (values.defocus_u - values.defocus_v).abs()
-    if not told and bool((astigmatism > 0).any()):
+    if not columns.has("DefocusAngle") and bool((astigmatism > 0).any()):  # no rule would give it
         raise InputError(
             f"{path}: no column rlnDefocusAngle, but rlnDefocusU and rlnDefocusV differ by up to "
             f"{float(astigmatism.max()):.5g} Å; add the angle, or make both the same if there is no astigmatism"
         )
+    refuse_impossible(path, values, ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"))
+    return replace(values, aberrations=_aberrations(columns, values))
 
 
 def _origins(particles: Block, optics: Block | None, pixel_size: NDArray[np.float64]) -> tuple[Tensor, list[str]]:
@@ -392,20 +400,18 @@ def _before(particles: Block, folders: Sequence[Path]) -> Tensor | None:
     return torch.tensor([number_of[name] for name in particles.text("ImageOriginalName")])
 
 
-def _treatment(column: Callable[[str, float], Tensor]) -> Tensor | None:
+def _treatment(columns: _Columns) -> Tensor | None:
     """What was done to the CTF of each image; None where nothing was."""
-    treatment = torch.zeros(len(column(next(iter(TREATMENTS)), 0.0)), dtype=torch.int64)
+    treatment = torch.zeros(len(columns.optics_row), dtype=torch.int64)
     for name, value in TREATMENTS.items():
-        treatment[column(name, 0.0) != 0] = value
+        treatment[columns.take(name, 0.0) != 0] = value
     return treatment if treatment.any() else None
 
 
-def _aberrations(
-    path: Path, column: Callable[[str, float], Tensor], zernikes: Mapping[str, NDArray[np.float64]], optics: Optics
-) -> Aberrations | None:
+def _aberrations(columns: _Columns, optics: Optics) -> Aberrations | None:
     """Anisotropic magnification and Zernike coefficients, beam tilt among them; None where there is nothing."""
-    count = len(optics)
-    odd, even = (torch.from_numpy(zernikes.get(kind, np.zeros((count, 0)))) for kind in ("Odd", "Even"))
+    path, column = columns.particles.path, columns.take
+    odd, even = (_zernikes(columns, f"{kind}Zernike") for kind in ("Odd", "Even"))
     tilt = torch.stack([column("BeamTiltX", 0.0), column("BeamTiltY", 0.0)], 1)
     if not (tilt.abs() < _LARGEST_TILT).all():
         raise InputError(f"{path}: rlnBeamTiltX or Y is up to {tilt.abs().max():.3g}; expected a few mrad")
@@ -423,8 +429,11 @@ def _aberrations(
     return None if neutral else Aberrations(matrix.reshape(-1, 2, 2), odd, even)
 
 
-def _zernikes(optics: Block, name: str) -> NDArray[np.float64]:
-    """The coefficients of each optics group, written as [a,b,...]; shorter lists end in zeros."""
+def _zernikes(columns: _Columns, name: str) -> Float[Tensor, "p z"]:
+    """The coefficients of each particle's optics group, written as [a,b,...]; shorter lists end in zeros."""
+    optics = columns.optics
+    if optics is None or not optics.has(name):
+        return torch.zeros(len(columns.optics_row), 0, dtype=torch.float64)
     rows = []
     for number, text in enumerate(optics.text(name)):
         inner = text.strip().removeprefix("[").removesuffix("]")
@@ -436,7 +445,8 @@ def _zernikes(optics: Block, name: str) -> NDArray[np.float64]:
             )
         rows.append(values)
     width = max(map(len, rows), default=0)
-    return np.array([row + [0.0] * (width - len(row)) for row in rows], np.float64).reshape(len(rows), width)
+    of_group = np.array([row + [0.0] * (width - len(row)) for row in rows], np.float64).reshape(len(rows), width)
+    return torch.from_numpy(of_group[columns.optics_row])
 
 
 def _half_sets(particles: Block) -> Tensor | None:
