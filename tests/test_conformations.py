@@ -26,12 +26,14 @@ from emsplat.heterogeneity.parts import cluster, count_clusters, divide, find_an
 from emsplat.imaging.ctf import ctf
 from emsplat.imaging.project import project, voxelize
 from emsplat.maths.geometry import axis_rotation, random_rotations, six_to_matrix
+from emsplat.maths.groups import C1, cyclic
 from emsplat.measures.fsc import fsc
 from emsplat.models import decoder as separable
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.cryospire import Hierarchy, PartDiscovery, Perceptron, Shape, _Hidden
 from emsplat.models.decoder import Decoder
 from emsplat.particles.open import open_particles
+from emsplat.particles.stack import ParticleStack
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 
@@ -66,13 +68,11 @@ def consensus(angles):
     return torch.stack([voxelize(molecule(angle), GRID) for angle in angles.unique()]).mean(0)
 
 
-class Memory:
-    """Images of the molecule at some angles, with the interface of a stack of one half."""
+class Planted(ParticleStack):
+    """Images of the molecule at some angles, which stay in memory."""
 
     def __init__(self, angles, noise=0.0, seed=0, first_row=0, shape=molecule):
         count, own = len(angles), rng(seed)
-        self.grid, self.device, self.symmetry, self.share = GRID, torch.device("cpu"), torch.eye(3)[None].double(), None
-        self.diameter = 0.9 * GRID.length
         poses = Poses(random_rotations(count, own).float(), torch.randn(count, 2, generator=own))
         mixtures = [shape(angle) for angle in angles]
         mean = torch.stack([one.mean for one in mixtures])
@@ -81,32 +81,22 @@ class Memory:
         shown = project(Gaussians(mean, mixtures[0].covariance, mixtures[0].amplitude), poses, GRID)
         images = torch.fft.irfft2(torch.fft.rfft2(shown) * ctf(optics, GRID), s=(GRID.size,) * 2)
         images = images / images.std() + noise * torch.randn(images.shape, generator=own)
-        self.rows = first_row + torch.arange(count)
-        self.all = Batch(images, poses, optics, torch.zeros(count, dtype=torch.int64), self.rows)
+        rows, every = first_row + torch.arange(count), torch.zeros(first_row + count, dtype=torch.int64)
+        held = Poses(*(torch.cat([part.new_zeros(first_row, *part.shape[1:]), part]) for part in poses.tensors()))
+        table = SimpleNamespace(groups=[None], optics_group=every, poses=held.to(torch.float64))
+        batch = Batch(images, poses, optics, every[:count], rows)
+        vars(self).update(grid=GRID, symmetry=C1, diameter=0.9 * GRID.length, table=table, rows=rows, all=batch)
 
-    @property
-    def table(self):
-        every = int(self.rows.max()) + 1
-        rotation = torch.zeros(every, 3, 3, dtype=torch.float64).index_copy(
-            0, self.rows, self.all.poses.rotation.double()
-        )
-        return SimpleNamespace(
-            groups=[None], poses=Poses(rotation, torch.zeros(every, 2).index_copy(0, self.rows, self.all.poses.shift))
-        )
-
-    def __len__(self):
-        return len(self.all.index)
-
-    def copy(self, batch):
-        other = object.__new__(Memory)
-        other.__dict__ |= self.__dict__ | {"all": batch, "rows": batch.index}
+    def holding(self, batch):
+        other = object.__new__(Planted)
+        vars(other).update(vars(self), all=batch, rows=batch.index)
         return other
 
     def take(self, rows):
-        return self.copy(self.all[rows])
+        return self.holding(self.all[rows])
 
     def with_poses(self, poses):
-        return self.copy(replace(self.all, poses=poses.to(torch.float32)))
+        return self.holding(replace(self.all, poses=poses.to(torch.float32)))
 
     def without_symmetry(self):
         return self
@@ -247,7 +237,7 @@ def test_second_stage_begins_as_the_first_one_ended():
 
 @DECODERS
 def test_gradients_reach_every_parameter(make):
-    stack = Memory(torch.zeros(6))
+    stack = Planted(torch.zeros(6))
     model = Conformations(make(), torch.randn(6, 2, generator=rng()), stack.rows)
     batch = stack.all
     ImageObjective(stack, batch=6, seed=0).loss(model.gaussians(batch), batch).backward()
@@ -262,7 +252,7 @@ def test_gradients_reach_every_parameter(make):
 
 @DECODERS
 def test_only_latents_of_the_batch_move(make):
-    stack = Memory(torch.zeros(12), first_row=20)
+    stack = Planted(torch.zeros(12), first_row=20)
     model = Conformations(make(), torch.randn(12, 2, generator=rng()), stack.rows, rate=3.0)
     states = fit(State.begin(model), ImageObjective(stack, batch=4, seed=0), Plan(1, 1e-2, 1.0))
     for batch in stack.batches(4, seed=0):
@@ -274,7 +264,7 @@ def test_only_latents_of_the_batch_move(make):
 
 def test_views_have_latents_of_their_own():
     """The elements of a symmetry that were drawn for a particle are neighbours, as in the linear stage."""
-    batch = replace(Memory(torch.zeros(3), first_row=5).all, element=torch.tensor([1, 0, 2]))
+    batch = replace(Planted(torch.zeros(3), first_row=5).all, element=torch.tensor([1, 0, 2]))
     model = Conformations(discovery(), torch.randn(9, 2, generator=rng()), batch.index, elements=3)
     assert model.views(batch).tolist() == [1, 3, 8]
     with pytest.raises(ValueError, match="3 latents; expected 9"):
@@ -284,7 +274,7 @@ def test_views_have_latents_of_their_own():
 @DECODERS
 def test_models_are_written_and_read(make, tmp_path):
     """With Adam's memory: a step after reading is that without."""
-    stack = Memory(torch.zeros(8))
+    stack = Planted(torch.zeros(8))
     model = Conformations(make(), torch.randn(8, 2, generator=rng()), stack.rows, rate=5.0)
     objective, plan = ImageObjective(stack, batch=4, seed=0), Plan(2, 1e-2, 1.0)
     states = fit(State.begin(model), objective, plan)
@@ -394,7 +384,7 @@ def quick(**changes):
 def hinge():
     """Two states, 80° apart, 250 images, and one half's worth of others."""
     angles = math.radians(40) * torch.tensor([-1.0, 1.0])[torch.arange(250) % 2]
-    return Memory(angles, noise=1.0, seed=3), angles
+    return Planted(angles, noise=1.0, seed=3), angles
 
 
 def near_truth(angles, spread=0.3):
@@ -434,7 +424,7 @@ def test_parts_are_found(monkeypatch):
     """An arm that slides: its Gaussians move alike, and features that began alike say which they are."""
     monkeypatch.setattr("emsplat.models.cryospire._LESSONS", 1)  # how well anchors begin is another matter
     slides = torch.linspace(-10, 10, 250)
-    stack = Memory(slides, noise=0.5, seed=3, shape=slid)
+    stack = Planted(slides, noise=0.5, seed=3, shape=slid)
     volume = torch.stack([voxelize(slid(by), GRID) for by in slides[::25]]).mean(0)
     known = torch.stack([slides / 6, torch.zeros(250)], 1) + 0.2 * torch.randn(250, 2, generator=rng())
     options = quick(coarse=Pass(96, 0.05, 15, 2e-2, 0.2), fine=Pass(96, 0.04, 1, 1e-2))
@@ -459,7 +449,7 @@ def test_latents_of_other_images(fitted, hinge, monkeypatch):
     """Images that the model has not seen find their state under it; the model stays."""
     (model, latent), _ = fitted
     angles = hinge[1]
-    other = Memory(angles[:60], noise=1.0, seed=11, first_row=1000)
+    other = Planted(angles[:60], noise=1.0, seed=11, first_row=1000)
     white = torch.ones(1, GRID.size // 2 + 1)  # the images have noise of variance 1
     monkeypatch.setattr("emsplat.heterogeneity.images.estimate_noise", lambda stack: white)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -508,19 +498,19 @@ def test_starts_that_do_not_fit(hinge):
         fit_images(stack, quick(), ImageStart(volume, torch.full((250, 2), torch.nan)))
     with pytest.raises(InputError, match="no density"):
         fit_images(stack, quick(), ImageStart(torch.zeros(32, 32, 32)))
-    dark = stack.copy(replace(stack.all, images=-stack.all.images))
+    dark = stack.holding(replace(stack.all, images=-stack.all.images))
     with pytest.raises(InputError, match="--invert"):
         fit_images(dark, quick(), ImageStart(volume))
 
 
-@pytest.mark.parametrize("symmetry", ["C1", "C2"])
+@pytest.mark.parametrize("symmetry", [C1, cyclic(2)], ids=["C1", "C2"])
 def test_half_sets_of_a_file(simulated, symmetry):
     """From the stacks on disk, one half fitted, the other placed: every view of every particle has a latent."""
     stack = open_particles(simulated(particles=60), symmetry=symmetry).with_halves(0)
     one, other = stack.only(1), stack.only(2)
     options = quick(weighted=True, parts=1, coarse=Pass(40, 0.05, 2, 1e-2), fine=Pass(60, 0.04, 1, 1e-2))
     model, latent = fit_images(one, options, ImageStart(equations_of(one).solve()))
-    views = len(stack.symmetry)
+    views = symmetry.order
     assert latent.shape == (views * len(one), 4)
     assert torch.equal(model.rows, one.rows)
     placed = place_latents(model, other, options, candidates=3, epochs=1)
@@ -533,9 +523,9 @@ def test_half_sets_of_a_file(simulated, symmetry):
 
 def test_misfits_are_in_nats(monkeypatch):
     """White noise of variance v costs v/2 for each coefficient within Nyquist, by a spectrum of 1."""
-    stack = Memory(torch.zeros(50))
+    stack = Planted(torch.zeros(50))
     noise = 2 * torch.randn(stack.all.images.shape, generator=rng())
-    stack = stack.copy(replace(stack.all, images=noise))
+    stack = stack.holding(replace(stack.all, images=noise))
     white = torch.ones(1, GRID.size // 2 + 1)
     monkeypatch.setattr("emsplat.heterogeneity.images.estimate_noise", lambda stack: white)
     nothing, something = replace(molecule(0.0), amplitude=torch.zeros(45)), molecule(0.0)

@@ -153,7 +153,7 @@ def _generator(seed: int, stage: int) -> torch.Generator:
 
 def _begin(stack: ParticleStack, options: ImageOptions, start: ImageStart) -> Conformations:
     """The first stage before its first step, as bright as fits the images."""
-    grid, elements, rng = stack.grid, len(stack.symmetry), _generator(options.seed, 0)
+    grid, elements, rng = stack.grid, stack.symmetry.order, _generator(options.seed, 0)
     views = elements * len(stack)
     if start.volume.shape != (grid.size,) * 3:
         raise InputError(f"a start of {tuple(start.volume.shape)} voxels; expected {grid.size}³ as the images have")
@@ -332,14 +332,14 @@ def place_latents(
     among = known[torch.cdist(spread.to(known.device), known).argmin(1)]
     mixtures = decoder.mixtures(among)
     best = []
-    for element in stack.symmetry:
+    for element in stack.symmetry.elements:
         poses = stack.table.poses[stack.rows]
         turned = stack.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
         best.append(misfits(turned, mixtures).argmin(1))
     latent = among[torch.stack(best, 1).flatten().to(among.device)].clone()
     rows = stack.rows.to(latent.device)
     rate = options.latent_rate or _FROM_GIVEN
-    placed = Conformations(decoder, latent, rows, elements=len(stack.symmetry), rate=rate)
+    placed = Conformations(decoder, latent, rows, elements=stack.symmetry.order, rate=rate)
     noise = estimate_noise(stack) if options.weighted else None
     objective = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise)
     for _ in fit(State.begin(placed), objective, replace(options.fine, epochs=epochs).plan()):
