@@ -20,6 +20,7 @@ from emsplat.config import (
     ConvertConfig,
     File,
     Folder,
+    HeterogeneityConfig,
     MapFile,
     NullTestConfig,
     Pixels,
@@ -93,6 +94,35 @@ def backproject(
 
     with _folder(output, "backproject", again=_again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
+
+
+def heterogeneity(
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: HeterogeneityConfig = HeterogeneityConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Find out whether particles show different states of a molecule, and make maps of these.
+
+    The headline is how much better a model with states predicts images that it has not seen. Where it does not, that
+    is the result, and no states are made.
+
+    Args:
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
+        output: Run folder; without it a new one here, heterogeneity_001 or the next free number.
+
+    Examples:
+        # is there anything, and what?
+        emsplat heterogeneity run_data.star -o states
+        # only in one region
+        emsplat heterogeneity run_data.star --focus head_mask.mrc
+        # quickly, with a part of the particles
+        emsplat heterogeneity particles.cs --first 20000
+    """
+    from emsplat.programs.heterogeneity import heterogeneity as run
+
+    with _folder(output, "heterogeneity", again=_again(config.run)) as folder:
+        run(config, particles, folder, _log())
 
 
 def simulate(
@@ -482,7 +512,7 @@ def _log() -> Log:
 
 
 _COMMANDS: dict[str, tuple[Any, ...]] = {
-    "Reconstruct": (reconstruct, backproject),
+    "Reconstruct": (reconstruct, backproject, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
     "Look at the result": (assess, postprocess, nulltest, score_states, fsc, voxelize, report),
     "Shell": (completion,),

@@ -287,6 +287,71 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True)
+class HeterogeneityOptions:
+    """What may move and change."""
+
+    components: int = 12
+    """Directions offered to the linear stage; those that the images do not support vanish."""
+
+    points: int | None = None
+    """Points of the density of latents, which are the cells that maps are made from; by default as many as predict the
+    other half best, at most 64."""
+
+    resolution: Annotated[float, "CYCLES"] = 20.0
+    """Finest frequency of the linear stage, in cycles per box."""
+
+    focus: MapFile | None = None
+    """Mask of the region whose heterogeneity is looked for: the linear stage varies only there."""
+
+    parts: int = 5
+    """Rigid parts with soft borders that the decoder may move."""
+
+    gaussians: int | None = None
+    """Gaussians of a state; by default about one per voxel of the molecule, at most 24,576."""
+
+    states: int = 10
+    """Maps that are written where latents form no classes: centres of as many groups. Classes have one map each."""
+
+
+@dataclass(frozen=True)
+class HeterogeneityConfig:
+    """Molecules that move and change."""
+
+    choice: ChoiceOptions = ChoiceOptions()
+    images: ImageOptions = ImageOptions()
+    halves: HalfSetOptions = HalfSetOptions()
+    heterogeneity: HeterogeneityOptions = HeterogeneityOptions()
+    mask: MaskOptions = MaskOptions()
+    run: RunOptions = RunOptions()
+
+
+@dataclass(frozen=True)
+class StatesConfig:
+    """Maps of a heterogeneous run."""
+
+    at: File | None = None
+    """Table of latents, one row per map: columns z1, z2, ... as in latents.csv."""
+
+    half: Literal[1, 2] | None = None
+    """Only the map of one half-set; by default the mean of both."""
+
+    path: tuple[int, ...] = ()
+    """Two or more states of the run, by their numbers in states.csv: maps along the way between them."""
+
+    frames: int = 20
+    """Maps on the way."""
+
+    gaussians: bool = False
+    """Also the Gaussians of each map, as .ply."""
+
+    overwrite: bool = False
+    """Replace maps of the same names."""
+
+    threads: int | None = None
+    """Threads of the computation; without it as many as cores were granted."""
+
+
+@dataclass(frozen=True)
 class NullTestConfig:
     """The tests."""
 

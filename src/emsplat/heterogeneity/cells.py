@@ -95,8 +95,8 @@ def gather_cells(
 ) -> Iterator[Cells]:
     """The sums of each cell, one cell after the other (each a `Cells` of one; `joined` brings them together).
 
-    ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours. ``support`` is in
-    voxels of ``grid``, which covers the box, as fine as the images or coarser.
+    ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours. ``support`` is
+    in voxels of ``grid``, which covers the box, as fine as the images or coarser.
     """
     noise = estimate_noise(stack)
     own = membership.reshape(len(stack), len(stack.symmetry), -1)
@@ -143,14 +143,11 @@ def _reduced(
 
 def joined(cells: list[Cells]) -> Cells:
     """Several cells of one kind as one object."""
-    first = cells[0]
-    return replace(
-        first,
-        **{
-            name: torch.cat([getattr(one, name) for one in cells])
-            for name in ("linear", "response", "point", "particles", "noise")
-        },
+    linear, response, point, particles, noise = (
+        torch.cat([getattr(one, name) for one in cells])
+        for name in ("linear", "response", "point", "particles", "noise")
     )
+    return Cells(cells[0].grid, linear, response, point, particles, noise)
 
 
 def overlap(membership: Float[Tensor, "v m"]) -> Float[Tensor, "m m"]:
@@ -165,8 +162,8 @@ def empirical_map(
 ) -> Float[Tensor, "z y x"]:
     """The classical map b / (w + 1/τ²) of weighted cells on their grid; other right-hand sides may be given.
 
-    w is the circulant matrix nearest to K. τ² per shell is what |b|² has more than its noise, over w²; signal that fills
-    only a part of the box (``filled``) is that much stronger where it is.
+    w is the circulant matrix nearest to K. τ² per shell is what |b|² has more than its noise, over w²; signal that
+    fills only a part of the box (``filled``) is that much stronger where it is.
     """
     size = cells.grid.size
     total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear))

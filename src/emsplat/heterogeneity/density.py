@@ -70,7 +70,7 @@ def fit_density(latents: Latents, count: int, generator: torch.Generator, steps:
     for _ in range(steps):
         member = density.membership(latents)
         linear = member.T @ latents.linear
-        quadratic = (member.T @ latents.quadratic.flatten(1)).unflatten(1, eye.shape)
+        quadratic = (member.T @ latents.quadratic.flatten(1)).reshape(-1, *eye.shape)
         points = torch.linalg.solve(quadratic + eye, linear)
         density = Density(points, member.mean(0))
     return density

@@ -30,8 +30,8 @@ _FILLED = 0.3  # of the cells' box, by the particle
 class HalfModel:
     """The map of any state: Gaussians, and the residual of the cells around it.
 
-    ``residual`` are maps in the middle of the box; ``precision`` is what an average image says of its latent; ``frame``
-    leads from the latents of the run (those of half 1) to those of this half.
+    ``box`` is that of the images, ``residual`` are maps of its middle; ``precision`` is what an average image says of
+    its latent; ``frame`` leads from the latents of the run (those of half 1) to those of this half.
     """
 
     decoder: Decoder
@@ -39,6 +39,7 @@ class HalfModel:
     precision: Float[Tensor, "q q"]
     residual: Float[Tensor, "m z y x"]
     grid: Grid  # of the residual
+    box: Grid
     frame: Frame
 
     def mixture(self, latent: Float[Tensor, " q"]) -> Gaussians:
@@ -46,13 +47,13 @@ class HalfModel:
         with torch.no_grad():
             return self.decoder.mixtures(self.frame(latent.double()[None]).float())[0]
 
-    def map(self, latent: Float[Tensor, " q"], grid: Grid) -> Float[Tensor, "z y x"]:
-        """The map of a state on the grid of the images; ``latent`` is one of the run."""
+    def map(self, latent: Float[Tensor, " q"]) -> Float[Tensor, "z y x"]:
+        """The map of a state in the box of the images; ``latent`` is one of the run."""
         own = self.frame(latent.double()[None])[0]
         away = self.density.point - own
         likely = torch.softmax(-0.5 * torch.einsum("mq,qr,mr->m", away, self.precision, away), 0)
         rest = torch.einsum("m,mzyx->zyx", likely.float(), self.residual.float())
-        return voxelize(self.mixture(latent), grid) + on_grid(rest, self.grid, grid)
+        return voxelize(self.mixture(latent), self.box) + on_grid(rest, self.grid, self.box)
 
     def save(self, path: Path) -> None:
         state = self.decoder.state()
@@ -65,7 +66,8 @@ class HalfModel:
             "turn": self.frame.turn,
             "offset": self.frame.offset,
         }
-        about = {"decoder": state.numbers, "grid": [self.grid.size, self.grid.pixel_size]}
+        grids = {name: [grid.size, grid.pixel_size] for name, grid in (("grid", self.grid), ("box", self.box))}
+        about = {"decoder": state.numbers, **grids}
         write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"emsplat.half": json.dumps(about)})
 
 
@@ -80,12 +82,14 @@ def read_half(path: Path) -> HalfModel:
             about: dict[str, Any] = json.loads(file.metadata()["emsplat.half"])
             own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         decoder = {name.removeprefix("decoder."): value for name, value in own.items() if name.startswith("decoder.")}
+        grid, box = (Grid(int(about[name][0]), float(about[name][1])) for name in ("grid", "box"))
         return HalfModel(
             read_decoder(Saved("decoder", about["decoder"], decoder)),
             Density(own["point"], own["weight"]),
             own["precision"],
             own["residual"].float(),
-            Grid(int(about["grid"][0]), float(about["grid"][1])),
+            grid,
+            box,
             Frame(own["turn"], own["offset"]),
         )
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -93,7 +97,7 @@ def read_half(path: Path) -> HalfModel:
 
 
 def half_model(
-    decoder: Decoder, density: Density, precision: Tensor, cells: Cells, membership: Float[Tensor, "v m"]
+    decoder: Decoder, density: Density, precision: Tensor, cells: Cells, membership: Float[Tensor, "v m"], box: Grid
 ) -> HalfModel:
     """With the residuals of the cells, each shared with those that overlap with it."""
     with torch.no_grad():
@@ -101,7 +105,7 @@ def half_model(
     left = residuals(cells, maps)
     kernel = overlap(membership).float() ** _KERNEL
     rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
-    return HalfModel(decoder, density, precision, rest, cells.grid, identity(density.point.shape[1]))
+    return HalfModel(decoder, density, precision, rest, cells.grid, box, identity(density.point.shape[1]))
 
 
 def in_frame(model: HalfModel, frame: Frame) -> HalfModel:
@@ -127,4 +131,5 @@ def on_grid(volume: Float[Tensor, "z y x"], own: Grid, grid: Grid) -> Float[Tens
     wide[(places % grid.size)[:, None, None], (places % grid.size)[:, None], half] = spectrum[
         (places % size)[:, None, None], (places % size)[:, None], half
     ]
-    return torch.fft.fftshift(torch.fft.irfftn(wide, s=(grid.size,) * 3))
+    fine: Tensor = torch.fft.fftshift(torch.fft.irfftn(wide, s=(grid.size,) * 3))
+    return fine

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Lattice:
         ``with_pose`` the derivatives of that by turns about x, y, z of the image (radians) and by shifts along x, y (in
         units of the box over 2π), and the other maps."""
         channels = len(maps) + 3 * with_pose
-        return torch.from_numpy(
+        products = torch.from_numpy(
             _native.view_products(
                 self.field(maps, with_pose=with_pose).numpy(),
                 channels,
@@ -105,6 +106,11 @@ class Lattice:
                 *self._views(spectra),
             )
         )
+        if with_pose:
+            # The kernel counts frequencies in voxels.
+            products[:, 5:7] /= self.step
+            products[:, :, 5:7] /= self.step
+        return products
 
     def slices(self, maps: Float[Tensor, "c z y x"], spectra: Spectra) -> Complex[Tensor, "v c k"]:
         """What each view shows of each map, before its CTF."""
@@ -125,13 +131,13 @@ class Lattice:
         views = self._views(spectra)
         _native.insert_views(field, means, moments.numpy(), spectra.values.numpy(), spectra.transfer.numpy(), *views)
         folded = self._folded(torch.from_numpy(field)[..., :numbers], means)
-        linear = torch.view_as_complex(folded[..., : 2 * means].unflatten(-1, (means, 2)).contiguous())
+        linear = torch.view_as_complex(folded[..., : 2 * means].reshape(*folded.shape[:3], means, 2).contiguous())
         return (
             self._synthesis(linear, self.size),
             self._synthesis(folded[..., 2 * means :].contiguous(), kernel_size(self.size)) * self._fade(),
         )
 
-    def _views(self, spectra: Spectra) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+    def _views(self, spectra: Spectra) -> tuple[Any, ...]:
         frequency = spectra.within(self.radius) * self.step
         polynomials = polynomials_on(CPU).numpy()
         return (

@@ -51,7 +51,7 @@ class Spectra:
         return replace(self, image=self.image[views], rotation=self.rotation[views], share=self.share[views])
 
 
-def _half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
+def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
     """Frequencies within ``radius`` in cycles per box of the map, each once, and their places in a flattened rfft2
     of ``size`` pixels; ``ratio`` is the map's box over that of the images."""
     reach = min(math.floor(radius / ratio), size // 2 - 1)
@@ -74,7 +74,7 @@ def read_spectra(stack: ParticleStack, radius: float, grid: Grid | None = None) 
     """
     box = grid or stack.grid
     own = stack.grid
-    frequency, place = _half_plane(radius, box.length / own.length, own.size)
+    frequency, place = half_plane(radius, box.length / own.length, own.size)
     noise = estimate_noise(stack)
     shell = torch.linalg.vector_norm(frequency / (box.length / own.length), dim=1).round().long()
     scale = 1 / (noise[:, shell].sqrt() * own.size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -56,10 +56,10 @@ def orders(cells: Cells, stage: Stage, reference: int, generator: torch.Generato
         count = len(cells)
         if stage.growing:
             count = max(stage.batch, min(count, round(count * (epoch + 1) / (0.75 * stage.epochs))))
-        yield from rank[:count][torch.randperm(count, generator=generator)].split(stage.batch)
+        yield from torch.split(rank[:count][torch.randperm(count, generator=generator)], stage.batch)
 
 
-COARSE = (
+_COARSE = (
     Stage(40.0, 16, growing=True),
     Stage(24.0, 8),
     Stage(19.0, 8, rate=0.7),
@@ -67,8 +67,50 @@ COARSE = (
 )
 _FINE = (0.4, 0.2, 0.1, 0.05)  # rates of the stages with all frequencies
 _FINE_EPOCHS = 6
-_FIRST = 2048  # Gaussians
-_LIKE = 5e4  # Å³ of protein per 2,048 Gaussians for which the resolutions above are meant
+_LIKE = 2e5  # Å³ of the molecule for which the resolutions and widths are meant; others scale with its diameter
+_FIRST, _MOST = 2048, 24576  # Gaussians
+_WIDTH = 7.0  # Å
+_PER_VOXEL = 1.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a decoder is fitted."""
+
+    parts: int
+    gaussians: int | None = None  # at the end; None: about one per voxel of the molecule
+
+
+def fit_decoder(
+    cells: Cells, shared: Float[Tensor, "m m"], plan: Plan, generator: torch.Generator, tell: Callable[[str], None]
+) -> Decoder:
+    """A decoder of all cells: few wide Gaussians at low resolution first, then many narrow ones."""
+    reference = reference_cell(cells)
+    volume = molecule_volume(cells, shared)
+    scale = min(max((volume / _LIKE) ** (1 / 3), 0.6), 2.5)
+    shape = Shape(latents=cells.point.shape[1], parts=plan.parts)
+    decoder = start(cells, shared, _FIRST, scale * _WIDTH, shape, generator)
+    tell("the reference cell")
+    run_stage(decoder, cells, Stage(24.0 * scale, 8), generator, only=reference)
+    for stage in _COARSE:
+        tell(f"all cells at {scale * stage.resolution:.0f} Å")
+        run_stage(decoder, cells, replace(stage, resolution=scale * stage.resolution), generator)
+    count = plan.gaussians or round(_PER_VOXEL * volume / cells.grid.pixel_size**3)
+    copies = max(1, round(min(count, _MOST) / _FIRST))
+    spacing = (volume / (copies * _FIRST)) ** (1 / 3)
+    decoder = decoder.split(copies, max(spacing, 0.8 * cells.grid.pixel_size), generator)
+    for rate in _FINE:
+        tell(f"all frequencies, {len(decoder):,} Gaussians, rate {rate:g}")
+        run_stage(decoder, cells, Stage(0.0, _FINE_EPOCHS, rate, batch=1), generator)
+    return decoder
+
+
+def molecule_volume(cells: Cells, shared: Float[Tensor, "m m"]) -> float:
+    """Å³ in which the reference cell and those that overlap with it are brighter than a quarter of their maximum, at a
+    resolution of about 15 Å."""
+    near = shared[reference_cell(cells)].float()
+    smooth = _lowpassed(empirical_map(cells, torch.where(near > 0.05, near, 0.0)), cells.grid, 5.0)
+    return float((smooth > 0.25 * smooth.max()).sum()) * cells.grid.pixel_size**3
 
 
 def reference_cell(cells: Cells) -> int:
@@ -108,7 +150,8 @@ def start(
 def _lowpassed(volume: Float[Tensor, "z y x"], grid: Grid, width: float) -> Float[Tensor, "z y x"]:
     kz, ky, kx = frequencies(grid, 3)
     filtered = torch.fft.rfftn(volume) * torch.exp(-2 * math.pi**2 * width**2 * (kz**2 + ky**2 + kx**2))
-    return torch.fft.irfftn(filtered, s=volume.shape)
+    smooth: Tensor = torch.fft.irfftn(filtered, s=volume.shape)
+    return smooth
 
 
 @torch.no_grad()
@@ -135,7 +178,7 @@ def run_stage(
     for chosen in steps:
         optimiser.zero_grad()
         value = loss(decoder, coarse, chosen)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         losses.append(float(value.detach()))
     return losses

@@ -12,18 +12,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from emsplat.heterogeneity.lattice import Lattice
 from emsplat.heterogeneity.spectra import Spectra
-from emsplat.maths.fourier import hermitian_weight, irfft, rfft, shell_index
+from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index
 from emsplat.sums.equations import kernel_size
 
 _START = 0.1  # power of a new component, relative to the mean map
-_DEAD = 1e-3  # below this share of the strongest component's power another one is put in its place
+_DEAD = 1e-6  # share of the mean map's power below which a component has vanished
 _SEED_AMPLITUDE, _SEED_POWER = 0.02, 0.1  # of a component that is put there
+_CORRECTIONS = 2
+_MOST_BRIGHTNESS, _MOST_TURN = 0.5**2, 0.06**2  # beyond, first order is no approximation
+_PATIENCE = 3  # iterations at each radius before components are pruned
 _LEAST_DETERMINED, _NOTHING = 1e-2, 1e-12
 
 
@@ -42,12 +47,28 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How far images may be from where and how bright they are said to be: variances of what every view has besides its
+    latents. They are estimated, so that wrong poses and grey scales are not taken for states."""
+
+    brightness: float = 0.05**2
+    turn: float = 0.02**2  # rad², about each axis
+    shift: float = 0.01**2  # (box / 2π)²
+
+    def variances(self) -> Float[Tensor, " n"]:
+        """Of brightness, three turns and two shifts, in the order of `Lattice.products`."""
+        values = [self.brightness, *[self.turn] * 3, *[self.shift] * 2]
+        return torch.tensor(values, dtype=torch.float64).clamp(min=_NOTHING)
+
+
+@dataclass(frozen=True)
 class Subspace:
     """The mean map and its components on a lattice, with their power per shell."""
 
     lattice: Lattice
     maps: Float[Tensor, "c z y x"]  # V0, U_1, ..., U_q
     power: Float[Tensor, "c s"]  # prior variance of a Fourier coefficient, shells 0 ... radius
+    placement: Placement = Placement()
 
     @property
     def components(self) -> int:
@@ -64,14 +85,43 @@ class Subspace:
             :, (places % old)[:, None, None], (places % old)[:, None], places[places >= 0]
         ]
         power = torch.cat([self.power, self.power[:, -1:].expand(-1, lattice.radius - self.lattice.radius)], 1)
-        return Subspace(lattice, irfft(wide, 3), power)
+        return replace(self, lattice=lattice, maps=irfft(wide, 3), power=power)
 
 
 def infer(subspace: Subspace, spectra: Spectra) -> Latents:
-    """The E step: posteriors of all views."""
-    products = subspace.lattice.products(subspace.maps, spectra).double()
-    residual = products[:, 2:, 0] - products[:, 2:, 1]
-    return posterior(2 * residual, 2 * products[:, 2:, 2:])
+    """The E step: posteriors of all views.
+
+    Brightness and pose of each view are integrated out, to first order in their errors: b and A are those of the data
+    with the six derivatives of the mean map's image projected out as far as `Placement` allows.
+    """
+    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
+    linear, quadratic = products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:]
+    own = 1 / subspace.placement.variances()
+    root = torch.linalg.cholesky(quadratic[:, :6, :6] + torch.diag(own))
+    known = torch.cholesky_solve(torch.cat([linear[:, :6, None], quadratic[:, :6, 6:]], 2), root)
+    across = quadratic[:, 6:, :6]
+    return posterior(
+        linear[:, 6:] - (across @ known[:, :, :1]).squeeze(-1), quadratic[:, 6:, 6:] - across @ known[:, :, 1:]
+    )
+
+
+def estimate_placement(subspace: Subspace, spectra: Spectra, latents: Latents) -> Placement:
+    """The variances that the posteriors of brightness and pose say (one EM step), given those of the latents."""
+    products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
+    linear, quadratic = products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:]
+    precision = quadratic[:, :6, :6] + torch.diag(1 / subspace.placement.variances())
+    rest = linear[:, :6] - (quadratic[:, :6, 6:] @ latents.mean[..., None]).squeeze(-1)
+    covariance = torch.linalg.inv(precision)
+    mean = (covariance @ rest[..., None]).squeeze(-1)
+    moved = covariance @ quadratic[:, :6, 6:]
+    spread = torch.diagonal(covariance + moved @ latents.covariance @ moved.mT, dim1=1, dim2=2)
+    weight = spectra.share.double() / spectra.share.double().sum()
+    second = weight @ (mean.square() + spread)
+    return Placement(
+        min(float(second[0]), _MOST_BRIGHTNESS),
+        min(float(second[1:4].mean()), _MOST_TURN),
+        float(second[4:6].mean()),
+    )
 
 
 def posterior(linear: Float[Tensor, "v q"], quadratic: Float[Tensor, "v q q"]) -> Latents:
@@ -87,10 +137,24 @@ def posterior(linear: Float[Tensor, "v q"], quadratic: Float[Tensor, "v q q"]) -
 
 @dataclass(frozen=True)
 class _Equations:
-    """Per Fourier coefficient within the radius: Σ ⟨z̃_j⟩ c y and Σ ⟨z̃_j z̃_k⟩ c² around it."""
+    """The data as a quadratic form of mean and components: b = Σ ⟨z̃_j⟩ Sᵀ c y as maps, and the convolutions
+    K = Σ ⟨z̃_j z̃_k⟩ Sᵀ c² S (the upper triangle) as responses on a padded grid."""
 
-    linear: Float[Tensor, "k c 2"]
-    quadratic: Float[Tensor, "k c c"]
+    linear: Float[Tensor, "c z y x"]
+    response: Float[Tensor, "t w v u"]
+    quadratic: Float[Tensor, "k c c"]  # the circulant matrix nearest to K, per coefficient within the radius
+
+    def misfit(self, maps: Float[Tensor, "c z y x"]) -> Float[Tensor, "c z y x"]:
+        """b - K V."""
+        count, size, side = len(maps), maps.shape[-1], self.response.shape[1]
+        spectrum = torch.fft.rfftn(maps, s=(side,) * 3, dim=(1, 2, 3))
+        applied = torch.zeros_like(spectrum)
+        for (j, k), response in zip(torch.triu_indices(count, count).T.tolist(), self.response, strict=True):
+            applied[j] += response * spectrum[k]
+            if j != k:
+                applied[k] += response * spectrum[j]
+        moved: Tensor = torch.fft.irfftn(applied, s=(side,) * 3, dim=(1, 2, 3))[:, :size, :size, :size]
+        return self.linear - moved
 
 
 class Space:
@@ -104,7 +168,8 @@ class Space:
         self.shells = shells[self.inside]
         self.weight = hermitian_weight(size).expand(size, size, -1)[self.inside].double()
         self.count = torch.zeros(lattice.radius + 1, dtype=torch.float64).index_add_(0, self.shells, self.weight)
-        self.support = ball(size) if support is None else support
+        self.sphere = ball(size)
+        self.support = self.sphere if support is None else self.sphere * support
 
     def per_shell(self, values: Float[Tensor, "k *c"]) -> Float[Tensor, "s *c"]:
         """Means over shells."""
@@ -117,16 +182,12 @@ class Space:
         return torch.view_as_real(rfft(maps, 3)[:, self.inside].T.contiguous())
 
     def maps(self, coefficients: Float[Tensor, "k c 2"]) -> Float[Tensor, "c z y x"]:
-        """Real maps within the support."""
+        """Real maps: the first, the mean, in the sphere, components within the support."""
         size = self.lattice.size
         spectrum = torch.zeros(coefficients.shape[1], size, size, size // 2 + 1, dtype=torch.complex64)
         spectrum[:, self.inside] = torch.view_as_complex(coefficients.float().contiguous()).T
-        return irfft(spectrum, 3) * self.support
-
-    def filtered(self, maps: Float[Tensor, "c z y x"]) -> Float[Tensor, "c z y x"]:
-        """Maps without what lies beyond the radius."""
-        spectrum = rfft(maps, 3)
-        return irfft(spectrum * self.inside, 3)
+        maps = irfft(spectrum, 3)
+        return torch.cat([maps[:1] * self.sphere, maps[1:] * self.support])
 
 
 def ball(size: int, diameter: float = 0.9, edge: float = 0.06) -> Float[Tensor, "z y x"]:
@@ -143,10 +204,24 @@ def _equations(space: Space, spectra: Spectra, mean: Tensor, second: Tensor) -> 
     share = spectra.share[:, None]
     linear, kernels = space.lattice.insert(mean.float() * share, second[:, upper[0], upper[1]].float() * share, spectra)
     quadratic = torch.empty(len(space.shells), count, count)
+    responses = []
     for number, kernel in enumerate(kernels):
         j, k = upper[:, number].tolist()
         quadratic[:, j, k] = quadratic[:, k, j] = _weight(kernel, size)[space.inside] / size**3
-    return _Equations(space.coefficients(linear) / size**3, quadratic)
+        responses.append(_response(kernel))
+    return _Equations(linear, torch.stack(responses), quadratic)
+
+
+def _response(kernel: Float[Tensor, "w v u"]) -> Float[Tensor, "z y k"]:
+    """The transform of a convolution's kernel on a grid that transforms fast, lag 0 first."""
+    length = side = len(kernel)
+    while not is_smooth(side):
+        side += 2
+    places = (torch.arange(length) - length // 2) % side
+    padded = kernel.new_zeros(side, side, side)
+    padded[places[:, None, None], places[:, None], places] = kernel
+    transform: Tensor = torch.fft.rfftn(padded).real
+    return transform.contiguous()
 
 
 def _weight(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]:
@@ -164,25 +239,46 @@ def _weight(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]
 
 
 def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> tuple[Tensor, Tensor]:
-    """Posterior mean of the maps' coefficients and its covariance."""
-    count = len(power)
+    """Posterior mean of the maps' coefficients and its covariance.
+
+    The circulant matrix gives both; what its mean then leaves of b - K V is solved for again (within the support): it
+    errs by some percent where the density of views changes from one coefficient to the next.
+    """
+    count, voxels = len(power), space.lattice.size**3
     prior = (1 / power.clamp(min=1e-30)).T[space.shells].double()
     matrix = equations.quadratic.double() + torch.diag_embed(prior)
     # Tapering keeps the matrix positive; rounding may not where a component is all but gone.
     scale = 1 / torch.diagonal(matrix, dim1=1, dim2=2).sqrt()
     matrix = matrix * scale[:, :, None] * scale[:, None, :] + 1e-6 * torch.eye(count, dtype=torch.float64)
     root = torch.linalg.cholesky(matrix)
-    solution = torch.cholesky_solve(equations.linear.double() * scale[:, :, None], root) * scale[:, :, None]
+
+    def solved(linear: Float[Tensor, "k c 2"]) -> Float[Tensor, "k c 2"]:
+        return torch.cholesky_solve(linear.double() * scale[:, :, None], root) * scale[:, :, None]
+
+    solution = solved(space.coefficients(equations.linear) / voxels)
+    for _ in range(_CORRECTIONS):
+        maps = space.maps(solution)
+        solution = space.coefficients(maps).double()
+        rest = space.coefficients(equations.misfit(maps)) / voxels - prior[:, :, None] * solution
+        solution = solution + solved(rest)
     covariance = torch.cholesky_inverse(root) * scale[:, :, None] * scale[:, None, :]
     return solution, covariance
 
 
-def maximise(space: Space, spectra: Spectra, power: Float[Tensor, "c s"], latents: Latents | None) -> Subspace:
+def maximise(
+    space: Space,
+    spectra: Spectra,
+    power: Float[Tensor, "c s"],
+    latents: Latents | None,
+    *,
+    pruning: bool = True,
+) -> Subspace:
     """The M step: mean and components from the posteriors, with the prior's power estimated anew, latents made standard
     normal, and components orthogonal.
 
     The power is that of the solution over the share of it that the data determine (MacKay 1992). Components that the
-    data do not support vanish in a few steps, where the plain EM update takes hundreds.
+    data do not support vanish in a few steps, where the EM update (without ``pruning``) takes hundreds. Components that
+    have just been drawn at random need that patience.
     """
     views = len(spectra)
     own = torch.zeros(views, 0, dtype=torch.float64) if latents is None else latents.mean
@@ -192,8 +288,11 @@ def maximise(space: Space, spectra: Spectra, power: Float[Tensor, "c s"], latent
         second[:, 1:, 1:] += latents.covariance
     coefficients, covariance = _solve(space, _equations(space, spectra, mean, second), power)
     variance = space.per_shell(torch.diagonal(covariance, dim1=1, dim2=2))
-    determined = (1 - variance / power.T.double().clamp(min=1e-30)).clamp(min=_LEAST_DETERMINED)
-    found = space.per_shell(coefficients.square().sum(2)) / determined
+    found = space.per_shell(coefficients.square().sum(2))
+    if pruning:
+        found = found / (1 - variance / power.T.double().clamp(min=1e-30)).clamp(min=_LEAST_DETERMINED)
+    else:
+        found = found + variance
     turn = _standardised(second, spectra.share)
     turn = turn @ _principal(torch.einsum("czyx,cd->dzyx", space.maps(coefficients), turn.float()))
     maps = space.maps(torch.einsum("kcr,cd->kdr", coefficients, turn))
@@ -231,29 +330,34 @@ def consensus(space: Space, spectra: Spectra, steps: int = 3) -> Subspace:
     return found
 
 
-def begin(space: Space, spectra: Spectra, components: int, generator: torch.Generator) -> tuple[Tensor, Latents]:
-    """Random latents, and the power of mean and components to go with them."""
+def begin(space: Space, spectra: Spectra, components: int, generator: torch.Generator) -> Subspace:
+    """Mean and components that random latents give."""
     power = consensus(space, spectra).power
     drawn = torch.randn(len(spectra), components, generator=generator, dtype=torch.float64)
     none = torch.zeros(len(spectra), components, components, dtype=torch.float64)
     latents = Latents(drawn, none, drawn, none, torch.zeros(len(spectra)))
-    return torch.cat([power, _START * power.expand(components, -1)]), latents
+    return maximise(space, spectra, torch.cat([power, _START * power.expand(components, -1)]), latents, pruning=False)
 
 
-def reseeded(subspace: Subspace, space: Space, generator: torch.Generator) -> Subspace:
-    """Weak components replaced by faint noise, so that a larger radius may find what a smaller one could not see."""
-    strength = subspace.maps[1:].square().sum((1, 2, 3))
-    dead = (strength < _DEAD * strength.max()).nonzero()[:, 0] + 1
-    if not len(dead) or not float(strength.max()) > 0:
-        return subspace
-    maps, power = subspace.maps.clone(), subspace.power.clone()
-    strongest = power[1:].max(0).values
-    noise = torch.randn(len(dead), *maps.shape[1:], generator=generator)
+def alive(subspace: Subspace) -> Subspace:
+    """Without components that have vanished."""
+    strength = subspace.maps.square().sum((1, 2, 3))
+    kept = strength > _DEAD * strength[0]
+    kept[0] = True
+    return replace(subspace, maps=subspace.maps[kept], power=subspace.power[kept])
+
+
+def reseeded(subspace: Subspace, space: Space, components: int, generator: torch.Generator) -> Subspace:
+    """With faint noise for the components that have vanished, so that a larger radius may find what a smaller one could
+    not see."""
+    missing = components - subspace.components
+    strongest = subspace.power[1:].max(0).values
+    noise = torch.randn(missing + 1, *subspace.maps.shape[1:], generator=generator)
     spectrum = space.coefficients(noise)
     shape = (strongest / space.per_shell(spectrum.square().sum(2)).mean(1).float()).sqrt()
-    maps[dead] = space.maps(spectrum * (_SEED_AMPLITUDE**0.5 * shape)[space.shells][:, None, None])
-    power[dead] = _SEED_POWER * strongest
-    return replace(subspace, maps=maps, power=power)
+    seeds = space.maps(spectrum * (_SEED_AMPLITUDE**0.5 * shape)[space.shells][:, None, None])[1:]
+    power = torch.cat([subspace.power, _SEED_POWER * strongest.expand(missing, -1)])
+    return replace(subspace, maps=torch.cat([subspace.maps, seeds]), power=power)
 
 
 def fit_subspace(
@@ -261,19 +365,37 @@ def fit_subspace(
     components: int,
     generator: torch.Generator,
     stages: Sequence[tuple[int, int]],
+    support: Float[Tensor, "z y x"] | None = None,
 ) -> Iterator[Subspace]:
     """Mean and components by EM, low frequencies first, after each iteration: ``stages`` are (radius in cycles per box,
-    iterations)."""
-    space = Space(Lattice(stages[0][0]))
-    power, latents = begin(space, spectra, components, generator)
-    subspace = maximise(space, spectra, power, latents)
-    for number, (radius, iterations) in enumerate(stages):
-        if number:
-            space = Space(Lattice(radius))
-            subspace = reseeded(_widened(subspace, space, spectra), space, generator)
-        for _ in range(iterations):
-            subspace = maximise(space, spectra, subspace.power, infer(subspace, spectra))
+    iterations). Components lie within ``support``, a mask of the box at any sampling; those that the images do not
+    support vanish.
+    """
+    subspace: Subspace | None = None
+    for radius, iterations in stages:
+        space = space_of(radius, support)
+        if subspace is None or not subspace.components:
+            placement = Placement() if subspace is None else subspace.placement
+            subspace = replace(begin(space, spectra, components, generator), placement=placement)
+        else:
+            subspace = reseeded(_widened(subspace, space, spectra), space, components, generator)
+        for iteration in range(iterations):
+            latents = infer(subspace, spectra)
+            placement = estimate_placement(subspace, spectra, latents)
+            found = maximise(space, spectra, subspace.power, latents, pruning=iteration >= _PATIENCE)
+            subspace = replace(alive(found), placement=placement)
             yield subspace
+
+
+def space_of(radius: int, support: Float[Tensor, "z y x"] | None) -> Space:
+    """Where maps of a radius live; the support is brought to their sampling."""
+    lattice = Lattice(radius)
+    if support is None:
+        return Space(lattice)
+    size, fine = lattice.size, len(support)
+    axis = fine // 2 + (np.arange(size) - size // 2) * fine / size
+    places = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))
+    return Space(lattice, torch.from_numpy(map_coordinates(support.numpy(), places, order=1)))
 
 
 def _widened(subspace: Subspace, space: Space, spectra: Spectra) -> Subspace:
@@ -285,4 +407,4 @@ def _widened(subspace: Subspace, space: Space, spectra: Spectra) -> Subspace:
     beyond = torch.arange(space.lattice.radius + 1) > last
     power = torch.where(beyond, mean.power * ratio[:, last, None].clamp(max=1), wide.power[1:])
     maps = torch.cat([mean.maps, wide.maps[1:]])
-    return Subspace(space.lattice, maps, torch.cat([mean.power, power]))
+    return Subspace(space.lattice, maps, torch.cat([mean.power, power]), subspace.placement)

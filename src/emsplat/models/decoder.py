@@ -84,11 +84,12 @@ class Decoder(torch.nn.Module):
         hidden = latent
         for weight, bias in zip(self.weights[:2], self.biases[:2], strict=True):
             hidden = functional.silu(hidden @ weight.T + bias)
-        return torch.cat([hidden, latent], 1) @ self.weights[2].T + self.biases[2]
+        numbers: Tensor = torch.cat([hidden, latent], 1) @ self.weights[2].T + self.biases[2]
+        return numbers
 
     def motions(self, numbers: Float[Tensor, "b o"]) -> tuple[Float[Tensor, "b p 3 3"], Float[Tensor, "b p 3"]]:
         """Rotation and shift of each part; six numbers make a rotation without a seam (Zhou et al. 2019)."""
-        own = numbers[:, : 9 * self.shape.parts].unflatten(1, (self.shape.parts, 9))
+        own = numbers[:, : 9 * self.shape.parts].reshape(-1, self.shape.parts, 9)
         first = own[..., :3] + own.new_tensor([1.0, 0.0, 0.0])
         second = own[..., 3:6] + own.new_tensor([0.0, 1.0, 0.0])
         x = functional.normalize(first, dim=-1)

@@ -72,7 +72,7 @@ def finish(
     if not run.config.run.keep_statistics:
         for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()
-    summary = measured | _found(run, classical, fits) | _circumstances(run)
+    summary = measured | _found(run, classical, fits) | circumstances(run)
     summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
     write_text(folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the figures and the report"):
@@ -87,7 +87,7 @@ def finish(
 def _found(run: Run[RunConfig], classical: Classical, fits: Fits | None) -> dict[str, Any]:
     """What the run has found out, beside what is measured on its maps."""
     return {
-        "input": _describe(run),
+        "input": describe(run),
         "coverage": round(classical.equations["class001"].coverage(), 4),
         "fits": {} if fits is None else {name: fitted.about for name, fitted in fits.by_name.items()},
         "course": [] if fits is None else [asdict(stage) for stage in fits.stages],
@@ -97,7 +97,7 @@ def _found(run: Run[RunConfig], classical: Classical, fits: Fits | None) -> dict
     }
 
 
-def _circumstances(run: Run[RunConfig]) -> dict[str, Any]:
+def circumstances(run: Run[RunConfig]) -> dict[str, Any]:
     """With what, where and how long it was run, and what was said on the way."""
     log, device = run.log, run.stack.device
     peak = peak_device_memory(device)
@@ -115,7 +115,7 @@ def _circumstances(run: Run[RunConfig]) -> dict[str, Any]:
     }
 
 
-def _describe(run: Run[RunConfig]) -> dict[str, Any]:
+def describe(run: Run[RunConfig]) -> dict[str, Any]:
     """The particles as they were used."""
     stack, table = run.stack, run.stack.table
     found = copies(table.take(stack.rows), stack.symmetry)

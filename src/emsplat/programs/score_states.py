@@ -15,15 +15,16 @@ from torch import Tensor
 from emsplat.assessment.states import Map, MapsAt, Score, Scores, score
 from emsplat.config import ScoreStatesConfig
 from emsplat.errors import InputError, OutputError
+from emsplat.heterogeneity.half import read_half
 from emsplat.io.columns import Latents, read_latents
 from emsplat.io.files import number_text, replacing
 from emsplat.io.mrc import read_map
 from emsplat.measures.fsc import common_grid
 from emsplat.measures.mask import check_mask
 from emsplat.process import threads
-from emsplat.run.files import CONSENSUS, CRYODRGN_LATENTS, FULL_MAP, LATENTS, SCORES
+from emsplat.run.files import CONSENSUS, CRYODRGN_LATENTS, FULL_MAP, LATENTS, SCORES, half_model_name, state_map_name
 from emsplat.run.log import Log
-from emsplat.simulation.truth import Truth, read_truth, state_map_name
+from emsplat.simulation.truth import Truth, read_truth
 from emsplat.types import Grid
 
 _COLUMNS = ("state", "particles", "auc", "moving", "consensus_auc", "consensus_moving", "mean_auc", "mean_moving")
@@ -115,7 +116,7 @@ def _results(run: Path, truth: Truth, grid: Grid, config: ScoreStatesConfig) -> 
     return _Results(
         latents,
         rows,
-        None if plain else maps_of_run(run),
+        None if plain else maps_of_run(run, truth, grid),
         _plain_maps(run, truth, grid) if plain else None,
         _consensus(run, truth, grid, config.consensus),
     )
@@ -143,16 +144,26 @@ def _matched(path: Path, latents: Latents, truth: Truth, *, partial: bool) -> In
     return row
 
 
-def maps_of_run(run: Path) -> MapsAt:
+def maps_of_run(run: Path, truth: Truth, grid: Grid) -> MapsAt:
     """The maps at latents of a run folder of ``emsplat heterogeneity``.
 
     Raises:
         InputError: the folder has none.
     """
-    raise InputError(
-        f"{run}: has latents, but no maps; expected a map for each true state in order, {state_map_name(0)}, "
-        f"{state_map_name(1)} and so on"
-    )
+    paths = [run / half_model_name(half) for half in (1, 2)]
+    if not all(path.is_file() for path in paths):
+        raise InputError(
+            f"{run}: has latents, but no maps; expected a run folder of emsplat heterogeneity, or a map for each true "
+            f"state in order, {state_map_name(0)}, {state_map_name(1)} and so on"
+        )
+    models = [read_half(path) for path in paths]
+    common_grid({str(truth.maps[0]): grid, **{str(path): own.box for path, own in zip(paths, models, strict=True)}})
+
+    def maps_at(latents: Float[Tensor, "n d"]) -> Iterator[Map]:
+        for latent in latents:
+            yield (models[0].map(latent) + models[1].map(latent)) / 2
+
+    return maps_at
 
 
 def _plain_maps(run: Path, truth: Truth, grid: Grid) -> Iterator[Map]:

@@ -20,6 +20,7 @@ from emsplat.io.files import replacing
 from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.paths import Names
 from emsplat.io.relion.write import write_particles_star
+from emsplat.run.files import state_map_name
 from emsplat.run.folder import plain
 from emsplat.run.log import Log, counted
 from emsplat.simulation.images import (
@@ -37,7 +38,7 @@ from emsplat.simulation.images import (
 )
 from emsplat.simulation.protein import check_fits, place_states, procedural_protein
 from emsplat.simulation.states import States, draw_contrast, draw_states, load_states, one_state
-from emsplat.simulation.truth import TRUTH, remove_truth, state_map_name, write_truth
+from emsplat.simulation.truth import TRUTH, remove_truth, write_truth
 from emsplat.types import Grid
 
 

@@ -47,6 +47,8 @@ RESIDUAL = "residual.csv"
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
+STATES = "states"  # folder of maps of states
+STATES_TABLE = "states.csv"
 
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
@@ -87,3 +89,13 @@ def checkpoint_name(fit: str) -> str:
 def statistics_name(fit: str, part: int | str = "") -> str:
     """The sums over the images of a fit; of some kinds of images where there are several. A pattern with "*"."""
     return f"run_{fit}_statistics{part}.safetensors"
+
+
+def half_model_name(half: int) -> str:
+    """The model of all states of a half-set."""
+    return f"model_half{half}.safetensors"
+
+
+def state_map_name(state: int, half: int | None = None) -> str:
+    """The map of a state, counted from 0, or that of one half-set."""
+    return f"{state:03d}.mrc" if half is None else f"{state:03d}_half{half}.mrc"

@@ -22,17 +22,12 @@ from emsplat.io.columns import as_numbers, as_whole, read_columns
 from emsplat.io.files import replacing, require_file
 from emsplat.io.mrc import read_map
 from emsplat.measures.fsc import common_grid
+from emsplat.run.files import STATES_TABLE, state_map_name
 from emsplat.simulation.states import States
 from emsplat.types import Grid
 
 TRUTH = "truth"  # the folder
 LABELS = "labels.csv"
-STATES = "states.csv"
-
-
-def state_map_name(state: int) -> str:
-    """The map of a state, counted from 0."""
-    return f"{state:03d}.mrc"
 
 
 def remove_truth(folder: Path) -> None:
@@ -41,7 +36,7 @@ def remove_truth(folder: Path) -> None:
     Raises:
         OutputError: they cannot be removed.
     """
-    for path in (folder / LABELS, folder / STATES, *folder.glob("[0-9][0-9][0-9]*.mrc")):
+    for path in (folder / LABELS, folder / STATES_TABLE, *folder.glob("[0-9][0-9][0-9]*.mrc")):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -65,7 +60,7 @@ def write_truth(folder: Path, states: States, which: Int[Tensor, " p"], contrast
         ),
     )
     _write(
-        folder / STATES,
+        folder / STATES_TABLE,
         ["state", "population", *own, "file"],
         (
             [
@@ -125,23 +120,25 @@ def read_truth(folder: Path) -> Truth:
     folder = folder if (folder / LABELS).is_file() else folder / TRUTH
     labels, states = (
         read_columns(folder / LABELS, ("state",)),
-        read_columns(folder / STATES, ("state", "population", "file")),
+        read_columns(folder / STATES_TABLE, ("state", "population", "file")),
     )
     state = as_whole(folder / LABELS, "state", labels["state"])
-    number = as_whole(folder / STATES, "state", states["state"])
+    number = as_whole(folder / STATES_TABLE, "state", states["state"])
     if number.tolist() != list(range(1, len(number) + 1)):
-        raise InputError(f"{folder / STATES}: column state; expected 1, 2, 3 and so on, one row for each")
+        raise InputError(f"{folder / STATES_TABLE}: column state; expected 1, 2, 3 and so on, one row for each")
     if not bool(((state >= 1) & (state <= len(number))).all()):
         raise InputError(
             f"{folder / LABELS}: states from {int(state.min())} to {int(state.max())}; expected 1 to {len(number)}"
         )
     if "row" in labels and as_whole(folder / LABELS, "row", labels["row"]).tolist() != list(range(1, len(state) + 1)):
         raise InputError(f"{folder / LABELS}: column row; expected 1, 2, 3 and so on, as the particles are")
-    population = torch.tensor(as_numbers(folder / STATES, "population", states["population"]), dtype=torch.float64)
+    population = torch.tensor(
+        as_numbers(folder / STATES_TABLE, "population", states["population"]), dtype=torch.float64
+    )
     if not bool((population > 0).all()):
-        raise InputError(f"{folder / STATES}: column population; expected numbers above 0")
+        raise InputError(f"{folder / STATES_TABLE}: column population; expected numbers above 0")
     maps = tuple(folder / name for name in states["file"])
     for path in maps:
-        require_file(path, f"the map of a state, as {folder / STATES} names it")
+        require_file(path, f"the map of a state, as {folder / STATES_TABLE} names it")
     own = {name: values for name, values in labels.items() if name not in ("row", "state", "contrast")}
     return Truth(folder, state - 1, own, population / population.sum(), maps)

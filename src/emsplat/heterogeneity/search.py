@@ -1,0 +1,116 @@
+"""The linear stage of both half-sets, and whether there is anything to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.heterogeneity.density import Density, fit_density
+from emsplat.heterogeneity.evidence import (
+    POINTS,
+    Gain,
+    component_gains,
+    fewest,
+    first_components,
+    mean_gain,
+    point_gains,
+)
+from emsplat.heterogeneity.spectra import Spectra
+from emsplat.heterogeneity.subspace import Latents, Subspace, fit_subspace, infer
+
+_RADII = (0.4, 0.7, 1.0)  # of the finest frequency
+_ITERATIONS = (8, 8, 8)
+_EMPTY = 2e-3  # weight of a point that is left out
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the linear stage of both half-sets says.
+
+    ``components`` and ``points`` are the gains on the other half, mean of both directions, for 0, 1, 2, ... components
+    and for each number of points that was tried. ``latents[a][b]`` are those of the views of half b (0 or 1) in the
+    space of half a.
+    """
+
+    subspaces: tuple[Subspace, Subspace]
+    components: list[Gain]
+    points: dict[int, Gain]
+    count: int  # components that are kept; 0: nothing was found
+    densities: tuple[Density, Density] | None
+    latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]] | None
+
+    @property
+    def found(self) -> bool:
+        return self.densities is not None
+
+    @property
+    def gain(self) -> Gain:
+        """The headline: of the density that is used, or of the best number of components where none is."""
+        if self.densities is not None:
+            return max(self.points.values(), key=lambda gain: gain.value)
+        return max(self.components, key=lambda gain: gain.value)
+
+
+def stages(radius: int) -> tuple[tuple[int, int], ...]:
+    """Radii of the linear stage and the iterations at each."""
+    return tuple((max(4, round(share * radius)), count) for share, count in zip(_RADII, _ITERATIONS, strict=True))
+
+
+def search(
+    spectra: tuple[Spectra, Spectra],
+    components: int,
+    radius: int,
+    points: int | None,
+    seed: int,
+    support: Float[Tensor, "z y x"] | None,
+    tell: Tell,
+) -> Search:
+    """Mean and components of each half, their gain on the other, and the density of the latents."""
+    found = []
+    plan = stages(radius)
+    for half, own in enumerate(spectra):
+        generator = torch.Generator().manual_seed(1000 * seed + half)
+        steps = fit_subspace(own, components, generator, plan, support)
+        total = sum(count for _, count in plan)
+        for step, latest in enumerate(steps):
+            subspace = latest
+            if (step + 1) % 8 == 0 or step + 1 == total:
+                tell(f"  half {half + 1}: iteration {step + 1} of {total}")
+        found.append(subspace)
+    subspaces = (found[0], found[1])
+    embedded = tuple(tuple(infer(subspace, views) for views in spectra) for subspace in subspaces)
+    crossed = [component_gains(embedded[half][1 - half]) for half in (0, 1)]
+    image = torch.cat([spectra[1].image, spectra[0].image + int(spectra[1].image.max()) + 1])
+    together = [torch.cat(pair) for pair in zip(*crossed, strict=True)]
+    gains = [mean_gain(values, image) for values in together]
+    count = fewest(together, image)
+    if not count or not gains[count].significant:
+        return Search(subspaces, gains, {}, 0, None, None)
+    kept = tuple(tuple(first_components(latents, count) for latents in own) for own in embedded)
+    latents = ((kept[0][0], kept[0][1]), (kept[1][0], kept[1][1]))
+    tell("how many points")
+    tried = POINTS if points is None else (points,)
+    by_points = [
+        point_gains(latents[half][half], latents[half][1 - half], torch.Generator().manual_seed(seed), tried)
+        for half in (0, 1)
+    ]
+    joint = [torch.cat(pair) for pair in zip(*by_points, strict=True)]
+    chosen = tried[fewest(joint, image)]
+    densities = [
+        fit_density(latents[half][half], chosen, torch.Generator().manual_seed(seed)).without_small(_EMPTY)
+        for half in (0, 1)
+    ]
+    return Search(
+        subspaces,
+        gains,
+        {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)},
+        count,
+        (densities[0], densities[1]),
+        latents,
+    )

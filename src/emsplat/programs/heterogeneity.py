@@ -1,0 +1,317 @@
+"""Molecules that move and change: is there anything, and what are the states.
+
+Half-sets are separate from the first step to the last. Between them pass: how many components and points there are (the
+gain on the other half decides), and the frame that leads from one latent space to the other (`cross_embedding`).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emsplat.assessment.maps import given_mask, particle_mask
+from emsplat.config import HeterogeneityConfig
+from emsplat.device import within_memory
+from emsplat.errors import InputError
+from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
+from emsplat.heterogeneity.density import start_points
+from emsplat.heterogeneity.evidence import crispness
+from emsplat.heterogeneity.extent import Window, window_of
+from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
+from emsplat.heterogeneity.frames import Frame, cross_embedding
+from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
+from emsplat.heterogeneity.search import Search, search
+from emsplat.heterogeneity.spectra import read_spectra
+from emsplat.heterogeneity.states import Plan
+from emsplat.heterogeneity.subspace import Latents
+from emsplat.io.files import json_text, number_text, replacing
+from emsplat.io.mrc import write_map
+from emsplat.measures.crossvalidate import CrossValidation
+from emsplat.measures.curves import resolution
+from emsplat.measures.states import moving_mask
+from emsplat.process import threads
+from emsplat.programs.finish import circumstances, describe
+from emsplat.programs.opening import open_run
+from emsplat.programs.run import Run
+from emsplat.run.files import (
+    CONSENSUS,
+    LATENTS,
+    STATES,
+    STATES_TABLE,
+    SUMMARY,
+    half_model_name,
+    state_map_name,
+)
+from emsplat.run.folder import write_text
+from emsplat.run.log import Log
+from emsplat.types import Grid
+
+_CRISP = 0.9  # mean of the largest membership above which points are classes
+
+
+@within_memory()
+def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+    """States of the molecule with half maps, or the finding that there are none, into ``output``; returns summary.json.
+
+    Raises:
+        InputError: the input or an option cannot be used.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    log = log or Log()
+    with threads(config.run.threads), log.to_the_end():
+        run = open_run(config, particles, output, log)
+        found = _search(run)
+        _say_gains(run.log, found)
+        if not found.found:
+            return _conclude(run, found, None)
+        window = window_of(found.subspaces, run.stack.grid)
+        fitted = _fit(run, found, window)
+        return _conclude(run, found, fitted)
+
+
+def _search(run: Run[HeterogeneityConfig]) -> Search:
+    options, stack = run.config.heterogeneity, run.stack
+    stack.require_one_grid()
+    radius = min(math.floor(options.resolution), stack.grid.size // 2 - 1)
+    if radius < 4 or options.components < 1:
+        raise InputError(
+            f"--resolution {options.resolution:g} and --components {options.components}: expected at least 4 cycles "
+            "per box and 1 component"
+        )
+    halves = [stack.only(half) for half in (1, 2)]
+    for half, own in enumerate(halves):
+        if len(own) <= options.components:
+            raise InputError(
+                f"{stack.table.name}: half-set {half + 1} has {len(own)} particles for {options.components} "
+                "components; take more particles or fewer --components"
+            )
+    support = given_mask_of(run)
+    with run.log.part("reading", "reading the low frequencies of all images"):
+        spectra = (read_spectra(halves[0], radius), read_spectra(halves[1], radius))
+    with run.log.part("linear stage", "linear stage: directions in which particles differ"):
+        return search(
+            spectra,
+            options.components,
+            radius,
+            options.points,
+            run.config.halves.seed,
+            support,
+            run.log.line,
+        )
+
+
+def given_mask_of(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
+    """The mask of ``--focus``, checked."""
+    from emsplat.assessment.maps import read_mask
+
+    focus = run.config.heterogeneity.focus
+    return None if focus is None else read_mask(focus, run.stack.grid, run.log)
+
+
+def _say_gains(log: Log, found: Search) -> None:
+    gain = found.gain
+    told = ", ".join(f"{number}: {own.value:.2f}" for number, own in enumerate(found.components))
+    log.line(f"gain on the other half, nats per image, by components: {told}")
+    if not found.found:
+        log.line(
+            f"no heterogeneity that these images support: best gain {gain.value:.3f} ± {gain.error:.3f} nats per image"
+        )
+        return
+    told = ", ".join(f"{number}: {own.value:.2f}" for number, own in found.points.items())
+    log.line(f"  {found.count} components; by points of the density: {told}")
+    log.line(f"heterogeneity: {gain.value:.2f} ± {gain.error:.2f} nats per image on images that no model has seen")
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Both half-sets' models with what they were made from, and where each particle lies."""
+
+    models: tuple[HalfModel, HalfModel]
+    cells: tuple[Cells, Cells]
+    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "m m"]]
+    latent: tuple[Float[Tensor, "v q"], Float[Tensor, "v q"]]  # of the views of each half, in the frame of the run
+    crisp: bool
+    window: Window
+
+
+def _fit(run: Run[HeterogeneityConfig], found: Search, window: Window) -> _Fitted:
+    options, log = run.config.heterogeneity, run.log
+    if found.densities is None or found.latents is None:
+        raise ValueError("nothing was found")
+    models, all_cells, kernels = [], [], []
+    frames = _frames(found)
+    for half in (0, 1):
+        density, own = found.densities[half], found.latents[half][half]
+        said = f"half {half + 1}: sums of {len(density)} cells, {window.support} voxels across"
+        with log.part("cells", said), log.progress("cells", len(density), unit="cells") as update:
+            cells = cells_of(run.stack.only(half + 1), density, own, window, update)
+        with log.part("decoder", f"half {half + 1}: a model of all states"):
+            generator = torch.Generator().manual_seed(1000 * run.config.halves.seed + half)
+            plan = Plan(options.parts, options.gaussians)
+            model = model_of(cells, run.stack.grid, density, own, plan, generator, lambda text: log.line(f"  {text}"))
+        models.append(in_frame(model, frames[half]))
+        models[half].save(run.folder / half_model_name(half + 1))
+        all_cells.append(cells)
+        kernels.append(kernel_of(density.membership(own)))
+    first, second = (found.densities[half].embed(found.latents[half][half]) for half in (0, 1))
+    crisp = min(crispness(found.densities[half], found.latents[half][half]) for half in (0, 1)) > _CRISP
+    back = cross_embedding(*(torch.cat(_both(found, half)) for half in (1, 0)))
+    return _Fitted(
+        (models[0], models[1]),
+        (all_cells[0], all_cells[1]),
+        (kernels[0], kernels[1]),
+        (first, back(second)),
+        crisp,
+        window,
+    )
+
+
+def _both(found: Search, space: int) -> list[Tensor]:
+    """All views, those of half 1 first, in the latent space of a half."""
+    if found.densities is None or found.latents is None:
+        raise ValueError("nothing was found")
+    return [found.densities[space].embed(found.latents[space][half]) for half in (0, 1)]
+
+
+def _frames(found: Search) -> tuple[Frame, Frame]:
+    """From the latents of the run, which are those of half 1, to those of each half."""
+    first, second = (torch.cat(_both(found, half)) for half in (0, 1))
+    return cross_embedding(first, first), cross_embedding(first, second)
+
+
+def _states(run: Run[HeterogeneityConfig], fitted: _Fitted, found: Search) -> tuple[Tensor, Tensor | None]:
+    """Latents of the states to show, and the state of each view (None: latents form no classes)."""
+    latent = torch.cat(fitted.latent)
+    if fitted.crisp and found.densities is not None:
+        point = fitted.models[0].density.point
+        return point, torch.cdist(latent, point).argmin(1)
+    count = min(run.config.heterogeneity.states, len(latent))
+    generator = torch.Generator().manual_seed(run.config.halves.seed)
+    centre = start_points(Latents(latent, latent, latent, latent, latent), count, generator)
+    for _ in range(30):
+        nearest = torch.cdist(latent, centre).argmin(1)
+        sums = torch.zeros_like(centre).index_add_(0, nearest, latent)
+        counts = torch.bincount(nearest, minlength=count)
+        centre = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centre)
+    # A centre may lie where no molecule is: the particle nearest to it stands for the group.
+    return latent[torch.cdist(centre, latent).argmin(1)], None
+
+
+def _conclude(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted | None) -> dict[str, Any]:
+    log, gain = run.log, found.gain
+    about: dict[str, Any] = {
+        "found": found.found,
+        "gain": round(gain.value, 4),
+        "gain_error": round(gain.error, 4),
+        "components": found.count,
+        "points": len(found.densities[0]) if found.densities else 0,
+        "gain_by_components": [asdict(own) for own in found.components],
+        "gain_by_points": {str(number): asdict(own) for number, own in found.points.items()},
+    }
+    if fitted is not None:
+        with log.part("states", "maps of the states"):
+            about |= _write_states(run, found, fitted)
+    summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
+    summary["seconds"] = round(log.seconds, 1)
+    write_text(run.folder / SUMMARY, json_text(summary))
+    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")
+    return summary
+
+
+def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted) -> dict[str, Any]:
+    stack, folder, grid = run.stack, run.folder, run.stack.grid
+    latents, classes = _states(run, fitted, found)
+    nearest = torch.cdist(torch.cat(fitted.latent), latents).argmin(1) if classes is None else classes
+    _write_latents(run, found, fitted, classes)
+    one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
+    consensus = (one + other) / 2
+    write_map(folder / CONSENSUS, consensus, grid.pixel_size)
+    mask = given_mask(run.config.mask, grid, run.log)
+    (folder / STATES).mkdir(exist_ok=True)
+    rows = []
+    share = torch.bincount(nearest, minlength=len(latents)) / len(nearest)
+    for number, latent in enumerate(latents):
+        halves = [model.map(latent) for model in fitted.models]
+        whole = (halves[0] + halves[1]) / 2
+        write_map(folder / STATES / state_map_name(number), whole, grid.pixel_size)
+        for half, volume in enumerate(halves):
+            write_map(folder / STATES / state_map_name(number, half + 1), volume, grid.pixel_size)
+        own = particle_mask(whole, grid, stack.diameter, True) if mask is None else mask
+        rows.append(_judge(fitted, number, latent, own, whole - consensus, grid) | {"population": float(share[number])})
+        told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
+        run.log.line(f"  state {number + 1}: {share[number]:.1%}, {', '.join(told)}")
+    _write_table(folder / STATES / STATES_TABLE, rows, latents)
+    return {"classes": classes is not None, "states": rows}
+
+
+def _spacing(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} Å"
+
+
+def _consensus(cells: Cells) -> Tensor:
+    return empirical_map(cells, torch.ones(len(cells)))
+
+
+def _judge(
+    fitted: _Fitted, number: int, latent: Tensor, mask: Tensor, difference: Tensor, grid: Grid
+) -> dict[str, Any]:
+    """Cross-validated resolution of a state in its mask, and where it differs from the consensus."""
+    raw = []
+    for model, cells, kernel in zip(fitted.models, fitted.cells, fitted.kernels, strict=True):
+        cell = int((model.density.point - model.frame(latent[None])).square().sum(1).argmin())
+        raw.append(on_grid(raw_map(cells, kernel[cell]), cells.grid, grid))
+    models = [model.map(latent) for model in fitted.models]
+    found: dict[str, Any] = {"state": number + 1}
+    for name, own in (("resolution", mask), ("moving_resolution", moving_mask(difference, grid.pixel_size))):
+        curve = None if own is None else CrossValidation((raw[0], raw[1]), own, grid).curve((models[0], models[1]))
+        found[name] = None if curve is None else resolution(curve, 0.5)
+    return found
+
+
+def _write_latents(
+    run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted, classes: Int[Tensor, " v"] | None
+) -> None:
+    """latents.csv: one line per particle in the order of the input, or one per copy of it under the symmetry."""
+    stack = run.stack
+    if found.latents is None or found.densities is None:
+        raise ValueError("nothing was found")
+    copies = len(stack.symmetry)
+    lines: list[tuple[int, list[Any]]] = []
+    before = 0
+    for half in (0, 1):
+        latent = fitted.latent[half]
+        rows = stack.only(half + 1).rows.repeat_interleave(copies)
+        gain = found.densities[half].gain(found.latents[half][half])
+        for view, row in enumerate(rows.tolist()):
+            own: list[Any] = [int(stack.table.row[row]) + 1, half + 1]
+            own += [view % copies + 1] if copies > 1 else []
+            own += [number_text(value) for value in latent[view].tolist()]
+            own += [] if classes is None else [int(classes[before + view]) + 1]
+            lines.append((own[0], [*own, number_text(float(gain[view]))]))
+        before += len(rows)
+    names = ["row", "half", *(["copy"] if copies > 1 else [])]
+    names += [f"z{k + 1}" for k in range(found.count)] + ([] if classes is None else ["class"]) + ["gain"]
+    with (
+        replacing(run.folder / LATENTS) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(line for _, line in sorted(lines, key=lambda pair: pair[0]))
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]], latents: Float[Tensor, "s q"]) -> None:
+    names = ["state", "population", "resolution", "moving_resolution"]
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*names, *(f"z{k + 1}" for k in range(latents.shape[1]))])
+        for row, latent in zip(rows, latents.tolist(), strict=True):
+            cells = ["" if row[name] is None else number_text(row[name], ".5g") for name in names[1:]]
+            writer.writerow([row["state"], *cells, *(number_text(value) for value in latent)])
