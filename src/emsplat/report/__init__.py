@@ -6,7 +6,7 @@ has its own headline and sections.
 
 `read` reads the folder, `verdict` says what the numbers mean, to the terminal as well, `figures` draws for papers,
 `surface` and `plots` for the screen, `page` writes the parts of the page, `words` holds what they say and `style` what
-they look like.
+they look like. `explorer` writes the page of a heterogeneous run, whose parts are in ``assets``.
 """
 
 from __future__ import annotations

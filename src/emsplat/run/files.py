@@ -43,12 +43,14 @@ SCORES = "scores.csv"
 DIRECTIONS = "directions.csv"
 RESIDUAL = "residual.csv"
 
-# Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus.
+# Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus;
+# the page of all states.
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
 STATES = "states"  # folder of maps of states
 STATES_TABLE = "states.csv"
+EXPLORER = "heterogeneity.html"
 
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
