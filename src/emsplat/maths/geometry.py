@@ -61,6 +61,19 @@ def _products_to_matrix(dtype: torch.dtype, device: torch.device) -> Float[Tenso
     return sums.reshape(16, 9).to(device)
 
 
+def six_to_matrix(numbers: Float[Tensor, "*p 6"]) -> Float[Tensor, "*p 3 3"]:
+    """Rotation matrices without a seam (Zhou et al. 2019), the identity for zeros.
+
+    The numbers are what is added to the first two columns of the identity; these are then made orthonormal.
+    """
+    first, second = numbers[..., :3], numbers[..., 3:]
+    first = first + first.new_tensor([1.0, 0.0, 0.0])
+    second = second + second.new_tensor([0.0, 1.0, 0.0])
+    x = torch.nn.functional.normalize(first, dim=-1)
+    y = torch.nn.functional.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
+    return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
+
+
 def matrix_to_quaternion(matrix: Float[Tensor, "g 3 3"]) -> Float[Tensor, "g 4"]:
     """Unit quaternions (w, x, y, z) with w >= 0 of rotation matrices: the inverse of `quaternion_to_matrix`, not
     differentiable."""

@@ -1,0 +1,347 @@
+"""CryoSPIRE: a decoder of states and a latent for each image, fitted to the images of one half-set.
+
+Two stages, as published: a coarse mixture finds out what moves alike, a fine one moves with anchors that follow from it
+(`models.cryospire`, `parts`). The separable decoder (`models.decoder`) may take the place of the networks; its fine
+mixture lies within the coarse one's Gaussians. Nothing passes between half-sets: latents of the other half are found
+under a model that stays (`place_latents`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.errors import EmsplatError, InputError
+from emsplat.fitting.images import ImageObjective, noise_weight
+from emsplat.fitting.loop import fit
+from emsplat.fitting.state import Plan, State
+from emsplat.heterogeneity.parts import cluster, find_anchors
+from emsplat.imaging.ctf import Observed, in_image, observe
+from emsplat.imaging.project import project, voxelize
+from emsplat.maths.fourier import hermitian_weight
+from emsplat.models import decoder as separable
+from emsplat.models.base import Model
+from emsplat.models.conformations import Conformations, StateDecoder
+from emsplat.models.cryospire import Hierarchy, PartDiscovery, Shape
+from emsplat.models.decoder import Decoder
+from emsplat.models.starts import dense_part
+from emsplat.particles.noise import estimate_noise
+from emsplat.particles.stack import ParticleStack
+from emsplat.types import Batch, Gaussians, Grid, Poses
+
+_SPREAD = 0.1  # of latents that start at random
+# Times the learning rate: an epoch moves a latent once. Random ones have far to go, given ones are lost by large steps.
+_FROM_RANDOM, _FROM_GIVEN = 50.0, 10.0
+_BRIGHT = 512  # images that the brightness of the start is judged by
+_STATES = 128  # images whose states say which Gaussians are used
+_SOME = 0.02  # of the largest density of a mixture: less is nothing
+_READ = 64  # images at a time where nothing is fitted
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One stage: how many Gaussians of which width, and how long and how fast they are fitted."""
+
+    gaussians: int
+    width: float  # at the start, of the box
+    epochs: int
+    learning_rate: float
+    last: float = 0.1  # of the rate, at the end: noise dominates every gradient, and a falling rate averages it out
+
+    def plan(self, first: int = 0) -> Plan:
+        """The stage after ``first`` epochs of others."""
+        return Plan(self.epochs, self.learning_rate, self.last ** (1 / max(self.epochs, 1)), first)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Numbers of the fit; those of the supplement where it has them (24 features, 4 latents, counts, widths)."""
+
+    decoder: Literal["perceptron", "separable"] = "perceptron"
+    features: int = 24
+    latents: int = 4  # where none are given
+    hidden: int = 64
+    parts: int | None = None  # None: from the data (`parts.count_clusters`)
+    threshold: float | None = None  # density below which no Gaussian starts; None: three deviations of the surroundings
+    batch: int = 64
+    latent_rate: float | None = None  # times the learning rate; None: 50 from random latents, 10 from given ones
+    penalty: float = 1e-3  # of the mean squared feature offset, beside the squared error per pixel
+    weighted: bool = False  # by the noise spectrum; the paper's error is plain
+    seed: int = 0
+    coarse: Pass = Pass(2048, 0.02, 20, 5e-3)
+    fine: Pass = Pass(8192, 0.01, 10, 5e-3)
+
+
+@dataclass(frozen=True)
+class ImageStart:
+    """What a fit begins with: a consensus map of the same half-set on the stack's grid, latents where there are some.
+
+    ``latent`` has a row for each view of the stack's particles, in their order; None draws them at random.
+    """
+
+    volume: Float[Tensor, "z y x"]
+    latent: Float[Tensor, "v q"] | None = None
+
+
+def fit_images(
+    stack: ParticleStack, options: ImageOptions, start: ImageStart
+) -> tuple[Conformations, Float[Tensor, "v q"]]:
+    """The model of one half-set and the latents of its views, after both stages.
+
+    Raises:
+        InputError: the start does not go with the stack, or the images do not show it.
+        EmsplatError: the fit diverged.
+    """
+    state = None
+    for state in follow_images(stack, options, start):  # noqa: B007 (its last is the result)
+        pass
+    if state is None:
+        raise InputError("no epochs at all; expected at least one in a stage")
+    return state.model, state.model.latent.detach()
+
+
+def follow_images(
+    stack: ParticleStack, options: ImageOptions, start: ImageStart, resumed: State[Conformations] | None = None
+) -> Iterator[State[Conformations]]:
+    """`fit_images` step by step, from the beginning or from where a checkpoint left off (read by `read_conformations`).
+
+    There are ``coarse.epochs`` + ``fine.epochs`` epochs of ⌈images / batch⌉ steps.
+
+    Raises:
+        as `fit_images`.
+    """
+    noise = estimate_noise(stack) if options.weighted else None
+    objective = _WithPenalty(
+        ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise), options.penalty
+    )
+    state = resumed or State.begin(_begin(stack, options, start))
+    coarse, fine = options.coarse, options.fine
+    turn = coarse.epochs * objective.steps_per_epoch
+    if state.step < turn:
+        for state in fit(state, objective, coarse.plan()):  # noqa: B020
+            yield state
+    if not fine.epochs:
+        return
+    if state.step == turn:
+        state = State.begin(_refined(state.model, stack.grid, options), turn)
+    yield from fit(state, objective, fine.plan(coarse.epochs))
+
+
+class _WithPenalty:
+    """An objective on images and what feature offsets cost."""
+
+    def __init__(self, images: ImageObjective, weight: float) -> None:
+        self.images, self.weight = images, weight
+        self.steps_per_epoch = images.steps_per_epoch
+
+    def __call__(self, model: Model, step: int) -> dict[str, Tensor]:
+        terms = self.images(model, step)
+        if isinstance(model, Conformations) and isinstance(model.decoder, Hierarchy):
+            terms["offsets"] = self.weight * model.decoder.penalty()
+        return terms
+
+
+def _generator(seed: int, stage: int) -> torch.Generator:
+    return torch.Generator().manual_seed(2 * seed + stage)
+
+
+def _begin(stack: ParticleStack, options: ImageOptions, start: ImageStart) -> Conformations:
+    """The first stage before its first step, as bright as fits the images."""
+    grid, elements, rng = stack.grid, stack.symmetry.order, _generator(options.seed, 0)
+    views = elements * len(stack)
+    if start.volume.shape != (grid.size,) * 3:
+        raise InputError(f"a start of {tuple(start.volume.shape)} voxels; expected {grid.size}³ as the images have")
+    if start.latent is None:
+        latent = _SPREAD * torch.randn(views, options.latents, generator=rng)
+    elif len(start.latent) == views and bool(torch.isfinite(start.latent).all()):
+        latent = start.latent.float().clone()
+    else:
+        raise InputError(f"{len(start.latent)} latents to start from; expected {views} finite rows, one for each view")
+    count, width = options.coarse.gaussians, options.coarse.width * grid.length
+    centre = seeds(start.volume, grid, count, options.threshold, rng)
+    decoder: StateDecoder
+    if options.decoder == "separable":
+        own = separable.Shape(latent.shape[1])
+        decoder = Decoder(centre, torch.full((count,), width), torch.ones(count), own, generator=rng)
+    else:
+        shape = Shape(options.features, latent.shape[1], options.hidden)
+        decoder = PartDiscovery(centre, shape, length=width, generator=rng)
+    rate = options.latent_rate or (_FROM_RANDOM if start.latent is None else _FROM_GIVEN)
+    model = Conformations(decoder, latent, stack.rows, elements=elements, rate=rate).to(stack.device)
+    model.decoder.unit *= _brightness(stack, model)
+    return model
+
+
+def _refined(model: Conformations, grid: Grid, options: ImageOptions) -> Conformations:
+    """The second stage before its first step: anchors and a denser mixture from what the first one has found."""
+    before, latent, rng = model.decoder, model.latent.detach(), _generator(options.seed, 1)
+    count, width = options.fine.gaussians, options.fine.width * grid.length
+    after: StateDecoder
+    if isinstance(before, Decoder):
+        after = copy.deepcopy(before).cpu().split(max(1, count // len(before)), width, rng)
+    elif isinstance(before, PartDiscovery):
+        reference = model.reference()
+        after = _hierarchy(before, latent, reference, grid, options, rng)
+    else:
+        raise EmsplatError("a second stage can only follow a first one")
+    after = after.to(latent.device)
+    return Conformations(after, latent.clone(), model.rows, elements=model.elements, rate=model.rate)
+
+
+def _hierarchy(
+    before: PartDiscovery,
+    latent: Float[Tensor, "v q"],
+    reference: Float[Tensor, "1 q"],
+    grid: Grid,
+    options: ImageOptions,
+    rng: torch.Generator,
+) -> Hierarchy:
+    """Positions are those of the state ``reference``, weights means over states: what comes and goes is in the map."""
+    before, reference = copy.deepcopy(before).cpu(), reference.cpu()
+    some = latent[torch.linspace(0, len(latent) - 1, min(_STATES, len(latent)), device=latent.device).long()].cpu()
+    used = before.used(some)
+    if not bool(used.any()):
+        raise EmsplatError("the first stage has left no Gaussian; try a smaller --learning-rate or another start")
+    with torch.no_grad():
+        position, mass = before(reference)[0][0], before(some)[1].mean(0)
+    anchors = find_anchors(before, position, mass, used, options.parts, rng)
+    variance = before.widths().detach()[used].square()
+    seen = Gaussians(position[used], variance[:, None, None] * torch.eye(3), mass[used])
+    volume = voxelize(seen, grid)
+    # This map has no noise: what counts is where there is something at all.
+    threshold = _SOME * float(volume.max()) if options.threshold is None else options.threshold
+    centre = seeds(volume, grid, options.fine.gaussians, threshold, rng)
+    near = torch.cat([torch.cdist(part, seen.mean).argmin(1) for part in torch.split(centre, 1024)])
+    after = Hierarchy(
+        centre,
+        anchors.member[used][near],
+        anchors.feature,
+        anchors.position,
+        anchors.part,
+        before.shape,
+        length=options.fine.width * grid.length,
+        unit=before.unit,
+        generator=rng,
+    )
+    after.inherit(before, anchors.member, mass, latent.cpu(), reference, rng)
+    with torch.no_grad():  # as heavy as before
+        after.unit *= float(seen.amplitude.sum() / after(some)[1].mean(0).sum())
+    return after
+
+
+def seeds(
+    volume: Float[Tensor, "z y x"], grid: Grid, count: int, threshold: float | None, generator: torch.Generator
+) -> Float[Tensor, "g 3"]:
+    """Positions (Å) drawn from the voxels above a threshold, with probabilities in proportion to density (supplement
+    D), anywhere within the voxel. None takes what exceeds the surroundings by three of their standard deviations.
+
+    Raises:
+        InputError: no density is above the threshold.
+    """
+    if threshold is None:
+        smooth, dense = dense_part(volume.numpy())
+        density = torch.from_numpy(smooth) * torch.from_numpy(dense)
+    else:
+        density = torch.where(volume > threshold, volume, 0.0)
+    density = density.flatten()
+    inside = (density > 0).nonzero()[:, 0]
+    if not len(inside):
+        said = "no density" if threshold is None else f"no density above {threshold:g}"
+        raise InputError(f"{said} to put Gaussians on; expected a consensus map of bright protein")
+    up_to = density[inside].double().cumsum(0)  # `multinomial` takes 2²⁴ choices at most
+    drawn = torch.searchsorted(up_to, up_to[-1] * torch.rand(count, generator=generator, dtype=torch.float64))
+    voxel, size = inside[drawn.clamp(max=len(inside) - 1)], grid.size
+    index = torch.stack([voxel % size, voxel // size % size, voxel // size**2], 1).float()
+    index += torch.rand(count, 3, generator=generator) - 0.5
+    return (index - size // 2) * grid.pixel_size
+
+
+@torch.no_grad()
+def _brightness(stack: ParticleStack, model: Conformations) -> float:
+    """The factor with which the model's reference state fits some images best.
+
+    Raises:
+        InputError: it is not positive.
+    """
+    mixture = model.gaussians()
+    some = stack.take(torch.linspace(0, len(stack) - 1, min(_BRIGHT, len(stack))).long())
+    weight = hermitian_weight(stack.grid.size, device=stack.device)
+    both = own = 0.0
+    for batch in some.sequential(_READ):
+        seen = observe(batch, stack.grid, corner=True)
+        shown = seen.transfer * torch.fft.rfft2(_projected(mixture, batch, stack.grid))
+        both += float(((shown.conj() * seen.spectrum).real * weight).sum())
+        own += float((shown.abs().square() * weight).sum())
+    if not both > 0:
+        raise InputError(
+            "the images do not show the map to start from (their correlation is not positive); is the contrast right "
+            "(--invert), and does the map belong to these poses?"
+        )
+    return both / own
+
+
+def _projected(mixture: Gaussians, batch: Batch, grid: Grid) -> Float[Tensor, "p y x"]:
+    """As `ImageObjective.loss` does it: images are moved by their shifts."""
+    rotation = in_image(batch.poses.rotation, batch.optics)
+    return project(mixture, Poses(rotation, torch.zeros_like(batch.poses.shift)), grid)
+
+
+@torch.no_grad()
+def misfits(stack: ParticleStack, shown: Sequence[Model | Gaussians]) -> Float[Tensor, "p k"]:
+    """-log p(image) in nats, up to a constant of the image, for several models or mixtures, by the noise spectrum.
+
+    Rows are the stack's particles in order. Differences between columns are log likelihood ratios; those of a model's
+    own latents are the largest that it can have, not the evidence, which integrates over latents.
+    """
+    weight = noise_weight(estimate_noise(stack), stack.grid)
+    size = stack.grid.size
+    parts = []
+    for batch in stack.sequential(_READ):
+        seen = observe(batch, stack.grid, corner=True)
+        own = weight[batch.optics_group]
+        if batch.share is not None:
+            own = own * batch.share[:, None, None]
+        mixtures = (one if isinstance(one, Gaussians) else one.gaussians(batch) for one in shown)
+        parts.append(torch.stack([_misfit(_projected(m, batch, stack.grid), seen, own, size) for m in mixtures], 1))
+    return torch.cat(parts).cpu()
+
+
+def _misfit(projection: Tensor, seen: Observed, weight: Tensor, size: int) -> Float[Tensor, " p"]:
+    residual = torch.fft.rfft2(projection) * seen.transfer - seen.spectrum
+    power: Tensor = (residual.abs().square() * weight).sum(1) @ hermitian_weight(size, device=projection.device)
+    return power / (2 * size**2)
+
+
+def place_latents(
+    model: Conformations, stack: ParticleStack, options: ImageOptions, *, candidates: int = 16, epochs: int = 5
+) -> Conformations:
+    """Latents of images that a model was not fitted to, by their likelihood; its decoder stays.
+
+    Each view starts from that of some ``candidates`` among the model's own latents, spread by k-means, which it fits
+    best, and is then moved downhill. The result's ``latent`` has a row for each view of the stack.
+    """
+    decoder = copy.deepcopy(model.decoder).requires_grad_(False)
+    known = model.latent.detach()
+    spread = cluster(known.cpu(), torch.ones(len(known)), candidates, _generator(options.seed, 0)).centroid
+    among = known[torch.cdist(spread.to(known.device), known).argmin(1)]
+    mixtures = decoder.mixtures(among)
+    best = []
+    for element in stack.symmetry.elements:
+        poses = stack.table.poses[stack.rows]
+        turned = stack.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
+        best.append(misfits(turned, mixtures).argmin(1))
+    latent = among[torch.stack(best, 1).flatten().to(among.device)].clone()
+    rows = stack.rows.to(latent.device)
+    rate = options.latent_rate or _FROM_GIVEN
+    placed = Conformations(decoder, latent, rows, elements=stack.symmetry.order, rate=rate)
+    noise = estimate_noise(stack) if options.weighted else None
+    objective = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise)
+    for _ in fit(State.begin(placed), objective, replace(options.fine, epochs=epochs).plan()):
+        pass
+    return placed
