@@ -149,6 +149,7 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
         ({"path": (1,)}, "two states or more"),
         ({"path": (1, 99)}, "from 1 to"),
         ({"path": (1, 2), "frames": 1}, "at least 2 frames"),
+        ({"path": (1, 2), "half": 3}, "--half 3: expected 1 or 2"),
     ],
 )
 def test_latents_that_are_refused(run, tmp_path, options, said):
@@ -209,7 +210,9 @@ def test_cells_add_up(stack):
     (whole,) = gather_cells(stack, member.sum(1, keepdim=True), torch.zeros(1, 1, dtype=torch.float64), 24)
     scale = float(whole.linear.abs().max())
     assert torch.allclose(cells.linear.sum(0), whole.linear[0], atol=1e-4 * scale)
-    assert torch.allclose(cells.response.sum(0), whole.response[0], atol=2e-3 * float(whole.response.max()))
+    # Where there are no data, each is cut off at 0 by itself.
+    difference = (cells.response.sum(0) - whole.response[0]).abs().mean()
+    assert difference < 5e-4 * whole.response.max()
     assert torch.allclose(cells.noise.double(), (member**2).sum(0) / member.sum(0), rtol=1e-4)
 
 

@@ -332,7 +332,7 @@ class StatesConfig:
     at: File | None = None
     """Table of latents, one row per map: columns z1, z2, ... as in latents.csv."""
 
-    half: Literal[1, 2] | None = None
+    half: Annotated[int | None, "1|2"] = None
     """Only the map of one half-set; by default the mean of both."""
 
     path: tuple[int, ...] = ()

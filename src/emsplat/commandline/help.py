@@ -56,7 +56,7 @@ def program_help(about: str, groups: dict[str, dict[str, Command]], footer: Iter
     for title, commands in groups.items():
         lines.append(_title(title, color))
         for name, command in commands.items():
-            lines += _entry(name, summary(command), width, 16)
+            lines += _entry(name, summary(command), width, 18)
         lines.append("")
     return "\n".join([*lines, *footer])
 

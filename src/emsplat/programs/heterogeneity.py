@@ -70,8 +70,9 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
         OutputError: the folder is not empty or cannot be written.
     """
     log = log or Log()
+    _refuse(config)
     with threads(config.run.threads), log.to_the_end():
-        run = open_run(config, particles, output, log)
+        run = open_run(config, particles, output, log, program="heterogeneity")
         found = _search(run)
         _say_gains(run.log, found)
         if not found.found:
@@ -79,6 +80,22 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
         window = window_of(found.subspaces, run.stack.grid)
         fitted = _fit(run, found, window)
         return _conclude(run, found, fitted)
+
+
+def _refuse(config: HeterogeneityConfig) -> None:
+    """
+    Raises:
+        InputError: an option of other runs that means nothing here.
+    """
+    own = config.run
+    for name, asked in (
+        ("resume", own.resume),
+        ("keep-statistics", own.keep_statistics),
+        ("add-statistics", bool(own.add_statistics)),
+        ("naming", own.naming != "relion"),
+    ):
+        if asked:
+            raise InputError(f"--{name}: not for heterogeneity; leave it out")
 
 
 def _search(run: Run[HeterogeneityConfig]) -> Search:

@@ -33,9 +33,11 @@ C = TypeVar("C", bound=RunConfig)
 _OF_THE_FILE = "of the file"
 
 
-def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Settings | None = None) -> Run[C]:
+def open_run(
+    config: C, particles: Path, folder: Path, log: Log, settings: Settings | None = None, program: str = "reconstruct"
+) -> Run[C]:
     """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
-    the work begins. ``settings`` are those of a fit.
+    the work begins. ``settings`` are those of a fit, ``program`` the command.
 
     Raises:
         InputError: the input or an option cannot be used; nothing was written yet.
@@ -47,8 +49,7 @@ def open_run(config: C, particles: Path, folder: Path, log: Log, settings: Setti
     _require_usable(stack, config, settings)
     prepare_folder(config, particles, folder)
     log.keep_in(folder)
-    program = "emsplat backproject" if settings is None else "emsplat reconstruct"
-    log.journal.add(Begun(program, __version__, str(particles), config.run.resume))
+    log.journal.add(Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)

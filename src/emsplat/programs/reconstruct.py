@@ -47,7 +47,7 @@ def backproject(config: BackprojectConfig, particles: Path, output: Path, log: L
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end():
-        run = open_run(config, particles, output, log)
+        run = open_run(config, particles, output, log, program="backproject")
         classical = accumulate_all(run)
         _write_classical(run, classical)
         return finish(run, classical)

@@ -72,6 +72,8 @@ def _latents(run: Path, config: StatesConfig, model: HalfModel) -> Float[Tensor,
     Raises:
         InputError: both or none of a table and a path, or one that does not fit the run.
     """
+    if config.half not in (None, 1, 2):
+        raise InputError(f"--half {config.half}: expected 1 or 2")
     if (config.at is None) == (not config.path):
         raise InputError("states: expected either --at with a table of latents or --path with two states or more")
     count = model.density.point.shape[1]
