@@ -58,7 +58,7 @@ def orders(cells: Cells, stage: Stage, reference: int, generator: torch.Generato
     for epoch in range(epochs):
         count = len(cells)
         if stage.growing:
-            count = max(stage.batch, min(count, round(count * (epoch + 1) / (0.75 * epochs))))
+            count = min(count, max(stage.batch, round(count * (epoch + 1) / (0.75 * epochs))))
         yield from torch.split(rank[:count][torch.randperm(count, generator=generator)], stage.batch)
 
 
