@@ -13,7 +13,7 @@ from emsplat.fitting.images import ImageObjective
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
 from emsplat.heterogeneity.images import (
-    ImageOptions,
+    ConformationOptions,
     ImageStart,
     Pass,
     fit_images,
@@ -30,7 +30,7 @@ from emsplat.maths.groups import C1, cyclic
 from emsplat.measures.fsc import fsc
 from emsplat.models import decoder as separable
 from emsplat.models.conformations import Conformations, read_conformations
-from emsplat.models.cryospire import Hierarchy, PartDiscovery, Perceptron, Shape, _Hidden
+from emsplat.models.cryospire import Hierarchy, NetworkShape, PartDiscovery, Perceptron, _Hidden
 from emsplat.models.decoder import Decoder
 from emsplat.particles.open import open_particles
 from emsplat.particles.stack import ParticleStack
@@ -40,7 +40,7 @@ from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
 GRID = Grid(32, 4.0)
 WIDTH = 6.0
 HINGE = torch.tensor([8.0, 0.0, 0.0])
-SMALL = Shape(features=6, latents=2, hidden=8)
+SMALL = NetworkShape(features=6, latents=2, hidden=8)
 
 
 def rng(seed=0):
@@ -377,7 +377,7 @@ def test_seeds_lie_in_the_density():
 def quick(**changes):
     small = {"features": 12, "hidden": 16, "batch": 32, "latent_rate": 3.0}
     stages = {"coarse": Pass(96, 0.05, 12, 2e-2, 0.3), "fine": Pass(192, 0.04, 6, 1e-2, 0.4)}
-    return ImageOptions(**(small | stages | changes))
+    return ConformationOptions(**(small | stages | changes))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from emsplat.heterogeneity.cells import Cells, empirical_map, few_memberships, g
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.half import HalfModel, on_grid, read_half
-from emsplat.heterogeneity.states import Stage, orders
+from emsplat.heterogeneity.states import DecoderStage, orders
 from emsplat.imaging.project import voxelize
 from emsplat.io.columns import read_columns
 from emsplat.io.mrc import read_map
@@ -383,7 +383,7 @@ def test_cells_join_from_the_reference_on(count):
     """Each step takes cells that there are, and in the end each has been seen."""
     cells = random_cells(count=count)
     cells = replace(cells, point=torch.arange(2.0 * count).reshape(count, 2))
-    steps = list(orders(cells, Stage(40.0, 16, growing=True), 0, drawn(11)))
+    steps = list(orders(cells, DecoderStage(40.0, 16, growing=True), 0, drawn(11)))
     assert {int(cell) for step in steps for cell in step} == set(range(count))
     assert all(len(step) <= 4 for step in steps)
     assert len(steps) >= 48  # fewer than 64 while cells join

@@ -12,7 +12,7 @@ from emsplat.heterogeneity.cells import Cells, few_memberships, gather_cells, jo
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.extent import Window
 from emsplat.heterogeneity.half import HalfModel, half_model
-from emsplat.heterogeneity.states import Plan, fit_decoder
+from emsplat.heterogeneity.states import DecoderPlan, fit_decoder
 from emsplat.heterogeneity.subspace import Latents
 from emsplat.particles.stack import ParticleStack
 from emsplat.types import Grid
@@ -33,7 +33,13 @@ def cells_of(
 
 
 def model_of(
-    cells: Cells, box: Grid, density: Density, latents: Latents, plan: Plan, generator: torch.Generator, tell: Tell
+    cells: Cells,
+    box: Grid,
+    density: Density,
+    latents: Latents,
+    plan: DecoderPlan,
+    generator: torch.Generator,
+    tell: Tell,
 ) -> HalfModel:
     """Decoder and residual of a half-set."""
     membership = density.membership(latents)

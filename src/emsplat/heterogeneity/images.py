@@ -28,7 +28,7 @@ from emsplat.maths.fourier import hermitian_weight
 from emsplat.models import decoder as separable
 from emsplat.models.base import Model
 from emsplat.models.conformations import Conformations, StateDecoder
-from emsplat.models.cryospire import Hierarchy, PartDiscovery, Shape
+from emsplat.models.cryospire import Hierarchy, NetworkShape, PartDiscovery
 from emsplat.models.decoder import Decoder
 from emsplat.models.starts import dense_part
 from emsplat.particles.noise import estimate_noise
@@ -60,7 +60,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class ImageOptions:
+class ConformationOptions:
     """Numbers of the fit; those of the supplement where it has them (24 features, 4 latents, counts, widths)."""
 
     decoder: Literal["perceptron", "separable"] = "perceptron"
@@ -90,7 +90,7 @@ class ImageStart:
 
 
 def fit_images(
-    stack: ParticleStack, options: ImageOptions, start: ImageStart
+    stack: ParticleStack, options: ConformationOptions, start: ImageStart
 ) -> tuple[Conformations, Float[Tensor, "v q"]]:
     """The model of one half-set and the latents of its views, after both stages.
 
@@ -107,7 +107,7 @@ def fit_images(
 
 
 def follow_images(
-    stack: ParticleStack, options: ImageOptions, start: ImageStart, resumed: State[Conformations] | None = None
+    stack: ParticleStack, options: ConformationOptions, start: ImageStart, resumed: State[Conformations] | None = None
 ) -> Iterator[State[Conformations]]:
     """`fit_images` step by step, from the beginning or from where a checkpoint left off (read by `read_conformations`).
 
@@ -151,7 +151,7 @@ def _generator(seed: int, stage: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * seed + stage)
 
 
-def _begin(stack: ParticleStack, options: ImageOptions, start: ImageStart) -> Conformations:
+def _begin(stack: ParticleStack, options: ConformationOptions, start: ImageStart) -> Conformations:
     """The first stage before its first step, as bright as fits the images."""
     grid, elements, rng = stack.grid, stack.symmetry.order, _generator(options.seed, 0)
     views = elements * len(stack)
@@ -170,7 +170,7 @@ def _begin(stack: ParticleStack, options: ImageOptions, start: ImageStart) -> Co
         own = separable.Shape(latent.shape[1])
         decoder = Decoder(centre, torch.full((count,), width), torch.ones(count), own, generator=rng)
     else:
-        shape = Shape(options.features, latent.shape[1], options.hidden)
+        shape = NetworkShape(options.features, latent.shape[1], options.hidden)
         decoder = PartDiscovery(centre, shape, length=width, generator=rng)
     rate = options.latent_rate or (_FROM_RANDOM if start.latent is None else _FROM_GIVEN)
     model = Conformations(decoder, latent, stack.rows, elements=elements, rate=rate).to(stack.device)
@@ -178,7 +178,7 @@ def _begin(stack: ParticleStack, options: ImageOptions, start: ImageStart) -> Co
     return model
 
 
-def _refined(model: Conformations, grid: Grid, options: ImageOptions) -> Conformations:
+def _refined(model: Conformations, grid: Grid, options: ConformationOptions) -> Conformations:
     """The second stage before its first step: anchors and a denser mixture from what the first one has found."""
     before, latent, rng = model.decoder, model.latent.detach(), _generator(options.seed, 1)
     count, width = options.fine.gaussians, options.fine.width * grid.length
@@ -199,7 +199,7 @@ def _hierarchy(
     latent: Float[Tensor, "v q"],
     reference: Float[Tensor, "1 q"],
     grid: Grid,
-    options: ImageOptions,
+    options: ConformationOptions,
     rng: torch.Generator,
 ) -> Hierarchy:
     """Positions are those of the state ``reference``, weights means over states: what comes and goes is in the map."""
@@ -319,7 +319,7 @@ def _misfit(projection: Tensor, seen: Observed, weight: Tensor, size: int) -> Fl
 
 
 def place_latents(
-    model: Conformations, stack: ParticleStack, options: ImageOptions, *, candidates: int = 16, epochs: int = 5
+    model: Conformations, stack: ParticleStack, options: ConformationOptions, *, candidates: int = 16, epochs: int = 5
 ) -> Conformations:
     """Latents of images that a model was not fitted to, by their likelihood; its decoder stays.
 

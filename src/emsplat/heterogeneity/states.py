@@ -22,7 +22,7 @@ _FEWEST_STEPS = 64  # of a stage
 
 
 @dataclass(frozen=True)
-class Stage:
+class DecoderStage:
     """Some epochs over the cells at one resolution."""
 
     resolution: float  # Å
@@ -49,7 +49,9 @@ def loss(decoder: Decoder, cells: Cells, chosen: Int[Tensor, " b"]) -> Tensor:
     return total / cells.particles.sum() * len(cells) / len(chosen)
 
 
-def orders(cells: Cells, stage: Stage, reference: int, generator: torch.Generator) -> Iterator[Int[Tensor, " b"]]:
+def orders(
+    cells: Cells, stage: DecoderStage, reference: int, generator: torch.Generator
+) -> Iterator[Int[Tensor, " b"]]:
     """The cells of each step of a stage."""
     distance = (cells.point - cells.point[reference]).square().sum(1)
     rank = distance.argsort()
@@ -63,10 +65,10 @@ def orders(cells: Cells, stage: Stage, reference: int, generator: torch.Generato
 
 
 _COARSE = (
-    Stage(40.0, 16, growing=True),
-    Stage(24.0, 8),
-    Stage(19.0, 8, rate=0.7),
-    Stage(13.0, 8, rate=0.5),
+    DecoderStage(40.0, 16, growing=True),
+    DecoderStage(24.0, 8),
+    DecoderStage(19.0, 8, rate=0.7),
+    DecoderStage(13.0, 8, rate=0.5),
 )
 _FINE = (0.4, 0.2, 0.1, 0.05)  # rates of the stages with all frequencies
 _FINE_EPOCHS = 6
@@ -77,7 +79,7 @@ _PER_VOXEL = 1.2
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecoderPlan:
     """How a decoder is fitted."""
 
     parts: int
@@ -85,7 +87,11 @@ class Plan:
 
 
 def fit_decoder(
-    cells: Cells, shared: Float[Tensor, "m m"], plan: Plan, generator: torch.Generator, tell: Callable[[str], None]
+    cells: Cells,
+    shared: Float[Tensor, "m m"],
+    plan: DecoderPlan,
+    generator: torch.Generator,
+    tell: Callable[[str], None],
 ) -> Decoder:
     """A decoder of all cells: few wide Gaussians at low resolution first, then many narrow ones."""
     reference = reference_cell(cells)
@@ -94,7 +100,7 @@ def fit_decoder(
     shape = Shape(latents=cells.point.shape[1], parts=plan.parts)
     decoder = start(cells, shared, _FIRST, scale * _WIDTH, shape, generator)
     tell("the reference cell")
-    run_stage(decoder, cells, Stage(24.0 * scale, 8), generator, only=reference)
+    run_stage(decoder, cells, DecoderStage(24.0 * scale, 8), generator, only=reference)
     for stage in _COARSE:
         tell(f"all cells at {scale * stage.resolution:.0f} Å")
         run_stage(decoder, cells, replace(stage, resolution=scale * stage.resolution), generator)
@@ -104,7 +110,7 @@ def fit_decoder(
     decoder = decoder.split(copies, max(spacing, 0.8 * cells.grid.pixel_size), generator)
     for rate in _FINE:
         tell(f"all frequencies, {len(decoder):,} Gaussians, rate {rate:g}")
-        run_stage(decoder, cells, Stage(0.0, _FINE_EPOCHS, rate, batch=1), generator)
+        run_stage(decoder, cells, DecoderStage(0.0, _FINE_EPOCHS, rate, batch=1), generator)
     return decoder
 
 
@@ -168,7 +174,7 @@ def _best_unit(decoder: Decoder, cells: Cells, cell: int) -> float:
 
 
 def run_stage(
-    decoder: Decoder, cells: Cells, stage: Stage, generator: torch.Generator, only: int | None = None
+    decoder: Decoder, cells: Cells, stage: DecoderStage, generator: torch.Generator, only: int | None = None
 ) -> list[float]:
     """Fits the decoder to cells at one resolution (to one cell with ``only``); the loss of each step."""
     coarse = cells.coarse(stage.resolution) if stage.resolution else cells

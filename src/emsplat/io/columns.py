@@ -78,7 +78,7 @@ def _short(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Latents:
+class LatentTable:
     """Where particles stand in what was found to vary."""
 
     row: Int[Tensor, " p"] | None  # in the input, from 0; None where the file does not say
@@ -86,14 +86,14 @@ class Latents:
     classes: Int[Tensor, " p"] | None  # from 0
 
 
-def read_latents(path: Path) -> Latents:
+def read_latents(path: Path) -> LatentTable:
     """``latents.csv`` (columns z1, z2, …, and where known row, from 1, and class), or an array of cryoDRGN (z.pkl).
 
     Raises:
         InputError: it is missing or damaged, or holds something else; latents that are not finite; a row twice.
     """
     if path.suffix == ".pkl":
-        return Latents(None, _of_pickle(path), None)
+        return LatentTable(None, _of_pickle(path), None)
     columns = read_columns(path, ("z1",))
     names = [f"z{i + 1}" for i in range(sum(name[:1] == "z" and name[1:].isdecimal() for name in columns))]
     if not columns.keys() >= set(names):
@@ -107,7 +107,7 @@ def read_latents(path: Path) -> Latents:
     if "class" in columns and any(columns["class"]):
         _, number = np.unique(np.array(columns["class"]), return_inverse=True)
         classes = torch.from_numpy(number.reshape(-1).astype(np.int64))
-    return Latents(row, z, classes)
+    return LatentTable(row, z, classes)
 
 
 def _of_pickle(path: Path) -> Float[Tensor, "p d"]:

@@ -34,7 +34,7 @@ _CACHED = 2**18  # hidden numbers that are made at a time on a CPU
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkShape:
     """How large the networks are."""
 
     features: int = 24
@@ -78,7 +78,7 @@ def _parts(own: Tensor, latent: Tensor) -> list[slice]:
 class Perceptron(torch.nn.Module):
     """One hidden layer (ReLU) over all pairs of a feature and a latent."""
 
-    def __init__(self, shape: Shape, outputs: int, generator: torch.Generator) -> None:
+    def __init__(self, shape: NetworkShape, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
 
         def normal(rows: int, columns: int, spread: float) -> torch.nn.Parameter:
@@ -109,7 +109,7 @@ class PartDiscovery(torch.nn.Module):
     def __init__(
         self,
         centre: Float[Tensor, "g 3"],
-        shape: Shape,
+        shape: NetworkShape,
         *,
         length: float,
         unit: float = 1.0,
@@ -173,7 +173,7 @@ class Hierarchy(torch.nn.Module):
         feature: Float[Tensor, "a f"],
         position: Float[Tensor, "a 3"],
         part: Int[Tensor, " a"],
-        shape: Shape,
+        shape: NetworkShape,
         *,
         length: float,
         unit: float = 1.0,
@@ -331,4 +331,4 @@ def _numbers(saved: Saved, kind: str) -> dict[str, Any]:
         raise ValueError(f"a model of kind {saved.kind!r}; expected {kind!r}")
     length, unit = float(saved.numbers["length"]), float(saved.numbers["unit"])
     generator = torch.Generator().manual_seed(0)
-    return {"shape": Shape(**saved.numbers["shape"]), "length": length, "unit": unit, "generator": generator}
+    return {"shape": NetworkShape(**saved.numbers["shape"]), "length": length, "unit": unit, "generator": generator}

@@ -29,7 +29,7 @@ from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
 from emsplat.heterogeneity.search import Search, search
 from emsplat.heterogeneity.spectra import read_spectra
-from emsplat.heterogeneity.states import Plan
+from emsplat.heterogeneity.states import DecoderPlan
 from emsplat.heterogeneity.subspace import Latents
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
@@ -174,7 +174,7 @@ def _fit(run: Run[HeterogeneityConfig], found: Search, window: Window) -> _Fitte
             cells = cells_of(run.stack.only(half + 1), density, own, window, update)
         with log.part("decoder", f"half {half + 1}: a model of all states"):
             generator = torch.Generator().manual_seed(1000 * run.config.halves.seed + half)
-            plan = Plan(options.parts, options.gaussians)
+            plan = DecoderPlan(options.parts, options.gaussians)
             model = model_of(cells, run.stack.grid, density, own, plan, generator, lambda text: log.line(f"  {text}"))
         models.append(in_frame(model, frames[half]))
         models[half].save(run.folder / half_model_name(half + 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from emsplat.assessment.states import Map, MapsAt, Score, Scores, score
 from emsplat.config import ScoreStatesConfig
 from emsplat.errors import InputError, OutputError
-from emsplat.io.columns import Latents, read_latents
+from emsplat.io.columns import LatentTable, read_latents
 from emsplat.io.files import number_text, replacing
 from emsplat.io.mrc import read_map
 from emsplat.measures.fsc import common_grid
@@ -94,7 +94,7 @@ def _score_states(run: Path, config: ScoreStatesConfig, log: Log) -> Scores:
 class _Results:
     """What a program has found, as far as its folder tells."""
 
-    latents: Latents | None
+    latents: LatentTable | None
     rows: Int[Tensor, " p"] | None  # of the truth, from 0; None: all of them
     map_at: MapsAt | None
     state_maps: Iterator[Map] | None
@@ -122,7 +122,7 @@ def _results(run: Path, truth: Truth, grid: Grid, config: ScoreStatesConfig) -> 
     )
 
 
-def _matched(path: Path, latents: Latents, truth: Truth, *, partial: bool) -> Int[Tensor, " p"] | None:
+def _matched(path: Path, latents: LatentTable, truth: Truth, *, partial: bool) -> Int[Tensor, " p"] | None:
     """The rows of the truth that latents belong to."""
     count, known = len(latents.z), len(truth.state)
     row = latents.row
