@@ -37,6 +37,7 @@ from emsplat.io.particles import read_particles
 from emsplat.io.relion.write import write_particles_star
 from emsplat.kernels import backend
 from emsplat.maths.fourier import irfft, rfft, shift_phase
+from emsplat.maths.groups import C1
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import from_gaussians, from_map
 from emsplat.particles.images import ImageFiles
@@ -302,8 +303,8 @@ def scene(folder, count, grid, device):
     table = read_particles(star, need_stacks=False)
     mixture = globule(20_000, grid, 0.01 * grid.size)
     Scene.mixture = Gaussians(*(t.to(device) for t in (mixture.mean, mixture.covariance, mixture.amplitude)))
-    rows, identity = torch.arange(count), torch.eye(3, dtype=torch.float64)[None]
-    kinds = {"grids": (grid,), "disk": (grid,), "rows": rows, "symmetry": identity, "diameter": 0.9 * grid.length}
+    rows = torch.arange(count)
+    kinds = {"grids": (grid,), "disk": (grid,), "rows": rows, "symmetry": C1, "diameter": 0.9 * grid.length}
     return star, Scene(table, ImageFiles(table), grid, **kinds, device=device)
 
 
