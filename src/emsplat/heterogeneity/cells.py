@@ -17,7 +17,7 @@ from torch import Tensor
 from emsplat.maths.fourier import crop, frequencies, shell_index
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
-from emsplat.sums.equations import NormalEquations, mean_per_shell
+from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell
 from emsplat.sums.statistics import accumulate, begin
 from emsplat.types import Grid, Poses
 
@@ -167,8 +167,8 @@ def empirical_map(
     """
     size = cells.grid.size
     total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear))
-    information = circulant(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
-    noise = circulant(torch.einsum("m,mzyk->zyk", weight.square() * cells.noise, cells.response), size)
+    information = _information(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
+    noise = _information(torch.einsum("m,mzyk->zyk", weight.square() * cells.noise, cells.response), size)
     signal = mean_per_shell(total.abs().square()) - size**3 * mean_per_shell(noise)
     power = _smoothed(signal / mean_per_shell(information.square()).clamp(min=1e-30)).clamp(min=1e-30) / filled
     shells = shell_index(size, 3)
@@ -182,7 +182,7 @@ def raw_map(cells: Cells, weight: Float[Tensor, " m"]) -> Float[Tensor, "z y x"]
     """The same without a prior; a hundredth of a shell's mean keeps unmeasured frequencies at 0."""
     size = cells.grid.size
     total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear))
-    information = circulant(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
+    information = _information(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
     shells = shell_index(size, 3).clamp(max=size // 2)
     floor = 0.01 * mean_per_shell(information)[shells] + 1e-30
     raw: Tensor = torch.fft.irfftn(total / (information + floor), s=(size,) * 3)
@@ -196,19 +196,10 @@ def _smoothed(curve: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
     return torch.nn.functional.conv1d(padded, window[None, None])[0, 0]
 
 
-def circulant(response: Float[Tensor, "w v k"], size: int) -> Float[Tensor, "z y k"]:
-    """The matrix diagonal in Fourier space that is nearest to a convolution on a box of ``size`` voxels."""
-    side = len(response)
-    kernel = torch.fft.irfftn(response, s=(side,) * 3)
-    lag = torch.fft.fftfreq(side, 1 / side)
-    taper = (1 - lag.abs() / (side // 2)).clamp(min=0)
-    tapered = kernel * taper[:, None, None] * taper[:, None] * taper
-    for dim in range(3):
-        shape = list(tapered.shape)
-        shape[dim] = size
-        tapered = tapered.new_zeros(shape).index_add_(dim, lag.long() % size, tapered)
-    spectrum: Tensor = torch.fft.rfftn(tapered).real
-    return spectrum.clamp_(min=0)
+def _information(response: Float[Tensor, "w v k"], size: int) -> Float[Tensor, "z y k"]:
+    """The circulant matrix nearest to a convolution on a box of ``size`` voxels; not negative."""
+    kernel = torch.fft.fftshift(torch.fft.irfftn(response, s=(len(response),) * 3))
+    return circulant(kernel, size).clamp_(min=0)
 
 
 def residuals(cells: Cells, maps: Float[Tensor, "m z y x"]) -> Float[Tensor, "m z y x"]:

@@ -65,9 +65,8 @@ class Density:
         return Density(torch.stack(points), torch.stack(weights))
 
 
-def start_points(latents: Latents, count: int, generator: torch.Generator) -> Float[Tensor, "m q"]:
+def start_points(mean: Float[Tensor, "v q"], count: int, generator: torch.Generator) -> Float[Tensor, "m q"]:
     """Means of views that lie far from each other (k-means++; Arthur & Vassilvitskii 2007)."""
-    mean = latents.mean
     chosen = [int(torch.randint(len(mean), (1,), generator=generator))]
     distance = (mean - mean[chosen[0]]).square().sum(1)
     for _ in range(count - 1):
@@ -78,7 +77,7 @@ def start_points(latents: Latents, count: int, generator: torch.Generator) -> Fl
 
 def fit_density(latents: Latents, count: int, generator: torch.Generator, steps: int = _STEPS) -> Density:
     """``count`` points and their weights by EM, the points with the prior N(0, 1)."""
-    points = start_points(latents, count, generator)
+    points = start_points(latents.mean, count, generator)
     density = Density(points, torch.full((count,), 1 / count, dtype=points.dtype))
     eye = torch.eye(points.shape[1], dtype=points.dtype)
     for _ in range(steps):

@@ -175,11 +175,10 @@ def _best_unit(decoder: Decoder, cells: Cells, cell: int) -> float:
 
 def run_stage(
     decoder: Decoder, cells: Cells, stage: DecoderStage, generator: torch.Generator, only: int | None = None
-) -> list[float]:
-    """Fits the decoder to cells at one resolution (to one cell with ``only``); the loss of each step."""
+) -> None:
+    """Fits the decoder to cells at one resolution (to one cell with ``only``)."""
     coarse = cells.coarse(stage.resolution) if stage.resolution else cells
     optimiser = torch.optim.Adam(decoder.parameters(), lr=_RATE * stage.rate)
-    losses = []
     reference = reference_cell(cells)
     steps = orders(coarse, stage, reference, generator)
     if only is not None:
@@ -189,5 +188,3 @@ def run_stage(
         value = loss(decoder, coarse, chosen)
         value.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        losses.append(float(value.detach()))
-    return losses

@@ -21,7 +21,7 @@ from torch import Tensor
 from emsplat.heterogeneity.lattice import Lattice
 from emsplat.heterogeneity.spectra import Spectra
 from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index
-from emsplat.sums.equations import kernel_size
+from emsplat.sums.equations import circulant
 
 _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-6  # share of the mean map's power below which a component has vanished
@@ -217,7 +217,7 @@ def _equations(space: Space, spectra: Spectra, mean: Tensor, second: Tensor) -> 
     responses = []
     for number, kernel in enumerate(kernels):
         j, k = upper[:, number].tolist()
-        quadratic[:, j, k] = quadratic[:, k, j] = _weight(kernel, size)[space.inside] / size**3
+        quadratic[:, j, k] = quadratic[:, k, j] = circulant(kernel, size)[space.inside] / size**3
         responses.append(_response(kernel))
     return _Equations(linear, torch.stack(responses), quadratic)
 
@@ -232,20 +232,6 @@ def _response(kernel: Float[Tensor, "w v u"]) -> Float[Tensor, "z y k"]:
     padded[places[:, None, None], places[:, None], places] = kernel
     transform: Tensor = torch.fft.rfftn(padded).real
     return transform.contiguous()
-
-
-def _weight(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]:
-    """The circulant matrix nearest to a convolution (`NormalEquations.weight`), of either sign."""
-    length = kernel_size(size)
-    axis = torch.arange(length) - length // 2
-    taper = (1 - axis.abs() / (length // 2)).clamp(min=0)
-    tapered = kernel * taper[:, None, None] * taper[:, None] * taper
-    for dim in range(3):
-        shape = list(tapered.shape)
-        shape[dim] = size
-        tapered = tapered.new_zeros(shape).index_add_(dim, axis % size, tapered)
-    spectrum: Tensor = torch.fft.rfftn(tapered).real
-    return spectrum
 
 
 def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> tuple[Tensor, Tensor]:

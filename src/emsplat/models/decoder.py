@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from emsplat.maths.geometry import six_to_matrix
 from emsplat.models.base import Saved
 from emsplat.models.gaussians import inverse_softplus
 from emsplat.types import Gaussians
@@ -88,13 +89,9 @@ class Decoder(torch.nn.Module):
         return numbers
 
     def motions(self, numbers: Float[Tensor, "b o"]) -> tuple[Float[Tensor, "b p 3 3"], Float[Tensor, "b p 3"]]:
-        """Rotation and shift of each part; six numbers make a rotation without a seam (Zhou et al. 2019)."""
+        """Rotation and shift of each part."""
         own = numbers[:, : 9 * self.shape.parts].reshape(-1, self.shape.parts, 9)
-        first = own[..., :3] + own.new_tensor([1.0, 0.0, 0.0])
-        second = own[..., 3:6] + own.new_tensor([0.0, 1.0, 0.0])
-        x = functional.normalize(first, dim=-1)
-        y = functional.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
-        return torch.stack([x, y, torch.linalg.cross(x, y)], -1), own[..., 6:]
+        return six_to_matrix(own[..., :6]), own[..., 6:]
 
     def parts(self) -> Float[Tensor, "g p"]:
         """How much each Gaussian belongs to each part."""

@@ -30,7 +30,6 @@ from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
 from emsplat.heterogeneity.search import Search, search
 from emsplat.heterogeneity.spectra import read_spectra
 from emsplat.heterogeneity.states import DecoderPlan
-from emsplat.heterogeneity.subspace import Latents
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
 from emsplat.io.pickles import write_arrays
@@ -214,7 +213,7 @@ def _states(run: Run[HeterogeneityConfig], fitted: _Fitted, found: Search) -> tu
         return point, torch.cdist(latent, point).argmin(1)
     count = min(run.config.heterogeneity.states, len(latent))
     generator = torch.Generator().manual_seed(run.config.halves.seed)
-    centre = start_points(Latents(latent, latent, latent, latent, latent), count, generator)
+    centre = start_points(latent, count, generator)
     for _ in range(30):
         nearest = torch.cdist(latent, centre).argmin(1)
         sums = torch.zeros_like(centre).index_add_(0, nearest, latent)

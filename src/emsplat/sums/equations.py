@@ -83,16 +83,7 @@ class NormalEquations:
         K tapered by a triangle (whose transform is positive) and wrapped into the box: the circulant matrix that
         stands for K.
         """
-        size, length = self.grid.size, len(self.kernel)
-        axis = torch.arange(length, device=self.kernel.device) - length // 2
-        taper = (1 - axis.abs() / (length // 2)).clamp(min=0)
-        tapered = self.kernel * taper[:, None, None] * taper[:, None] * taper
-        for dim in range(3):
-            shape = list(tapered.shape)
-            shape[dim] = size
-            tapered = tapered.new_zeros(shape).index_add_(dim, axis % size, tapered)
-        spectrum: Tensor = torch.fft.rfftn(tapered).real
-        return spectrum.clamp_(min=0)
+        return circulant(self.kernel, self.grid.size).clamp_(min=0)
 
     def solve(self, prior: Float[Tensor, " s"] | None = None) -> Float[Tensor, "z y x"]:
         """The classical map b / (w + 1/τ²).
@@ -116,6 +107,24 @@ class NormalEquations:
         inside = shells <= size // 2
         covered = weight > threshold * mean_per_shell(weight)[shells.clamp(max=size // 2)]
         return float((covered & inside).sum() / inside.sum())
+
+
+def circulant(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]:
+    """The circulant matrix on a box of ``size`` voxels that stands for a convolution, lag 0 at its kernel's centre: in
+    rfft order, of either sign.
+
+    The kernel is tapered by a triangle (whose transform is positive) and wrapped into the box.
+    """
+    length = len(kernel)
+    axis = torch.arange(length, device=kernel.device) - length // 2
+    taper = (1 - axis.abs() / (length // 2)).clamp(min=0)
+    tapered = kernel * taper[:, None, None] * taper[:, None] * taper
+    for dim in range(3):
+        shape = list(tapered.shape)
+        shape[dim] = size
+        tapered = tapered.new_zeros(shape).index_add_(dim, axis % size, tapered)
+    spectrum: Tensor = torch.fft.rfftn(tapered).real
+    return spectrum
 
 
 def mean_per_shell(values: Float[Tensor, "z y k"]) -> Float[Tensor, " s"]:
