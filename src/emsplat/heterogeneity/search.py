@@ -19,7 +19,7 @@ from emsplat.heterogeneity.evidence import (
     mean_gain,
     point_gains,
 )
-from emsplat.heterogeneity.spectra import Spectra
+from emsplat.sums.spectra import Spectra
 from emsplat.heterogeneity.subspace import Latents, Subspace, fit_subspace, infer
 
 _RADII = (0.4, 0.7, 1.0)  # of the finest frequency

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from emsplat.heterogeneity.lattice import Lattice
-from emsplat.heterogeneity.spectra import Spectra
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import Spectra
 from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index
 from emsplat.sums.equations import circulant
 

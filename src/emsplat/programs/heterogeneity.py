@@ -28,7 +28,7 @@ from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
 from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
 from emsplat.heterogeneity.search import Search, search
-from emsplat.heterogeneity.spectra import read_spectra
+from emsplat.sums.spectra import read_spectra
 from emsplat.heterogeneity.states import DecoderPlan
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map

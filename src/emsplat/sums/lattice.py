@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emsplat import _native
 from emsplat.device import CPU
-from emsplat.heterogeneity.spectra import Spectra
+from emsplat.sums.spectra import Spectra
 from emsplat.maths.fourier import is_smooth
 from emsplat.sums.equations import kernel_size
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
@@ -76,18 +76,25 @@ class Lattice:
             # d/dk of Σ v exp(-2πi k x / side) with k in voxels.
             moments = [maps[0] * axis.reshape(shape) * (-2j * math.pi / side) for shape in shapes]
             channels = torch.cat([channels[:1], torch.stack(moments), channels[1:]])
-        factor = self._window(self.size)
-        for shape in shapes:
-            channels = channels * factor.reshape(shape)
+        half = self._half_space(channels)
+        field = torch.zeros(*half.shape[1:], _pitch(2 * len(channels)))
+        field[..., : 2 * len(channels)] = torch.view_as_real(half.permute(1, 2, 3, 0).contiguous()).flatten(-2)
+        return field
+
+    def half_space(self, volume: Float[Tensor, "z y x"]) -> Complex[Tensor, "Z Y X"]:
+        """The transform of one map, laid out as a field of one number per voxel."""
+        return self._half_space(volume[None].to(torch.complex64))[0].contiguous()
+
+    def _half_space(self, channels: Complex[Tensor, "c z y x"]) -> Complex[Tensor, "c Z Y X"]:
+        """The transforms of maps with the window divided out, with room for the taps."""
+        side, factor = 2 * self.reach, self._window(self.size)
+        channels = channels * (factor[:, None, None] * factor[:, None] * factor)
         place = (torch.arange(self.size) - self.size // 2) % side
         padded = torch.zeros(len(channels), side, side, side, dtype=torch.complex64)
         padded[:, place[:, None, None], place[:, None], place] = channels
         spectrum = torch.fft.fftn(padded, dim=(1, 2, 3))
         rows, columns = torch.arange(-self.reach - 1, self.reach + 2) % side, torch.arange(-1, self.reach + 2) % side
-        half = spectrum[:, rows[:, None, None], rows[:, None], columns]
-        field = torch.zeros(*half.shape[1:], _pitch(2 * len(channels)))
-        field[..., : 2 * len(channels)] = torch.view_as_real(half.permute(1, 2, 3, 0).contiguous()).flatten(-2)
-        return field
+        return spectrum[:, rows[:, None, None], rows[:, None], columns]
 
     def products(
         self, maps: Float[Tensor, "c z y x"], spectra: Spectra, *, with_pose: bool = False
