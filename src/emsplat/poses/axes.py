@@ -1,0 +1,192 @@
+"""Which point group a map has, and about which axes.
+
+A map is compared with itself turned. Directions over the half sphere are tried for each fold; the best are refined,
+together with the centre that the axes go through, and completed to larger groups by a second axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from emsplat.maths.fourier import irfft, rfft, shell_index
+from emsplat.maths.geometry import axis_rotation
+from emsplat.maths.groups import C1, Symmetry, cyclic, dihedral, generators, icosahedral, octahedral, tetrahedral
+from emsplat.poses.grids import sphere
+
+HOLDS = 0.75  # correlation of a map with itself turned from which on it has an axis
+_FOLDS = range(2, 13)
+_DIRECTIONS = 1200  # over the sphere, 6 degrees apart
+_BEST = 6  # axes of a fold that are looked at closely
+_TWISTS = 60  # places of the second axis about the first
+_OUTLINE = 3  # shells before this one show the outline of the particle
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the axes of a group lie in a map.
+
+    The map turned so, V'(x) = V(Rᵀ x + c), has the group in RELION's setting; poses A of the map become A Rᵀ.
+    """
+
+    symmetry: Symmetry
+    rotation: Float[Tensor, "3 3"]  # R, float64
+    centre: Float[Tensor, "3"]  # c, voxels from the centre
+    agreement: float  # least mean correlation of the map with itself turned by an element of the group
+
+
+class Turning:
+    """A map to be compared with itself turned: its fine detail, and the points where it is looked at."""
+
+    def __init__(self, volume: Float[Tensor, "z y x"], radius: float, diameter: float) -> None:
+        size = len(volume)
+        away = shell_index(size, 3)
+        self._fine = _finer(irfft(rfft(volume, 3) * ((away >= _OUTLINE) & (away <= radius)), 3))
+        points = _points(size)
+        self._points = points[torch.linalg.vector_norm(points, dim=1) <= min(diameter / 2, size // 2 - 2)]
+
+    def agreement(
+        self, rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"] | None = None
+    ) -> Float[Tensor, " r"]:
+        """Correlation of the map with itself turned about a centre by each rotation."""
+        middle = torch.zeros(3) if centre is None else centre
+        plain = _sampled(self._fine, self._points, torch.eye(3)[None], middle)
+        turned = _sampled(self._fine, self._points, rotation, middle)
+        norm = torch.linalg.vector_norm(turned, dim=1) * torch.linalg.vector_norm(plain)
+        return (turned @ plain[0]) / norm.clamp(min=1e-30)
+
+    def of_group(self, symmetry: Symmetry, rotation: Float[Tensor, "3 3"], centre: Float[Tensor, "3"]) -> float:
+        """Mean correlation over the elements of a group with its axes turned by Rᵀ."""
+        elements = symmetry.elements[1:]
+        return float(self.agreement(rotation.T @ elements @ rotation, centre).mean())
+
+
+def find_frame(turning: Turning, symmetry: Symmetry) -> Frame:
+    """Where a group fits a map best."""
+    if symmetry.order == 1:
+        return Frame(symmetry, torch.eye(3, dtype=torch.float64), torch.zeros(3), 1.0)
+    first, *others = sorted(generators(symmetry.elements), key=_angle)
+    axis, angle = _axis(first), _angle(first)
+    direction = _half_sphere()
+    found = turning.agreement(_about(direction, angle))
+    starts = []
+    for number in found.argsort(descending=True)[:_BEST].tolist():
+        onto = _onto(direction[number].numpy(), axis)
+        twists = np.linspace(0, 2 * math.pi, _TWISTS if others else 1, endpoint=False)
+        rotations = torch.from_numpy(np.stack([axis_rotation(axis, twist) @ onto for twist in twists]))
+        worth = torch.zeros(len(rotations))
+        for other in others:
+            worth += turning.agreement(rotations.mT @ other @ rotations)
+        starts.append((float(found[number] + worth.max()), rotations[int(worth.argmax())]))
+    starts.sort(key=lambda own: -own[0])
+    refined = [_refined(turning, symmetry, rotation) for _, rotation in starts[:3]]
+    return max(refined, key=lambda own: own.agreement)
+
+
+def find_symmetry(turning: Turning, holds: float = HOLDS) -> Frame:
+    """The largest group that a map has."""
+    direction = _half_sphere()
+    folds = [
+        fold for fold in _FOLDS if float(turning.agreement(_about(direction, 2 * math.pi / fold)).max()) > 0.6 * holds
+    ]
+    candidates = [own for own in (icosahedral(), octahedral(), tetrahedral()) if set(_folds(own)) <= set(folds)]
+    candidates += [dihedral(fold) for fold in reversed(folds) if 2 in folds]
+    candidates += [cyclic(fold) for fold in reversed(folds)]
+    candidates.sort(key=lambda own: -own.order)
+    for symmetry in candidates:
+        frame = find_frame(turning, symmetry)
+        if frame.agreement >= holds:
+            return frame
+    return find_frame(turning, C1)
+
+
+def in_frame(volume: Float[Tensor, "z y x"], frame: Frame) -> Float[Tensor, "z y x"]:
+    """A map turned into RELION's setting, the mean over its group."""
+    rotation = frame.rotation.T @ frame.symmetry.elements
+    seen = _sampled(_finer(volume), _points(len(volume)), rotation, frame.centre)
+    return seen.mean(0).reshape(volume.shape)
+
+
+def _points(size: int) -> Float[Tensor, "p 3"]:
+    """The voxels of a box, (x, y, z) from its centre."""
+    axis = torch.arange(size, dtype=torch.float32) - size // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    return torch.stack([x, y, z], -1).flatten(0, 2)
+
+
+def _finer(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "Z Y X"]:
+    """A map on voxels of half the size, between which one may go linearly."""
+    size = len(volume)
+    half, rows = size // 2, torch.arange(1 - size // 2, size // 2)
+    spectrum = rfft(volume, 3)
+    wide = torch.zeros(2 * size, 2 * size, size + 1, dtype=spectrum.dtype)
+    wide[rows[:, None] % (2 * size), rows % (2 * size), :half] = spectrum[rows[:, None] % size, rows % size, :half]
+    return 8 * irfft(wide, 3)
+
+
+def _sampled(
+    fine: Float[Tensor, "Z Y X"], points: Float[Tensor, "p 3"], rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"]
+) -> Float[Tensor, "r p"]:
+    """V(R x + c) at points x in voxels of the map, of which ``fine`` has twice as many along each axis."""
+    found = []
+    for own in rotation.float().split(_BATCH):
+        place = 2 * (points @ own.mT + centre.float()) + len(fine) // 2
+        place = (2 * place / (len(fine) - 1) - 1)[None, :, :, None]
+        found.append(torch.nn.functional.grid_sample(fine[None, None], place, align_corners=True)[0, 0, :, :, 0])
+    return torch.cat(found)
+
+
+def _refined(turning: Turning, symmetry: Symmetry, start: Float[Tensor, "3 3"]) -> Frame:
+    def placed(numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        turn = torch.from_numpy(Rotation.from_rotvec(numbers[:3] / 10).as_matrix())
+        return turn @ start, torch.from_numpy(numbers[3:]).float()
+
+    # Axes that go through one point fix it, a single axis two of its coordinates.
+    found = minimize(
+        lambda numbers: -turning.of_group(symmetry, *placed(numbers)),
+        np.zeros(6),
+        method="Powell",
+        options={"xtol": 0.02, "ftol": 1e-4, "maxfev": 400},
+    )
+    rotation, centre = placed(found.x)
+    own = turning.agreement(rotation.T @ generators(symmetry.elements) @ rotation, centre)
+    return Frame(symmetry, rotation, centre, float(own.min()))
+
+
+def _half_sphere() -> Float[Tensor, "d 3"]:
+    direction = sphere(_DIRECTIONS)
+    return direction[direction[:, 2] >= 0]
+
+
+def _about(direction: Float[Tensor, "d 3"], angle: float) -> Float[Tensor, "d 3 3"]:
+    return torch.from_numpy(Rotation.from_rotvec(angle * direction.numpy()).as_matrix())
+
+
+def _onto(direction: NDArray[np.float64], axis: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A rotation that brings one direction onto another."""
+    cross, cosine = np.cross(direction, axis), float(direction @ axis)
+    if np.linalg.norm(cross) < 1e-9:
+        return np.eye(3) if cosine > 0 else axis_rotation(np.cross(axis, np.roll(axis, 1) + 0.1), math.pi)
+    return axis_rotation(cross, math.atan2(float(np.linalg.norm(cross)), cosine))
+
+
+def _angle(rotation: Float[Tensor, "3 3"]) -> float:
+    return float(np.linalg.norm(Rotation.from_matrix(rotation.numpy()).as_rotvec()))
+
+
+def _axis(rotation: Float[Tensor, "3 3"]) -> NDArray[np.float64]:
+    vector: NDArray[np.float64] = Rotation.from_matrix(rotation.numpy()).as_rotvec()
+    return vector / np.linalg.norm(vector)
+
+
+def _folds(symmetry: Symmetry) -> list[int]:
+    return sorted({round(2 * math.pi / _angle(own)) for own in symmetry.elements[1:]})
