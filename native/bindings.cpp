@@ -633,12 +633,12 @@ private:
 // (25), gain at the start and at the end, how often the image was compared.
 constexpr int PLACED = 39;
 
-// Poses of views by Levenberg's method: `rotation` and shift 0 are the start; the prior lies at `given` and at a shift of
-// -`offset`, its precisions are 1 / (2 variance). Shifts are in units of the image's box over 2 pi.
+// Poses of views by Levenberg's method from `rotation` and `move`, a shift of the model; the prior lies at `given` and at a
+// shift `offset` before the start, its precisions are 1 / (2 variance). Shifts are in units of the image's box over 2 pi.
 Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float> transfer, Numbers2 point,
                               Array3<float> magnification, Numbers1 image, Array3<double> rotation,
-                              Array3<double> given, Array2<double> offset, Array2<float> polynomials, double step,
-                              std::pair<double, double> precision, int most, double enough, double longest,
+                              Array3<double> given, Array2<double> move, Array2<double> offset, Array2<float> polynomials,
+                              double step, std::pair<double, double> precision, int most, double enough, double longest,
                               int threads) {
     const size_t views = image.shape(0), images = values.shape(0), stride = values.shape(1), points = point.shape(0);
     const Volume volume{reinterpret_cast<const float*>(space.data()), (int(space.shape(0)) - 3) / 2};
@@ -648,10 +648,10 @@ Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float
     if (int(space.shape(0)) != volume.side() || int(space.shape(1)) != volume.side() ||
         int(space.shape(2)) != volume.width() || transfer.shape(0) != images || transfer.shape(1) != stride ||
         points > stride || point.shape(1) != 2 || !square(magnification, images, 2) || !square(rotation, views, 3) ||
-        !square(given, views, 3) || offset.shape(0) != views || offset.shape(1) != 2 ||
+        !square(given, views, 3) || offset.shape(0) != views || offset.shape(1) != 2 || move.shape(0) != views || move.shape(1) != 2 ||
         polynomials.shape(0) != DEGREE + 1 || polynomials.shape(1) != TAPS)
         throw std::invalid_argument("expected a half space (s, s, (s + 3) / 2), values and transfer (i, s), point (k, 2), "
-                                    "magnification (i, 2, 2), rotation and given (v, 3, 3), offset (v, 2)");
+                                    "magnification (i, 2, 2), rotation and given (v, 3, 3), move and offset (v, 2)");
     int reach = 0;
     float furthest = 0, stretch = 0;
     for (size_t p = 0; p < points; ++p) {
@@ -688,6 +688,7 @@ Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float
                 Placing placing(seen, volume, given.data() + 9 * v, precision.first, precision.second);
                 Placing::State at{};
                 std::copy_n(rotation.data() + 9 * v, 9, at.rotation);
+                std::copy_n(move.data() + 2 * v, 2, at.move);
                 std::copy_n(offset.data() + 2 * v, 2, at.offset);
                 placing.look(at);
                 const double before = at.gain;
@@ -751,7 +752,7 @@ NB_MODULE(_native, m) {
     m.def("view_slices", &view_slices, "field"_a, "channels"_a, "frequency"_a, "rotation"_a, "polynomials"_a,
           "threads"_a);
     m.def("place_views", &place_views, "space"_a, "values"_a, "transfer"_a, "point"_a, "magnification"_a, "image"_a,
-          "rotation"_a, "given"_a, "offset"_a, "polynomials"_a, "step"_a, "precision"_a, "most"_a, "enough"_a,
+          "rotation"_a, "given"_a, "move"_a, "offset"_a, "polynomials"_a, "step"_a, "precision"_a, "most"_a, "enough"_a,
           "longest"_a, "threads"_a);
     m.def("insert_views", &insert_views, "field"_a, "means"_a, "moments"_a, "values"_a, "transfer"_a, "frequency"_a,
           "image"_a, "rotation"_a, "polynomials"_a, "threads"_a);

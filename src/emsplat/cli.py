@@ -27,6 +27,7 @@ from emsplat.config import (
     PostprocessConfig,
     PreprocessConfig,
     ReconstructConfig,
+    RefineConfig,
     RunOptions,
     ScoreStatesConfig,
     SimulateConfig,
@@ -94,6 +95,37 @@ def backproject(
     from emsplat.programs.reconstruct import backproject as run
 
     with _folder(output, "backproject", again=_again(config.run)) as folder:
+        return exit_code(run(config, particles, folder, _log()))
+
+
+def refine(
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: RefineConfig = RefineConfig(),  # noqa: B008 (frozen)
+) -> int:
+    """Refine the poses of particles against Gaussians of their own half-set, then reconstruct with them.
+
+    Each particle is turned and moved until it fits best, no further from the pose that was given than that was wrong, as
+    the particles themselves show. Results are those of `emsplat reconstruct`; run_data.star has the new poses with their
+    uncertainty. Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
+
+    Args:
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
+        output: Run folder; without it a new one here, refine_001 or the next free number.
+
+    Examples:
+        # particles of a refinement, or of an earlier and coarser one
+        emsplat refine run_data.star -o refined --symmetry D2
+        # poses that may be off by ten degrees and more
+        emsplat refine run_data.star -o refined --search 15
+        # poses found with one map of all particles at 15 Å: only finer shells count
+        emsplat refine particles.star -o refined --shared-to 15
+    """
+    from emsplat.programs.finish import exit_code
+    from emsplat.programs.refine import refine as run
+
+    with _folder(output, "refine", again=_again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
 
 
@@ -538,7 +570,7 @@ def _log() -> Log:
 
 
 _COMMANDS: dict[str, tuple[Any, ...]] = {
-    "Reconstruct": (reconstruct, backproject, heterogeneity),
+    "Reconstruct": (reconstruct, backproject, refine, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
     "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, voxelize, report),
     "Shell": (completion,),

@@ -179,7 +179,8 @@ class ParticleStack:
             getattr(old, name).index_copy(0, self.rows, getattr(poses, name).to(getattr(old, name)))
             for name in ("rotation", "shift")
         )
-        return replace(self, table=replace(self.table, poses=Poses(rotation, shift)))
+        changed = tuple(dict.fromkeys([*self.table.changed, "poses"]))
+        return replace(self, table=replace(self.table, poses=Poses(rotation, shift), changed=changed))
 
     @property
     def half(self) -> Int[Tensor, " p"]:

@@ -53,6 +53,7 @@ class Prior:
         return turn, shift
 
 
+_NUMBERS = ("hessian", "before", "after", "given", "looks")
 NO_PRIOR = Prior(math.inf, math.inf)
 
 
@@ -94,7 +95,7 @@ def resized(spectrum: Complex[Tensor, "z y k"], size: int) -> Complex[Tensor, "Z
     sums over voxels stay, not grey values."""
     old = len(spectrum)
     half = min(old, size) // 2
-    wide = spectrum.new_zeros(size, size, size // 2 + 1)
+    wide: Tensor = spectrum.new_zeros(size, size, size // 2 + 1)
     places = torch.arange(1 - half, half)
     rows = places[:, None, None], places[:, None], places[places >= 0]
     wide[rows[0] % size, rows[1] % size, rows[2]] = spectrum[rows[0] % old, rows[1] % old, rows[2]]
@@ -108,7 +109,8 @@ class Placed:
     poses: Poses  # float64
     hessian: Float[Tensor, "p 5 5"]  # Jᴴ J: turns about x, y, z of the image (rad), shifts along x, y (Å)
     before: Float[Tensor, " p"]  # log p(y | pose) - log p(y | no particle) at the start, nats
-    after: Float[Tensor, " p"]  # and where it was found
+    after: Float[Tensor, " p"]  # where it was found
+    given: Float[Tensor, " p"]  # and in the middle of the prior
     looks: Int[Tensor, " p"]  # how often the image was compared
 
     def covariance(self, prior: Prior) -> Float[Tensor, "p 5 5"]:
@@ -122,7 +124,7 @@ class Placed:
         """Several one after the other, in another order."""
         return cls(
             Poses(*(torch.cat([getattr(p.poses, name) for p in parts])[order] for name in ("rotation", "shift"))),
-            *(torch.cat([getattr(p, name) for p in parts])[order] for name in ("hessian", "before", "after", "looks")),
+            *(torch.cat([getattr(p, name) for p in parts])[order] for name in _NUMBERS),
         )
 
 
@@ -134,13 +136,14 @@ class Views:
     magnification: Float[Tensor, "i 2 2"]
     image: Int[Tensor, " v"]  # int32
     rotation: Float[Tensor, "v 3 3"]  # float64
-    given: Float[Tensor, "v 3 3"]  # where the prior has it
-    offset: Float[Tensor, "v 2"]  # of the images' shifts from where the prior has them, Å
+    move: Float[Tensor, "v 2"]  # of the shift, Å
+    given: Float[Tensor, "v 3 3"]  # where the prior has the rotation
+    origin: Float[Tensor, "v 2"]  # and the move
     length: float  # of the images' box, Å
 
     def take(self, views: Int[Tensor, " w"]) -> Self:
         """Some of the poses."""
-        own = {name: getattr(self, name)[views] for name in ("image", "rotation", "given", "offset")}
+        own = {name: getattr(self, name)[views] for name in ("image", "rotation", "move", "given", "origin")}
         return replace(self, **own)
 
 
@@ -161,7 +164,8 @@ def descend(reference: Reference, views: Views, prior: Prior, radius: float, ste
             views.image.numpy(),
             views.rotation.contiguous().numpy(),
             views.given.contiguous().numpy(),
-            (views.offset / unit).contiguous().numpy(),
+            (views.move / unit).contiguous().numpy(),
+            ((views.move - views.origin) / unit).contiguous().numpy(),
             polynomials_on(CPU).numpy(),
             reference.lattice.step * ratio,
             (turn, shift * unit**2),
@@ -174,7 +178,7 @@ def descend(reference: Reference, views: Views, prior: Prior, radius: float, ste
     units = torch.tensor([1.0, 1.0, 1.0, unit, unit], dtype=torch.float64)
     hessian = row[:, 11:36].reshape(-1, 5, 5) / units / units[:, None]
     poses = Poses(row[:, :9].reshape(-1, 3, 3).clone(), unit * row[:, 9:11])
-    return Placed(poses, hessian, row[:, 36].clone(), row[:, 37].clone(), row[:, 38].long())
+    return Placed(poses, hessian, row[:, 36].clone(), row[:, 37].clone(), row[:, 36].clone(), row[:, 38].long())
 
 
 Search = Callable[[Reference, Views, Prior], Placed]
@@ -187,7 +191,7 @@ def nearest(reference: Reference, views: Views, prior: Prior) -> Placed:
 
 def noise_of(stack: ParticleStack) -> list[Float[Tensor, "o s"]]:
     """The noise of each of the `parts` of a stack, from what surrounds the particles."""
-    return [estimate_noise(part) for part in stack.parts()]
+    return [estimate_noise(part) for part in stack.on(CPU).parts()]
 
 
 def place(
@@ -199,9 +203,10 @@ def place(
     search: Search = nearest,
     told: Callable[[int], None] = lambda _: None,
 ) -> Placed:
-    """Finds the pose of each particle of a stack from that which it has, under a prior about those ``given``.
+    """Finds the pose of each particle of a stack from that which it has, under a prior about those ``given``, on the
+    CPU.
 
-    ``noise`` are the spectra of its `parts`. Images are read once, some at a time.
+    ``noise`` are the spectra of its `parts`. Images are read once, some at a time; ``told`` hears how many are done.
 
     Raises:
         InputError: an image cannot be used.
@@ -210,13 +215,15 @@ def place(
     position[stack.rows] = torch.arange(len(stack))
     found, places, done = [], [], 0
     for part, spectrum in zip(stack.parts(), noise, strict=True):
-        for rows in torch.arange(len(part)).split(_CHUNK):
+        for rows in torch.split(torch.arange(len(part)), _CHUNK):
             some = part.take(rows)
             place = position[some.rows]
             views = views_of(reference, some, given[place], spectrum)
             one = search(reference, views, prior)
+            before = replace(views, rotation=views.given, move=views.origin)
+            known = descend(reference, before, prior, reference.lattice.radius, steps=0).before
             moved = some.table.poses.shift[some.rows] + one.poses.shift
-            found.append(replace(one, poses=Poses(one.poses.rotation, moved)))
+            found.append(replace(one, poses=Poses(one.poses.rotation, moved), given=known))
             places.append(place)
             done += len(rows)
             told(done)
@@ -225,15 +232,16 @@ def place(
 
 def views_of(reference: Reference, stack: ParticleStack, given: Poses, noise: Float[Tensor, "o s"]) -> Views:
     """The images of a stack of one grid as they are compared with a reference, each in the pose that it has."""
-    spectra = read_spectra(stack.without_symmetry(), reference.lattice.radius, reference.grid, noise)
+    spectra = read_spectra(stack.without_symmetry().on(CPU), reference.lattice.radius, reference.grid, noise)
     poses, optics = stack.table.poses[stack.rows], stack.table.optics[stack.rows]
     return Views(
         spectra,
         _magnification(optics),
         torch.arange(len(stack), dtype=torch.int32),
         poses.rotation.double(),
+        torch.zeros(len(stack), 2, dtype=torch.float64),
         given.rotation.double(),
-        poses.shift - given.shift,
+        given.shift - poses.shift,
         stack.grid.length,
     )
 

@@ -28,7 +28,6 @@ from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
 from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
 from emsplat.heterogeneity.search import Search, search
-from emsplat.sums.spectra import read_spectra
 from emsplat.heterogeneity.states import DecoderPlan
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
@@ -55,6 +54,7 @@ from emsplat.run.files import (
 )
 from emsplat.run.folder import write_text
 from emsplat.run.log import Log
+from emsplat.sums.spectra import read_spectra
 from emsplat.types import Grid
 
 _CRISP = 0.9  # mean of the largest membership above which points are classes

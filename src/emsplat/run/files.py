@@ -20,6 +20,7 @@ SETTINGS = "config.toml"
 LOG = "run.log"
 JOURNAL = "journal.jsonl"
 PARTICLES = "run_data.star"
+REFINEMENT = "refinement.safetensors"  # poses after the last round
 
 # Maps, called as RELION calls those of a refinement, and models.
 HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from emsplat import _native
 from emsplat.device import CPU
-from emsplat.sums.spectra import Spectra
 from emsplat.maths.fourier import is_smooth
 from emsplat.sums.equations import kernel_size
+from emsplat.sums.spectra import Spectra
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 
 _LANES = 8
@@ -94,7 +94,8 @@ class Lattice:
         padded[:, place[:, None, None], place[:, None], place] = channels
         spectrum = torch.fft.fftn(padded, dim=(1, 2, 3))
         rows, columns = torch.arange(-self.reach - 1, self.reach + 2) % side, torch.arange(-1, self.reach + 2) % side
-        return spectrum[:, rows[:, None, None], rows[:, None], columns]
+        half: Tensor = spectrum[:, rows[:, None, None], rows[:, None], columns]
+        return half
 
     def products(
         self, maps: Float[Tensor, "c z y x"], spectra: Spectra, *, with_pose: bool = False
