@@ -13,6 +13,7 @@ from emsplat.commandline.arguments import Command, command_of
 from emsplat.commandline.help import program_help, terminal
 from emsplat.commandline.parse import call, did_you_mean
 from emsplat.config import (
+    AbinitioConfig,
     Angstrom,
     AssessConfig,
     BackprojectConfig,
@@ -156,6 +157,37 @@ def heterogeneity(
 
     with _folder(output, "heterogeneity", again=_again(config.run)) as folder:
         run(config, particles, folder, _log())
+
+
+def abinitio(
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: AbinitioConfig = AbinitioConfig(),  # noqa: B008 (frozen)
+) -> int:
+    """Find the poses of particles from nothing, and whether they can be believed.
+
+    Starts are made from both half-sets apart until two agree: found, uncertain, or not found. Then every particle is
+    given a pose with its uncertainty (run_data.star), and maps are made. Poses that the file has are not used.
+
+    Args:
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --ctf.
+        output: Run folder; without it a new one here, abinitio_001 or the next free number.
+
+    Examples:
+        # a map and poses of picked particles, then better ones
+        emsplat abinitio particles.star -o first --diameter 180
+        emsplat refine first/run_data.star -o refined
+        # of a particle with known symmetry
+        emsplat abinitio particles.star --symmetry D2
+        # when the first seeds were not found
+        emsplat abinitio particles.star --starts 8 --seed 1
+    """
+    from emsplat.programs.abinitio import abinitio as run
+    from emsplat.programs.abinitio import exit_code
+
+    with _folder(output, "abinitio", again=_again(config.run)) as folder:
+        return exit_code(run(config, particles, folder, _log()))
 
 
 def simulate(
@@ -570,7 +602,7 @@ def _log() -> Log:
 
 
 _COMMANDS: dict[str, tuple[Any, ...]] = {
-    "Reconstruct": (reconstruct, backproject, refine, heterogeneity),
+    "Reconstruct": (abinitio, reconstruct, backproject, refine, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
     "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, voxelize, report),
     "Shell": (completion,),

@@ -323,6 +323,39 @@ class RefineConfig(ReconstructConfig):
 
 
 @dataclass(frozen=True)
+class AbinitioOptions:
+    """How poses are looked for."""
+
+    starts: int = 4
+    """Starts of each half-set at most. They end with the first two, one of each half, that agree."""
+
+    steps: int = 160
+    """Steps of a start without symmetry; a fifth as many follow with it."""
+
+    batch: Annotated[int, "IMAGES"] = 200
+    """Images of a step."""
+
+    sample: Annotated[int, "IMAGES"] = 5000
+    """Images of each half-set that starts are made from, at most; all are given poses in the end."""
+
+    offset: Angstrom = 10.0
+    """How far particles lie from the centres of their images: standard deviation along x and y, to begin with. It
+    follows the images later. Origins of the file are not used."""
+
+
+@dataclass(frozen=True)
+class AbinitioConfig:
+    """Poses from nothing, and classical maps with them."""
+
+    choice: ChoiceOptions = ChoiceOptions()
+    images: ImageOptions = ImageOptions()
+    halves: HalfSetOptions = HalfSetOptions()
+    abinitio: AbinitioOptions = AbinitioOptions()
+    mask: MaskOptions = MaskOptions()
+    run: RunOptions = RunOptions()
+
+
+@dataclass(frozen=True)
 class HeterogeneityOptions:
     """What may move and change."""
 

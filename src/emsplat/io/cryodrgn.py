@@ -20,17 +20,18 @@ _LARGEST = float(np.finfo(np.float32).max)
 _COLUMNS = 9  # box, pixel size, defocus U, V, angle (degrees), kV, Cs, amplitude contrast, phase shift (degrees)
 
 
-def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None = None) -> ParticleTable:
+def read_cryodrgn(particles: Path, poses: Path | None, ctf: Path, datadir: Path | None = None) -> ParticleTable:
     """Particles of a stack (.mrcs, .mrc) or of a list of stacks (.txt), in the order of the pickles.
 
     ``poses`` holds rotations (n, 3, 3), RELION's matrix, and shifts (n, 2) in boxes; ``ctf`` holds (n, 9) numbers. The
-    pixel size is that of ``ctf``, scaled where its box is not that of the images.
+    pixel size is that of ``ctf``, scaled where its box is not that of the images. Without ``poses`` particles are seen
+    from one side.
 
     Raises:
         InputError: a file is missing, holds anything but such arrays, or they do not belong together.
     """
-    rotation, fraction, notes = _poses(poses)
     table = _ctf(ctf)
+    rotation, fraction, notes = _unknown(len(table)) if poses is None else _poses(poses)
     found = _stacks(particles, datadir)
     stacks = found.paths
     if len(found.stack) != len(stacks):
@@ -42,7 +43,7 @@ def read_cryodrgn(particles: Path, poses: Path, ctf: Path, datadir: Path | None 
     count = sum(counts)
     if not len(rotation) == len(table) == count:
         raise InputError(
-            f"{particles}: {count} images, but {len(rotation)} poses in {poses} and {len(table)} rows in {ctf}; "
+            f"{particles}: {count} images, but {len(rotation)} poses in {poses or ctf} and {len(table)} rows in {ctf}; "
             "expected the same number, parse them from the same particles"
         )
     if len(boxes) != 1:
@@ -120,6 +121,10 @@ def write_pickles(poses: Path, ctf: Path, table: ParticleTable) -> None:
         raise InputError(f"{table.name}: shifts beyond the box; cryoDRGN takes none, leave such particles out")
     write_arrays(poses, tuple(part.numpy().astype(np.float32) for part in (table.poses.rotation, shift)))
     write_arrays(ctf, torch.stack(columns, 1).numpy().astype(np.float32))
+
+
+def _unknown(count: int) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    return np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 2)), []
 
 
 def _poses(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:

@@ -46,7 +46,12 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def read_cs(
-    path: Path, datadir: Path | None = None, passthrough: Sequence[Path] = (), *, need_stacks: bool = True
+    path: Path,
+    datadir: Path | None = None,
+    passthrough: Sequence[Path] = (),
+    *,
+    need_stacks: bool = True,
+    need_poses: bool = True,
 ) -> ParticleTable:
     """Particles of a .cs file in house units.
 
@@ -54,7 +59,7 @@ def read_cs(
     ``*passthrough_particles*.cs`` beside it, joined on ``uid``. Poses: ``alignments3D``, else the class of highest
     posterior of ``alignments3D_multi`` or ``alignments_class_<i>``; shifts are in pixels of ``alignments3D/psize_A``.
     ``blob/sign`` is the contrast. Copies of a symmetry-expanded particle go to one half-set. Without ``need_stacks``
-    image stacks may be missing.
+    image stacks may be missing, without ``need_poses`` poses.
 
     Raises:
         InputError: unreadable file, missing fields or stacks, values that are not finite, images of both signs.
@@ -70,7 +75,7 @@ def read_cs(
         raise InputError(f"{path}: blob/psize_A is {pixel_size.min():g}; expected a pixel size above 0")
     notes = list[str]()
     optics = _optics(fields, notes)
-    rotation, shift, alignment, particle_class = _poses(fields, pixel_size)
+    rotation, shift, alignment, particle_class = _poses(fields, pixel_size, need_poses)
     optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
     notes += doubts(path, optics)
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
@@ -360,7 +365,9 @@ def _alpha(fields: _Fields, prefix: str, notes: list[str]) -> Tensor:
     return alpha
 
 
-def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, NDArray[np.float64], str, Tensor | None]:
+def _poses(
+    fields: _Fields, pixel_size: NDArray[np.float64], needed: bool
+) -> tuple[Tensor, NDArray[np.float64], str, Tensor | None]:
     """Rotations, shifts in Å, the group of fields they come from, and the class of each particle."""
     rows = np.arange(len(fields))
     number: NDArray[Any] | None = None
@@ -391,11 +398,14 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
         pose = np.stack([fields.numbers(f"{name}/pose", 3) for name in classes])[best, rows]
         shift = np.stack([fields.numbers(f"{name}/shift", 2) for name in classes])[best, rows]
         number = np.array([int(name.rsplit("_", 1)[1]) for name in classes])[best]
-    else:
+    elif needed:
         raise InputError(
-            f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
-            "take the .cs file of a refinement"
+            f"{fields.path}: no 3D poses (alignments3D/pose); find them with `emsplat abinitio`, or take the .cs file "
+            "of a refinement"
         )
+    else:
+        unturned = torch.eye(3, dtype=torch.float64).repeat(len(fields), 1, 1)
+        return unturned, np.zeros((len(fields), 2)), "alignments3D", None
     spacing = _spacing(fields, prefix, pixel_size)
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
     rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)

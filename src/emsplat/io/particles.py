@@ -25,11 +25,13 @@ def read_particles(
     ctf: Path | None = None,
     passthrough: Sequence[Path] = (),
     need_stacks: bool = True,
+    need_poses: bool = True,
 ) -> ParticleTable:
     """Particles of RELION (.star, .star.gz), of cryoSPARC (.cs, with ``passthrough``), or of cryoDRGN (.mrcs, .mrc or
     .txt with ``poses`` and ``ctf``).
 
     Without ``need_stacks`` image stacks may be missing, except cryoDRGN's, which alone know how many images there are.
+    Without ``need_poses`` particles that have none are seen from one side, in the centre of their images.
 
     Raises:
         InputError: another kind of file, options that do not go with it, or what its reader refuses.
@@ -43,15 +45,16 @@ def read_particles(
     if kind == ".gz" and path.with_suffix("").suffix.lower() != ".star":
         raise InputError(f"{path}: is compressed; unpack it first: gunzip {path.name}")
     if kind == ".cs":
-        return read_cs(path, datadir, passthrough, need_stacks=need_stacks)
+        return read_cs(path, datadir, passthrough, need_stacks=need_stacks, need_poses=need_poses)
     if kind in (".mrcs", ".mrc", ".txt"):
-        if poses is None or ctf is None:
+        if (poses is None and need_poses) or ctf is None:
+            asked = "--poses poses.pkl and --ctf ctf.pkl" if need_poses else "--ctf ctf.pkl"
             raise InputError(
-                f"{path}: an image stack has no poses; expected --poses poses.pkl and --ctf ctf.pkl (cryoDRGN), or "
+                f"{path}: an image stack has no {'poses' if need_poses else 'CTF'}; expected {asked} (cryoDRGN), or "
                 "the .star or .cs file in its place"
             )
         return read_cryodrgn(path, poses, ctf, datadir)
-    return read_star(path, datadir, need_stacks=need_stacks)
+    return read_star(path, datadir, need_stacks=need_stacks, need_poses=need_poses)
 
 
 def count_stacks(table: ParticleTable) -> int:

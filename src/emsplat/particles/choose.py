@@ -28,7 +28,9 @@ _MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
 _HALF_TURN = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
 
 
-def read_table(choice: ChoiceOptions, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+def read_table(
+    choice: ChoiceOptions, particles: Path, *, need_stacks: bool = True, need_poses: bool = True
+) -> ParticleTable:
     """The particles that the options describe: files merged, some of them chosen, in the hand asked for.
 
     Raises:
@@ -43,19 +45,25 @@ def read_table(choice: ChoiceOptions, particles: Path, *, need_stacks: bool = Tr
         ctf=choice.ctf,
         passthrough=choice.passthrough,
         need_stacks=need_stacks,
+        need_poses=need_poses,
     )
-    more = [read_particles(path, datadir=choice.datadir, need_stacks=need_stacks) for path in choice.merge]
+    more = [
+        read_particles(path, datadir=choice.datadir, need_stacks=need_stacks, need_poses=need_poses)
+        for path in choice.merge
+    ]
     table = _choose(choice, merge_tables([first, *more]))
     return flip_hand(table, choice.point_group) if choice.flip_hand else table
 
 
-def read_source(config: SourceConfig, particles: Path, *, need_stacks: bool = True) -> ParticleTable:
+def read_source(
+    config: SourceConfig, particles: Path, *, need_stacks: bool = True, need_poses: bool = True
+) -> ParticleTable:
     """As `read_table`, without the half-sets of the files where new ones are wanted.
 
     Raises:
         InputError: through `read_table`.
     """
-    table = read_table(config.choice, particles, need_stacks=need_stacks)
+    table = read_table(config.choice, particles, need_stacks=need_stacks, need_poses=need_poses)
     return replace(table, half=None) if config.halves.redraw_halves else table
 
 
@@ -99,13 +107,14 @@ def open_images(
     )
 
 
-def open_stack(config: SourceConfig, particles: Path) -> ParticleStack:
-    """The particles that the options describe, with half-sets.
+def open_stack(config: SourceConfig, particles: Path, *, need_poses: bool = True) -> ParticleStack:
+    """The particles that the options describe, with half-sets; without ``need_poses`` their poses may be missing.
 
     Raises:
         InputError: through `read_table` and `open_table`.
     """
-    return open_images(config.choice, config.images, read_source(config, particles)).with_halves(config.halves.seed)
+    table = read_source(config, particles, need_poses=need_poses)
+    return open_images(config.choice, config.images, table).with_halves(config.halves.seed)
 
 
 def _choose(choice: ChoiceOptions, table: ParticleTable) -> ParticleTable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Turning:
         plain = _sampled(self._fine, self._points, torch.eye(3)[None], middle)
         turned = _sampled(self._fine, self._points, rotation, middle)
         norm = torch.linalg.vector_norm(turned, dim=1) * torch.linalg.vector_norm(plain)
-        return (turned @ plain[0]) / norm.clamp(min=1e-30)
+        correlation: Tensor = (turned @ plain[0]) / norm.clamp(min=1e-30)
+        return correlation
 
     def of_group(self, symmetry: Symmetry, rotation: Float[Tensor, "3 3"], centre: Float[Tensor, "3"]) -> float:
         """Mean correlation over the elements of a group with its axes turned by Rᵀ."""
@@ -112,8 +114,14 @@ def find_symmetry(turning: Turning, holds: float = HOLDS) -> Frame:
 def in_frame(volume: Float[Tensor, "z y x"], frame: Frame) -> Float[Tensor, "z y x"]:
     """A map turned into RELION's setting, the mean over its group."""
     rotation = frame.rotation.T @ frame.symmetry.elements
-    seen = _sampled(_finer(volume), _points(len(volume)), rotation, frame.centre)
-    return seen.mean(0).reshape(volume.shape)
+    return turned(volume, rotation, frame.centre).mean(0)
+
+
+def turned(
+    volume: Float[Tensor, "z y x"], rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"]
+) -> Float[Tensor, "r z y x"]:
+    """V(R x + c) for each rotation, c in voxels."""
+    return _sampled(_finer(volume), _points(len(volume)), rotation, centre).reshape(len(rotation), *volume.shape)
 
 
 def _points(size: int) -> Float[Tensor, "p 3"]:
@@ -134,11 +142,14 @@ def _finer(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "Z Y X"]:
 
 
 def _sampled(
-    fine: Float[Tensor, "Z Y X"], points: Float[Tensor, "p 3"], rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"]
+    fine: Float[Tensor, "Z Y X"],
+    points: Float[Tensor, "p 3"],
+    rotation: Float[Tensor, "r 3 3"],
+    centre: Float[Tensor, "3"],
 ) -> Float[Tensor, "r p"]:
     """V(R x + c) at points x in voxels of the map, of which ``fine`` has twice as many along each axis."""
     found = []
-    for own in rotation.float().split(_BATCH):
+    for own in torch.split(rotation.float(), _BATCH):
         place = 2 * (points @ own.mT + centre.float()) + len(fine) // 2
         place = (2 * place / (len(fine) - 1) - 1)[None, :, :, None]
         found.append(torch.nn.functional.grid_sample(fine[None, None], place, align_corners=True)[0, 0, :, :, 0])
@@ -150,13 +161,12 @@ def _refined(turning: Turning, symmetry: Symmetry, start: Float[Tensor, "3 3"]) 
         turn = torch.from_numpy(Rotation.from_rotvec(numbers[:3] / 10).as_matrix())
         return turn @ start, torch.from_numpy(numbers[3:]).float()
 
+    def loss(numbers: NDArray[np.float64]) -> float:
+        return -turning.of_group(symmetry, *placed(numbers))
+
     # Axes that go through one point fix it, a single axis two of its coordinates.
-    found = minimize(
-        lambda numbers: -turning.of_group(symmetry, *placed(numbers)),
-        np.zeros(6),
-        method="Powell",
-        options={"xtol": 0.02, "ftol": 1e-4, "maxfev": 400},
-    )
+    options: Any = {"xtol": 0.02, "ftol": 1e-4, "maxfev": 400}
+    found = minimize(loss, np.zeros(6), method="Powell", options=options)
     rotation, centre = placed(found.x)
     own = turning.agreement(rotation.T @ generators(symmetry.elements) @ rotation, centre)
     return Frame(symmetry, rotation, centre, float(own.min()))

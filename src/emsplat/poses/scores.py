@@ -119,9 +119,7 @@ def expect(
     return Expected(numerator, weight, residual, torch.cat(likelihood), torch.cat(certainty), spread / len(rows))
 
 
-def most_likely(
-    images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: Float[Tensor, " k"]
-) -> MostLikely:
+def most_likely(images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: Float[Tensor, " k"]) -> MostLikely:
     """The pose of the trial that fits each image best."""
     rotation, shift, likelihood, best = [], [], [], []
     for part in _scored(images, rows, trial, noise, 1.0):
@@ -155,7 +153,7 @@ def _scored(
     of_real = torch.cat([trial.slices.real.T, one]).mul_(2 / temperature)
     of_imaginary = (2 / temperature) * trial.slices.imag.T
     power = trial.slices.abs().square().T / temperature
-    for own in rows.split(max(1, _SCORES // (2 * rotations * shifts))):
+    for own in torch.split(rows, max(1, _SCORES // (2 * rotations * shifts))):
         transfer = images.transfer[own, :k]
         moved = ((images.values[own, :k] * transfer / noise)[:, None] * phase).flatten(0, 1)
         real, imaginary = moved.real.contiguous(), moved.imag.contiguous()

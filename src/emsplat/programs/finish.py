@@ -66,9 +66,10 @@ def finish(
     fits: Fits | None = None,
     altered: str | None = None,
     refinement: dict[str, Any] | None = None,
+    abinitio: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`;
-    ``refinement`` says what was done to the poses."""
+    ``refinement`` says what was done to the poses, ``abinitio`` how they were found."""
     log, folder = run.log, run.folder
     write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
@@ -80,6 +81,7 @@ def finish(
             path.unlink()
     summary = measured | _found(run, classical, fits) | circumstances(run)
     summary |= {} if refinement is None else {"refinement": refinement}
+    summary |= {} if abinitio is None else {"abinitio": abinitio}
     summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
     write_text(folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the figures and the report"):

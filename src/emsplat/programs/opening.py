@@ -34,10 +34,17 @@ _OF_THE_FILE = "of the file"
 
 
 def open_run(
-    config: C, particles: Path, folder: Path, log: Log, settings: Settings | None = None, program: str = "reconstruct"
+    config: C,
+    particles: Path,
+    folder: Path,
+    log: Log,
+    settings: Settings | None = None,
+    program: str = "reconstruct",
+    need_poses: bool = True,
 ) -> Run[C]:
     """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
-    the work begins. ``settings`` are those of a fit, ``program`` the command.
+    the work begins. ``settings`` are those of a fit, ``program`` the command; without ``need_poses`` particles may have
+    none, and nothing is asked of those that they have.
 
     Raises:
         InputError: the input or an option cannot be used; nothing was written yet.
@@ -45,7 +52,7 @@ def open_run(
     """
     device, device_said = choose_device(config.run.device)
     forget_peak_memory(device)
-    stack = open_stack(config, particles).on(device)
+    stack = open_stack(config, particles, need_poses=need_poses).on(device)
     _require_usable(stack, config, settings)
     prepare_folder(config, particles, folder)
     log.keep_in(folder)
@@ -57,7 +64,7 @@ def open_run(
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
     write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
-    run = Run(config, particles, folder, log, stack, skipped, _look_for_symmetry(stack, log))
+    run = Run(config, particles, folder, log, stack, skipped, _look_for_symmetry(stack, log) if need_poses else None)
     write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
     return run

@@ -49,7 +49,7 @@ def backproject(config: BackprojectConfig, particles: Path, output: Path, log: L
     with threads(config.run.threads), log.to_the_end():
         run = open_run(config, particles, output, log, program="backproject")
         classical = accumulate_all(run)
-        _write_classical(run, classical)
+        write_classical(run, classical)
         return finish(run, classical)
 
 
@@ -88,8 +88,8 @@ def _settled(config: ReconstructConfig, output: Path) -> Settings:
     return replace(settings, batch=batch_before(output)) if config.run.resume and settings.batch == "auto" else settings
 
 
-def _write_classical(run: Run[RunConfig], classical: Classical) -> None:
-    """The maps of `backproject`."""
+def write_classical(run: Run[RunConfig], classical: Classical) -> None:
+    """Classical maps of the halves and of all as those of the run."""
     maps = {name: classical.raw[name] for name in HALVES} | {"class001": classical.regularised()}
     for name, volume in maps.items():
         write_map(run.folder / map_name(name), volume, run.stack.grid.pixel_size)

@@ -22,6 +22,12 @@ JOURNAL = "journal.jsonl"
 PARTICLES = "run_data.star"
 REFINEMENT = "refinement.safetensors"  # poses after the last round
 
+
+def start_name(half: str, number: int) -> str:
+    """The map that a start without poses came to, counted from 1."""
+    return f"abinitio_{half}_start{number:02d}.safetensors"
+
+
 # Maps, called as RELION calls those of a refinement, and models.
 HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")
 FULL_MAP = "run_class001.mrc"

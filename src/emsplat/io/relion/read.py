@@ -167,12 +167,14 @@ def read_rotations(path: Path) -> Float[Tensor, "p 3 3"]:
     return euler_to_matrix(torch.deg2rad(torch.stack(angles, 1)))
 
 
-def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = True) -> ParticleTable:
+def read_star(
+    path: Path, datadir: Path | None = None, *, need_stacks: bool = True, need_poses: bool = True
+) -> ParticleTable:
     """Particles of a STAR file in house units; angles, CTF and origins as in docs/conventions.md.
 
     A CTF value is taken from the particle table first, from the optics table second; what is assumed where both lack it
     is said in ``warnings`` (docs/conventions.md, 12). Stacks are found by the rule of `emsplat.io.paths`; without
-    ``need_stacks`` they may be missing.
+    ``need_stacks`` they may be missing; without ``need_poses`` angles may, and are 0 then.
 
     Raises:
         InputError: unreadable file, missing column or stack, a value that is no finite number, an optics group that
@@ -185,7 +187,7 @@ def read_star(path: Path, datadir: Path | None = None, *, need_stacks: bool = Tr
     columns = _Columns(particles, optics, row_of_group[group])
     ctf_values = _optics(columns)
     pixel_size = np.array([g.pixel_size for g in groups])[group]
-    angles = torch.stack([torch.deg2rad(columns.take(f"Angle{name}")) for name in ("Rot", "Tilt", "Psi")], 1)
+    angles = _angles(columns, need_poses)
     shift, shift_notes = _origins(particles, optics, pixel_size)
     found, image = _images(particles, path, datadir, need_stacks)
     micrographs = particles.text("MicrographName") if particles.has("MicrographName") else []
@@ -235,6 +237,23 @@ class _Columns:
         if self.particles.has(name) or self.optics is None or not self.optics.has(name):
             return torch.from_numpy(self.particles.numbers(name))
         return torch.from_numpy(self.optics.numbers(name)[self.optics_row])
+
+
+def _angles(columns: _Columns, needed: bool) -> Float[Tensor, "p 3"]:
+    """Angles in rad; 0 where the table has none and they are not ``needed``.
+
+    Raises:
+        InputError: they are needed.
+    """
+    names = [f"Angle{name}" for name in ("Rot", "Tilt", "Psi")]
+    if needed and not any(columns.has(name) for name in names):
+        raise InputError(
+            f"{columns.particles.path}: no orientations (columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi); find them "
+            "with `emsplat abinitio`, or take the file of a refinement"
+        )
+    if not needed and not all(columns.has(name) for name in names):
+        return torch.zeros(len(columns.optics_row), 3, dtype=torch.float64)
+    return torch.stack([torch.deg2rad(columns.take(name)) for name in names], 1)
 
 
 def _assumptions(columns: _Columns) -> list[str]:

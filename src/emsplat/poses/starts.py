@@ -1,0 +1,226 @@
+"""Starts on both half-sets, one after the other, until two that share nothing agree.
+
+A start climbs without symmetry. Where the particle has one, its axes are found in the map, which is turned into
+RELION's setting, and the climb goes on with it. A pair of starts, one of each half, is compared (`verdict`); the first
+that agrees is taken. The worst that can happen is that many starts are made in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emsplat.maths.fourier import irfft, rfft, shell_index, sum_by_shell
+from emsplat.maths.groups import Symmetry
+from emsplat.poses.abinitio import Ascent, Stage
+from emsplat.poses.axes import Turning, find_frame, in_frame
+from emsplat.poses.verdict import (
+    Alignment,
+    Verdict,
+    align_poses,
+    align_shifts,
+    brought_over,
+    decide,
+    last_shell,
+    shell_correlation,
+)
+from emsplat.sums.spectra import Spectra
+
+_BEGUN, _SEEN, _DONE = 5.6, 8.8, 10.6  # cycles per diameter of the particle: first, end of the climb, end of a start
+_SAMPLE = 150  # images of each half that poses are compared on
+_TURN = 12.0  # degrees between the rotations of that
+_SEEDS = 7919  # between starts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How starts are made."""
+
+    radius: float  # cycles per box for a diameter of the particle
+    spread: float  # standard deviation of shifts, Å, at first
+    diameter: float  # of the mask, Å
+    largest: int  # finest frequency that the images hold, cycles per box
+    steps: int = 160
+    batch: int = 200
+
+    def stages(self) -> tuple[Stage, Stage]:
+        """Climb without symmetry, and what follows with it."""
+        begun, seen, done = (min(self.largest, self.radius * cycles) for cycles in (_BEGUN, _SEEN, _DONE))
+        return (
+            Stage(self.steps, self.batch, (begun, seen)),
+            Stage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 10.0)),
+        )
+
+    @property
+    def compared(self) -> float:
+        """The frequency up to which starts are compared."""
+        return self.stages()[0].radius[1]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A map that a start came to."""
+
+    half: int
+    number: int
+    volume: Float[Tensor, "z y x"]
+    noise: Float[Tensor, " s"]
+    spread: float
+    likelihood: float  # mean of the last steps, nats per image
+    axes: float  # agreement of the map with the axes of the symmetry, 1 without
+
+
+def make_start(
+    images: Spectra,
+    half: int,
+    number: int,
+    plan: Plan,
+    symmetry: Symmetry,
+    seed: int,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> Start:
+    """One start on the images of a half."""
+    own = seed + _SEEDS * (2 * number + half)
+    climb, settle = plan.stages()
+    total = climb.steps + settle.steps
+    ascent = Ascent(images, plan.largest, plan.diameter, own, plan.spread)
+    for step, _ in enumerate(ascent.climb(climb)):
+        told(step + 1, total)
+    axes = 1.0
+    if symmetry.order > 1:
+        frame = find_frame(turning_of(ascent.volume, images.length, plan), symmetry)
+        axes, volume = frame.agreement, in_frame(ascent.volume, frame)
+        ascent = Ascent(images, plan.largest, plan.diameter, own + 1, ascent.spread, symmetry, volume, ascent.noise)
+    likelihood: list[float] = []
+    for step, status in enumerate(ascent.climb(settle)):
+        likelihood.append(status.likelihood)
+        told(climb.steps + step + 1, total)
+    last = likelihood[-5:]
+    return Start(half, number, ascent.volume, ascent.noise, ascent.spread, sum(last) / len(last), axes)
+
+
+def turning_of(volume: Float[Tensor, "z y x"], length: float, plan: Plan) -> Turning:
+    """A map of a box of ``length`` Å, to be compared with itself turned."""
+    return Turning(volume, plan.compared, plan.diameter / length * len(volume))
+
+
+def at_map(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry, volume: Tensor | None = None) -> Ascent:
+    """Images at the map of a start, or another in its place."""
+    own = start.volume if volume is None else volume
+    return Ascent(images, plan.largest, plan.diameter, 0, start.spread, symmetry, own, start.noise)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two starts of disjoint halves, compared."""
+
+    starts: tuple[Start, Start]
+    alignment: Alignment
+    centre: Float[Tensor, "3"]  # of the second map in the first, voxels
+    correlation: Float[Tensor, " s"]  # FSC of the aligned maps
+    verdict: Verdict
+
+
+def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: Plan, symmetry: Symmetry) -> Pair:
+    """Poses of the same images against both maps, the maps where they lie on each other, and what each predicts of the
+    other half's images."""
+    sample = _joined(_sampled(halves[0]), _sampled(halves[1]))
+    rows = torch.arange(len(sample.values))
+    found = [at_map(sample, own, plan, symmetry).judge(plan.compared, _TURN, rows) for own in starts]
+    alignment = align_poses(found[0].rotation, found[1].rotation, symmetry)
+    voxel = sample.length / len(starts[0].volume)
+    centre = align_shifts(found[0].rotation, found[0].shift, found[1].shift) / voxel
+    second = brought_over(starts[1].volume, alignment, centre.float())
+    curve = shell_correlation(starts[0].volume, second)[: int(plan.compared) + 1]
+    gains = torch.cat([_gain(halves[1 - half], starts[half], plan, symmetry) for half in (0, 1)])
+    error = float(gains.std()) / len(gains) ** 0.5
+    verdict = decide(alignment.agreement, last_shell(curve), float(gains.mean()), error)
+    return Pair(starts, alignment, centre, curve, verdict)
+
+
+def _gain(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry) -> Float[Tensor, " i"]:
+    """Log-likelihood of images at a map beyond that at its spherical mean."""
+    own = _sampled(images)
+    rows = torch.arange(len(own.values))
+    both = [
+        at_map(own, start, plan, symmetry, volume).judge(plan.compared, _TURN, rows).likelihood
+        for volume in (start.volume, spherical_mean(start.volume))
+    ]
+    return both[0] - both[1]
+
+
+def spherical_mean(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
+    """The map with nothing left but what depends on the distance from the centre."""
+    size = len(volume)
+    spectrum, shells = rfft(volume, 3).real, shell_index(size, 3)
+    count = int(shells.max()) + 1
+    total = sum_by_shell(spectrum, shells, count) / sum_by_shell(torch.ones_like(spectrum), shells, count).clamp(min=1)
+    return irfft(total[shells].to(torch.complex64), 3)
+
+
+def find_pair(
+    halves: tuple[Spectra, Spectra],
+    plan: Plan,
+    symmetry: Symmetry,
+    seed: int,
+    most: int,
+    before: dict[tuple[int, int], Start],
+    told: Callable[[int, int, int, int], None] = lambda half, number, done, total: None,
+) -> Iterator[Start | Pair]:
+    """Starts as they are made, and pairs as they are compared; ends with the first that is found, or after ``most`` of
+    each half. Starts of ``before`` are not made again."""
+    made: tuple[list[Start], list[Start]] = ([], [])
+    for number in range(most):
+        for half in (0, 1):
+            start = before.get((half, number))
+            if start is None:
+
+                def tell(done: int, total: int, half: int = half, number: int = number) -> None:
+                    told(half, number, done, total)
+
+                start = make_start(halves[half], half, number, plan, symmetry, seed, tell)
+                yield start
+            made[half].append(start)
+            for other in made[1 - half]:
+                starts = (other, start) if half else (start, other)
+                pair = compare(halves, starts, plan, symmetry)
+                yield pair
+                if pair.verdict.word == "found":
+                    return
+
+
+def _sampled(images: Spectra) -> Spectra:
+    """Some images, evenly."""
+    count = len(images.values)
+    rows = torch.linspace(0, count - 1, min(_SAMPLE, count)).long()
+    return _rows(images, rows)
+
+
+def _rows(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
+    count = len(rows)
+    return replace(
+        images,
+        values=images.values[rows],
+        transfer=images.transfer[rows],
+        image=torch.arange(count, dtype=torch.int32),
+        rotation=images.rotation[rows],
+        share=images.share[rows],
+        row=images.row[rows],
+    )
+
+
+def _joined(one: Spectra, other: Spectra) -> Spectra:
+    count = len(one.values) + len(other.values)
+    return replace(
+        one,
+        values=torch.cat([one.values, other.values]),
+        transfer=torch.cat([one.transfer, other.transfer]),
+        image=torch.arange(count, dtype=torch.int32),
+        rotation=torch.cat([one.rotation, other.rotation]),
+        share=torch.cat([one.share, other.share]),
+        row=torch.cat([one.row, other.row]),
+    )

@@ -1,0 +1,394 @@
+"""Poses from nothing: starts on both half-sets until two agree, then every particle against the map of its own half.
+
+Half-sets share nothing but the point group that is asked for, until they are found: then the map of one is turned to lie
+on the other, which changes neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from emsplat.config import AbinitioConfig
+from emsplat.device import within_memory
+from emsplat.errors import InputError
+from emsplat.io.files import json_text
+from emsplat.io.particles import write_used
+from emsplat.io.tensors import write_tensors
+from emsplat.maths.groups import C1, Symmetry
+from emsplat.particles.choose import with_boxes
+from emsplat.particles.stack import ParticleStack
+from emsplat.poses.abinitio import Ascent
+from emsplat.poses.axes import Frame, find_symmetry, in_frame
+from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
+from emsplat.poses.starts import Pair, Plan, Start, at_map, find_pair, turning_of
+from emsplat.poses.verdict import Verdict, brought_over
+from emsplat.process import threads
+from emsplat.programs.classical import accumulate_all
+from emsplat.programs.finish import circumstances, describe, finish, found_finished
+from emsplat.programs.opening import open_run
+from emsplat.programs.reconstruct import write_classical
+from emsplat.programs.run import Run
+from emsplat.run.files import HALVES, PARTICLES, SUMMARY, start_name
+from emsplat.run.folder import check_same_run, is_finished, read_summary, write_text
+from emsplat.run.log import Log
+from emsplat.run.stop import Checkpoints, checkpoints
+from emsplat.sums.spectra import Spectra, read_spectra
+from emsplat.types import Grid, Poses
+
+_FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
+_FINEST = 11.5  # cycles per diameter: the finest that starts look at
+_FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
+_PASSES = 2  # over all images of a half, once a pair was found
+_TURN = 9.0  # degrees between the rotations of these
+_LOOKED = 500  # images at once
+_FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
+
+
+@within_memory()
+def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+    """Finds poses, or finds that there are none to be believed, and writes maps with them into ``output``; returns
+    summary.json.
+
+    Raises:
+        InputError: the input or an option cannot be used.
+        OutputError: the folder is not empty or cannot be written.
+        Interrupted: asked to stop; ``resume`` goes on with the starts that were made.
+    """
+    log = log or Log()
+    if (finished := _finished(config, particles, output, log)) is not None:
+        return finished
+    _refuse(config)
+    with threads(config.run.threads), log.to_the_end():
+        run = open_run(config, particles, output, log, program="abinitio", need_poses=False)
+        run = replace(run, stack=_unposed(run.stack))
+        plan = _plan(run)
+        halves = _read(run, plan)
+        with log.part("starts", "starts from random poses, without symmetry"):
+            pairs, count = _search(run, plan, halves)
+        best = max(pairs, key=lambda own: (own.verdict.word == "found", own.verdict.agreement))
+        about = _about(run, best, count, plan)
+        _say(log, best.verdict, run.stack)
+        if best.verdict.word == "not found":
+            return _conclude_without(run, about)
+        with log.part("poses", "all particles against the map of their half"):
+            maps, frame = _turned(run, best, plan)
+            placed = _placed(run, best, plan, halves, maps)
+        about |= _symmetry_found(run, frame) | _spread(run, placed)
+        run = replace(run, stack=run.stack.with_poses(placed.poses))
+        _write_particles(run, placed)
+        classical = accumulate_all(run)
+        write_classical(run, classical)
+        return finish(run, classical, abinitio=about)
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """1 where nothing was found."""
+    return int(summary["abinitio"]["verdict"] == "not found")
+
+
+def _finished(config: AbinitioConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+    """As `found_finished`, also of a run that found nothing."""
+    if config.run.resume:
+        check_same_run(config, particles, output)
+        summary = read_summary(output)
+        if is_finished(summary) and summary.get("abinitio", {}).get("verdict") == "not found":
+            log.line(f"{output}: this run is finished: not found; --overwrite starts anew")
+            return summary
+    return found_finished(config, particles, output, log)
+
+
+def _refuse(config: AbinitioConfig) -> None:
+    """
+    Raises:
+        InputError: an option out of its bounds, or one of other runs that means nothing here.
+    """
+    own = config.abinitio
+    for name in ("starts", "steps", "batch", "sample"):
+        least = 2 if name == "steps" else 1
+        if getattr(own, name) < least:
+            raise InputError(f"--{name} {getattr(own, name)}: expected at least {least}")
+    if not 0 < own.offset < math.inf:
+        raise InputError(f"--offset {own.offset:g}: expected a number above 0, in Å")
+    if config.run.add_statistics:
+        raise InputError("--add-statistics: sums of other particles have poses in another frame; leave it out")
+
+
+def _unposed(stack: ParticleStack) -> ParticleStack:
+    """Every particle as it lies in its image, seen from one side."""
+    unturned = torch.eye(3, dtype=torch.float64).repeat(len(stack), 1, 1)
+    return stack.with_poses(Poses(unturned, torch.zeros(len(stack), 2, dtype=torch.float64)))
+
+
+def _plan(run: Run[AbinitioConfig]) -> Plan:
+    """
+    Raises:
+        InputError: several boxes, or too few images for a start.
+    """
+    stack, options = run.stack, run.config.abinitio
+    if len(stack.parts()) > 1:
+        raise InputError(
+            f"{stack.table.name}: images of several boxes or pixel sizes; bring them to one with --box and --pixel-size"
+        )
+    for half in (1, 2):
+        count = len(stack.only(half))
+        if count < _FEWEST:
+            raise InputError(
+                f"{stack.table.name}: half-set {half} has {count} images; a start from nothing needs at least {_FEWEST} "
+                "in each, and a few thousand are better"
+            )
+        if count < _FEW:
+            run.log.warn(f"half-set {half} has {count} images; below {_FEW} starts often fail")
+    length = stack.grid.length
+    particle = run.config.images.diameter or _FILLED * length
+    radius = length / particle
+    largest = min(math.ceil(_FINEST * radius), stack.grid.size // 2 - 1)
+    return Plan(radius, options.offset, stack.diameter, largest, options.steps, options.batch)
+
+
+def _read(run: Run[AbinitioConfig], plan: Plan) -> tuple[Spectra, Spectra]:
+    """Low frequencies of the images of both halves, at most a sample of each."""
+    parts = []
+    with run.log.part("reading", "reading the low frequencies of the images"):
+        for half in (1, 2):
+            own = run.stack.only(half).without_symmetry()
+            rows = torch.linspace(0, len(own) - 1, min(run.config.abinitio.sample, len(own))).long()
+            parts.append(read_spectra(own.take(rows), plan.largest))
+    return parts[0], parts[1]
+
+
+def _search(run: Run[AbinitioConfig], plan: Plan, halves: tuple[Spectra, Spectra]) -> tuple[list[Pair], int]:
+    """The pairs that were compared, and how many starts that took."""
+    log, options, stack = run.log, run.config.abinitio, run.stack
+    climb = plan.stages()[0].radius
+    length = stack.grid.length
+    log.line(
+        f"  {length / climb[0]:.0f} to {length / climb[1]:.0f} Å, at most {options.starts} starts of each half, "
+        f"{options.steps} steps of {options.batch} images each"
+    )
+    before = _made_before(run)
+    pairs: list[Pair] = []
+    count = len(before)
+    names = list(HALVES)
+    steps = sum(own.steps for own in plan.stages())
+    with (
+        checkpoints(math.inf) as moment,
+        log.progress("starts", 2 * options.starts * steps, unit="steps") as update,
+    ):
+
+        def told(half: int, number: int, done: int, total: int) -> None:
+            update((2 * number + half) * total + done, f"{names[half]}, start {number + 1}")
+            _look_up(moment)
+
+        for got in find_pair(halves, plan, stack.symmetry, run.config.halves.seed, options.starts, before, told):
+            if isinstance(got, Start):
+                count += 1
+                _save(run, got)
+                axes = f", axes {got.axes:.2f}" if stack.symmetry.order > 1 else ""
+                log.line(
+                    f"  {names[got.half]}, start {got.number + 1}: log-likelihood {got.likelihood:.2f} per image{axes}"
+                )
+                continue
+            pairs.append(got)
+            own = got.verdict
+            log.line(
+                f"    starts {got.starts[0].number + 1} and {got.starts[1].number + 1}: poses agree for "
+                f"{own.agreement:.0%}, maps to {length / max(own.shell, 1):.0f} Å: {own.word}"
+            )
+    return pairs, count
+
+
+def _look_up(moment: Checkpoints) -> None:
+    """
+    Raises:
+        Interrupted: asked to stop.
+    """
+    if moment.due():
+        moment.saved("during a start; go on with --resume (finished starts are kept)")
+
+
+def _save(run: Run[AbinitioConfig], start: Start) -> None:
+    name = list(HALVES)[start.half]
+    about = {own: getattr(start, own) for own in ("half", "number", "spread", "likelihood", "axes")}
+    tensors = {"volume": start.volume.contiguous(), "noise": start.noise.contiguous()}
+    write_tensors(run.folder / start_name(name, start.number + 1), tensors, {"emsplat.start": json.dumps(about)})
+
+
+def _made_before(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
+    """Starts that an interrupted run has made.
+
+    Raises:
+        InputError: a file cannot be used.
+    """
+    found: dict[tuple[int, int], Start] = {}
+    if not run.config.run.resume:
+        return found
+    for half, name in enumerate(HALVES):
+        for number in range(run.config.abinitio.starts):
+            path = run.folder / start_name(name, number + 1)
+            if not path.is_file():
+                continue
+            try:
+                with safe_open(path, framework="pt") as file:
+                    about = json.loads(file.metadata()["emsplat.start"])
+                    found[half, number] = Start(
+                        volume=file.get_tensor("volume"), noise=file.get_tensor("noise"), **about
+                    )
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error
+    if found:
+        run.log.line(f"resuming with {len(found)} starts")
+    return found
+
+
+def _say(log: Log, verdict: Verdict, stack: ParticleStack) -> None:
+    agreed = (
+        f"poses of the same images against maps of disjoint halves agree for {verdict.agreement:.0%}, the maps to "
+        f"{stack.grid.length / max(verdict.shell, 1):.0f} Å; gain on unseen images {verdict.gain:.2f} ± "
+        f"{verdict.gain_error:.2f} nats"
+    )
+    log.line(f"{verdict.word}: {agreed}")
+    if verdict.word == "uncertain":
+        log.warn(f"uncertain whether poses were found: {agreed}; try more --starts, or another --seed")
+    if verdict.word == "found":
+        log.line("  the hand is not determined: images do not tell it (--flip-hand turns it)")
+
+
+def _turned(run: Run[AbinitioConfig], pair: Pair, plan: Plan) -> tuple[tuple[Tensor, Tensor], Frame | None]:
+    """The second map where the first lies; without a symmetry that was asked for, both in RELION's setting of the
+    group that they are found to have together."""
+    first = pair.starts[0].volume
+    second = brought_over(pair.starts[1].volume, pair.alignment, pair.centre.float())
+    if run.stack.symmetry.order > 1:
+        return (first, second), None
+    frame = find_symmetry(turning_of((first + second) / 2, run.stack.grid.length, plan))
+    if frame.symmetry.order == 1:
+        return (first, second), frame
+    plain = replace(frame, symmetry=C1)
+    return (in_frame(first, plain), in_frame(second, plain)), frame
+
+
+def _placed(
+    run: Run[AbinitioConfig], pair: Pair, plan: Plan, halves: tuple[Spectra, Spectra], maps: tuple[Tensor, Tensor]
+) -> Placed:
+    """Every particle against the map of its own half: the best of a grid, then the nearest minimum."""
+    log, stack, symmetry = run.log, run.stack, run.stack.symmetry
+    grid, radius = stack.grid, plan.stages()[1].radius[1]
+    found, rows = [], []
+    for half, name in enumerate(HALVES):
+        own = stack.only(half + 1)
+        climbed = at_map(halves[half], pair.starts[half], plan, symmetry, maps[half])
+        with log.progress(f"map of {name}", _PASSES * climbed.count) as update:
+            for number in range(_PASSES):
+                for done in climbed.pass_over(radius, _TURN):
+                    update(number * climbed.count + done, "")
+        reference = make_reference(
+            climbed.volume, Grid(len(climbed.volume), grid.length / len(climbed.volume)), plan.largest
+        )
+        noise = noise_of(own)
+        parts = []
+        with log.progress(f"poses of {name}", len(own)) as update:
+            for part in torch.split(torch.arange(len(own)), _LOOKED):
+                some = own.take(part)
+                coarse = _coarse(climbed, some, plan, pair.starts[half], symmetry, radius)
+                posed = some.with_poses(coarse)
+                parts.append(place(reference, posed, coarse, NO_PRIOR, noise, nearest))
+                update(int(part[-1]) + 1, "")
+        found += parts
+        rows.append((stack.half == half + 1).nonzero()[:, 0])
+    return Placed.joined(found, torch.argsort(torch.cat(rows)))
+
+
+def _coarse(
+    climbed: Ascent, stack: ParticleStack, plan: Plan, start: Start, symmetry: Symmetry, radius: float
+) -> Poses:
+    """The best poses of a grid."""
+    spectra = read_spectra(stack.without_symmetry(), plan.largest)
+    looking = Ascent(spectra, plan.largest, plan.diameter, 0, climbed.spread, symmetry, climbed.volume, climbed.noise)
+    best = looking.judge(radius, _TURN, torch.arange(len(stack)))
+    return Poses(best.rotation.double(), best.shift.double())
+
+
+def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: Plan) -> dict[str, Any]:
+    own = pair.verdict
+    return {
+        "verdict": own.word,
+        "agreement": round(own.agreement, 4),
+        "agrees_to": round(run.stack.grid.length / max(own.shell, 1), 2),
+        "gain": round(own.gain, 3),
+        "gain_error": round(own.gain_error, 3),
+        "starts": starts,
+        "finest": round(run.stack.grid.length / plan.stages()[1].radius[1], 2),
+        "fsc_of_starts": [round(value, 4) for value in pair.correlation.tolist()],
+        "hand": "not determined",
+    }
+
+
+def _symmetry_found(run: Run[AbinitioConfig], frame: Frame | None) -> dict[str, Any]:
+    if frame is None:
+        return {}
+    symbol = frame.symmetry.symbol
+    if frame.symmetry.order > 1:
+        run.log.line(
+            f"  the map has {symbol} (it agrees with itself by {frame.agreement:.2f}); its axes are turned into RELION's "
+            f"setting, and --symmetry {symbol} makes use of them"
+        )
+    return {"symmetry_found": symbol, "symmetry_agreement": round(frame.agreement, 3)}
+
+
+def _spread(run: Run[AbinitioConfig], placed: Placed) -> dict[str, Any]:
+    """How far particles lie from the centres of their images, and how well poses are known."""
+    away = torch.linalg.vector_norm(placed.poses.shift, dim=1)
+    limit = _FAR * run.stack.grid.length
+    if far := int((away > limit).sum()):
+        run.log.warn(
+            f"{far:,} of {len(away):,} particles lie more than {limit:.0f} Å from the centre of their image, a part of "
+            "them is cut off; extract them again about the origins that were found"
+        )
+    turn, shift = _uncertainty(placed)
+    return {
+        "shift_rms": round(float(away.square().mean().sqrt()), 3),
+        "angle_uncertainty": round(float(turn.median()), 3),
+        "origin_uncertainty": round(float(shift.median()), 3),
+    }
+
+
+def _uncertainty(placed: Placed) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
+    """Standard deviations about an axis (degrees) and along one (Å), in the mean of the axes."""
+    variance = torch.diagonal(placed.covariance(NO_PRIOR), dim1=1, dim2=2)
+    return torch.rad2deg(variance[:, :3].mean(1).sqrt()), variance[:, 3:].mean(1).sqrt()
+
+
+def _write_particles(run: Run[AbinitioConfig], placed: Placed) -> None:
+    """run_data.star: poses, their uncertainty and likelihood."""
+    stack = run.stack
+    turn, shift = _uncertainty(placed)
+    numbers = {
+        "LogLikeliContribution": placed.after,
+        "emsplatAngleUncertainty": turn.clamp(max=180.0),
+        "emsplatOriginUncertainty": shift.clamp(max=stack.grid.length),
+    }
+    more = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in numbers.items()}
+    write_used(with_boxes(stack.table.take(stack.rows)), run.folder / PARTICLES, stack.half, more=more)
+
+
+def _conclude_without(run: Run[AbinitioConfig], about: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run that found nothing; no map that would look like one."""
+    log = run.log
+    log.line(
+        "  no poses and no maps are written. More --starts, another --seed, --diameter of the particle, its --symmetry or "
+        "a cleaner set may help; images of noise end here too"
+    )
+    summary = {"abinitio": about, "input": describe(run)} | circumstances(run)
+    summary["seconds"] = round(log.seconds, 1)
+    write_text(run.folder / SUMMARY, json_text(summary))
+    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; summary in {run.folder}")
+    return summary
