@@ -52,7 +52,7 @@ class Plan:
         begun, seen, done = (min(self.largest, self.radius * cycles) for cycles in (_BEGUN, _SEEN, _DONE))
         return (
             Stage(self.steps, self.batch, (begun, seen)),
-            Stage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 10.0)),
+            Stage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 12.0)),
         )
 
     @property
