@@ -1,0 +1,392 @@
+"""Poses from nothing: grids, scores against direct ones, axes, alignment, the verdict, and the whole way."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from emsplat.config import AbinitioConfig, AbinitioOptions, ChoiceOptions, HalfSetOptions, ImageOptions, RunOptions
+from emsplat.errors import InputError
+from emsplat.io.particles import read_particles
+from emsplat.maths.geometry import axis_rotation, random_rotations
+from emsplat.maths.groups import C1, parse_symmetry
+from emsplat.poses.abinitio import Ascent, Stage, centre_of_mass
+from emsplat.poses.axes import Frame, Turning, find_frame, find_symmetry, in_frame, turned
+from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
+from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
+from emsplat.poses.starts import Plan, make_start, spherical_mean
+from emsplat.poses.verdict import (
+    align_poses,
+    align_shifts,
+    angle_between,
+    brought_over,
+    decide,
+    last_shell,
+    mirror_image,
+    mirrored,
+    shell_correlation,
+)
+from emsplat.programs.abinitio import abinitio
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import Spectra, half_plane
+
+LENGTH = 100.0  # Å
+
+
+def drawn(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(size, seed, symmetry="C1", count=5):
+    """A map of some Gaussians well within the box, under each element of a group."""
+    generator = drawn(seed)
+    centre = 0.22 * size * torch.randn(count, 3, generator=generator, dtype=torch.float64).clamp(-1.2, 1.2)
+    axis = torch.arange(size) - size // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    points = torch.stack([x, y, z], -1).double()
+    volume = torch.zeros(size, size, size, dtype=torch.float64)
+    for element in parse_symmetry(symmetry).elements:
+        for number, own in enumerate(centre @ element.T):
+            volume += (1 + 0.3 * number) * torch.exp(-(points - own).square().sum(-1) / (2 * 1.6**2))
+    return volume.float()
+
+
+def views(volume, count, seed=0, radius=6, noise=0.0, spread=3.0, transfer=None):
+    """Images of a map in units of their noise, and the poses that they were made in."""
+    generator = drawn(seed)
+    lattice = Lattice(radius)
+    frequency, _ = half_plane(radius, 1.0, lattice.size)
+    k = len(frequency)
+    rotation = random_rotations(count, generator)
+    shift = spread * torch.randn(count, 2, generator=generator)
+    if transfer is None:
+        transfer = 0.5 + torch.rand(count, k, generator=generator)
+    empty = Spectra(
+        torch.zeros(count, k, dtype=torch.complex64),
+        transfer,
+        frequency,
+        torch.arange(count, dtype=torch.int32),
+        rotation.float(),
+        torch.ones(count),
+        torch.arange(count),
+        LENGTH,
+    )
+    slices = lattice.slices(volume[None], empty)[:, 0]
+    angle = 2 * math.pi / LENGTH * shift @ frequency.T
+    random = torch.randn(count, k, generator=generator) + 1j * torch.randn(count, k, generator=generator)
+    values = transfer * slices * torch.polar(torch.ones_like(angle), angle) + noise * math.sqrt(0.5) * random
+    return replace(empty, values=values.to(torch.complex64)), rotation, shift
+
+
+# Grids
+
+
+@pytest.mark.parametrize("symbol", ["C1", "C3", "D2", "O"])
+def test_every_pose_has_a_neighbour_in_the_grid(symbol):
+    symmetry, step = parse_symmetry(symbol), math.radians(25)
+    rotation = half_grid(step, symmetry, drawn())
+    both = torch.cat([rotation, HALF_TURN @ rotation])
+    assert torch.allclose(both @ both.mT, torch.eye(3, dtype=torch.float64).expand_as(both), atol=1e-12)
+    asked = random_rotations(200, drawn(1))
+    copies = (asked[:, None] @ symmetry.elements)[:, :, None]
+    nearest = torch.stack([angle_between(own, both).amin() for own in copies])
+    assert float(nearest.max()) < step  # the cell of a grid point reaches to √3/2 steps, and a little at its borders
+
+
+def test_an_asymmetric_unit_is_a_part_of_all_directions():
+    whole = len(half_grid(0.2, C1, drawn()))
+    for symbol in ("C7", "D3", "I1"):
+        symmetry = parse_symmetry(symbol)
+        assert len(half_grid(0.2, symmetry, drawn())) * symmetry.order == pytest.approx(whole, rel=0.25)
+
+
+def test_directions_are_even():
+    direction = sphere(500)
+    assert torch.allclose(direction.mean(0), torch.zeros(3, dtype=torch.float64), atol=5e-3)
+    assert torch.allclose(direction.T @ direction / 500, torch.eye(3, dtype=torch.float64) / 3, atol=5e-3)
+
+
+def test_shifts_reach_as_far_as_they_should_and_hold_one_at_least():
+    shift = shift_grid(2.0, 9.0, drawn())
+    assert float(torch.linalg.vector_norm(shift, dim=1).max()) <= 9.0
+    assert len(shift) == pytest.approx(math.pi * 9**2 / 2**2, rel=0.15)
+    assert all(len(shift_grid(5.0, 0.0, drawn(seed))) >= 1 for seed in range(20))
+
+
+# Scores
+
+
+@pytest.fixture
+def trial_and_images():
+    images, rotation, shift = views(blobs(16, 1), 6, noise=1.0)
+    lattice = Lattice(6)
+    tried = half_grid(math.radians(50), C1, drawn(3))
+    k = images.values.shape[1]
+    slices = lattice.slices(
+        blobs(16, 1)[None],
+        replace(
+            images,
+            values=torch.zeros(len(tried), k, dtype=torch.complex64),
+            transfer=torch.zeros(len(tried), k),
+            image=torch.arange(len(tried), dtype=torch.int32),
+            rotation=tried.float(),
+            share=torch.ones(len(tried)),
+        ),
+    )[:, 0].contiguous()
+    return Trial(tried, shift_grid(4.0, 8.0, drawn(4)), 0.2 * slices, 5.0), images
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 30.0])
+def test_products_are_the_direct_sums(trial_and_images, temperature):
+    """Where few weights count, and where many do."""
+    trial, images = trial_and_images
+    noise = 0.7 + torch.rand(images.values.shape[1], generator=drawn(5))
+    rows = torch.tensor([4, 0, 3])
+    fast, slow = (one(images, rows, trial, noise, temperature) for one in (expect, expect_slowly))
+    for name in ("numerator", "weight", "residual", "likelihood", "certainty"):
+        own, other = getattr(fast, name), getattr(slow, name)
+        # Weights below a thousandth of the largest are left out where few are above it.
+        assert float((own - other).abs().max()) < 5e-3 * float(other.abs().max()), name
+    assert fast.spread == pytest.approx(slow.spread, rel=5e-3)
+
+
+def test_the_pose_that_an_image_was_made_in_is_found():
+    volume = blobs(16, 2)
+    images, rotation, shift = views(volume, 8, noise=0.5)
+    ascent = Ascent(images, 6, 90.0, 0, 3.0, volume=volume, noise=torch.ones(7))
+    trial = ascent.trial(6.0, math.radians(12))
+    found = most_likely(images, torch.arange(8), trial, ascent.noise_at(trial))
+    assert float(angle_between(found.rotation, rotation).max()) < math.radians(12)
+    assert float((found.shift - shift).abs().max()) < 0.4 * LENGTH / 6
+    assert bool((found.likelihood >= found.best).all())
+
+
+def test_spherical_mean_has_no_direction_left():
+    mean = spherical_mean(blobs(16, 3))
+    assert torch.allclose(mean, mean.transpose(0, 2), atol=1e-5)
+    assert float(mean.sum()) == pytest.approx(float(blobs(16, 3).sum()), rel=1e-4)
+
+
+# Axes
+
+
+@pytest.mark.parametrize("symbol", ["C2", "C5", "D2", "D3", "T"])
+def test_the_axes_of_a_map_are_found_wherever_they_lie(symbol):
+    symmetry = parse_symmetry(symbol)
+    turn = random_rotations(1, drawn(5))
+    centre = torch.tensor([0.6, -0.8, 0.5])
+    volume = turned(blobs(24, 6, symbol, count=4), turn, centre)[0]
+    turning = Turning(volume, 9, 22)
+    frame = find_frame(turning, symmetry)
+    assert frame.agreement > 0.93
+    straight = in_frame(volume, replace(frame, symmetry=C1))
+    for element in symmetry.elements[1:]:
+        again = turned(straight, element[None], torch.zeros(3))[0]
+        assert float(shell_correlation(straight, again)[2:8].min()) > 0.9
+
+
+@pytest.mark.parametrize(("symbol", "found"), [("C1", "C1"), ("C4", "C4"), ("D2", "D2"), ("O", "O")])
+def test_the_largest_group_of_a_map_is_found(symbol, found):
+    volume = turned(blobs(24, 7, symbol, count=4), random_rotations(1, drawn(8)), torch.zeros(3))[0]
+    assert find_symmetry(Turning(volume, 9, 22)).symmetry.symbol == found
+
+
+def test_a_map_that_is_turned_into_its_frame_is_the_mean_over_its_group():
+    frame = Frame(parse_symmetry("C2"), torch.from_numpy(axis_rotation([1.0, 0.0, 0.0], 0.3)), torch.zeros(3), 1.0)
+    straight = in_frame(blobs(24, 9), frame)
+    again = turned(straight, frame.symmetry.elements[1:], torch.zeros(3))[0]
+    assert float((straight - again).abs().max()) < 0.05 * float(straight.max())
+
+
+# Alignment and verdict
+
+
+@pytest.mark.parametrize("hand", [False, True])
+@pytest.mark.parametrize("symbol", ["C1", "D2"])
+def test_turn_and_hand_between_two_sets_of_poses(symbol, hand):
+    symmetry = parse_symmetry(symbol)
+    first, turn = random_rotations(120, drawn(1)), random_rotations(1, drawn(2))[0]
+    element = symmetry.elements[torch.randint(symmetry.order, (120,), generator=drawn(3))]
+    wrong = torch.rand(120, generator=drawn(4)) < 0.3
+    second = first @ element @ turn
+    second[wrong] = random_rotations(int(wrong.sum()), drawn(5))
+    found = align_poses(first, mirrored(second) if hand else second, symmetry)
+    assert found.mirrored == hand
+    apart = angle_between(symmetry.elements @ turn, found.rotation).amin()
+    # Dn maps onto itself also under turns that exchange its axes, which no set of poses could tell apart.
+    assert float(apart) < math.radians(1)
+    assert found.agreement >= 0.7
+    assert found.median < math.radians(1)
+
+
+def test_unrelated_poses_do_not_agree():
+    found = align_poses(random_rotations(300, drawn(1)), random_rotations(300, drawn(2)), C1)
+    assert found.agreement < 0.1
+
+
+@pytest.mark.parametrize("hand", [False, True])
+def test_a_second_map_is_brought_over(hand):
+    """Made from the first by a turn, a move and a mirror; poses and shifts against both tell these."""
+    size, voxel = 24, LENGTH / 24
+    volume = blobs(size, 3)
+    turn, centre = random_rotations(1, drawn(7))[0], torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64)
+    other = turned(volume, turn[None], centre)[0]  # V₂(p) = V₁(Q p + c)
+    first, shift = random_rotations(60, drawn(8)), 3 * torch.randn(60, 2, generator=drawn(9), dtype=torch.float64)
+    second, second_shift = first @ turn, shift - voxel * (first @ centre)[:, :2]
+    if hand:
+        other, second = mirror_image(other), mirrored(second)
+    alignment = align_poses(first, second, C1)
+    found = align_shifts(first, shift, second_shift) / voxel
+    assert torch.allclose(found, centre, atol=1e-6)
+    again = brought_over(other, alignment, found)
+    assert float(shell_correlation(volume, again)[1:8].min()) > 0.97
+
+
+def test_a_mirror_image_at_mirrored_poses_shows_the_same():
+    volume = blobs(14, 4)
+    images, rotation, _ = views(volume, 5, spread=0.0)
+    lattice = Lattice(6)
+    other = replace(images, rotation=mirrored(rotation).float().contiguous())
+    one, two = lattice.slices(volume[None], images), lattice.slices(mirror_image(volume)[None], other)
+    assert float((one - two).abs().max()) < 2e-3 * float(one.abs().max())
+
+
+def test_three_words():
+    assert decide(0.8, 10, 5.0, 0.3).word == "found"
+    assert decide(0.8, 3, 5.0, 0.3).word == "uncertain"  # an outline alone
+    assert decide(0.8, 10, 0.2, 0.3).word == "uncertain"
+    assert decide(0.35, 10, 5.0, 0.3).word == "uncertain"
+    assert decide(0.05, 10, 5.0, 0.3).word == "not found"
+    assert decide(0.9, 10, -0.1, 0.3).word == "not found"
+
+
+def test_the_last_shell_is_that_before_the_first_drop_beyond_the_outline():
+    assert last_shell(torch.tensor([1.0, 0.2, 0.9, 0.8, 0.4, 0.9])) == 3
+    assert last_shell(torch.tensor([1.0, 1.0, 0.9, 0.8])) == 3
+
+
+# The whole way
+
+
+def test_a_map_is_found_from_random_poses():
+    """Two starts that share nothing but the kind of images come to one map, which is the truth or its mirror image."""
+    volume = blobs(18, 12, count=6)
+    images, rotation, _ = views(volume, 400, radius=6, noise=1.0, spread=2.0)
+    plan = Plan(0.7, 3.0, 90.0, 6, steps=60, batch=80)
+    start = make_start(images, 0, 0, plan, C1, seed=1)
+    rows = torch.arange(80)
+    found = Ascent(images, 6, 90.0, 0, start.spread, volume=start.volume, noise=start.noise).judge(6.0, 15.0, rows)
+    assert align_poses(rotation[:80], found.rotation, C1).agreement > 0.8
+
+
+def test_the_centre_of_mass_is_kept_in_the_centre():
+    volume = torch.roll(blobs(18, 12, count=6), (2, -1, 1), (0, 1, 2))
+    images, _, _ = views(volume, 200, noise=1.0, spread=2.0)
+    ascent = Ascent(images, 6, 90.0, 0, 4.0, volume=volume, noise=torch.ones(7))
+    assert float(torch.linalg.vector_norm(centre_of_mass(volume))) > 1.5
+    for _ in ascent.climb(Stage(20, 60, (6.0, 6.0))):
+        pass
+    assert float(torch.linalg.vector_norm(centre_of_mass(ascent.volume))) < 0.7
+
+
+def options(**own):
+    given = {"steps": 40, "batch": 60, "starts": 1, "offset": 4.0} | own
+    run = RunOptions(threads=1)
+    return AbinitioConfig(abinitio=AbinitioOptions(**given), images=ImageOptions(diameter=100.0), run=run)
+
+
+def without_poses(star):
+    """The same file as a program writes it that has only picked particles."""
+    lines = star.read_text().splitlines()
+    header = [line for line in lines if line.startswith("_rln")]
+    start = next(number for number, line in enumerate(lines) if line.startswith("data_particles"))
+    names = [line.split()[0] for line in lines[start:] if line.startswith("_rln")]
+    kept = [n for n, name in enumerate(names) if not name.startswith(("_rlnAngle", "_rlnOrigin"))]
+    out = lines[:start] + ["data_particles", "", "loop_", *(names[n] for n in kept)]
+    rows = [line.split() for line in lines[start:] if line and not line.startswith(("_", "loop_", "data_"))]
+    assert header
+    star.write_text("\n".join(out + [" ".join(row[n] for n in kept) for row in rows]) + "\n")
+    return star
+
+
+def test_poses_that_are_missing_are_no_obstacle_here_and_named_elsewhere(simulated):
+    star = without_poses(simulated(particles=20))
+    with pytest.raises(InputError, match=r"no orientations .*emsplat abinitio"):
+        read_particles(star)
+    table = read_particles(star, need_poses=False)
+    assert torch.equal(table.poses.rotation, torch.eye(3, dtype=torch.float64).expand(20, 3, 3))
+    assert not table.poses.shift.any()
+
+
+def test_from_particles_without_poses_to_maps(simulated, tmp_path):
+    star = without_poses(simulated(particles=700, snr=1.0, shift=2.0))
+    summary = abinitio(options(steps=80, batch=80, starts=2), star, tmp_path / "run")
+    assert summary["abinitio"]["verdict"] == "found"
+    assert summary["abinitio"]["hand"] == "not determined"
+    assert summary["abinitio"]["angle_uncertainty"] < 10
+    run = read_particles(tmp_path / "run" / "run_data.star")
+    truth = read_particles(simulated(particles=700, snr=1.0, shift=2.0))
+    found = align_poses(truth.poses.rotation[:200], run.poses.rotation[:200], C1)
+    assert found.agreement > 0.8
+    assert (tmp_path / "run" / "run_class001.mrc").is_file()
+    text = (tmp_path / "run" / "run_data.star").read_text()
+    assert "_emsplatAngleUncertainty" in text
+    assert "_rlnLogLikeliContribution" in text
+    again = abinitio(replace(options(steps=80, batch=80, starts=2), run=RunOptions(threads=1, resume=True)), star, tmp_path / "run")
+    assert again["abinitio"] == summary["abinitio"]
+
+
+def test_noise_is_not_found_and_leaves_no_map(simulated, tmp_path):
+    star = simulated(particles=400, noise_only=True)
+    summary = abinitio(options(), star, tmp_path / "run")
+    assert summary["abinitio"]["verdict"] == "not found"
+    assert not list((tmp_path / "run").glob("*.mrc"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["abinitio"]["verdict"] == "not found"
+
+
+def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypatch):
+    star = simulated(particles=400, noise_only=True)
+    config = options(steps=4)
+    abinitio(config, star, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+
+    def never(*_):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("emsplat.poses.starts.make_start", never)
+    again = abinitio(replace(config, run=RunOptions(threads=1, resume=True)), star, tmp_path / "run")
+    assert again["abinitio"]["starts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"choice": ChoiceOptions(first=60)}, r"images; a start from nothing needs at least 100"),
+        ({"abinitio": AbinitioOptions(steps=1)}, r"--steps 1: expected at least 2"),
+        ({"abinitio": AbinitioOptions(offset=0.0)}, r"--offset 0: expected a number above 0"),
+        ({"run": RunOptions(add_statistics=("elsewhere",))}, r"--add-statistics"),
+    ],
+)
+def test_what_cannot_be_started_from(simulated, tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        abinitio(replace(options(), **change), simulated(particles=400, noise_only=True), tmp_path / "run")
+
+
+def test_symmetry_that_is_asked_for_leads_to_its_axes():
+    """A start with a group ends in RELION's setting of it, whatever way the first map lay."""
+    volume = blobs(18, 21, "D2", count=3)
+    images, rotation, _ = views(volume, 400, noise=1.0, spread=2.0)
+    start = make_start(images, 0, 0, Plan(0.7, 3.0, 90.0, 6, steps=60, batch=80), parse_symmetry("D2"), seed=2)
+    for element in parse_symmetry("D2").elements[1:]:
+        again = turned(start.volume, element[None], torch.zeros(3))[0]
+        assert float(shell_correlation(start.volume, again)[2:6].min()) > 0.95
+    assert start.axes > 0.5
+
+
+def test_half_sets_of_the_options_are_those_of_the_result(simulated, tmp_path):
+    star = simulated(particles=400, noise_only=True)
+    config = replace(options(steps=4), halves=HalfSetOptions(redraw_halves=True, seed=5))
+    summary = abinitio(config, star, tmp_path / "run")
+    assert sum(summary["input"]["half_sets"]) == 400
