@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -155,7 +154,7 @@ class Views:
     origin: Float[Tensor, "v 2"]  # and the move
     length: float  # of the images' box, Å
 
-    def take(self, views: Int[Tensor, " w"]) -> Self:
+    def take(self, views: Int[Tensor, " w"]) -> Views:
         """Some of the poses."""
         own = {name: getattr(self, name)[views] for name in ("image", "rotation", "move", "given", "origin")}
         return replace(self, **own)

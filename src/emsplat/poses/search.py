@@ -1,8 +1,9 @@
 """Poses further away than local steps lead: many starts at low frequencies, of which the best go on.
 
 A start is caught from as far as the rim of a particle of two thirds of the box moves by a quarter of the finest period:
-3/(4 r) rad at r cycles per box. A lattice of starts is twice as coarse as that. What they reach at low frequencies is
-compared, and the best few are followed to all of them.
+3/(4 r) rad at r cycles per box, and starts of a lattice are twice as far apart. What they reach at low frequencies is
+compared, and the best few are followed to all of them. A global search looks at orientations that are four times as far
+apart, and moves from those that look best.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def everywhere(elements: Float[Tensor, "s 3 3"], *, poor_alone: bool = False) ->
         if not len(chosen):
             return found
         radius = _coarse(reference)
-        grid = unlike(rotations(2 * _CAUGHT / radius), elements)
+        grid = unlike(rotations(4 * _CAUGHT / radius), elements)
         some = views.take(chosen)
         best = _looked_at(reference, some, prior, radius, grid)
         # The pose that the view has competes with all others.
@@ -77,7 +78,7 @@ def ball_lattice(extent: float, spacing: float) -> Float[Tensor, "n 3"]:
 
 def rotations(spacing: float) -> Float[Tensor, "n 3 3"]:
     """Rotations spread evenly, about ``spacing`` rad apart, on a spiral through the quaternions (Alexa 2022)."""
-    count = math.ceil(math.pi**2 / spacing**3)
+    count = math.ceil(8 * math.pi**2 / spacing**3)  # SO(3) measures 8π² where angles are distances
     place = torch.arange(count, dtype=torch.float64) + 0.5
     inner, outer = (place / count).sqrt(), (1 - place / count).sqrt()
     alpha, beta = 2 * math.pi * place / math.sqrt(2), 2 * math.pi * place / 1.533751168755204288118041413
