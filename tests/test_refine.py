@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emsplat.assessment.maps import sphere
-from emsplat.config import RefineConfig, configure
+from emsplat.config import ComparePosesConfig, RefineConfig, configure
 from emsplat.errors import InputError, Interrupted
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles, write_used
@@ -32,7 +32,7 @@ from emsplat.poses.local import (
 )
 from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, turned, unlike, within
-from emsplat.programs.compare_poses import compare
+from emsplat.programs import compare_poses
 from emsplat.programs.refine import refine
 from emsplat.run.log import Log
 from emsplat.sums.lattice import Lattice
@@ -271,6 +271,10 @@ def wrong(simulated):
         return star.parent / "wrong.star", star
 
     return give
+
+
+def compare(first, second):
+    return compare_poses.compare(first, second, ComparePosesConfig())
 
 
 def run(star, folder, **options):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from emsplat import __version__
 from emsplat.commandline.arguments import Command, command_of
@@ -17,6 +17,7 @@ from emsplat.config import (
     AssessConfig,
     BackprojectConfig,
     CheckConfig,
+    ComparePosesConfig,
     ConvertConfig,
     File,
     Folder,
@@ -445,9 +446,9 @@ def compare_poses(
     a: Path,
     b: Path,
     /,
-    symmetry: Annotated[str, "GROUP"] = "C1",
     json: bool = False,
     threads: int | None = None,
+    config: ComparePosesConfig = ComparePosesConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Compare the poses of two files of the same particles, in one frame: how far they are apart.
 
@@ -457,7 +458,6 @@ def compare_poses(
     Args:
         a: Particles, as for `emsplat reconstruct`.
         b: The same particles in other poses.
-        symmetry: Point group in RELION's setting: poses that it makes equivalent are the same.
         json: Print the result as one JSON object.
         threads: Threads of the computation; without it as many as cores were granted.
 
@@ -473,7 +473,7 @@ def compare_poses(
     from emsplat.programs.compare_poses import compare, describe
 
     with with_threads(threads):
-        found = compare(a, b, symmetry)
+        found = compare(a, b, config)
     print(json_text(found) if json else describe(found))
 
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
+from emsplat.config import ComparePosesConfig
 from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.io.table import ParticleTable
-from emsplat.maths.groups import parse_symmetry
 from emsplat.poses.compare import compare_poses
 from emsplat.run.log import counted
 
 _FEW = 0.3  # share within 10° below which the frames have hardly been found
 
 
-def compare(first: Path, second: Path, symmetry: str = "C1") -> dict[str, Any]:
+def compare(first: Path, second: Path, config: ComparePosesConfig) -> dict[str, Any]:
     """The numbers of `poses.compare.Comparison` for the particles that both files have.
 
     Particles are matched by their images, else row by row where both have as many.
@@ -26,7 +26,7 @@ def compare(first: Path, second: Path, symmetry: str = "C1") -> dict[str, Any]:
     Raises:
         InputError: a file cannot be read, or they share fewer than two particles.
     """
-    group = parse_symmetry(symmetry)
+    group = config.point_group
     tables = [read_particles(path, need_stacks=False) for path in (first, second)]
     rows = matched(tables[0], tables[1])
     one, other = (table.poses[torch.tensor(own)] for table, own in zip(tables, rows, strict=True))
