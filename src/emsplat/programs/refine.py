@@ -7,6 +7,7 @@ says whether a round has gained; and two numbers per stage of the fits in the en
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from emsplat.fitting.course import Stage, VolumeFit, follow_course
 from emsplat.fitting.state import Plan
 from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.imaging.project import voxelize
+from emsplat.io.files import number_text, replacing
 from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
+from emsplat.maths.geometry import matrix_to_euler
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -44,7 +47,7 @@ from emsplat.programs.reconstruct import compared_with_images, write_fits
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
-from emsplat.run.files import HALVES, PARTICLES, REFINEMENT
+from emsplat.run.files import HALVES, PARTICLES, POSES, REFINEMENT
 from emsplat.run.log import Log
 from emsplat.run.stop import Checkpoints, checkpoints
 from emsplat.sums.equations import NormalEquations, combined
@@ -436,12 +439,19 @@ def _uncertainty(refined: Refined) -> tuple[Float[Tensor, " p"], Float[Tensor, "
 
 
 def _write_particles(run: Run[RefineConfig], refined: Refined, given: ParticleStack) -> None:
-    """run_data.star: new poses, their uncertainty and likelihood."""
+    """run_data.star: new poses, their uncertainty and likelihood; poses.csv."""
     stack = refined.stack
     more: dict[str, list[str]] = {}
     if refined.placed is not None:
         angle, shift = _uncertainty(refined)
         moved = _moves(given, stack)
+        before, after = (torch.rad2deg(matrix_to_euler(one.table.poses.rotation[one.rows])).T for one in (given, stack))
+        table = {"row": stack.table.row[stack.rows] + 1, "half": stack.half}
+        table |= {"rot_given": before[0], "tilt_given": before[1], "rot": after[0], "tilt": after[1]}
+        table |= {"angle_moved": moved[0], "shift_moved": moved[1]}
+        table |= {"angle_uncertainty": angle, "shift_uncertainty": shift}
+        table |= {"gain": refined.placed.after - refined.placed.given}
+        _write_table(run.folder / POSES, table)
         numbers = {
             "LogLikeliContribution": refined.placed.after,
             "emsplatLogLikelihoodGain": refined.placed.after - refined.placed.given,
@@ -452,6 +462,14 @@ def _write_particles(run: Run[RefineConfig], refined: Refined, given: ParticleSt
         }
         more = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in numbers.items()}
     write_used(with_boxes(stack.table.take(stack.rows)), run.folder / PARTICLES, stack.half, more=more)
+
+
+def _write_table(path: Path, table: dict[str, Tensor]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table)
+        for row in zip(*(values.tolist() for values in table.values()), strict=True):
+            writer.writerow([value if isinstance(value, int) else number_text(value) for value in row])
 
 
 def _save(run: Run[RefineConfig], state: Refined) -> None:
