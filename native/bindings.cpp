@@ -549,6 +549,7 @@ public:
     struct State {
         double rotation[9], move[2], offset[2];  // offset: from where the prior has the shift
         double gain;                             // log p(y | pose) - log p(y | nothing)
+        double power;                            // of the model
         double cost;                             // of the prior, less the gain
         double hessian[PLACE * PLACE], slope[PLACE], pull[PLACE];
     };
@@ -561,7 +562,8 @@ public:
         chosen->pose_columns(seen_, volume_, rotation, phase_.data(), columns_.data(), stride);
         float product[PLACE_COLUMNS * PLACE_COLUMNS];
         chosen->multiply(columns_.data(), stride, PLACE_COLUMNS, seen_.points, product);
-        at.gain = 2 * double(product[1]) - double(product[PLACE_COLUMNS + 1]);
+        at.power = double(product[PLACE_COLUMNS + 1]);
+        at.gain = 2 * double(product[1]) - at.power;
         double away[3];
         between(at.rotation, given_, away);
         at.cost = -at.gain;
@@ -630,8 +632,8 @@ private:
 };
 
 // What a search found of each view (PLACED numbers): rotation (9), move of the shift (2), Hessian of the data alone
-// (25), gain at the start and at the end, how often the image was compared.
-constexpr int PLACED = 39;
+// (25), gain at the start and at the end, how often the image was compared, power of the model at the end.
+constexpr int PLACED = 40;
 
 // Poses of views by Levenberg's method from `rotation` and `move`, a shift of the model; the prior lies at `given` and at a
 // shift `offset` before the start, its precisions are 1 / (2 variance). Shifts are in units of the image's box over 2 pi.
@@ -697,7 +699,7 @@ Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float
                 std::copy_n(at.rotation, 9, row);
                 std::copy_n(at.move, 2, row + 9);
                 std::copy_n(at.hessian, PLACE * PLACE, row + 11);
-                row[36] = before, row[37] = at.gain, row[38] = looks;
+                row[36] = before, row[37] = at.gain, row[38] = looks, row[39] = at.power;
             }
         });
     }

@@ -18,6 +18,7 @@ from emsplat.config import (
     AssessConfig,
     BackprojectConfig,
     CheckConfig,
+    ComparePosesConfig,
     ConvertConfig,
     File,
     Folder,
@@ -107,9 +108,9 @@ def refine(
 ) -> int:
     """Refine the poses of particles against Gaussians of their own half-set, then reconstruct with them.
 
-    Each particle is turned and moved until it fits best, no further from the pose that was given than that was wrong, as
-    the particles themselves show. Results are those of `emsplat reconstruct`; run_data.star has the new poses with their
-    uncertainty. Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
+    Each particle is turned and moved until it fits best, no further from the pose that was given than poses are wrong,
+    as the particles themselves show. Results are those of `emsplat reconstruct`; run_data.star has the new poses with
+    their uncertainty. Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
 
     Args:
         particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
@@ -473,6 +474,41 @@ def fsc(
         compare(a, b, mask, output, _log())
 
 
+def compare_poses(
+    a: Path,
+    b: Path,
+    /,
+    json: bool = False,
+    threads: int | None = None,
+    config: ComparePosesConfig = ComparePosesConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Compare the poses of two files of the same particles, in one frame: how far they are apart.
+
+    Frames of two reconstructions may be turned and moved against each other, and of either hand: that is found and
+    taken out first. Particles are matched by their images.
+
+    Args:
+        a: Particles, as for `emsplat reconstruct`.
+        b: The same particles in other poses.
+        json: Print the result as one JSON object.
+        threads: Threads of the computation; without it as many as cores were granted.
+
+    Examples:
+        # what a refinement has changed
+        emsplat compare-poses particles.star refined/run_data.star --symmetry D2
+        # two programs
+        emsplat compare-poses run_data.star J24/cryosparc_P12_J24_particles.cs
+        # for a script
+        emsplat compare-poses a.star b.star --json
+    """
+    from emsplat.io.files import json_text
+    from emsplat.programs.compare_poses import compare, describe
+
+    with with_threads(threads):
+        found = compare(a, b, config)
+    print(json_text(found) if json else describe(found))
+
+
 def voxelize(
     model: Path,
     /,
@@ -604,7 +640,7 @@ def _log() -> Log:
 _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Reconstruct": (abinitio, reconstruct, backproject, refine, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
-    "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, voxelize, report),
+    "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, compare_poses, voxelize, report),
     "Shell": (completion,),
 }
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."

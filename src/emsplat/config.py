@@ -421,6 +421,23 @@ class StatesConfig:
 
 
 @dataclass(frozen=True)
+class ComparePosesConfig:
+    """Two sets of poses."""
+
+    symmetry: Annotated[str, "GROUP"] = "C1"
+    """Point group in RELION's setting: poses that it makes equivalent are the same."""
+
+    @cached_property
+    def point_group(self) -> Symmetry:
+        """What ``symmetry`` means.
+
+        Raises:
+            InputError: it is no point group.
+        """
+        return ChoiceOptions(self.symmetry).point_group
+
+
+@dataclass(frozen=True)
 class NullTestConfig:
     """The tests."""
 

@@ -5,8 +5,8 @@ function and s the origin. Each pose minimises
 
     Σ |y - C P(A') e|² + |w|²/2σ_w² + |t|²/2σ_t²,   A' = exp([w]×) A, s' = s + t,
 
-the posterior of its turn w and move t about the pose that was given. The sum goes over half a plane, so that it is minus
-the log-likelihood. Derivatives are those of the interpolated transform itself. The Hessian of the data, Jᴴ J, gives the
+the posterior of its turn w and move t about the pose that was given. The sum goes over half a plane, and is minus the
+log-likelihood. Derivatives are those of the interpolated transform itself. The Hessian of the data, Jᴴ J, gives the
 uncertainty of the pose: covariance (2 (Jᴴ J + prior))⁻¹.
 """
 
@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -53,7 +52,7 @@ class Prior:
         return turn, shift
 
 
-_NUMBERS = ("hessian", "before", "after", "given", "looks")
+_NUMBERS = ("hessian", "before", "after", "given", "looks", "power")
 NO_PRIOR = Prior(math.inf, math.inf)
 
 
@@ -68,7 +67,8 @@ class Reference:
     @cached_property
     def space(self) -> Complex[Tensor, "Z Y X"]:
         """Its transform, ready to be sliced."""
-        return self.lattice.half_space(self.volume)
+        space: Tensor = self.lattice.half_space(self.volume)
+        return space
 
 
 def make_reference(
@@ -112,12 +112,25 @@ class Placed:
     after: Float[Tensor, " p"]  # where it was found
     given: Float[Tensor, " p"]  # and in the middle of the prior
     looks: Int[Tensor, " p"]  # how often the image was compared
+    power: Float[Tensor, " p"]  # Σ |C P|²: the mean of `after` where the reference is right
 
     def covariance(self, prior: Prior) -> Float[Tensor, "p 5 5"]:
         """Of turn and shift, under a prior."""
         turn, shift = prior.precision
         own = torch.diag(torch.tensor([turn] * 3 + [shift] * 2, dtype=torch.float64) + _NOTHING)
-        return torch.linalg.inv(2 * (self.hessian + own))
+        covariance: Tensor = torch.linalg.inv(2 * (self.hessian + own))
+        return covariance
+
+    def take(self, rows: Int[Tensor, " q"]) -> Placed:
+        """Some of the images."""
+        return Placed(self.poses[rows], *(getattr(self, name)[rows] for name in _NUMBERS))
+
+    def with_rows(self, rows: Int[Tensor, " q"], other: Placed) -> Placed:
+        """With others in the place of these rows."""
+        poses = Poses(
+            *(getattr(self.poses, n).index_copy(0, rows, getattr(other.poses, n)) for n in ("rotation", "shift"))
+        )
+        return Placed(poses, *(getattr(self, name).index_copy(0, rows, getattr(other, name)) for name in _NUMBERS))
 
     @classmethod
     def joined(cls, parts: list[Placed], order: Int[Tensor, " p"]) -> Placed:
@@ -141,7 +154,7 @@ class Views:
     origin: Float[Tensor, "v 2"]  # and the move
     length: float  # of the images' box, Å
 
-    def take(self, views: Int[Tensor, " w"]) -> Self:
+    def take(self, views: Int[Tensor, " w"]) -> Views:
         """Some of the poses."""
         own = {name: getattr(self, name)[views] for name in ("image", "rotation", "move", "given", "origin")}
         return replace(self, **own)
@@ -178,7 +191,8 @@ def descend(reference: Reference, views: Views, prior: Prior, radius: float, ste
     units = torch.tensor([1.0, 1.0, 1.0, unit, unit], dtype=torch.float64)
     hessian = row[:, 11:36].reshape(-1, 5, 5) / units / units[:, None]
     poses = Poses(row[:, :9].reshape(-1, 3, 3).clone(), unit * row[:, 9:11])
-    return Placed(poses, hessian, row[:, 36].clone(), row[:, 37].clone(), row[:, 36].clone(), row[:, 38].long())
+    before, after, looks, power = row[:, 36:].T.contiguous()
+    return Placed(poses, hessian, before, after, before.clone(), looks.long(), power)
 
 
 Search = Callable[[Reference, Views, Prior], Placed]

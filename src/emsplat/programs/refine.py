@@ -7,6 +7,7 @@ says whether a round has gained; and two numbers per stage of the fits in the en
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -27,13 +28,16 @@ from emsplat.fitting.course import Stage, VolumeFit, follow_course
 from emsplat.fitting.state import Plan
 from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.imaging.project import voxelize
+from emsplat.io.files import number_text, replacing
 from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
+from emsplat.maths.geometry import matrix_to_euler
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference, nearest, noise_of, place
 from emsplat.poses.prior import estimate_prior, turns
+from emsplat.poses.search import everywhere, within
 from emsplat.process import threads
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical, accumulate_all, judge, settle
@@ -43,7 +47,7 @@ from emsplat.programs.reconstruct import compared_with_images, write_fits
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
-from emsplat.run.files import HALVES, PARTICLES, REFINEMENT
+from emsplat.run.files import HALVES, PARTICLES, POSES, REFINEMENT
 from emsplat.run.log import Log
 from emsplat.run.stop import Checkpoints, checkpoints
 from emsplat.sums.equations import NormalEquations, combined
@@ -56,7 +60,7 @@ _WIDE = (math.radians(20), 0.1)  # a prior that hardly holds: rad, part of the b
 _STALLED = 2e-3  # gain of the score that is none
 _HARM = 1e-3  # loss of the score beyond which a round is taken back
 _FAR_OUT = 0.25  # of the box: shifts beyond are said
-_KEPT = ("hessian", "before", "after", "given", "looks")
+_KEPT = ("hessian", "before", "after", "given", "looks", "power")
 _DEFOCUS, _SCALE = "defocus", "scale"
 _REFINED = ("poses", _DEFOCUS, _SCALE)
 
@@ -131,9 +135,25 @@ def _settled(config: RefineConfig) -> Settings:
         value = getattr(own, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0")
+    _check_search(own.search)
     if unknown := [name for name in own.refine.split(",") if name not in _REFINED]:
         raise InputError(f"--refine {own.refine}: {unknown[0]!r} is none of {', '.join(_REFINED)}")
     return settings
+
+
+def _check_search(asked: str | None) -> None:
+    """
+    Raises:
+        InputError: it is no search.
+    """
+    if asked in (None, "global", "poor"):
+        return
+    try:
+        degrees = float(asked)
+    except ValueError:
+        degrees = math.nan
+    if not 0 < degrees <= 90:
+        raise InputError(f"--search {asked}: expected degrees from above 0 to 90, global, or poor")
 
 
 def _require_poses(stack: ParticleStack) -> None:
@@ -261,6 +281,7 @@ def _round(
     log, stack, grid = run.log, before.stack, run.stack.grid
     number = len(before.rounds) + 1
     cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
+    search = _search(run, number)
     log.line(f"round {number}: compared down to {grid.length / cut:.2f} Å, where the halves agree")
     given = run.stack.table.poses[run.stack.rows]
     found: list[Placed] = []
@@ -270,7 +291,7 @@ def _round(
         own = stack.only(half)
         reference = _reference(run, settings, classical, name, cut)
         noise = noise_of(own)
-        prior = _prior(run, reference, own, given[own_rows], noise)
+        prior = _prior(run, reference, own, given[own_rows], noise, search)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
 
@@ -278,10 +299,10 @@ def _round(
                 update(done, "")
                 _look_up(moment)
 
-            placed = place(reference, own, given[own_rows], prior, noise, _search(run, number), told)
+            placed = place(reference, own, given[own_rows], prior, noise, search, told)
         found.append(placed)
         log.line(
-            f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å about each axis; "
+            f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å per axis; "
             f"log-likelihood {float((placed.after - placed.before).mean()):+.2f} per particle in "
             f"{float(placed.looks.double().mean()):.1f} comparisons"
         )
@@ -299,7 +320,13 @@ def _round(
 
 
 def _search(run: Run[RefineConfig], number: int) -> Search:
-    return nearest
+    """How poses are looked for in a round."""
+    asked = run.config.refinement.search
+    if asked is None or number > 1:
+        return nearest
+    if asked in ("global", "poor"):
+        return everywhere(run.stack.symmetry.elements, poor_alone=asked == "poor")
+    return within(math.radians(float(asked)))
 
 
 def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical, name: str, cut: int) -> Reference:
@@ -326,7 +353,12 @@ def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical,
 
 
 def _prior(
-    run: Run[RefineConfig], reference: Reference, own: ParticleStack, given: Poses, noise: list[Tensor]
+    run: Run[RefineConfig],
+    reference: Reference,
+    own: ParticleStack,
+    given: Poses,
+    noise: list[Tensor],
+    search: Search,
 ) -> Prior:
     """How far the poses that were given are off: as the user says, or as a sample of a half shows."""
     options = run.config.refinement
@@ -335,7 +367,7 @@ def _prior(
         some = torch.linspace(0, len(own) - 1, min(_SAMPLE, len(own))).long()
         wide = Prior(_WIDE[0], _WIDE[1] * own.grid.length)
         sample = own.take(some)
-        placed = place(reference, sample, given[some], wide, _noise_for(sample, own, noise))
+        placed = place(reference, sample, given[some], wide, _noise_for(sample, own, noise), search)
         found = estimate_prior(placed, given[some])
         turn = math.degrees(found.turn) if turn is None else turn
         shift = found.shift if shift is None else shift
@@ -376,9 +408,9 @@ def _about(run: Run[RefineConfig], given: ParticleStack, refined: Refined) -> di
                 "are (`emsplat preprocess` recentres by whole pixels)"
             )
         run.log.line(
-            f"poses moved by {about['angle_moved']['median']:.2f}° and {about['shift_moved']['median']:.2f} Å (median), "
-            f"90 % by less than {about['angle_moved']['p90']:.2f}° and {about['shift_moved']['p90']:.2f} Å; what is "
-            f"left uncertain: {about['angle_uncertainty']['median']:.2f}° and "
+            f"poses moved by {about['angle_moved']['median']:.2f}° and {about['shift_moved']['median']:.2f} Å in the "
+            f"median, 90 % by less than {about['angle_moved']['p90']:.2f}° and {about['shift_moved']['p90']:.2f} Å; "
+            f"uncertain by {about['angle_uncertainty']['median']:.2f}° and "
             f"{about['shift_uncertainty']['median']:.2f} Å about each axis"
         )
     return about
@@ -407,12 +439,19 @@ def _uncertainty(refined: Refined) -> tuple[Float[Tensor, " p"], Float[Tensor, "
 
 
 def _write_particles(run: Run[RefineConfig], refined: Refined, given: ParticleStack) -> None:
-    """run_data.star: new poses, their uncertainty and likelihood."""
+    """run_data.star: new poses, their uncertainty and likelihood; poses.csv."""
     stack = refined.stack
     more: dict[str, list[str]] = {}
     if refined.placed is not None:
         angle, shift = _uncertainty(refined)
         moved = _moves(given, stack)
+        before, after = (torch.rad2deg(matrix_to_euler(one.table.poses.rotation[one.rows])).T for one in (given, stack))
+        table = {"row": stack.table.row[stack.rows] + 1, "half": stack.half}
+        table |= {"rot_given": before[0], "tilt_given": before[1], "rot": after[0], "tilt": after[1]}
+        table |= {"angle_moved": moved[0], "shift_moved": moved[1]}
+        table |= {"angle_uncertainty": angle, "shift_uncertainty": shift}
+        table |= {"gain": refined.placed.after - refined.placed.given}
+        _write_table(run.folder / POSES, table)
         numbers = {
             "LogLikeliContribution": refined.placed.after,
             "emsplatLogLikelihoodGain": refined.placed.after - refined.placed.given,
@@ -423,6 +462,14 @@ def _write_particles(run: Run[RefineConfig], refined: Refined, given: ParticleSt
         }
         more = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in numbers.items()}
     write_used(with_boxes(stack.table.take(stack.rows)), run.folder / PARTICLES, stack.half, more=more)
+
+
+def _write_table(path: Path, table: dict[str, Tensor]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table)
+        for row in zip(*(values.tolist() for values in table.values()), strict=True):
+            writer.writerow([value if isinstance(value, int) else number_text(value) for value in row])
 
 
 def _save(run: Run[RefineConfig], state: Refined) -> None:

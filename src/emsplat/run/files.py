@@ -21,6 +21,7 @@ LOG = "run.log"
 JOURNAL = "journal.jsonl"
 PARTICLES = "run_data.star"
 REFINEMENT = "refinement.safetensors"  # poses after the last round
+POSES = "poses.csv"  # how far each particle moved, and from which direction it is seen
 
 
 def start_name(half: str, number: int) -> str:
@@ -78,6 +79,7 @@ LOCAL_RESOLUTION_SLICES_FIGURE = "local_resolution_slices.png"
 DIRECTIONS_FIGURE = "directions.png"
 RESIDUAL_FIGURE = "residual.png"
 GAUSSIANS_FIGURE = "gaussians.png"
+POSES_FIGURE = "poses.png"
 
 
 def map_name(fit: str) -> str:

@@ -127,7 +127,7 @@ class Lattice:
 
     def insert(
         self, first: Float[Tensor, "v a"], second: Float[Tensor, "v b"], spectra: Spectra
-    ) -> tuple[Float[Tensor, "a z y x"], Float[Tensor, "b w v u"]]:
+    ) -> tuple[Float[Tensor, "a z y x"], Float[Tensor, "b w t s"]]:
         """Σ first Sᵀ c y as maps, and Σ second Sᵀ c² S as kernels of convolutions at lags up to `REACH` of the box, lag
         0 in the centre (`NormalEquations`); each coefficient counts with its Hermitian mirror."""
         means, numbers = first.shape[1], 2 * first.shape[1] + second.shape[1]

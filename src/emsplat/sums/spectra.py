@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -46,7 +45,7 @@ class Spectra:
         inside = torch.linalg.vector_norm(self.frequency, dim=1) <= radius
         return self.frequency[: int(inside.sum())]
 
-    def take(self, views: Int[Tensor, " w"]) -> Self:
+    def take(self, views: Int[Tensor, " w"]) -> Spectra:
         """Some of the views."""
         return replace(self, image=self.image[views], rotation=self.rotation[views], share=self.share[views])
 
