@@ -6,7 +6,7 @@ where there are few minima.
 
 What makes starts succeed (docs/log.md): no symmetry in the beginning, whatever the particle has. A point group holds a
 map in its own wrong minima, with axes exchanged; without one they melt. Temperatures below 1 (a posterior sharper than
-it should be) break the symmetry of the first, nearly spherical map sooner. And steps: what has not settled does so later.
+it should be) break the symmetry of the first, nearly spherical map sooner. And steps: what has not settled will.
 """
 
 from __future__ import annotations
@@ -214,6 +214,7 @@ class Ascent:
             image=images,
             rotation=turned,
             share=torch.ones(len(turned)),
+            row=torch.arange(len(values)),
         )
 
     def _solve(self, radius: float) -> Float[Tensor, "z y x"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,15 @@ from emsplat.poses.grids import sphere
 
 HOLDS = 0.75  # correlation of a map with itself turned from which on it has an axis
 _FOLDS = range(2, 13)
+_LIKELY = 0.6  # of that, for directions that are some degrees beside the axis
 _DIRECTIONS = 1200  # over the sphere, 6 degrees apart
 _BEST = 6  # axes of a fold that are looked at closely
+_REFINED = 2  # of them, together with a second axis
 _TWISTS = 60  # places of the second axis about the first
 _OUTLINE = 3  # shells before this one show the outline of the particle
 _BATCH = 64
+_LARGE = 14  # elements of a group
+_TURNED, _ASIDE = 3.0, 2.0  # how far a frame is refined: tenths of a radian about each axis, voxels
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Frame:
     symmetry: Symmetry
     rotation: Float[Tensor, "3 3"]  # R, float64
     centre: Float[Tensor, "3"]  # c, voxels from the centre
-    agreement: float  # least mean correlation of the map with itself turned by an element of the group
+    agreement: float  # least correlation of the map with itself turned by an element of the group
 
 
 class Turning:
@@ -66,11 +71,6 @@ class Turning:
         correlation: Tensor = (turned @ plain[0]) / norm.clamp(min=1e-30)
         return correlation
 
-    def of_group(self, symmetry: Symmetry, rotation: Float[Tensor, "3 3"], centre: Float[Tensor, "3"]) -> float:
-        """Mean correlation over the elements of a group with its axes turned by Rᵀ."""
-        elements = symmetry.elements[1:]
-        return float(self.agreement(rotation.T @ elements @ rotation, centre).mean())
-
 
 def find_frame(turning: Turning, symmetry: Symmetry) -> Frame:
     """Where a group fits a map best."""
@@ -90,25 +90,31 @@ def find_frame(turning: Turning, symmetry: Symmetry) -> Frame:
             worth += turning.agreement(rotations.mT @ other @ rotations)
         starts.append((float(found[number] + worth.max()), rotations[int(worth.argmax())]))
     starts.sort(key=lambda own: -own[0])
-    refined = [_refined(turning, symmetry, rotation) for _, rotation in starts[:3]]
+    refined = [_refined(turning, symmetry, rotation) for _, rotation in starts[:_REFINED]]
     return max(refined, key=lambda own: own.agreement)
 
 
 def find_symmetry(turning: Turning, holds: float = HOLDS) -> Frame:
     """The largest group that a map has."""
-    direction = _half_sphere()
-    folds = [
-        fold for fold in _FOLDS if float(turning.agreement(_about(direction, 2 * math.pi / fold)).max()) > 0.6 * holds
-    ]
-    candidates = [own for own in (icosahedral(), octahedral(), tetrahedral()) if set(_folds(own)) <= set(folds)]
-    candidates += [dihedral(fold) for fold in reversed(folds) if 2 in folds]
-    candidates += [cyclic(fold) for fold in reversed(folds)]
-    candidates.sort(key=lambda own: -own.order)
-    for symmetry in candidates:
+    folds = _likely_folds(turning, _LIKELY * holds)
+    found = {fold: frame for fold in folds if (frame := find_frame(turning, cyclic(fold))).agreement >= holds}
+    larger = [own for own in (icosahedral(), octahedral(), tetrahedral()) if set(_folds(own)) <= set(found)]
+    larger += [dihedral(fold) for fold in sorted(found, reverse=True) if 2 in found]
+    for symmetry in larger:
         frame = find_frame(turning, symmetry)
         if frame.agreement >= holds:
             return frame
-    return find_frame(turning, C1)
+    return found[max(found)] if found else find_frame(turning, C1)
+
+
+def _likely_folds(turning: Turning, least: float) -> list[int]:
+    """Folds of which there is a direction about which every turn leaves the map similar. Turns by a small angle alone
+    do so about the long axis of any rod."""
+    direction = _half_sphere()
+    parts = {Fraction(k, fold) for fold in _FOLDS for k in range(1, fold // 2 + 1)}
+    found = {part: turning.agreement(_about(direction, 2 * math.pi * float(part))) for part in parts}
+    worst = {fold: torch.stack([found[Fraction(k, fold)] for k in range(1, fold // 2 + 1)]).amin(0) for fold in _FOLDS}
+    return [fold for fold in _FOLDS if float(worst[fold].max()) >= least]
 
 
 def in_frame(volume: Float[Tensor, "z y x"], frame: Frame) -> Float[Tensor, "z y x"]:
@@ -161,14 +167,19 @@ def _refined(turning: Turning, symmetry: Symmetry, start: Float[Tensor, "3 3"]) 
         turn = torch.from_numpy(Rotation.from_rotvec(numbers[:3] / 10).as_matrix())
         return turn @ start, torch.from_numpy(numbers[3:]).float()
 
-    def loss(numbers: NDArray[np.float64]) -> float:
-        return -turning.of_group(symmetry, *placed(numbers))
+    # All elements of large groups say no more than those that generate them.
+    elements = symmetry.elements[1:] if symmetry.order <= _LARGE else generators(symmetry.elements)
 
-    # Axes that go through one point fix it, a single axis two of its coordinates.
-    options: Any = {"xtol": 0.02, "ftol": 1e-4, "maxfev": 400}
-    found = minimize(loss, np.zeros(6), method="Powell", options=options)
+    def loss(numbers: NDArray[np.float64]) -> float:
+        rotation, centre = placed(numbers)
+        return -float(turning.agreement(rotation.T @ elements @ rotation, centre).mean())
+
+    # Outside the particle everything is alike: axes that go through its middle are meant.
+    options: Any = {"xtol": 0.03, "ftol": 1e-3, "maxfev": 250}
+    bounds = [(-_TURNED, _TURNED)] * 3 + [(-_ASIDE, _ASIDE)] * 3
+    found = minimize(loss, np.zeros(6), method="Powell", bounds=bounds, options=options)
     rotation, centre = placed(found.x)
-    own = turning.agreement(rotation.T @ generators(symmetry.elements) @ rotation, centre)
+    own = turning.agreement(rotation.T @ symmetry.elements[1:] @ rotation, centre)
     return Frame(symmetry, rotation, centre, float(own.min()))
 
 

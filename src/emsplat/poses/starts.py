@@ -18,17 +18,10 @@ from emsplat.maths.fourier import irfft, rfft, shell_index, sum_by_shell
 from emsplat.maths.groups import Symmetry
 from emsplat.poses.abinitio import Ascent, Stage
 from emsplat.poses.axes import Turning, find_frame, in_frame
-from emsplat.poses.verdict import (
-    Alignment,
-    Verdict,
-    align_poses,
-    align_shifts,
-    brought_over,
-    decide,
-    last_shell,
-    shell_correlation,
-)
+from emsplat.poses.compare import Comparison, compare_poses
+from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, shell_correlation
 from emsplat.sums.spectra import Spectra
+from emsplat.types import Poses
 
 _BEGUN, _SEEN, _DONE = 5.6, 8.8, 10.6  # cycles per diameter of the particle: first, end of the climb, end of a start
 _SAMPLE = 150  # images of each half that poses are compared on
@@ -119,8 +112,7 @@ class Pair:
     """Two starts of disjoint halves, compared."""
 
     starts: tuple[Start, Start]
-    alignment: Alignment
-    centre: Float[Tensor, "3"]  # of the second map in the first, voxels
+    comparison: Comparison  # of poses of the same images against both
     correlation: Float[Tensor, " s"]  # FSC of the aligned maps
     verdict: Verdict
 
@@ -131,15 +123,14 @@ def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: 
     sample = _joined(_sampled(halves[0]), _sampled(halves[1]))
     rows = torch.arange(len(sample.values))
     found = [at_map(sample, own, plan, symmetry).judge(plan.compared, _TURN, rows) for own in starts]
-    alignment = align_poses(found[0].rotation, found[1].rotation, symmetry)
-    voxel = sample.length / len(starts[0].volume)
-    centre = align_shifts(found[0].rotation, found[0].shift, found[1].shift) / voxel
-    second = brought_over(starts[1].volume, alignment, centre.float())
+    first, other = (Poses(own.rotation.double(), own.shift.double()) for own in found)
+    comparison = compare_poses(first, other, symmetry)
+    second = brought_over(starts[1].volume, comparison, sample.length)
     curve = shell_correlation(starts[0].volume, second)[: int(plan.compared) + 1]
     gains = torch.cat([_gain(halves[1 - half], starts[half], plan, symmetry) for half in (0, 1)])
     error = float(gains.std()) / len(gains) ** 0.5
-    verdict = decide(alignment.agreement, last_shell(curve), float(gains.mean()), error)
-    return Pair(starts, alignment, centre, curve, verdict)
+    verdict = decide(agreement(comparison), last_shell(curve), float(gains.mean()), error)
+    return Pair(starts, comparison, curve, verdict)
 
 
 def _gain(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry) -> Float[Tensor, " i"]:

@@ -1,7 +1,7 @@
 """Poses from nothing: starts on both half-sets until two agree, then every particle against the map of its own half.
 
-Half-sets share nothing but the point group that is asked for, until they are found: then the map of one is turned to lie
-on the other, which changes neither.
+Half-sets share nothing but the point group that is asked for, until they are found: then the map of one is turned to
+lie on the other, which changes neither.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def _plan(run: Run[AbinitioConfig]) -> Plan:
         count = len(stack.only(half))
         if count < _FEWEST:
             raise InputError(
-                f"{stack.table.name}: half-set {half} has {count} images; a start from nothing needs at least {_FEWEST} "
-                "in each, and a few thousand are better"
+                f"{stack.table.name}: half-set {half} has {count} images; a start from nothing needs at least "
+                f"{_FEWEST} in each, and a few thousand are better"
             )
         if count < _FEW:
             run.log.warn(f"half-set {half} has {count} images; below {_FEW} starts often fail")
@@ -266,7 +266,7 @@ def _turned(run: Run[AbinitioConfig], pair: Pair, plan: Plan) -> tuple[tuple[Ten
     """The second map where the first lies; without a symmetry that was asked for, both in RELION's setting of the
     group that they are found to have together."""
     first = pair.starts[0].volume
-    second = brought_over(pair.starts[1].volume, pair.alignment, pair.centre.float())
+    second = brought_over(pair.starts[1].volume, pair.comparison, run.stack.grid.length)
     if run.stack.symmetry.order > 1:
         return (first, second), None
     frame = find_symmetry(turning_of((first + second) / 2, run.stack.grid.length, plan))
@@ -338,8 +338,8 @@ def _symmetry_found(run: Run[AbinitioConfig], frame: Frame | None) -> dict[str, 
     symbol = frame.symmetry.symbol
     if frame.symmetry.order > 1:
         run.log.line(
-            f"  the map has {symbol} (it agrees with itself by {frame.agreement:.2f}); its axes are turned into RELION's "
-            f"setting, and --symmetry {symbol} makes use of them"
+            f"  the map has {symbol} (it agrees with itself by {frame.agreement:.2f}); its axes are turned into "
+            f"RELION's setting, and --symmetry {symbol} makes use of them"
         )
     return {"symmetry_found": symbol, "symmetry_agreement": round(frame.agreement, 3)}
 
@@ -384,8 +384,8 @@ def _conclude_without(run: Run[AbinitioConfig], about: dict[str, Any]) -> dict[s
     """The summary of a run that found nothing; no map that would look like one."""
     log = run.log
     log.line(
-        "  no poses and no maps are written. More --starts, another --seed, --diameter of the particle, its --symmetry or "
-        "a cleaner set may help; images of noise end here too"
+        "  no poses and no maps are written. More --starts, another --seed, --diameter of the particle, its "
+        "--symmetry or a cleaner set may help; images of noise end here too"
     )
     summary = {"abinitio": about, "input": describe(run)} | circumstances(run)
     summary["seconds"] = round(log.seconds, 1)
