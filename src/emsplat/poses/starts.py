@@ -17,9 +17,9 @@ from torch import Tensor
 from emsplat.maths.fourier import irfft, rfft, shell_index, sum_by_shell
 from emsplat.maths.groups import Symmetry
 from emsplat.poses.abinitio import Ascent, Stage
-from emsplat.poses.axes import Turning, find_frame, in_frame
+from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
 from emsplat.poses.compare import Comparison, compare_poses
-from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, shell_correlation
+from emsplat.poses.verdict import SHELLS, Verdict, agreement, brought_over, decide, last_shell, shell_correlation
 from emsplat.sums.spectra import Spectra
 from emsplat.types import Poses
 
@@ -130,6 +130,13 @@ def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: 
     gains = torch.cat([_gain(halves[1 - half], starts[half], plan, symmetry) for half in (0, 1)])
     error = float(gains.std()) / len(gains) ** 0.5
     verdict = decide(agreement(comparison), last_shell(curve), float(gains.mean()), error)
+    if symmetry.order == 1 and verdict.word != "found" and verdict.shell >= SHELLS:
+        # Poses of a symmetric particle that nobody has named are spread over its equivalent ones.
+        frame = find_symmetry(turning_of((starts[0].volume + second) / 2, sample.length, plan))
+        if frame.symmetry.order > 1:
+            straight = Poses(first.rotation @ frame.rotation.T, first.shift)
+            modulo = agreement(compare_poses(straight, other, frame.symmetry))
+            verdict = decide(modulo, verdict.shell, verdict.gain, error)
     return Pair(starts, comparison, curve, verdict)
 
 

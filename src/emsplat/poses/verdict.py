@@ -23,7 +23,7 @@ Word = Literal["found", "uncertain", "not found"]
 NEAR = math.radians(15)  # poses of coarse grids that agree
 FOUND, FAILED = 0.5, 0.2  # share of poses that agree, from which on a map was found, below which it was not
 CORRELATED = 0.5  # FSC of the aligned maps up to which they agree
-_SHELLS = 6  # that they have to agree to, in shells of the box, beyond an outline
+SHELLS = 6  # that they have to agree to, in shells of the box, beyond an outline
 
 
 def agreement(comparison: Comparison) -> float:
@@ -73,7 +73,7 @@ class Verdict:
 def decide(agreement: float, shell: int, gain: float, gain_error: float) -> Verdict:
     """Three words. Agreement of poses, maps that correlate beyond the outline, and a gain on images that no map has
     seen must all say so; a map that fails in the first was not found."""
-    if agreement >= FOUND and shell >= _SHELLS and gain > 3 * gain_error:
+    if agreement >= FOUND and shell >= SHELLS and gain > 3 * gain_error:
         word: Word = "found"
     elif agreement < FAILED or gain <= 0:
         word = "not found"
