@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emsplat.config import AbinitioConfig, AbinitioOptions, ChoiceOptions, HalfSetOptions, ImageOptions, RunOptions
+from emsplat.config import AbinitioConfig, AbinitioOptions, ChoiceOptions, ImageOptions, RunOptions
 from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import axis_rotation, random_rotations
@@ -17,7 +17,7 @@ from emsplat.poses.axes import Frame, Turning, find_frame, find_symmetry, in_fra
 from emsplat.poses.compare import compare_poses
 from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
 from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
-from emsplat.poses.starts import spherical_mean
+from emsplat.poses.starts import Plan, kinds, spherical_mean
 from emsplat.poses.verdict import agreement, brought_over, decide, last_shell, mirror_image, shell_correlation
 from emsplat.programs.abinitio import abinitio
 from emsplat.sums.lattice import Lattice
@@ -168,7 +168,7 @@ def test_products_are_the_direct_sums(trial_and_images, temperature):
 def test_the_pose_that_an_image_was_made_in_is_found():
     volume = as_strong_as(blobs(16, 2, width=1.0), 200)
     images, rotation, shift = views(volume, 8)
-    ascent = Ascent(images, 6, 90.0, 0, 3.0, volume=volume, noise=torch.ones(7))
+    ascent = Ascent(images, 6, 90.0, 0, 3.0, maps=volume[None], noise=torch.ones(7))
     trial = ascent.trial(6.0, math.radians(12))
     found = most_likely(images, torch.arange(8), trial, ascent.noise_at(trial))
     assert float(angle_between(found.rotation, rotation).median()) < math.radians(9)
@@ -248,6 +248,15 @@ def test_a_mirror_image_at_mirrored_poses_shows_the_same():
     assert float((one - two).abs().max()) < 2e-3 * float(one.abs().max())
 
 
+def test_a_map_without_shape_is_alike_from_everywhere():
+    volume = spherical_mean(as_strong_as(blobs(16, 2, width=1.0), 60))
+    images, _, _ = views(volume, 5)
+    ascent = Ascent(images, 6, 90.0, 0, 3.0, maps=volume[None], noise=torch.ones(7))
+    whole, once = (ascent.judge(5.0, 30.0, torch.arange(5), alike=alike).likelihood for alike in (False, True))
+    # Every rotation stands for two, and turns between voxels round a little.
+    assert torch.allclose(whole, once, atol=0.05 * float(whole.abs().max()))
+
+
 def test_three_words():
     assert decide(0.8, 10, 5.0, 0.3).word == "found"
     assert decide(0.8, 3, 5.0, 0.3).word == "uncertain"  # an outline alone
@@ -271,7 +280,7 @@ def test_a_rough_map_climbs_to_the_one_that_the_images_show():
     images, rotation, _ = views(volume, 300, spread=2.0)
     rows = torch.arange(80)
     rough = volume + as_strong_as(blobs(16, 13, count=8, width=1.0), 25)
-    ascent = Ascent(images, 6, 90.0, 0, 3.0, volume=rough, noise=torch.ones(7))
+    ascent = Ascent(images, 6, 90.0, 0, 3.0, maps=rough[None], noise=torch.ones(7))
     before = ascent.judge(6.0, 15.0, rows).likelihood.mean()
     for status in ascent.climb(Stage(12, 100, (5.0, 6.0))):
         assert math.isfinite(status.likelihood)
@@ -283,10 +292,29 @@ def test_a_rough_map_climbs_to_the_one_that_the_images_show():
     assert float(shell_correlation(volume, ascent.volume)[2:6].mean()) > 0.85
 
 
+def test_maps_compete_for_the_images():
+    """Images of two maps, and rough ones of both: each image goes to its own, and so do the shares."""
+    one, other = (as_strong_as(blobs(16, seed, count=8, width=1.0), 100) for seed in (12, 13))
+    first, _, _ = views(one, 180, spread=2.0)
+    second, _, _ = views(other, 120, seed=1, spread=2.0)
+    names = ("values", "transfer", "rotation", "share")
+    both = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
+    images = replace(first, **both, image=torch.arange(300, dtype=torch.int32), row=torch.arange(300))
+    rough = torch.stack([one + 0.3 * other, other + 0.3 * one])
+    ascent = Ascent(images, 6, 90.0, 0, 3.0, maps=rough, noise=torch.ones(7))
+    for _ in ascent.climb(Stage(10, 100, (6.0, 6.0))):
+        pass
+    kind = kinds(images, ascent.maps, torch.ones(7), 3.0, Plan(6 / 8.8, 3.0, 90.0, 6))
+    assert float((kind[:180] == 0).double().mean()) > 0.8
+    assert float((kind[180:] == 1).double().mean()) > 0.8
+    assert float(ascent.share[0]) == pytest.approx(0.6, abs=0.1)
+    assert float(ascent.share.sum()) == pytest.approx(1)
+
+
 def test_the_centre_of_mass_is_kept_in_the_centre():
     volume = torch.roll(blobs(16, 12, count=6), (2, -1, 1), (0, 1, 2))
     images, _, _ = views(volume, 200, noise=1.0, spread=2.0)
-    ascent = Ascent(images, 6, 90.0, 0, 4.0, volume=volume, noise=torch.ones(7))
+    ascent = Ascent(images, 6, 90.0, 0, 4.0, maps=volume[None], noise=torch.ones(7))
     assert float(torch.linalg.vector_norm(centre_of_mass(volume))) > 1.5
     for _ in ascent.climb(Stage(20, 60, (6.0, 6.0))):
         pass
@@ -294,9 +322,9 @@ def test_the_centre_of_mass_is_kept_in_the_centre():
 
 
 def options(**own):
-    given = {"steps": 40, "batch": 60, "starts": 1, "offset": 4.0} | own
+    given = {"steps": 40, "batch": 60, "starts": 1, "offset": 3.0} | own
     run = RunOptions(threads=1)
-    return AbinitioConfig(abinitio=AbinitioOptions(**given), images=ImageOptions(diameter=100.0), run=run)
+    return AbinitioConfig(abinitio=AbinitioOptions(**given), images=ImageOptions(diameter=115.0), run=run)
 
 
 def without_poses(star):
@@ -344,16 +372,16 @@ def test_from_particles_without_poses_to_maps(simulated, tmp_path):
 
 
 def test_noise_is_not_found_and_leaves_no_map(simulated, tmp_path):
-    star = simulated(particles=400, noise_only=True)
-    summary = abinitio(options(), star, tmp_path / "run")
+    star = simulated(particles=240, noise_only=True)
+    summary = abinitio(options(steps=12), star, tmp_path / "run")
     assert summary["abinitio"]["verdict"] == "not found"
     assert not list((tmp_path / "run").glob("*.mrc"))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["abinitio"]["verdict"] == "not found"
 
 
 def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypatch):
-    star = simulated(particles=400, noise_only=True)
-    config = options(steps=4)
+    star = simulated(particles=240, noise_only=True)
+    config = options(steps=2)
     abinitio(config, star, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
 
@@ -370,17 +398,11 @@ def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypat
     [
         ({"choice": ChoiceOptions(first=60)}, r"images; a start from nothing needs at least 100"),
         ({"abinitio": AbinitioOptions(steps=1)}, r"--steps 1: expected at least 2"),
+        ({"abinitio": AbinitioOptions(classes=0)}, r"--classes 0: expected at least 1"),
         ({"abinitio": AbinitioOptions(offset=0.0)}, r"--offset 0: expected a number above 0"),
         ({"run": RunOptions(add_statistics=("elsewhere",))}, r"--add-statistics"),
     ],
 )
 def test_what_cannot_be_started_from(simulated, tmp_path, change, words):
     with pytest.raises(InputError, match=words):
-        abinitio(replace(options(), **change), simulated(particles=400, noise_only=True), tmp_path / "run")
-
-
-def test_half_sets_of_the_options_are_those_of_the_result(simulated, tmp_path):
-    star = simulated(particles=400, noise_only=True)
-    config = replace(options(steps=4), halves=HalfSetOptions(redraw_halves=True, seed=5))
-    summary = abinitio(config, star, tmp_path / "run")
-    assert sum(summary["input"]["half_sets"]) == 400
+        abinitio(replace(options(), **change), simulated(particles=240, noise_only=True), tmp_path / "run")

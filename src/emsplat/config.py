@@ -335,6 +335,10 @@ class AbinitioOptions:
     batch: Annotated[int, "IMAGES"] = 200
     """Images of a step."""
 
+    classes: int = 1
+    """Maps that compete for the images of a start. That which most go to is taken, and particles that fit another one
+    better are of another class in the result: junk, other states, wrong minima."""
+
     sample: Annotated[int, "IMAGES"] = 5000
     """Images of each half-set that starts are made from, at most; all are given poses in the end."""
 

@@ -68,7 +68,8 @@ class Status:
 
 
 class Ascent:
-    """A map that climbs: sums over the images that were seen lately, and what follows from them.
+    """Maps that climb: sums over the images that were seen lately, and what follows from them. Several maps compete for
+    the images; ``share`` is what each has of these.
 
     ``images`` are spectra in the pose that their table gives them, which is not used but for the shift: they are
     looked for about it. ``spread`` is the standard deviation of shifts along an axis, in Å.
@@ -82,8 +83,9 @@ class Ascent:
         seed: int,
         spread: float,
         symmetry: Symmetry = C1,
-        volume: Float[Tensor, "z y x"] | None = None,
+        maps: Float[Tensor, "c z y x"] | None = None,
         noise: Float[Tensor, " s"] | None = None,
+        classes: int = 1,
     ) -> None:
         self.images, self.lattice, self.symmetry, self.spread = images, Lattice(radius), symmetry, spread
         self._generator = torch.Generator().manual_seed(seed)
@@ -92,13 +94,20 @@ class Ascent:
         size = self.lattice.size
         self.mask = _sphere(size, diameter / images.length * size)
         self._away = shell_index(size, 3)
-        self._numerator = torch.zeros(size, size, size // 2 + 1, dtype=torch.complex64)
-        self._weight = torch.zeros(size, size, size // 2 + 1)
+        classes = classes if maps is None else len(maps)
+        self._numerator = torch.zeros(classes, size, size, size // 2 + 1, dtype=torch.complex64)
+        self._weight = torch.zeros(classes, size, size, size // 2 + 1)
         k = len(images.within(radius))
         power = _by_shell(images.values[:, :k].abs().square().mean(0), self.shell[:k])
         self.noise = power.clamp(min=1e-3) if noise is None else noise
-        self.volume = torch.zeros(size, size, size) if volume is None else volume
-        self._begun = volume is not None
+        self.maps = torch.zeros(classes, size, size, size) if maps is None else maps
+        self.share = torch.full((classes,), 1 / classes)
+        self._begun = maps is not None
+
+    @property
+    def volume(self) -> Float[Tensor, "z y x"]:
+        """The first map."""
+        return self.maps[0]
 
     @property
     def count(self) -> int:
@@ -116,7 +125,7 @@ class Ascent:
             found = expect(self.images, rows, trial, self.noise_at(trial), temperature)
             self._learn(found)
             self._insert(found, trial.rotation, stage.memory)
-            self.volume = self._solve(radius)
+            self.maps = self._solve(radius)
             if step % _CENTRED == _CENTRED - 1:
                 self._centre(radius)
             certainty = float(found.certainty.median())
@@ -135,7 +144,7 @@ class Ascent:
             self._add(found.numerator, found.weight, trial.rotation)
             done += len(rows)
             yield done
-        self.volume = self._solve(radius)
+        self.maps = self._solve(radius)
 
     def trial(self, radius: float, turn: float, generator: torch.Generator | None = None) -> Trial:
         """The poses of a random grid, and the map in them up to a frequency."""
@@ -146,21 +155,31 @@ class Ascent:
         shift = shift_grid(_PART * self.images.length / radius, reach, generator)
         nothing = torch.zeros(len(rotation), len(frequency))
         seen = self._views(nothing.to(torch.complex64), nothing, rotation, C1)
-        slices = self.lattice.slices(self.volume[None], seen)
-        return Trial(rotation, shift, slices[:, 0].contiguous(), self.spread)
+        slices = self.lattice.slices(self.maps, seen).transpose(0, 1).flatten(0, 1).contiguous()
+        return Trial(rotation, shift, slices, self.spread)
 
     def noise_at(self, trial: Trial) -> Float[Tensor, " k"]:
         """σ² of the coefficients that a trial looks at."""
         return self.noise[self.shell[: trial.slices.shape[1]]]
 
     def judge(
-        self, radius: float, turn: float, rows: Int[Tensor, " i"], noise: Float[Tensor, " s"] | None = None
+        self,
+        radius: float,
+        turn: float,
+        rows: Int[Tensor, " i"],
+        noise: Float[Tensor, " s"] | None = None,
+        *,
+        alike: bool = False,
     ) -> MostLikely:
-        """Where images are most likely, and how likely, on a fixed grid; ``noise`` replaces the own spectrum where
-        maps are compared."""
+        """Where images are most likely, and how likely, on a fixed grid (``turn`` in degrees); ``noise`` replaces the
+        own spectrum where maps are compared. ``alike``: the map looks the same from everywhere."""
         trial = self.trial(radius, math.radians(turn), torch.Generator().manual_seed(0))
-        own = self.noise if noise is None else noise
-        return most_likely(self.images, rows, trial, own[self.shell[: trial.slices.shape[1]]])
+        own = (self.noise if noise is None else noise)[self.shell[: trial.slices.shape[1]]]
+        if not alike:
+            return most_likely(self.images, rows, trial, own)
+        one = replace(trial, rotation=trial.rotation[:1], slices=trial.slices[:1])
+        found = most_likely(self.images, rows, one, own)
+        return replace(found, likelihood=found.likelihood + math.log(len(trial.rotation)))
 
     def _next(self, batch: int) -> Int[Tensor, " b"]:
         """The next images in an order that is drawn anew once all were seen."""
@@ -174,18 +193,23 @@ class Ascent:
         k = len(self.images.within(radius))
         noise = self.noise[self.shell[:k]]
         transfer = self.images.transfer[rows, :k]
-        rotation = random_rotations(len(rows), self._generator)
-        self._add(self.images.values[rows, :k] * transfer / noise, transfer.square() / noise, rotation)
-        self.volume = self._solve(radius)
+        # Each map has its own poses of all of them.
+        seen = self.images.values[rows, :k] * transfer / noise
+        for number in range(len(self.maps)):
+            rotation = random_rotations(len(rows), self._generator)
+            self._add_to(number, seen, transfer.square() / noise, rotation)
+        self.maps = self._solve(radius)
         self._begun = True
 
     def _learn(self, found: Expected) -> None:
-        """Noise and shifts as this batch has them."""
+        """Noise, shifts and shares as this batch has them."""
         residual = _by_shell(found.residual, self.shell[: len(found.residual)]).clamp(min=_LEAST)
         count = len(residual)
         self.noise = self.noise.clone()
         self.noise[:count] += _NOISE * (residual - self.noise[:count])
         self.spread = math.sqrt((1 - _NOISE) * self.spread**2 + _NOISE * found.spread / 2)
+        weight = found.weight.reshape(len(self.maps), -1).sum(1)
+        self.share = self.share + _NOISE * (weight / weight.sum() - self.share)
 
     def _insert(self, found: Expected, rotation: Float[Tensor, "r 3 3"], memory: float) -> None:
         self._numerator *= memory
@@ -193,14 +217,21 @@ class Ascent:
         self._add(found.numerator, found.weight, rotation)
 
     def _add(
-        self, numerator: Complex[Tensor, "r k"], weight: Float[Tensor, "r k"], rotation: Float[Tensor, "r 3 3"]
+        self, numerator: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "r 3 3"]
     ) -> None:
+        """What was found for all rotations of the first map, then of the next."""
+        for number, (own, its) in enumerate(
+            zip(numerator.chunk(len(self.maps)), weight.chunk(len(self.maps)), strict=True)
+        ):
+            self._add_to(number, own, its, rotation)
+
+    def _add_to(self, number: int, numerator: Tensor, weight: Tensor, rotation: Tensor) -> None:
         strength = weight.clamp(min=1e-12).sqrt()
         views = self._views(numerator / strength, strength, rotation, self.symmetry)
         one = torch.ones(len(views), 1)
         linear, kernel = self.lattice.insert(one, one, views)
-        self._numerator += rfft(linear[0], 3)
-        self._weight += circulant(kernel[0], self.lattice.size).clamp(min=0)
+        self._numerator[number] += rfft(linear[0], 3)
+        self._weight[number] += circulant(kernel[0], self.lattice.size).clamp(min=0)
 
     def _views(self, values: Tensor, transfer: Tensor, rotation: Tensor, symmetry: Symmetry) -> Spectra:
         """Slices as images, under each element of a group."""
@@ -217,17 +248,20 @@ class Ascent:
             row=torch.arange(len(values)),
         )
 
-    def _solve(self, radius: float) -> Float[Tensor, "z y x"]:
-        mean = mean_per_shell(self._weight)
-        added = (RIDGE * mean)[self._away.clamp(max=self.lattice.size // 2)] + 1e-6 * mean.max() + 1e-20
-        return irfft(self._numerator * (self._away <= radius) / (self._weight + added), 3) * self.mask
+    def _solve(self, radius: float) -> Float[Tensor, "c z y x"]:
+        maps = []
+        for numerator, weight in zip(self._numerator, self._weight, strict=True):
+            mean = mean_per_shell(weight)
+            added = (RIDGE * mean)[self._away.clamp(max=self.lattice.size // 2)] + 1e-6 * mean.max() + 1e-20
+            maps.append(irfft(numerator * (self._away <= radius) / (weight + added), 3) * self.mask)
+        return torch.stack(maps)
 
     def _centre(self, radius: float) -> None:
-        """Moves the centre of mass to where the axes meet, or onto the axis."""
+        """Moves centres of mass to where the axes meet, or onto the axis."""
         free = self.symmetry.elements.mean(0).float()
-        away = free @ centre_of_mass(self.volume)
-        self._numerator = moved(self._numerator, -away)
-        self.volume = self._solve(radius)
+        for number, volume in enumerate(self.maps):
+            self._numerator[number] = moved(self._numerator[number], -(free @ centre_of_mass(volume)))
+        self.maps = self._solve(radius)
 
 
 def centre_of_mass(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "3"]:

@@ -33,11 +33,11 @@ _FEW = 0.004
 
 @dataclass(frozen=True)
 class Trial:
-    """The poses that are tried, and the slices of a map in them. Each rotation stands for `HALF_TURN` of it too."""
+    """The poses that are tried, and the slices of maps in them. Each rotation stands for `HALF_TURN` of it too."""
 
     rotation: Float[Tensor, "r 3 3"]
     shift: Float[Tensor, "s 2"]  # Å
-    slices: Complex[Tensor, "r k"]
+    slices: Complex[Tensor, "n k"]  # of the first map in all rotations, then of the next
     spread: float  # standard deviation of shifts along each axis before any image is seen, Å
 
     @property
@@ -46,9 +46,9 @@ class Trial:
         return -self.shift.square().sum(1) / (2 * self.spread**2)
 
     def poses(self, place: Int[Tensor, "i 3"]) -> tuple[Float[Tensor, "i 3 3"], Float[Tensor, "i 2"]]:
-        """Rotation and shift at (half turns, shift, rotation)."""
+        """Rotation and shift at (half turns, shift, slice)."""
         turned = (place[:, 0] == 1)[:, None, None]
-        rotation = self.rotation[place[:, 2]]
+        rotation = self.rotation[place[:, 2] % len(self.rotation)]
         return torch.where(turned, HALF_TURN @ rotation, rotation), self.shift[place[:, 1]]
 
 
@@ -56,8 +56,8 @@ class Trial:
 class Expected:
     """What images say under their posterior of poses."""
 
-    numerator: Complex[Tensor, "r k"]  # Σ w X of each rotation, those turned by π brought back
-    weight: Float[Tensor, "r k"]  # Σ w C²/σ²
+    numerator: Complex[Tensor, "n k"]  # Σ w X of each slice, those turned by π brought back
+    weight: Float[Tensor, "n k"]  # Σ w C²/σ²
     residual: Float[Tensor, " k"]  # mean |y - C P e|²
     likelihood: Float[Tensor, " i"]  # T log Σ p^{1/T} over the grid, nats
     certainty: Float[Tensor, " i"]  # the largest weight
@@ -70,7 +70,8 @@ class MostLikely:
 
     rotation: Float[Tensor, "i 3 3"]  # float64
     shift: Float[Tensor, "i 2"]
-    likelihood: Float[Tensor, " i"]  # log Σ p over the grid: of the map, whatever the pose
+    kind: Int[Tensor, " i"]  # which map
+    likelihood: Float[Tensor, " i"]  # log Σ p over the grid: of the maps, whatever the pose
     best: Float[Tensor, " i"]  # log p at that pose
 
 
@@ -78,7 +79,7 @@ def expect(
     images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: Float[Tensor, " k"], temperature: float = 1.0
 ) -> Expected:
     """The posterior over all poses of the trial, and what it gives for the map; ``noise`` is σ²."""
-    k, rotations, shifts = len(noise), len(trial.rotation), len(trial.shift)
+    k, rotations, shifts = len(noise), len(trial.slices), len(trial.shift)
     real, imaginary = torch.zeros(rotations, k), torch.zeros(rotations, k)
     weight, power = torch.zeros(rotations, k), torch.zeros(k)
     likelihood, certainty, spread = [], [], 0.0
@@ -120,17 +121,17 @@ def expect(
 
 
 def most_likely(images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: Float[Tensor, " k"]) -> MostLikely:
-    """The pose of the trial that fits each image best."""
-    rotation, shift, likelihood, best = [], [], [], []
+    """The pose of the trial that fits each image best, against the map that fits it best."""
+    places, likelihood, best = [], [], []
     for part in _scored(images, rows, trial, noise, 1.0):
         scores = part.scores.flatten(1)
         largest, entry = scores.max(1)
-        own = trial.poses(torch.stack(_unravel(entry, len(trial.shift), len(trial.rotation)), 1))
-        rotation.append(own[0])
-        shift.append(own[1])
+        places.append(torch.stack(_unravel(entry, len(trial.shift), len(trial.slices)), 1))
         best.append(largest)
         likelihood.append(torch.logsumexp(scores, 1))
-    return MostLikely(torch.cat(rotation), torch.cat(shift), torch.cat(likelihood), torch.cat(best))
+    place = torch.cat(places)
+    rotation, shift = trial.poses(place)
+    return MostLikely(rotation, shift, place[:, 2] // len(trial.rotation), torch.cat(likelihood), torch.cat(best))
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class _Scored:
 def _scored(
     images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: Float[Tensor, " k"], temperature: float
 ) -> Iterator[_Scored]:
-    k, rotations, shifts = len(noise), len(trial.rotation), len(trial.shift)
+    k, rotations, shifts = len(noise), len(trial.slices), len(trial.shift)
     angle = -2 * math.pi / images.length * trial.shift @ images.frequency[:k].T
     phase = torch.polar(torch.ones_like(angle), angle)
     # Half the prior is a further coefficient of the images, which every slice has as 1.

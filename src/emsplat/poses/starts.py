@@ -1,8 +1,9 @@
 """Starts on both half-sets, one after the other, until two that share nothing agree.
 
-A start climbs without symmetry. Where the particle has one, its axes are found in the map, which is turned into
-RELION's setting, and the climb goes on with it. A pair of starts, one of each half, is compared (`verdict`); the first
-that agrees is taken. The worst that can happen is that many starts are made in vain.
+A start climbs without symmetry, with several maps that compete for the images where that is asked for; the one that
+most images go to goes on, with these. Where the particle has a symmetry, its axes are found in the map, which is turned
+into RELION's setting, and the climb goes on with it. A pair of starts, one of each half, is compared (`verdict`); the
+first that agrees is taken. The worst that can happen is that many starts are made in vain.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.maths.fourier import irfft, rfft, shell_index, sum_by_shell
+from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
 from emsplat.maths.groups import Symmetry
 from emsplat.poses.abinitio import Ascent, Stage
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
@@ -24,7 +25,7 @@ from emsplat.sums.spectra import Spectra
 from emsplat.types import Poses
 
 _BEGUN, _SEEN, _DONE = 5.6, 8.8, 10.6  # cycles per diameter of the particle: first, end of the climb, end of a start
-_SAMPLE = 150  # images of each half that poses are compared on
+_SAMPLE = 100  # images of each half that poses are compared on
 _TURN = 12.0  # degrees between the rotations of that
 _SEEDS = 7919  # between starts
 
@@ -39,6 +40,7 @@ class Plan:
     largest: int  # finest frequency that the images hold, cycles per box
     steps: int = 160
     batch: int = 200
+    classes: int = 1
 
     def stages(self) -> tuple[Stage, Stage]:
         """Climb without symmetry, and what follows with it."""
@@ -65,6 +67,8 @@ class Start:
     spread: float
     likelihood: float  # mean of the last steps, nats per image
     axes: float  # agreement of the map with the axes of the symmetry, 1 without
+    share: float  # of the images that went to this map and not to the others of its start
+    others: Float[Tensor, "c z y x"]  # these
 
 
 def make_start(
@@ -80,20 +84,35 @@ def make_start(
     own = seed + _SEEDS * (2 * number + half)
     climb, settle = plan.stages()
     total = climb.steps + settle.steps
-    ascent = Ascent(images, plan.largest, plan.diameter, own, plan.spread)
+    ascent = Ascent(images, plan.largest, plan.diameter, own, plan.spread, classes=plan.classes)
     for step, _ in enumerate(ascent.climb(climb)):
         told(step + 1, total)
-    axes = 1.0
+    order = ascent.share.argsort(descending=True)
+    share, maps = float(ascent.share[order[0]]), ascent.maps[order]
+    if plan.classes > 1:
+        rows = (kinds(images, maps, ascent.noise, ascent.spread, plan) == 0).nonzero()[:, 0]
+        images = chosen(images, rows) if len(rows) >= plan.batch else images
+    axes, volume = 1.0, maps[0]
     if symmetry.order > 1:
-        frame = find_frame(turning_of(ascent.volume, images.length, plan), symmetry)
-        axes, volume = frame.agreement, in_frame(ascent.volume, frame)
-        ascent = Ascent(images, plan.largest, plan.diameter, own + 1, ascent.spread, symmetry, volume, ascent.noise)
+        frame = find_frame(turning_of(volume, images.length, plan), symmetry)
+        axes, volume = frame.agreement, in_frame(volume, frame)
+    if symmetry.order > 1 or plan.classes > 1:
+        args = (images, plan.largest, plan.diameter, own + 1, ascent.spread)
+        ascent = Ascent(*args, symmetry, volume[None], ascent.noise)
     likelihood: list[float] = []
     for step, status in enumerate(ascent.climb(settle)):
         likelihood.append(status.likelihood)
         told(climb.steps + step + 1, total)
-    last = likelihood[-5:]
-    return Start(half, number, ascent.volume, ascent.noise, ascent.spread, sum(last) / len(last), axes)
+    last = sum(likelihood[-5:]) / len(likelihood[-5:])
+    return Start(half, number, ascent.volume, ascent.noise, ascent.spread, last, axes, share, maps[1:])
+
+
+def kinds(
+    images: Spectra, maps: Float[Tensor, "c z y x"], noise: Float[Tensor, " s"], spread: float, plan: Plan
+) -> Int[Tensor, " i"]:
+    """Which map each image fits best."""
+    looking = Ascent(images, plan.largest, plan.diameter, 0, spread, maps=maps, noise=noise)
+    return looking.judge(plan.compared, _TURN, torch.arange(looking.count)).kind
 
 
 def turning_of(volume: Float[Tensor, "z y x"], length: float, plan: Plan) -> Turning:
@@ -104,7 +123,7 @@ def turning_of(volume: Float[Tensor, "z y x"], length: float, plan: Plan) -> Tur
 def at_map(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry, volume: Tensor | None = None) -> Ascent:
     """Images at the map of a start, or another in its place."""
     own = start.volume if volume is None else volume
-    return Ascent(images, plan.largest, plan.diameter, 0, start.spread, symmetry, own, start.noise)
+    return Ascent(images, plan.largest, plan.diameter, 0, start.spread, symmetry, own[None], start.noise)
 
 
 @dataclass(frozen=True)
@@ -120,14 +139,18 @@ class Pair:
 def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: Plan, symmetry: Symmetry) -> Pair:
     """Poses of the same images against both maps, the maps where they lie on each other, and what each predicts of the
     other half's images."""
-    sample = _joined(_sampled(halves[0]), _sampled(halves[1]))
+    parts = _sampled(halves[0]), _sampled(halves[1])
+    sample, split = _joined(*parts), len(parts[0].values)
     rows = torch.arange(len(sample.values))
     found = [at_map(sample, own, plan, symmetry).judge(plan.compared, _TURN, rows) for own in starts]
     first, other = (Poses(own.rotation.double(), own.shift.double()) for own in found)
     comparison = compare_poses(first, other, symmetry)
     second = brought_over(starts[1].volume, comparison, sample.length)
     curve = shell_correlation(starts[0].volume, second)[: int(plan.compared) + 1]
-    gains = torch.cat([_gain(halves[1 - half], starts[half], plan, symmetry) for half in (0, 1)])
+    seen = (found[0].likelihood[split:], found[1].likelihood[:split])  # of the other half's images
+    gains = torch.cat(
+        [own - _shapeless(parts[1 - half], starts[half], plan, symmetry) for half, own in enumerate(seen)]
+    )
     error = float(gains.std()) / len(gains) ** 0.5
     verdict = decide(agreement(comparison), last_shell(curve), float(gains.mean()), error)
     if symmetry.order == 1 and verdict.word != "found" and verdict.shell >= SHELLS:
@@ -140,24 +163,22 @@ def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: 
     return Pair(starts, comparison, curve, verdict)
 
 
-def _gain(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry) -> Float[Tensor, " i"]:
-    """Log-likelihood of images at a map beyond that at its spherical mean."""
-    own = _sampled(images)
-    rows = torch.arange(len(own.values))
-    both = [
-        at_map(own, start, plan, symmetry, volume).judge(plan.compared, _TURN, rows).likelihood
-        for volume in (start.volume, spherical_mean(start.volume))
-    ]
-    return both[0] - both[1]
+def _shapeless(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry) -> Float[Tensor, " i"]:
+    """Log-likelihood of images at the spherical mean of a map, over the poses that its own is taken over."""
+    ascent = at_map(images, start, plan, symmetry, spherical_mean(start.volume))
+    return ascent.judge(plan.compared, _TURN, torch.arange(ascent.count), alike=True).likelihood
 
 
 def spherical_mean(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
     """The map with nothing left but what depends on the distance from the centre."""
     size = len(volume)
-    spectrum, shells = rfft(volume, 3).real, shell_index(size, 3)
-    count = int(shells.max()) + 1
-    total = sum_by_shell(spectrum, shells, count) / sum_by_shell(torch.ones_like(spectrum), shells, count).clamp(min=1)
-    return irfft(total[shells].to(torch.complex64), 3)
+    spectrum, shells, radius = rfft(volume, 3).real, shell_index(size, 3), shell_radius(size, 3)
+    count = int(shells.max()) + 2
+    mean = sum_by_shell(spectrum, shells, count) / sum_by_shell(torch.ones_like(spectrum), shells, count).clamp(min=1)
+    # Between shells linearly: steps would not look the same from everywhere.
+    low = radius.long()
+    part = (radius - low).float()
+    return irfft(((1 - part) * mean[low] + part * mean[low + 1]).to(torch.complex64), 3)
 
 
 def find_pair(
@@ -195,10 +216,11 @@ def _sampled(images: Spectra) -> Spectra:
     """Some images, evenly."""
     count = len(images.values)
     rows = torch.linspace(0, count - 1, min(_SAMPLE, count)).long()
-    return _rows(images, rows)
+    return chosen(images, rows)
 
 
-def _rows(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
+def chosen(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
+    """Some of the images."""
     count = len(rows)
     return replace(
         images,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,13 +23,13 @@ from emsplat.errors import InputError
 from emsplat.io.files import json_text
 from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
-from emsplat.maths.groups import C1, Symmetry
+from emsplat.maths.groups import C1
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.abinitio import Ascent
 from emsplat.poses.axes import Frame, find_symmetry, in_frame
 from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
-from emsplat.poses.starts import Pair, Plan, Start, at_map, find_pair, turning_of
+from emsplat.poses.starts import Pair, Plan, Start, at_map, chosen, find_pair, kinds, turning_of
 from emsplat.poses.verdict import Verdict, brought_over
 from emsplat.process import threads
 from emsplat.programs.classical import accumulate_all
@@ -50,6 +50,7 @@ _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made;
 _PASSES = 2  # over all images of a half, once a pair was found
 _TURN = 9.0  # degrees between the rotations of these
 _LOOKED = 500  # images at once
+_TENSORS = ("volume", "noise", "others")  # of a start
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
 
 
@@ -81,10 +82,13 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
             return _conclude_without(run, about)
         with log.part("poses", "all particles against the map of their half"):
             maps, frame = _turned(run, best, plan)
-            placed = _placed(run, best, plan, halves, maps)
-        about |= _symmetry_found(run, frame) | _spread(run, placed)
-        run = replace(run, stack=run.stack.with_poses(placed.poses))
-        _write_particles(run, placed)
+            found = _found(run, best, plan, halves, maps)
+        about |= _symmetry_found(run, frame) | _spread(run, found.placed)
+        run = replace(run, stack=run.stack.with_poses(found.placed.poses))
+        _write_particles(run, found, plan)
+        if plan.classes > 1:
+            about |= _classes(run, found, plan)
+            run = replace(run, stack=run.stack.take((found.kind == 0).nonzero()[:, 0]))
         classical = accumulate_all(run)
         write_classical(run, classical)
         return finish(run, classical, abinitio=about)
@@ -112,7 +116,7 @@ def _refuse(config: AbinitioConfig) -> None:
         InputError: an option out of its bounds, or one of other runs that means nothing here.
     """
     own = config.abinitio
-    for name in ("starts", "steps", "batch", "sample"):
+    for name in ("starts", "steps", "batch", "sample", "classes"):
         least = 2 if name == "steps" else 1
         if getattr(own, name) < least:
             raise InputError(f"--{name} {getattr(own, name)}: expected at least {least}")
@@ -151,7 +155,7 @@ def _plan(run: Run[AbinitioConfig]) -> Plan:
     particle = run.config.images.diameter or _FILLED * length
     radius = length / particle
     largest = min(math.ceil(_FINEST * radius), stack.grid.size // 2 - 1)
-    return Plan(radius, options.offset, stack.diameter, largest, options.steps, options.batch)
+    return Plan(radius, options.offset, stack.diameter, largest, options.steps, options.batch, options.classes)
 
 
 def _read(run: Run[AbinitioConfig], plan: Plan) -> tuple[Spectra, Spectra]:
@@ -193,6 +197,7 @@ def _search(run: Run[AbinitioConfig], plan: Plan, halves: tuple[Spectra, Spectra
                 count += 1
                 _save(run, got)
                 axes = f", axes {got.axes:.2f}" if stack.symmetry.order > 1 else ""
+                axes += f", {got.share:.0%} of the images in its first class" if plan.classes > 1 else ""
                 log.line(
                     f"  {names[got.half]}, start {got.number + 1}: log-likelihood {got.likelihood:.2f} per image{axes}"
                 )
@@ -217,8 +222,8 @@ def _look_up(moment: Checkpoints) -> None:
 
 def _save(run: Run[AbinitioConfig], start: Start) -> None:
     name = list(HALVES)[start.half]
-    about = {own: getattr(start, own) for own in ("half", "number", "spread", "likelihood", "axes")}
-    tensors = {"volume": start.volume.contiguous(), "noise": start.noise.contiguous()}
+    about = {own: getattr(start, own) for own in ("half", "number", "spread", "likelihood", "axes", "share")}
+    tensors = {own: getattr(start, own).contiguous() for own in _TENSORS}
     write_tensors(run.folder / start_name(name, start.number + 1), tensors, {"emsplat.start": json.dumps(about)})
 
 
@@ -239,9 +244,7 @@ def _made_before(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
             try:
                 with safe_open(path, framework="pt") as file:
                     about = json.loads(file.metadata()["emsplat.start"])
-                    found[half, number] = Start(
-                        volume=file.get_tensor("volume"), noise=file.get_tensor("noise"), **about
-                    )
+                    found[half, number] = Start(**{own: file.get_tensor(own) for own in _TENSORS}, **about)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error
     if found:
@@ -276,45 +279,58 @@ def _turned(run: Run[AbinitioConfig], pair: Pair, plan: Plan) -> tuple[tuple[Ten
     return (in_frame(first, plain), in_frame(second, plain)), frame
 
 
-def _placed(
+@dataclass(frozen=True)
+class _Found:
+    """Where particles were found, rows as in the stack."""
+
+    placed: Placed
+    kind: Int[Tensor, " p"]  # the map of the start that each fits best, 0 being that of the result
+
+
+def _found(
     run: Run[AbinitioConfig], pair: Pair, plan: Plan, halves: tuple[Spectra, Spectra], maps: tuple[Tensor, Tensor]
-) -> Placed:
+) -> _Found:
     """Every particle against the map of its own half: the best of a grid, then the nearest minimum."""
-    log, stack, symmetry = run.log, run.stack, run.stack.symmetry
-    grid, radius = stack.grid, plan.stages()[1].radius[1]
-    found, rows = [], []
+    parts, rows = [], []
     for half, name in enumerate(HALVES):
-        own = stack.only(half + 1)
-        climbed = at_map(halves[half], pair.starts[half], plan, symmetry, maps[half])
-        with log.progress(f"map of {name}", _PASSES * climbed.count) as update:
-            for number in range(_PASSES):
-                for done in climbed.pass_over(radius, _TURN):
-                    update(number * climbed.count + done, "")
-        reference = make_reference(
-            climbed.volume, Grid(len(climbed.volume), grid.length / len(climbed.volume)), plan.largest
-        )
-        noise = noise_of(own)
-        parts = []
-        with log.progress(f"poses of {name}", len(own)) as update:
-            for part in torch.split(torch.arange(len(own)), _LOOKED):
-                some = own.take(part)
-                coarse = _coarse(climbed, some, plan, pair.starts[half], symmetry, radius)
-                posed = some.with_poses(coarse)
-                parts.append(place(reference, posed, coarse, NO_PRIOR, noise, nearest))
-                update(int(part[-1]) + 1, "")
-        found += parts
-        rows.append((stack.half == half + 1).nonzero()[:, 0])
-    return Placed.joined(found, torch.argsort(torch.cat(rows)))
+        parts += _of_half(run, name, pair.starts[half], plan, halves[half], maps[half])
+        rows.append((run.stack.half == half + 1).nonzero()[:, 0])
+    order = torch.argsort(torch.cat(rows))
+    return _Found(Placed.joined([own.placed for own in parts], order), torch.cat([own.kind for own in parts])[order])
 
 
-def _coarse(
-    climbed: Ascent, stack: ParticleStack, plan: Plan, start: Start, symmetry: Symmetry, radius: float
-) -> Poses:
-    """The best poses of a grid."""
-    spectra = read_spectra(stack.without_symmetry(), plan.largest)
-    looking = Ascent(spectra, plan.largest, plan.diameter, 0, climbed.spread, symmetry, climbed.volume, climbed.noise)
-    best = looking.judge(radius, _TURN, torch.arange(len(stack)))
-    return Poses(best.rotation.double(), best.shift.double())
+def _of_half(
+    run: Run[AbinitioConfig], name: str, start: Start, plan: Plan, images: Spectra, volume: Float[Tensor, "z y x"]
+) -> list[_Found]:
+    stack, log, symmetry = run.stack.only(HALVES[name]), run.log, run.stack.symmetry
+    radius = plan.stages()[1].radius[1]
+    maps = torch.cat([volume[None], start.others])
+    if plan.classes > 1:
+        rows = (kinds(images, maps, start.noise, start.spread, plan) == 0).nonzero()[:, 0]
+        images = chosen(images, rows) if len(rows) else images
+    climbed = at_map(images, start, plan, symmetry, volume)
+    with log.progress(f"map of {name}", _PASSES * climbed.count) as update:
+        for number in range(_PASSES):
+            for done in climbed.pass_over(radius, _TURN):
+                update(number * climbed.count + done, "")
+    size = len(climbed.volume)
+    reference = make_reference(climbed.volume, Grid(size, stack.grid.length / size), plan.largest)
+    noise, found = noise_of(stack), []
+    with log.progress(f"poses of {name}", len(stack)) as update:
+        for part in torch.split(torch.arange(len(stack)), _LOOKED):
+            some = stack.take(part)
+            spectra = read_spectra(some.without_symmetry(), plan.largest)
+            args = (spectra, plan.largest, plan.diameter, 0, climbed.spread, symmetry)
+            best = Ascent(*args, climbed.maps, climbed.noise).judge(radius, _TURN, torch.arange(len(part)))
+            coarse = Poses(best.rotation.double(), best.shift.double())
+            placed = place(reference, some.with_poses(coarse), coarse, NO_PRIOR, noise, nearest)
+            kind = torch.zeros_like(part)
+            if plan.classes > 1:
+                own = torch.cat([climbed.maps, start.others])
+                kind = kinds(spectra, own, climbed.noise, climbed.spread, plan)
+            found.append(_Found(placed, kind))
+            update(int(part[-1]) + 1, "")
+    return found
 
 
 def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: Plan) -> dict[str, Any]:
@@ -361,15 +377,23 @@ def _spread(run: Run[AbinitioConfig], placed: Placed) -> dict[str, Any]:
     }
 
 
+def _classes(run: Run[AbinitioConfig], found: _Found, plan: Plan) -> dict[str, Any]:
+    """How many particles each class has."""
+    counts = torch.bincount(found.kind, minlength=plan.classes).tolist()
+    told = ", ".join(f"{count:,}" for count in counts)
+    run.log.line(f"  particles of each class: {told}; the maps are those of the first (--class 1)")
+    return {"particles_of_classes": counts}
+
+
 def _uncertainty(placed: Placed) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Standard deviations about an axis (degrees) and along one (Å), in the mean of the axes."""
     variance = torch.diagonal(placed.covariance(NO_PRIOR), dim1=1, dim2=2)
     return torch.rad2deg(variance[:, :3].mean(1).sqrt()), variance[:, 3:].mean(1).sqrt()
 
 
-def _write_particles(run: Run[AbinitioConfig], placed: Placed) -> None:
+def _write_particles(run: Run[AbinitioConfig], found: _Found, plan: Plan) -> None:
     """run_data.star: poses, their uncertainty and likelihood."""
-    stack = run.stack
+    stack, placed = run.stack, found.placed
     turn, shift = _uncertainty(placed)
     numbers = {
         "LogLikeliContribution": placed.after,
@@ -377,6 +401,7 @@ def _write_particles(run: Run[AbinitioConfig], placed: Placed) -> None:
         "emsplatOriginUncertainty": shift.clamp(max=stack.grid.length),
     }
     more = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in numbers.items()}
+    more |= {"ClassNumber": [str(kind + 1) for kind in found.kind.tolist()]} if plan.classes > 1 else {}
     write_used(with_boxes(stack.table.take(stack.rows)), run.folder / PARTICLES, stack.half, more=more)
 
 
