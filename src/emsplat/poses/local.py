@@ -33,7 +33,7 @@ from emsplat.types import Grid, Optics, Poses
 
 _CHUNK = 512  # images in memory at once
 _STEPS = 12
-_ENOUGH = 2e-3  # nats that a further step would gain
+_ENOUGH = 2e-2  # nats that a further step would gain
 _LONGEST = 0.15  # rad, of one step
 _NOTHING = 1e-12
 
@@ -69,6 +69,11 @@ class Reference:
         """Its transform, ready to be sliced."""
         space: Tensor = self.lattice.half_space(self.volume)
         return space
+
+    @cached_property
+    def field(self) -> Float[Tensor, "Z Y X p"]:
+        """The same as a field of `Lattice.slices`."""
+        return self.lattice.field(self.volume[None])
 
 
 def make_reference(
@@ -203,8 +208,13 @@ def nearest(reference: Reference, views: Views, prior: Prior) -> Placed:
     return descend(reference, views, prior, reference.lattice.radius)
 
 
-def noise_of(stack: ParticleStack) -> list[Float[Tensor, "o s"]]:
-    """The noise of each of the `parts` of a stack, from what surrounds the particles."""
+def stay(reference: Reference, views: Views, prior: Prior) -> Placed:
+    """Where the views are: what they say of their poses, without a step."""
+    return descend(reference, views, prior, reference.lattice.radius, steps=0)
+
+
+def noise_of(stack: ParticleStack) -> list[Tensor]:
+    """The noise of each of the `parts` of a stack, (groups, shells), from what surrounds the particles."""
     return [estimate_noise(part) for part in stack.on(CPU).parts()]
 
 
@@ -213,7 +223,7 @@ def place(
     stack: ParticleStack,
     given: Poses,
     prior: Prior,
-    noise: list[Float[Tensor, "o s"]],
+    noise: list[Tensor],
     search: Search = nearest,
     told: Callable[[int], None] = lambda _: None,
 ) -> Placed:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.imaging.project import voxelize
 from emsplat.io.files import number_text, replacing
 from emsplat.io.particles import write_used
+from emsplat.io.table import joined_optics
 from emsplat.io.tensors import write_tensors
 from emsplat.maths.geometry import matrix_to_euler
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
-from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference, nearest, noise_of, place
+from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference, nearest, noise_of, place, stay
+from emsplat.poses.optics import Spread, refine_optics
 from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import everywhere, within
 from emsplat.process import threads
@@ -52,7 +55,7 @@ from emsplat.run.log import Log
 from emsplat.run.stop import Checkpoints, checkpoints
 from emsplat.sums.equations import NormalEquations, combined
 from emsplat.sums.statistics import accumulate, begin
-from emsplat.types import Poses
+from emsplat.types import Optics, Poses
 
 _EPOCHS = 8  # of the Gaussians that are compared with: longer fits and more Gaussians gain nothing (docs/log.md)
 _SAMPLE = 400  # particles of each half that tell the errors of the poses
@@ -61,6 +64,7 @@ _STALLED = 2e-3  # gain of the score that is none
 _HARM = 1e-3  # loss of the score beyond which a round is taken back
 _FAR_OUT = 0.25  # of the box: shifts beyond are said
 _KEPT = ("hessian", "before", "after", "given", "looks", "power")
+_OPTICS = ("defocus_u", "defocus_v", "scale", "b_factor")
 _DEFOCUS, _SCALE = "defocus", "scale"
 _REFINED = ("poses", _DEFOCUS, _SCALE)
 
@@ -76,6 +80,9 @@ class Round:
     gain: float  # of the log-likelihood, nats per particle
     score: float  # afterwards: mean correlation of the back-projections with the truth, over all shells
     kept: bool = True
+    defocus_spread: list[float] | None = None  # Å, of the change that images ask for beyond noise, for each half
+    scale_spread: list[float] | None = None  # of ln scale
+    b_factor_spread: list[float] | None = None  # Å²
 
 
 @dataclass(frozen=True)
@@ -281,11 +288,15 @@ def _round(
     log, stack, grid = run.log, before.stack, run.stack.grid
     number = len(before.rounds) + 1
     cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
+    options = run.config.refinement
+    asked = options.refine.split(",")
     search = _search(run, number)
     log.line(f"round {number}: compared down to {grid.length / cut:.2f} Å, where the halves agree")
     given = run.stack.table.poses[run.stack.rows]
     found: list[Placed] = []
     priors: list[Prior] = []
+    optics: list[Optics] = []
+    spreads: list[Spread] = []
     rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
     for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
         own = stack.only(half)
@@ -294,11 +305,7 @@ def _round(
         prior = _prior(run, reference, own, given[own_rows], noise, search)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
-
-            def told(done: int, update: Callable[[int, str], None] = update) -> None:
-                update(done, "")
-                _look_up(moment)
-
+            told = partial(_told, update, moment)
             placed = place(reference, own, given[own_rows], prior, noise, search, told)
         found.append(placed)
         log.line(
@@ -306,6 +313,23 @@ def _round(
             f"log-likelihood {float((placed.after - placed.before).mean()):+.2f} per particle in "
             f"{float(placed.looks.double().mean()):.1f} comparisons"
         )
+        if options.refine != "poses":
+            moved = own.with_poses(placed.poses)
+            with log.progress(f"optics of {name}", len(own)) as update:
+                changed, spread = refine_optics(
+                    reference,
+                    moved,
+                    noise,
+                    defocus=_DEFOCUS in asked,
+                    strength=_SCALE in asked,
+                    told=partial(_told, update, moment),
+                )
+            optics.append(changed)
+            spreads.append(spread)
+            said = [f"defocus by {spread.defocus:.0f} Å"] * (_DEFOCUS in asked)
+            said += [f"scale by {spread.scale:.1%}, B factor by {spread.b_factor:.1f} Å²"] * (_SCALE in asked)
+            if said:
+                log.line(f"  {name}: changed with a spread of: {', '.join(said)}")
     order = torch.argsort(torch.cat(rows))
     placed = Placed.joined(found, order)
     done = Round(
@@ -315,12 +339,25 @@ def _round(
         round(float(placed.looks.double().mean()), 2),
         round(float((placed.after - placed.before).mean()), 4),
         math.nan,
+        defocus_spread=[round(one.defocus, 2) for one in spreads] if _DEFOCUS in asked else None,
+        scale_spread=[round(one.scale, 4) for one in spreads] if _SCALE in asked else None,
+        b_factor_spread=[round(one.b_factor, 3) for one in spreads] if _SCALE in asked else None,
     )
-    return Refined(stack.with_poses(placed.poses), placed, (priors[0], priors[1]), (*before.rounds, done))
+    stack = stack.with_poses(placed.poses)
+    if optics:
+        stack = stack.with_optics(joined_optics(optics)[order])
+    return Refined(stack, placed, (priors[0], priors[1]), (*before.rounds, done))
+
+
+def _told(update: Callable[[int, str], None], moment: Checkpoints, done: int) -> None:
+    update(done, "")
+    _look_up(moment)
 
 
 def _search(run: Run[RefineConfig], number: int) -> Search:
     """How poses are looked for in a round."""
+    if "poses" not in run.config.refinement.refine.split(","):
+        return stay
     asked = run.config.refinement.search
     if asked is None or number > 1:
         return nearest
@@ -476,6 +513,9 @@ def _save(run: Run[RefineConfig], state: Refined) -> None:
     """What --resume needs to go on after a round."""
     poses = state.stack.table.poses[state.stack.rows]
     tensors: dict[str, Tensor] = {"rotation": poses.rotation, "shift": poses.shift}
+    if "ctf" in state.stack.table.changed:
+        optics = state.stack.table.optics[state.stack.rows]
+        tensors |= {name: getattr(optics, name) for name in _OPTICS}
     priors = []
     if state.placed is not None and state.prior is not None:
         tensors |= {name: getattr(state.placed, name) for name in _KEPT}
@@ -501,6 +541,9 @@ def _resumed(run: Run[RefineConfig]) -> Refined | None:
         poses = Poses(own["rotation"], own["shift"])
         rounds = tuple(Round(**one) for one in about["rounds"])
         stack = run.stack.with_poses(poses)
+        if _OPTICS[0] in own:
+            optics = stack.table.optics[stack.rows]
+            stack = stack.with_optics(replace(optics, **{name: own[name] for name in _OPTICS}))
         run.log.line(f"resuming after round {len(rounds)}")
         if not about["priors"]:
             return Refined(stack, None, None, rounds)

@@ -53,6 +53,7 @@ RESIDUAL = "residual.csv"
 
 # Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus;
 # the page of all states.
+SEARCH = "linear_stage.safetensors"
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
@@ -100,6 +101,16 @@ def checkpoint_name(fit: str) -> str:
 def statistics_name(fit: str, part: int | str = "") -> str:
     """The sums over the images of a fit; of some kinds of images where there are several. A pattern with "*"."""
     return f"run_{fit}_statistics{part}.safetensors"
+
+
+def cells_name(half: int, fine: bool = False) -> str:
+    """The sums of all cells of a half-set: of those of the linear stage, or of those of a decoder."""
+    return f"{'fine_' if fine else ''}cells_half{half}.safetensors"
+
+
+def coarse_model_name(half: int) -> str:
+    """The model of a half-set before its particles were placed anew."""
+    return f"coarse_half{half}.safetensors"
 
 
 def half_model_name(half: int) -> str:

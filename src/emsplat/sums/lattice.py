@@ -120,10 +120,13 @@ class Lattice:
             products[:, :, 5:7] /= self.step
         return products
 
-    def slices(self, maps: Float[Tensor, "c z y x"], spectra: Spectra) -> Complex[Tensor, "v c k"]:
-        """What each view shows of each map, before its CTF."""
+    def slices(
+        self, maps: Float[Tensor, "c z y x"], spectra: Spectra, field: Float[Tensor, "Z Y X p"] | None = None
+    ) -> Complex[Tensor, "v c k"]:
+        """What each view shows of each map, before its CTF; ``field`` is that of the maps where it is known."""
         frequency, _, *rest = self._views(spectra)
-        return torch.from_numpy(_native.view_slices(self.field(maps).numpy(), len(maps), frequency, *rest))
+        known = self.field(maps) if field is None else field
+        return torch.from_numpy(_native.view_slices(known.numpy(), len(maps), frequency, *rest))
 
     def insert(
         self, first: Float[Tensor, "v a"], second: Float[Tensor, "v b"], spectra: Spectra

@@ -65,6 +65,15 @@ def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s
     return torch.stack([kx, ky], 1) * ratio, place
 
 
+def whitening(
+    noise: Float[Tensor, "o n"], frequency: Float[Tensor, "s 2"], ratio: float, size: int
+) -> Float[Tensor, "o s"]:
+    """What makes E|n|² = 1 of transforms of images of ``size`` pixels; frequencies and ratio as in `half_plane`."""
+    shell = torch.linalg.vector_norm(frequency / ratio, dim=1).round().long()
+    whitened: Tensor = 1 / (noise[:, shell].sqrt() * size)
+    return whitened
+
+
 def read_spectra(
     stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o n"] | None = None
 ) -> Spectra:
@@ -79,8 +88,7 @@ def read_spectra(
     own = stack.grid
     frequency, place = half_plane(radius, box.length / own.length, own.size)
     noise = estimate_noise(stack) if noise is None else noise
-    shell = torch.linalg.vector_norm(frequency / (box.length / own.length), dim=1).round().long()
-    scale = 1 / (noise[:, shell].sqrt() * own.size)
+    scale = whitening(noise, frequency, box.length / own.length, own.size)
     values = torch.empty(len(stack), len(place), dtype=torch.complex64)
     transfer = torch.empty(len(stack), len(place))
     rotation, share = torch.empty(len(stack), 3, 3), torch.ones(len(stack))
