@@ -343,7 +343,7 @@ def without_poses(star):
 
 def test_poses_that_are_missing_are_no_obstacle_here_and_named_elsewhere(simulated):
     star = without_poses(simulated(particles=20))
-    with pytest.raises(InputError, match=r"no orientations .*emsplat abinitio"):
+    with pytest.raises(InputError, match=r"no column rlnAngleRot; .*emsplat abinitio"):
         read_particles(star)
     table = read_particles(star, need_poses=False)
     assert torch.equal(table.poses.rotation, torch.eye(3, dtype=torch.float64).expand(20, 3, 3))

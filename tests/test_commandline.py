@@ -287,7 +287,7 @@ def test_every_option_is_read_by_somebody():
         if isinstance(node, ast.Attribute)
     }
     configs = [value for name, value in vars(config_module).items() if name.endswith("Config") and is_dataclass(value)]
-    assert len(configs) == 14
+    assert len(configs) == 15
     for kind in configs:
         assert set(names(kind)) <= read, kind.__name__
 

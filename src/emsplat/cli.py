@@ -176,9 +176,8 @@ def abinitio(
         output: Run folder; without it a new one here, abinitio_001 or the next free number.
 
     Examples:
-        # a map and poses of picked particles, then better ones
+        # poses of picked particles, and a map; emsplat refine goes on from run_data.star
         emsplat abinitio particles.star -o first --diameter 180
-        emsplat refine first/run_data.star -o refined
         # of a particle with known symmetry
         emsplat abinitio particles.star --symmetry D2
         # when the first seeds were not found

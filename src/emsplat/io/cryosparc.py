@@ -400,8 +400,8 @@ def _poses(
         number = np.array([int(name.rsplit("_", 1)[1]) for name in classes])[best]
     elif needed:
         raise InputError(
-            f"{fields.path}: no 3D poses (alignments3D/pose); find them with `emsplat abinitio`, or take the .cs file "
-            "of a refinement"
+            f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
+            "take the .cs file of a refinement, or find them with `emsplat abinitio`"
         )
     else:
         unturned = torch.eye(3, dtype=torch.float64).repeat(len(fields), 1, 1)

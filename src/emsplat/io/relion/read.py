@@ -243,17 +243,8 @@ class _Columns:
 
 
 def _angles(columns: _Columns, needed: bool) -> Float[Tensor, "p 3"]:
-    """Angles in rad; 0 where the table has none and they are not ``needed``.
-
-    Raises:
-        InputError: they are needed.
-    """
+    """Angles in rad; 0 where the table lacks some and they are not ``needed``."""
     names = [f"Angle{name}" for name in ("Rot", "Tilt", "Psi")]
-    if needed and not any(columns.has(name) for name in names):
-        raise InputError(
-            f"{columns.particles.path}: no orientations (columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi); find them "
-            "with `emsplat abinitio`, or take the file of a refinement"
-        )
     if not needed and not all(columns.has(name) for name in names):
         return torch.zeros(len(columns.optics_row), 3, dtype=torch.float64)
     return torch.stack([torch.deg2rad(columns.take(name)) for name in names], 1)
