@@ -371,6 +371,7 @@ def test_from_particles_without_poses_to_maps(simulated, tmp_path):
     assert again["abinitio"] == summary["abinitio"]
 
 
+@pytest.mark.slow
 def test_noise_is_not_found_and_leaves_no_map(simulated, tmp_path):
     star = simulated(particles=240, noise_only=True)
     summary = abinitio(options(steps=12), star, tmp_path / "run")
@@ -379,6 +380,7 @@ def test_noise_is_not_found_and_leaves_no_map(simulated, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["abinitio"]["verdict"] == "not found"
 
 
+@pytest.mark.slow
 def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypatch):
     star = simulated(particles=240, noise_only=True)
     config = options(steps=2)

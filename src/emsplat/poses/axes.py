@@ -24,7 +24,7 @@ from emsplat.maths.geometry import axis_rotation
 from emsplat.maths.groups import C1, Symmetry, cyclic, dihedral, generators, icosahedral, octahedral, tetrahedral
 from emsplat.poses.grids import sphere
 
-HOLDS = 0.75  # correlation of a map with itself turned from which on it has an axis
+HOLDS = 0.8  # correlation of a map with itself turned from which on it has an axis
 _FOLDS = range(2, 13)
 _LIKELY = 0.6  # of that, for directions that are some degrees beside the axis
 _DIRECTIONS = 1200  # over the sphere, 6 degrees apart
@@ -33,6 +33,7 @@ _REFINED = 2  # of them, together with a second axis
 _TWISTS = 60  # places of the second axis about the first
 _OUTLINE = 3  # shells before this one show the outline of the particle
 _BATCH = 64
+_LOOKED_AT = 3000  # voxels of a map
 _LARGE = 14  # elements of a group
 _TURNED, _ASIDE = 3.0, 2.0  # how far a frame is refined: tenths of a radian about each axis, voxels
 
@@ -58,7 +59,9 @@ class Turning:
         away = shell_index(size, 3)
         self._fine = _finer(irfft(rfft(volume, 3) * ((away >= _OUTLINE) & (away <= radius)), 3))
         points = _points(size)
-        self._points = points[torch.linalg.vector_norm(points, dim=1) <= min(diameter / 2, size // 2 - 2)]
+        inside = points[torch.linalg.vector_norm(points, dim=1) <= min(diameter / 2, size // 2 - 2)]
+        some = torch.randperm(len(inside), generator=torch.Generator().manual_seed(0))[:_LOOKED_AT]
+        self._points = inside[some]
 
     def agreement(
         self, rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"] | None = None
