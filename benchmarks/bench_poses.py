@@ -30,6 +30,7 @@ from emsplat.programs.simulate import simulate
 from emsplat.run.log import Log
 from emsplat.simulation.images import truth_map
 from emsplat.simulation.protein import place_atoms
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Poses
 
 _COEFFICIENTS = 31  # cycles per box: 1,500 of them
@@ -78,9 +79,10 @@ def wrong(star, true, turn, shift, seed):
 def speed(rows, star, truth):
     volume, grid, mask = truth
     stack = open_particles(star)
+    gain = equations_of(stack).gain(volume)
     stack = stack.take(torch.arange(min(2000, len(stack))))
     poses = stack.table.poses[stack.rows]
-    reference = make_reference(volume / volume.std() * mask, grid, min(_COEFFICIENTS, grid.size // 2 - 1))
+    reference = make_reference(gain * volume * mask, grid, min(_COEFFICIENTS, grid.size // 2 - 1))
     noise, space = noise_of(stack), reference.space
     start = time.process_time()
     found = place(reference, stack, poses, Prior(math.radians(3), 2.0), noise)
