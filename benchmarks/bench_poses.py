@@ -30,6 +30,7 @@ from emsplat.programs.simulate import simulate
 from emsplat.run.log import Log
 from emsplat.simulation.images import truth_map
 from emsplat.simulation.protein import place_atoms
+from emsplat.sums.statistics import equations_of
 from emsplat.types import Poses
 
 _COEFFICIENTS = 31  # cycles per box: 1,500 of them
@@ -41,13 +42,15 @@ def timed(work, config, star, folder):
     return summary, time.process_time() - start
 
 
-def both(rows, name, star, folder, truth, true_star=None, **options):
-    """A reconstruction in the poses as they are, and one after their refinement."""
+def both(rows, name, star, folder, truth, true_star=None, also=(), **options):
+    """A reconstruction in the poses as they are, and one after their refinement; ``also`` further refinements."""
     volume, grid, mask = truth
-    for work, kind in ((reconstruct, ReconstructConfig), (refine, RefineConfig)):
-        output = folder / f"{name}_{work.__name__}".replace(" ", "_").replace("/", "_")
-        summary, seconds = timed(work, configure(kind, **options), star, output)
-        row = {"name": f"{name}: {work.__name__}", "processor_seconds": round(seconds, 1)}
+    works = [(reconstruct, ReconstructConfig, {}), (refine, RefineConfig, {})]
+    for work, kind, more in works + [(refine, RefineConfig, own) for own in also]:
+        told = f"{name}: {work.__name__} {' '.join(more.values())}".strip()
+        output = folder / told.replace(" ", "_").replace("/", "_")
+        summary, seconds = timed(work, configure(kind, **options, **more), star, output)
+        row = {"name": told, "processor_seconds": round(seconds, 1)}
         row |= score(output / "run_class001.mrc", volume, grid, mask)
         row["back_projection"] = score(output / "backprojection_class001.mrc", volume, grid, mask)
         row["cross_validated"] = summary["resolution"]["cross_validated"]
@@ -76,9 +79,10 @@ def wrong(star, true, turn, shift, seed):
 def speed(rows, star, truth):
     volume, grid, mask = truth
     stack = open_particles(star)
+    gain = equations_of(stack).gain(volume)
     stack = stack.take(torch.arange(min(2000, len(stack))))
     poses = stack.table.poses[stack.rows]
-    reference = make_reference(volume / volume.std() * mask, grid, min(_COEFFICIENTS, grid.size // 2 - 1))
+    reference = make_reference(gain * volume * mask, grid, min(_COEFFICIENTS, grid.size // 2 - 1))
     noise, space = noise_of(stack), reference.space
     start = time.process_time()
     found = place(reference, stack, poses, Prior(math.radians(3), 2.0), noise)
@@ -94,7 +98,8 @@ def experimental(rows, data, folder):
     _, grid = read_map(data / "bgal" / "mask_soft.mrc")
     atoms = place_atoms(read_atoms(data / "bgal" / "8bk7_in_map_frame.cif.gz"), grid, keep_frame=True)
     truth = truth_map(atoms, grid, 60.0), grid, read_map(data / "bgal" / "mask_soft.mrc")[0]
-    both(rows, "8BK7", star, folder, truth, symmetry="D2")
+    others = [{"refine": "poses,scale"}, {"reference": "map"}]
+    both(rows, "8BK7", star, folder, truth, also=others, symmetry="D2")
     speed(rows, star, truth)
 
 

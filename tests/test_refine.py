@@ -496,3 +496,22 @@ def test_the_page_shows_the_poses(wrong, tmp_path):
     (tmp_path / "run" / "poses.csv").write_text("rot\n")
     write_report(tmp_path / "run")
     assert "poses.csv" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("search", ["50", "poor", "global"])
+def test_poses_that_are_far_off_are_searched_for(wrong, tmp_path, search):
+    """One in ten is nowhere near; local steps leave them there."""
+    star, true = wrong(2.0, 2.0, particles=300, snr=1.0)
+    stack = open_particles(star)
+    poses = stack.table.poses
+    axis = normal(300, 3, seed=5)
+    far = turned(math.radians(45 if search == "50" else 110) * axis / torch.linalg.vector_norm(axis, dim=1)[:, None])
+    rotation = poses.rotation.clone()
+    rotation[::10] = (far @ rotation)[::10]
+    lost = star.parent / "lost.star"
+    write_used(stack.with_poses(Poses(rotation, poses.shift)).table, lost, stack.table.half)
+    run(lost, tmp_path / "local")
+    run(lost, tmp_path / "run", search=search)
+    away = [compare(true, folder / "run_data.star")["within_10"] for folder in (tmp_path / "local", tmp_path / "run")]
+    assert away[1] > 0.93
+    assert away[0] < away[1] - 0.02

@@ -24,6 +24,7 @@ _STEPS = 4
 _BEST = 4  # of the starts of an image that go on
 _LOOKED = 24  # orientations of a global search whose images are moved
 _AT_ONCE = 200_000  # views of one call
+_LOOSE = 0.1  # of the box: how far a shift may be from where it was given when all orientations are open
 _POOR = 0.75  # of the agreement that good views have
 
 
@@ -33,7 +34,9 @@ def within(extent: float) -> Search:
     def search(reference: Reference, views: Views, prior: Prior) -> Placed:
         radius = _coarse(reference)
         starts = ball_lattice(extent, 2 * _CAUGHT / radius)
-        return _from_starts(reference, views, prior, radius, starts)
+        loose = Prior(max(extent, prior.turn), max(_LOOSE * reference.grid.length, prior.shift))
+        found = nearest(reference, views, prior)
+        return _better(found, _from_starts(reference, views, loose, radius, starts), len(starts))
 
     return search
 
@@ -50,11 +53,10 @@ def everywhere(elements: Float[Tensor, "s 3 3"], *, poor_alone: bool = False) ->
         radius = _coarse(reference)
         grid = unlike(rotations(4 * _CAUGHT / radius), elements)
         some = views.take(chosen)
-        best = _looked_at(reference, some, prior, radius, grid)
-        # The pose that the view has competes with all others.
-        further = _followed(reference, some, prior, radius, best)
-        further = _better(found.take(chosen), further)
-        return found.with_rows(chosen, further)
+        loose = Prior(math.inf, max(_LOOSE * reference.grid.length, prior.shift))
+        best = _looked_at(reference, some, loose, radius, grid)
+        further = _followed(reference, some, loose, radius, best)
+        return found.with_rows(chosen, _better(found.take(chosen), further, len(grid)))
 
     return search
 
@@ -155,9 +157,10 @@ def _followed(
     return found.take(torch.arange(count) * several + best)
 
 
-def _better(one: Placed, other: Placed) -> Placed:
-    """Of two results for each view that with the higher likelihood."""
-    rows = (other.after > one.after).nonzero()[:, 0]
+def _better(one: Placed, other: Placed, tried: int) -> Placed:
+    """Of two results for each view the first, unless the second has the higher likelihood even as the best of so many
+    that were tried."""
+    rows = (other.after > one.after + math.log(tried)).nonzero()[:, 0]
     return one.with_rows(rows, other.take(rows))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -62,6 +62,7 @@ _SAMPLE = 400  # particles of each half that tell the errors of the poses
 _WIDE = (math.radians(20), 0.1)  # a prior that hardly holds: rad, part of the box
 _STALLED = 2e-3  # gain of the score that is none
 _HARM = 1e-3  # loss of the score beyond which a round is taken back
+_ELSEWHERE = 5.0  # widths of the prior
 _FAR_OUT = 0.25  # of the box: shifts beyond are said
 _KEPT = ("hessian", "before", "after", "given", "looks", "power")
 _OPTICS = ("defocus_u", "defocus_v", "scale", "b_factor")
@@ -92,6 +93,7 @@ class Refined:
     stack: ParticleStack
     placed: Placed | None  # None: nothing was moved
     prior: tuple[Prior, Prior] | None
+    centre: Poses  # of the priors: the poses that were given, or found by a search far from these
     rounds: tuple[Round, ...] = ()
 
 
@@ -196,7 +198,7 @@ def _say_origin(run: Run[RefineConfig]) -> None:
 def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[str, NormalEquations]]:
     """Rounds until the maps gain no more: the particles in their new poses, and the sums with these."""
     options, log, given = run.config.refinement, run.log, run.stack
-    state = _resumed(run) or Refined(given, None, None)
+    state = _resumed(run) or Refined(given, None, None, given.table.poses[given.rows])
     with log.part("rounds"), checkpoints(math.inf) as moment:
         sums, classical, score = _judged(run, state.stack, moment)
         if not is_evident(_raw(classical), given.grid, given.diameter):
@@ -292,7 +294,7 @@ def _round(
     asked = options.refine.split(",")
     search = _search(run, number)
     log.line(f"round {number}: compared down to {grid.length / cut:.2f} Å, where the halves agree")
-    given = run.stack.table.poses[run.stack.rows]
+    given = before.centre
     found: list[Placed] = []
     priors: list[Prior] = []
     optics: list[Optics] = []
@@ -346,7 +348,16 @@ def _round(
     stack = stack.with_poses(placed.poses)
     if optics:
         stack = stack.with_optics(joined_optics(optics)[order])
-    return Refined(stack, placed, (priors[0], priors[1]), (*before.rounds, done))
+    centre = _recentred(given, placed, stack.half, priors) if search is not nearest else given
+    return Refined(stack, placed, (priors[0], priors[1]), centre, (*before.rounds, done))
+
+
+def _recentred(given: Poses, placed: Placed, half: Int[Tensor, " p"], priors: list[Prior]) -> Poses:
+    """Where priors are centred after a search: what was found far away says that the pose that was given is none."""
+    width = torch.tensor([prior.turn for prior in priors], dtype=torch.float64)[half - 1]
+    far = torch.linalg.vector_norm(turns(placed.poses.rotation, given.rotation), dim=1) > _ELSEWHERE * width
+    rotation = torch.where(far[:, None, None], placed.poses.rotation, given.rotation)
+    return Poses(rotation, torch.where(far[:, None], placed.poses.shift, given.shift))
 
 
 def _told(update: Callable[[int, str], None], moment: Checkpoints, done: int) -> None:
@@ -513,6 +524,7 @@ def _save(run: Run[RefineConfig], state: Refined) -> None:
     """What --resume needs to go on after a round."""
     poses = state.stack.table.poses[state.stack.rows]
     tensors: dict[str, Tensor] = {"rotation": poses.rotation, "shift": poses.shift}
+    tensors |= {"centre_rotation": state.centre.rotation, "centre_shift": state.centre.shift}
     if "ctf" in state.stack.table.changed:
         optics = state.stack.table.optics[state.stack.rows]
         tensors |= {name: getattr(optics, name) for name in _OPTICS}
@@ -545,10 +557,11 @@ def _resumed(run: Run[RefineConfig]) -> Refined | None:
             optics = stack.table.optics[stack.rows]
             stack = stack.with_optics(replace(optics, **{name: own[name] for name in _OPTICS}))
         run.log.line(f"resuming after round {len(rounds)}")
+        centre = Poses(own["centre_rotation"], own["centre_shift"])
         if not about["priors"]:
-            return Refined(stack, None, None, rounds)
+            return Refined(stack, None, None, centre, rounds)
         placed = Placed(poses, *(own[name] for name in _KEPT))
         first, second = (Prior(*pair) for pair in about["priors"])
-        return Refined(stack, placed, (first, second), rounds)
+        return Refined(stack, placed, (first, second), centre, rounds)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error
