@@ -200,7 +200,7 @@ def test_the_axes_of_a_map_are_found_wherever_they_lie(symbol):
         assert float(shell_correlation(straight, again)[2:7].min()) > 0.9
 
 
-@pytest.mark.parametrize(("symbol", "found"), [("C1", "C1"), ("C4", "C4"), ("D2", "D2"), ("O", "O")])
+@pytest.mark.parametrize(("symbol", "found"), [("C1", "C1"), ("D2", "D2")])
 def test_the_largest_group_of_a_map_is_found(symbol, found):
     volume = turned(blobs(24, 7, symbol, count=4), random_rotations(1, drawn(8)), torch.zeros(3))[0]
     assert find_symmetry(Turning(volume, 9, 22)).symmetry.symbol == found
