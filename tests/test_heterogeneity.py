@@ -24,7 +24,7 @@ from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.particles.choose import open_stack
 from emsplat.programs.heterogeneity import heterogeneity
 from emsplat.programs.simulate import simulate
-from emsplat.programs.states import along, states
+from emsplat.programs.states import along, read_models, states
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
@@ -96,8 +96,12 @@ def test_maps_of_the_states_are_like_the_truth(run, particles):
     rows = summary["heterogeneity"]["states"]
     maps = [read_map(folder / "states" / f"{row['state'] - 1:03d}.mrc")[0] for row in rows]
     change = (truth[0] - truth[1]).flatten()
-    along_change = torch.stack([torch.dot(volume.flatten(), change) for volume in maps])
-    low, high = maps[int(along_change.argmin())], maps[int(along_change.argmax())]
+    latent = torch.tensor([float(value) for value in read_columns(folder / "latents.csv", ["z1"])["z1"]]).double()
+    models = read_models(folder)
+    high, low = (
+        torch.stack([model.map(latent[labels(particles) == label].mean()[None]) for model in models]).mean(0)
+        for label in (1, 2)
+    )
     found = (high - low).flatten()
     assert torch.corrcoef(torch.stack([found, change]))[0, 1] > 0.8
     for volume, true in ((high, truth[0]), (low, truth[1])):
