@@ -16,17 +16,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emsplat import report
 from emsplat.assessment.maps import given_mask, particle_mask, read_mask
 from emsplat.config import HeterogeneityConfig
 from emsplat.device import within_memory
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
 from emsplat.heterogeneity.density import start_points
+from emsplat.heterogeneity.entanglement import brightness
 from emsplat.heterogeneity.evidence import crispness
 from emsplat.heterogeneity.extent import Window, window_of
 from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
 from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
+from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.search import Search, search
 from emsplat.heterogeneity.spectra import read_spectra
 from emsplat.heterogeneity.states import DecoderPlan
@@ -40,7 +43,10 @@ from emsplat.process import threads
 from emsplat.programs.explore import explorer_numbers
 from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
+from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
+from emsplat.programs.populate import follows, populations, say_shares, write_populations
 from emsplat.programs.run import Run
+from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
     CONSENSUS,
@@ -72,12 +78,12 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
     _refuse(config)
     with threads(config.run.threads), log.to_the_end():
         run = open_run(config, particles, output, log, program="heterogeneity")
-        found = _search(run)
+        found, grey = _search(run)
         _say_gains(run.log, found)
         if not found.found:
             return _conclude(run, found, None)
         window = window_of(found.subspaces, run.stack.grid)
-        fitted = _fit(run, found, window)
+        fitted = _fit(run, found, grey, window)
         return _conclude(run, found, fitted)
 
 
@@ -97,7 +103,10 @@ def _refuse(config: HeterogeneityConfig) -> None:
             raise InputError(f"--{name}: not for heterogeneity; leave it out")
 
 
-def _search(run: Run[HeterogeneityConfig]) -> Search:
+_Grey = tuple[Float[Tensor, " v"], Float[Tensor, " w"]]  # brightness of the views of each half
+
+
+def _search(run: Run[HeterogeneityConfig]) -> tuple[Search, _Grey]:
     options, stack = run.config.heterogeneity, run.stack
     stack.require_one_grid()
     radius = min(math.floor(options.resolution), stack.grid.size // 2 - 1)
@@ -117,7 +126,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
     with run.log.part("reading", "reading the low frequencies of all images"):
         spectra = (read_spectra(halves[0], radius), read_spectra(halves[1], radius))
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
-        return search(
+        found = search(
             spectra,
             options.components,
             radius,
@@ -126,6 +135,8 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             support,
             run.log.line,
         )
+        one, other = (brightness(*pair) for pair in zip(found.subspaces, spectra, strict=True))
+        return found, (one, other)
 
 
 def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
@@ -156,11 +167,13 @@ class _Fitted:
     cells: tuple[Cells, Cells]
     kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]
     latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
+    grey: _Grey
+    back: Frame  # from the latents of half 2 to those of the run
     crisp: bool
     window: Window
 
 
-def _fit(run: Run[HeterogeneityConfig], found: Search, window: Window) -> _Fitted:
+def _fit(run: Run[HeterogeneityConfig], found: Search, grey: _Grey, window: Window) -> _Fitted:
     options, log = run.config.heterogeneity, run.log
     if found.densities is None or found.latents is None:
         raise ValueError("nothing was found")
@@ -187,6 +200,8 @@ def _fit(run: Run[HeterogeneityConfig], found: Search, window: Window) -> _Fitte
         (all_cells[0], all_cells[1]),
         (kernels[0], kernels[1]),
         (first, back(second)),
+        grey,
+        back,
         crisp,
         window,
     )
@@ -238,6 +253,9 @@ def _conclude(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted | No
         with log.part("states", "maps of the states"):
             about |= _write_states(run, found, fitted)
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
+    write_text(run.folder / SUMMARY, json_text(summary))
+    with log.part("report", "drawing the report"):
+        report.write_report(run.folder)
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")
@@ -245,49 +263,59 @@ def _conclude(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted | No
 
 
 def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted) -> dict[str, Any]:
-    stack, folder, grid = run.stack, run.folder, run.stack.grid
+    stack, folder, grid, log, seed = run.stack, run.folder, run.stack.grid, run.log, run.config.halves.seed
     latents, classes = _states(run, fitted, found)
-    nearest = torch.cdist(torch.cat(fitted.latent), latents).argmin(1) if classes is None else classes
-    views = _views(run, found, fitted, classes)
+    whole = torch.cat(fitted.latent)
+    nearest = torch.cdist(whole, latents).argmin(1) if classes is None else classes
+    shared = populations(stack, found, fitted.back, latents, classes is not None, seed)
+    views = _views(run, found, fitted, nearest, classes is not None, shared.membership)
     _write_latents(run, views)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
     write_map(folder / CONSENSUS, consensus, grid.pixel_size)
-    mask = given_mask(run.config.mask, grid, run.log)
+    mask = given_mask(run.config.mask, grid, log)
     (folder / STATES).mkdir(exist_ok=True)
     rows = []
-    share = torch.bincount(nearest, minlength=len(latents)) / len(nearest)
-    for number, latent in enumerate(latents):
+    for number, (latent, share) in enumerate(zip(latents, shared.shares, strict=True)):
         halves = [model.map(latent) for model in fitted.models]
-        whole = (halves[0] + halves[1]) / 2
-        write_map(folder / STATES / state_map_name(number), whole, grid.pixel_size)
-        for half, volume in enumerate(halves):
-            write_map(folder / STATES / state_map_name(number, half + 1), volume, grid.pixel_size)
-        own = particle_mask(whole, grid, stack.diameter, True) if mask is None else mask
-        rows.append(_judge(fitted, number, latent, own, whole - consensus, grid) | {"population": float(share[number])})
+        volume = (halves[0] + halves[1]) / 2
+        path = folder / STATES / state_map_name(number)
+        write_map(path, volume, grid.pixel_size)
+        for half, own in enumerate(halves):
+            write_map(folder / STATES / state_map_name(number, half + 1), own, grid.pixel_size)
+        write_state_gaussians(fitted.models, latent, path.with_suffix(".ply"))
+        own = particle_mask(volume, grid, stack.diameter, True) if mask is None else mask
+        rows.append(_judge(fitted, number, latent, own, volume - consensus, grid) | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
-        run.log.line(f"  state {number + 1}: {share[number]:.1%}, {', '.join(told)}")
+        log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)
+    say_shares(log, shared.shares, shared.resampled)
+    write_populations(folder, shared)
+    write_particles(stack, views, folder)
+    followed = follows(stack, found, whole, fitted.grey, seed, log)
+    parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
+    write_chimerax(folder, surface_level(consensus), len(rows), [part.number for part in parts])
     gain = found.gain
     facts = [
         f"gain on images that no model has seen: {gain.value:.2f} ± {gain.error:.2f} nats per image",
         f"{found.count} components, {len(fitted.models[0].density)} points of the density",
     ]
-    numbers = explorer_numbers(
-        run.particles.name,
-        fitted.models,
-        stack,
-        views.row,
-        views.latent,
-        views.gain,
-        views.classes,
-        rows,
-        latents,
-        facts,
-        run.log.warnings,
-    )
-    run.log.line(f"  move through the states: {write_explorer(folder / EXPLORER, numbers)}")
-    return {"classes": classes is not None, "states": rows}
+    numbers = explorer_numbers(run.particles.name, fitted.models, stack, views, rows, latents, facts, log.warnings)
+    log.line(f"  move through the states: {write_explorer(folder / EXPLORER, numbers)}")
+    return {"classes": classes is not None, "states": rows, "follows": followed} | shared.about
+
+
+def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
+    """What the summary says of how many particles a state has; the free energy is that over the most populated, kT."""
+    most = max(other.value for other in shares)
+    return {
+        "population": share.value,
+        "population_error": share.error,
+        "population_interval": list(share.interval),
+        "population_halves": list(share.halves),
+        "free_energy": math.log(most / share.value) if share.value > 0 else None,
+        "free_energy_error": share.error / share.value if share.value > 0 else None,
+    }
 
 
 def _spacing(value: float | None) -> str:
@@ -314,19 +342,14 @@ def _judge(
     return found
 
 
-@dataclass(frozen=True)
-class _Views:
-    """All views in the order of the input: one per particle, or per copy of it under the symmetry."""
-
-    row: Int[Tensor, " v"]  # of the particle table
-    half: Int[Tensor, " v"]
-    copy: Int[Tensor, " v"]  # from 1
-    latent: Float[Tensor, "v q"]
-    gain: Float[Tensor, " v"]
-    classes: Int[Tensor, " v"] | None
-
-
-def _views(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted, classes: Int[Tensor, " v"] | None) -> _Views:
+def _views(
+    run: Run[HeterogeneityConfig],
+    found: Search,
+    fitted: _Fitted,
+    nearest: Int[Tensor, " v"],
+    classes: bool,
+    membership: Float[Tensor, "v s"],
+) -> Views:
     stack = run.stack
     if found.latents is None or found.densities is None:
         raise ValueError("nothing was found")
@@ -337,23 +360,27 @@ def _views(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted, classe
     copy = torch.arange(len(row)) % copies + 1
     half = torch.cat([torch.full_like(own, number + 1) for number, own in enumerate(rows)])
     order = torch.argsort(row * copies + copy)
-    return _Views(
+    state = nearest[order]
+    return Views(
         row[order],
         half[order],
         copy[order],
         torch.cat(fitted.latent)[order],
         torch.cat(gains)[order],
-        None if classes is None else classes[order],
+        torch.cat(fitted.grey)[order],
+        state if classes else None,
+        state,
+        membership[order].gather(1, state[:, None]).squeeze(1),
     )
 
 
-def _write_latents(run: Run[HeterogeneityConfig], views: _Views) -> None:
+def _write_latents(run: Run[HeterogeneityConfig], views: Views) -> None:
     """latents.csv and cryoDRGN's z.pkl: one line per particle in the order of the input, or one per copy of it."""
     several = run.stack.symmetry.order > 1
     names = ["row", "half", *(["copy"] if several else [])]
     names += [f"z{k + 1}" for k in range(views.latent.shape[1])]
     names += ([] if views.classes is None else ["class"]) + ["gain"]
-    number = run.stack.table.row[views.row] + 1
+    number = row_numbers(run.stack)[views.row]
     with replacing(run.folder / LATENTS) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
@@ -367,10 +394,13 @@ def _write_latents(run: Run[HeterogeneityConfig], views: _Views) -> None:
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]], latents: Float[Tensor, "s q"]) -> None:
-    names = ["state", "population", "resolution", "moving_resolution"]
+    names = ["state", "population", "resolution", "moving_resolution", "population_low", "population_high"]
+    names += ["free_energy", "free_energy_error"]
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*names, *(f"z{k + 1}" for k in range(latents.shape[1]))])
         for row, latent in zip(rows, latents.tolist(), strict=True):
-            cells = ["" if row[name] is None else number_text(row[name], ".5g") for name in names[1:]]
+            low, high = row["population_interval"]
+            own = row | {"population_low": low, "population_high": high}
+            cells = ["" if own[name] is None else number_text(own[name], ".5g") for name in names[1:]]
             writer.writerow([row["state"], *cells, *(number_text(value) for value in latent)])

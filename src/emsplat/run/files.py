@@ -51,6 +51,16 @@ CONSENSUS = "consensus.mrc"
 STATES = "states"  # folder of maps of states
 STATES_TABLE = "states.csv"
 EXPLORER = "heterogeneity.html"
+DENSITY = "density.csv"  # points of the latents' density
+FREE_ENERGY = "free_energy.csv"  # along each component
+LANDSCAPE = "landscape.csv"  # over the first two
+PARTS = "parts"  # folder of masks of rigid parts
+PARTS_TABLE = "parts.json"
+PARTS_TEXT = "parts.txt"
+CHIMERAX = "chimerax.cxc"
+MOVIE = "movie.webp"
+SELECTED = "particles.star"  # of `emsplat states --select`, beside it as .cs, and row numbers from 0 for cryoDRGN
+SELECTED_INDEX = "indices.pkl"
 
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
@@ -96,6 +106,16 @@ def statistics_name(fit: str, part: int | str = "") -> str:
 def half_model_name(half: int) -> str:
     """The model of all states of a half-set."""
     return f"model_half{half}.safetensors"
+
+
+def part_mask_name(part: int) -> str:
+    """The mask of a rigid part, counted from 1."""
+    return f"part{part}_mask.mrc"
+
+
+def state_star_name(state: int) -> str:
+    """The particles of a state, counted from 0."""
+    return f"{state:03d}.star"
 
 
 def state_map_name(state: int, half: int | None = None) -> str:
