@@ -15,6 +15,7 @@ from emsplat.heterogeneity.cells import Cells, empirical_map, few_memberships, g
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.half import HalfModel, on_grid, read_half
+from emsplat.heterogeneity.paths import along
 from emsplat.heterogeneity.states import DecoderStage, orders
 from emsplat.imaging.project import voxelize
 from emsplat.io.columns import read_columns
@@ -24,7 +25,7 @@ from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.particles.choose import open_stack
 from emsplat.programs.heterogeneity import heterogeneity
 from emsplat.programs.simulate import simulate
-from emsplat.programs.states import along, states
+from emsplat.programs.states import states
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
@@ -148,6 +149,9 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
     ("options", "said"),
     [
         ({}, "either --at"),
+        ({"traverse": 9}, "component from 1 to"),
+        ({"traverse": 1, "path": (1, 2)}, "either --at"),
+        ({"select": ("z1=0:",), "path": (1, 2)}, "particles are selected without"),
         ({"path": (1,)}, "two states or more"),
         ({"path": (1, 99)}, "from 1 to"),
         ({"path": (1, 2), "frames": 1}, "at least 2 frames"),

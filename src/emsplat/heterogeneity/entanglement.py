@@ -78,12 +78,18 @@ def entanglement(latent: Float[Tensor, "v q"], about: Circumstances, seed: int) 
     found = []
     units = 0 if micrograph is None else int(micrograph.max()) + 1
     if micrograph is not None and _FEWEST_UNITS <= units <= len(chosen) // 4:
-        count = torch.bincount(micrograph).double()
-        brightness = torch.zeros(units).double().index_add_(0, micrograph, about.brightness[chosen].double()) / count
-        mean = torch.zeros(units).double().index_add_(0, micrograph, defocus) / count
-        total = torch.zeros(units, white.shape[1]).double().index_add_(0, micrograph, white)
-        for what, values in (("defocus", mean), ("grey scale of micrographs", brightness)):
-            found.append(_by_unit(what, total, count, _ranked(values), len(white), generator))
+        all_views = torch.ones(len(white), dtype=torch.bool)
+        # An image's latent and brightness share its noise: some images tell the brightness, others the latents.
+        some = torch.rand(len(white), generator=generator) < 0.5
+        for what, values, telling, told in (
+            ("defocus", defocus, all_views, all_views),
+            ("grey scale of micrographs", about.brightness[chosen].double(), some, ~some),
+        ):
+            mean, known = _sums(values[telling, None], micrograph[telling], units)
+            total, count = _sums(white[told], micrograph[told], units)
+            kept = (known > 0) & (count > 0)
+            features = _ranked((mean[:, 0] / known)[kept])
+            found.append(_by_unit(what, total[kept], count[kept], features, int(told.sum()), generator))
         found.append(_by_group(white, micrograph, generator))
     else:
         by_image["defocus"] = _ranked(defocus)
@@ -147,14 +153,19 @@ def _by_unit(
 
 
 def _by_group(white: Tensor, group: Int[Tensor, " v"], generator: torch.Generator) -> Entangled:
-    count = torch.bincount(group).double()
+    units = int(group.max()) + 1
 
     def explained(order: Tensor | None) -> Tensor:
-        own = white if order is None else white[order]
-        total = torch.zeros(len(count), own.shape[1], dtype=own.dtype).index_add_(0, group, own)
-        return total.T @ (total / count[:, None]) / len(own)
+        total, count = _sums(white if order is None else white[order], group, units)
+        return total.T @ (total / count[:, None]) / len(white)
 
     return _judged("micrograph", explained, len(white), "images", generator)
+
+
+def _sums(values: Float[Tensor, "v k"], unit: Int[Tensor, " v"], units: int) -> tuple[Tensor, Tensor]:
+    """Sums over units, and how many they are of."""
+    total = torch.zeros(units, values.shape[1], dtype=values.dtype).index_add_(0, unit, values)
+    return total, torch.bincount(unit, minlength=units).to(values)
 
 
 def _judged(

@@ -121,7 +121,7 @@ def follows(
     stack: ParticleStack,
     found: Search,
     latent: Float[Tensor, "v q"],
-    brightness: tuple[Float[Tensor, " v"], Float[Tensor, " w"]],
+    brightness: tuple[Float[Tensor, " a"], Float[Tensor, " b"]],
     seed: int,
     log: Log,
 ) -> list[dict[str, Any]]:

@@ -81,6 +81,7 @@ LOCAL_RESOLUTION_SLICES_FIGURE = "local_resolution_slices.png"
 DIRECTIONS_FIGURE = "directions.png"
 RESIDUAL_FIGURE = "residual.png"
 GAUSSIANS_FIGURE = "gaussians.png"
+STATES_FIGURE = "states.png"
 
 
 def map_name(fit: str) -> str:
