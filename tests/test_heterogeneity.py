@@ -19,13 +19,19 @@ from emsplat.heterogeneity.paths import along
 from emsplat.heterogeneity.states import DecoderStage, orders
 from emsplat.imaging.project import voxelize
 from emsplat.io.columns import read_columns
+from emsplat.io.gaussians import read_gaussians
 from emsplat.io.mrc import read_map
+from emsplat.io.particles import read_particles
 from emsplat.io.pickles import load_arrays
+from emsplat.io.relion.read import find_tables
+from emsplat.io.star import read_star_file
 from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.particles.choose import open_stack
 from emsplat.programs.heterogeneity import heterogeneity
 from emsplat.programs.simulate import simulate
 from emsplat.programs.states import states
+from emsplat.report import write_report
+from emsplat.run.files import EXPLORER
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
@@ -143,6 +149,150 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
     assert len(way) == 3
     assert torch.equal(read_map(way[0])[0], read_map(paths[0])[0])
     assert len(summary["heterogeneity"]["states"]) >= 2
+
+
+def test_populations_have_intervals(run, particles):
+    folder, summary = run
+    found = summary["heterogeneity"]
+    rows = found["states"]
+    assert sum(row["population"] for row in rows) == pytest.approx(1.0, abs=1e-6)
+    assert min(row["free_energy"] for row in rows) == 0
+    for row in rows:
+        low, high = row["population_interval"]
+        assert low <= row["population"] <= high
+        assert row["population_error"] > 0
+    assert "600 particles (there are only 6 micrographs)" in found["populations_over"]
+    table = read_columns(folder / "states" / "states.csv", ["state", "population", "population_low", "population_high"])
+    assert [float(value) for value in table["population"]] == pytest.approx([r["population"] for r in rows], abs=1e-4)
+    # By the sign of the latent: half of the particles lack a globule, and the half-sets agree.
+    density = read_columns(folder / "density.csv", ["half", "z1", "weight", "low", "high"])
+    point, weight = (torch.tensor([float(value) for value in density[name]]) for name in ("z1", "weight"))
+    half = torch.tensor([int(value) for value in density["half"]])
+    for number in (1, 2):
+        assert float(weight[half == number].sum()) == pytest.approx(1, abs=1e-3)
+        assert float(weight[(half == number) & (point > 0)].sum()) == pytest.approx(0.5, abs=0.12)
+
+
+def test_particles_come_back_with_their_states(run, particles):
+    folder, summary = run
+    rows = summary["heterogeneity"]["states"]
+    own, used = read_particles(particles), read_particles(folder / "run_data.star")
+    assert len(used) == len(own) == 600
+    assert torch.equal(used.half, own.half)
+    assert used.stacks == own.stacks
+    assert torch.equal(used.image, own.image)
+    block = read_star_file(folder / "run_data.star")
+    table = find_tables(block)[0]
+    latents = read_columns(folder / "latents.csv", ["row", "z1", "gain"])
+    z = [float(value) for value in latents["z1"]]
+    assert np.allclose([float(text) for text in table.text("EmsplatLatent1")], z, atol=1e-4)
+    membership = np.array([float(text) for text in table.text("EmsplatMembership")])
+    assert ((membership >= 0) & (membership <= 1)).all()
+    before = find_tables(read_star_file(particles))[0]
+    for tag in before.table.tags:
+        if tag not in ("_rlnImageName", "_rlnClassNumber"):
+            assert list(table.table.text(tag)) == list(before.table.text(tag))
+    seen = 0
+    for number in range(len(rows)):
+        part = read_particles(folder / "states" / f"{number:03d}.star")
+        assert set(part.particle_class.tolist()) == {number + 1}
+        assert part.stacks == own.stacks
+        seen += len(part)
+    assert seen == 600
+
+
+def test_the_run_says_what_latents_follow(run):
+    folder, summary = run
+    tests = summary["heterogeneity"]["follows"]
+    assert {row["what"] for row in tests} == {"viewing direction", "angle in the image", "defocus", "grey scale"}
+    assert not any(row["warns"] for row in tests)
+    assert "do latents follow the images" in (folder / "run.log").read_text()
+
+
+def test_what_opens_in_chimerax_is_there(run):
+    folder, summary = run
+    text = (folder / "chimerax.cxc").read_text()
+    opened = [word for line in text.splitlines() if line.startswith("open ") for word in line.split()[1:]]
+    opened = [word for word in opened if word.endswith(".mrc")]
+    assert "consensus.mrc" in opened
+    assert len(opened) > len(summary["heterogeneity"]["states"])
+    assert all((folder / word).is_file() for word in opened)
+    gaussians, grid = read_gaussians(folder / "states" / "000.ply")
+    volume = sum(read_map(folder / "states" / f"000_half{half}.mrc")[0] for half in (1, 2)) / 2
+    assert torch.corrcoef(torch.stack([voxelize(gaussians, grid).flatten(), volume.flatten()]))[0, 1] > 0.95
+    assert json.loads((folder / "parts" / "parts.json").read_text())["parts"][0]["number"] == 1
+
+
+@pytest.mark.report
+def test_the_report_of_a_run_with_states(run):
+    folder, _ = run
+    page = write_report(folder).read_text(encoding="utf-8")
+    for said in ("nats per image", "Is there anything?", "Free energy", "viewing direction", "part 1,", EXPLORER):
+        assert said in page
+    assert "Not shown" not in page
+    assert (folder / "states.png").stat().st_size > 10000
+
+
+def test_selected_particles(run, particles, tmp_path, capsys):
+    folder, _ = run
+    latents = read_columns(folder / "latents.csv", ["row", "half", "z1"])
+    z = np.array([float(value) for value in latents["z1"]])
+    assert main(["states", str(folder), "--select", "z1=0:", "half=1", "-o", str(tmp_path / "high")]) == 0
+    half = np.array([int(value) for value in latents["half"]])
+    right = np.flatnonzero((z >= 0) & (half == 1))
+    assert f"{len(right):,} of 600 selected, half-sets {len(right):,} + 0" in capsys.readouterr().out
+    star = read_particles(tmp_path / "high" / "particles.star")
+    assert np.array_equal(star.image.numpy(), right)
+    cs = read_particles(tmp_path / "high" / "particles.cs")
+    assert np.array_equal(cs.image.numpy(), right)
+    assert torch.allclose(cs.poses.rotation, star.poses.rotation, atol=1e-5)
+    index = load_arrays(tmp_path / "high" / "indices.pkl")
+    assert index.dtype.kind == "i"
+    assert np.array_equal(index, right)
+    # The same by the files that the explorer and cryoDRGN write.
+    (tmp_path / "rows.txt").write_text("".join(f"{row + 1}\n" for row in right))
+    (tmp_path / "table.csv").write_text("row,z1\n" + "".join(f"{row + 1},0\n" for row in right))
+    for number, name in enumerate(("rows.txt", "table.csv", "high/indices.pkl")):
+        config = StatesConfig(select=(str(tmp_path / name),))
+        paths = states(folder, config, tmp_path / str(number))
+        assert np.array_equal(read_particles(paths[0]).image.numpy(), right)
+    states_of = find_tables(read_star_file(folder / "run_data.star"))[0].text("ClassNumber")
+    chosen = states(folder, StatesConfig(select=("class=1,2",)), tmp_path / "classes")
+    assert len(read_particles(chosen[0])) == sum(text in ("1", "2") for text in states_of)
+    with pytest.raises(OutputError, match="--overwrite"):
+        states(folder, StatesConfig(select=("class=1",)), tmp_path / "classes")
+
+
+@pytest.mark.parametrize(
+    ("select", "said"),
+    [
+        (("nothing",), "no such file and no condition"),
+        (("z9=0:1",), "z9 is none of class, half, z1, gain"),
+        (("z1=1:0",), "ranges such as"),
+        (("z1=a:b",), "ranges such as"),
+        (("z1=3",), "ranges such as"),
+        (("class=99",), "there is no class 99; there are 1, 2"),
+        (("class=one",), "expected a file of row numbers"),
+        (("z1=1000:",), "no particle of .* is left"),
+        (("rows.txt",), "row 601 is not in"),
+        (("text.txt",), "cannot be read"),
+        (("empty.txt",), "lists no rows"),
+    ],
+)
+def test_selections_that_are_refused(run, tmp_path, monkeypatch, select, said):
+    (tmp_path / "rows.txt").write_text("1\n601\n")
+    (tmp_path / "text.txt").write_text("first\n")
+    (tmp_path / "empty.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=said):
+        states(run[0], StatesConfig(select=select), tmp_path / "chosen")
+
+
+def test_a_traversal_and_its_movie(run, tmp_path):
+    paths = states(run[0], StatesConfig(traverse=1, frames=3, movie=True), tmp_path / "way")
+    assert len(paths) == 3
+    assert (tmp_path / "way" / "movie.webp").stat().st_size > 1000
+    assert "000.mrc 001.mrc 002.mrc vseries true" in (tmp_path / "way" / "chimerax.cxc").read_text()
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
     write_particles(stack, views, folder)
     followed = follows(stack, found, whole, fitted.grey, seed, log)
     parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
-    write_chimerax(folder, surface_level(consensus), len(rows), [part.number for part in parts])
+    write_chimerax(folder, surface_level(consensus), len(rows), parts)
     gain = found.gain
     facts = [
         f"gain on images that no model has seen: {gain.value:.2f} ± {gain.error:.2f} nats per image",

@@ -40,9 +40,9 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 
 def write_parts(
     models: tuple[HalfModel, HalfModel], states: Float[Tensor, "s q"], populations: list[float], folder: Path, log: Log
-) -> list[PartMotion]:
+) -> list[int]:
     """Masks of the parts of half 1's model as they stand in the state of most particles, and what they do over the
-    states, as parts.json and parts.txt."""
+    states, as parts.json and parts.txt; returns the numbers of the parts that have a mask."""
     model, reference = models[0], max(range(len(states)), key=lambda s: populations[s])
     found = motions(model, states, reference)
     made = []
@@ -63,7 +63,7 @@ def write_parts(
     (folder / PARTS).mkdir(exist_ok=True)
     write_text(folder / PARTS / PARTS_TEXT, "\n".join([*said, ""]))
     write_text(folder / PARTS / PARTS_TABLE, json_text(about(found, reference, made)))
-    return found
+    return made
 
 
 def about(found: list[PartMotion], reference: int, masks: list[int]) -> dict[str, Any]:
