@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -20,18 +21,20 @@ from emsplat.heterogeneity.states import DecoderStage, orders
 from emsplat.imaging.project import voxelize
 from emsplat.io.columns import read_columns
 from emsplat.io.gaussians import read_gaussians
-from emsplat.io.mrc import read_map
+from emsplat.io.mrc import read_map, write_map
 from emsplat.io.particles import read_particles
 from emsplat.io.pickles import load_arrays
 from emsplat.io.relion.read import find_tables
 from emsplat.io.star import read_star_file
 from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.particles.choose import open_stack
-from emsplat.programs.heterogeneity import heterogeneity
+from emsplat.programs.heterogeneity import _warn_of_empty_halves, heterogeneity
 from emsplat.programs.simulate import simulate
+from emsplat.programs.state_particles import Views
 from emsplat.programs.states import states
 from emsplat.report import write_report
 from emsplat.run.files import EXPLORER
+from emsplat.run.log import Log
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
@@ -313,6 +316,72 @@ def test_latents_that_are_refused(run, tmp_path, options, said):
         states(run[0], StatesConfig(**options), tmp_path / "maps")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("z1\nnan\n", "row 1, column z1: nan; expected a finite number"),
+        ("z1\n1\ninf\n", "row 2, column z1: inf"),
+        ("z2\n1\n", "expected a CSV table with columns z1"),
+        ("z1\n", "no rows"),
+    ],
+)
+def test_tables_of_latents_that_are_refused(run, tmp_path, text, said):
+    (tmp_path / "z.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        states(run[0], StatesConfig(at=tmp_path / "z.csv"), tmp_path / "maps")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (None, "without a voxel above 0.5"),
+        (0, "nothing of the mask is left within the sphere"),
+    ],
+)
+def test_a_focus_that_leaves_nothing(particles, tmp_path, where, said):
+    mask = torch.zeros(32, 32, 32)
+    if where is not None:
+        mask[where, where, where] = 1.0
+    write_map(tmp_path / "mask.mrc", mask, 3.0)
+    config = configure(HeterogeneityConfig, focus=tmp_path / "mask.mrc", components=2, resolution=8.0)
+    with pytest.raises(InputError, match=said):
+        heterogeneity(config, particles, tmp_path / "run")
+
+
+def test_a_state_that_a_half_set_lacks_is_said(capsys):
+    ones = torch.ones(4, dtype=torch.int64)
+    state = torch.tensor([0, 0, 1, 1])
+    views = Views(
+        ones,
+        torch.tensor([1, 2, 1, 1]),
+        ones,
+        torch.zeros(4, 1),
+        torch.zeros(4),
+        torch.ones(4),
+        state,
+        state,
+        torch.ones(4),
+    )
+    log = Log()
+    _warn_of_empty_halves(log, views, 2)
+    assert len(log.warnings) == 1
+    assert log.warnings[0].startswith("state 2: half-set 2 has no particle of it")
+
+
+def test_a_folder_of_another_kind(run, simulated, tmp_path):
+    star = simulated(particles=60, box=32, pixel_size=3.0, snr=0.5, atoms=300, seed=3)
+    for options in ({"path": (1, 2)}, {"select": ("class=1",)}, {"traverse": 1}):
+        with pytest.raises(InputError, match="expected the folder of an emsplat heterogeneity that has found"):
+            states(star.parent, StatesConfig(**options), tmp_path / "maps")
+    damaged = shutil.copytree(run[0], tmp_path / "damaged")
+    (damaged / "model_half2.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="not the model of a half-set, or damaged"):
+        states(damaged, StatesConfig(traverse=1), tmp_path / "maps")
+    shutil.copy(star, damaged / "run_data.star")
+    with pytest.raises(InputError, match=r"60 particles, but 600 in .*; expected those of one run"):
+        states(damaged, StatesConfig(select=("class=1",)), tmp_path / "maps")
+
+
 def test_a_folder_without_states(particles, tmp_path):
     with pytest.raises(InputError, match="no models of states"):
         states(particles.parent, StatesConfig(path=(1, 2)), tmp_path / "maps")
@@ -337,6 +406,11 @@ def test_one_state_gives_no_states(simulated, tmp_path, capsys):
         ({"components": 500}, "fewer --components"),
         ({"resolution": 2.0}, "at least 4 cycles"),
         ({"components": 0}, "1 c"),
+        ({"parts": 0}, "--parts 0: expected at least 1"),
+        ({"points": 0}, "--points 0: expected at least 1"),
+        ({"states": 0}, "--states 0: expected at least 1"),
+        ({"gaussians": 3}, "--gaussians 3: expected at least 10"),
+        ({"first": 20}, "particles for 12 components; take more"),
     ],
 )
 def test_options_that_cannot_be(particles, tmp_path, options, said):

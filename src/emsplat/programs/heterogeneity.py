@@ -33,6 +33,7 @@ from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.search import Search, search
 from emsplat.heterogeneity.spectra import read_spectra
 from emsplat.heterogeneity.states import DecoderPlan
+from emsplat.heterogeneity.subspace import ball
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
 from emsplat.io.pickles import write_arrays
@@ -101,6 +102,15 @@ def _refuse(config: HeterogeneityConfig) -> None:
     ):
         if asked:
             raise InputError(f"--{name}: not for heterogeneity; leave it out")
+    options = config.heterogeneity
+    for name, value, least in (
+        ("points", options.points, 1),
+        ("parts", options.parts, 1),
+        ("states", options.states, 1),
+        ("gaussians", options.gaussians, 2 * options.parts),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: expected at least {least}")
 
 
 _Grey = tuple[Float[Tensor, " v"], Float[Tensor, " w"]]  # brightness of the views of each half
@@ -142,7 +152,15 @@ def _search(run: Run[HeterogeneityConfig]) -> tuple[Search, _Grey]:
 def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
     """The mask of ``--focus``, checked."""
     focus = run.config.heterogeneity.focus
-    return None if focus is None else read_mask(focus, run.stack.grid, run.log)
+    if focus is None:
+        return None
+    mask = read_mask(focus, run.stack.grid, run.log)
+    if float((mask * ball(run.stack.grid.size)).max()) < 0.5:
+        raise InputError(
+            f"--focus {focus}: nothing of the mask is left within the sphere of 0.9 boxes that the linear stage looks "
+            "at; expected a region of the molecule, is its box shifted?"
+        )
+    return mask
 
 
 def _say_gains(log: Log, found: Search) -> None:
@@ -290,6 +308,7 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)
     say_shares(log, shared.shares, shared.resampled)
+    _warn_of_empty_halves(log, views, len(latents))
     write_populations(folder, shared)
     write_particles(stack, views, folder)
     followed = follows(stack, found, whole, fitted.grey, seed, log)
@@ -316,6 +335,17 @@ def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
         "free_energy": math.log(most / share.value) if share.value > 0 else None,
         "free_energy_error": share.error / share.value if share.value > 0 else None,
     }
+
+
+def _warn_of_empty_halves(log: Log, views: Views, states: int) -> None:
+    """Where a half-set has none of a state's particles, its half map is what its model makes of others."""
+    for number in range(states):
+        for half in (1, 2):
+            if not bool(((views.state == number) & (views.half == half)).any()):
+                log.warn(
+                    f"state {number + 1}: half-set {half} has no particle of it; its half map there is the model's "
+                    "guess, and resolutions of this state say nothing"
+                )
 
 
 def _spacing(value: float | None) -> str:
