@@ -11,12 +11,12 @@ from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.maths.geometry import matrix_to_quaternion
+from emsplat.models.decoder import Decoder
 from emsplat.types import Gaussians
 
 _STILL_ANGLE, _STILL_SHIFT = 2.0, 1.0  # degrees and Å below which a part stands still
 _ROUND = 60.0  # degrees: largest gap between the angles of a full turn
 _CHANGING = 0.25  # of a part's mass, that comes and goes
-_MINE = 0.5  # membership of a Gaussian that is counted as the part's
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PartMotion:
     """
 
     number: int  # from 1
-    gaussians: int
+    gaussians: int  # memberships added up
     share: float  # of the mass of the molecule
     centre: tuple[float, float, float]  # Å from the centre of the box, in the reference state
     turn: float  # degrees, between the two states that are furthest apart
@@ -93,7 +93,7 @@ def motions(model: HalfModel, states: Float[Tensor, "s q"], reference: int) -> l
         found.append(
             _describe(
                 p,
-                int((weight[:, p] > _MINE).sum()),
+                round(float(weight[:, p].sum())),
                 float(mass[:, p].mean() / mass.sum(1).mean()),
                 centre,
                 own,
@@ -103,6 +103,16 @@ def motions(model: HalfModel, states: Float[Tensor, "s q"], reference: int) -> l
             )
         )
     return found
+
+
+@torch.no_grad()
+def rigid_motions(
+    decoder: Decoder, reference: Float[Tensor, " q"], latent: Float[Tensor, "m q"]
+) -> list[tuple[Float[Tensor, "m 3 3"], Float[Tensor, "m 3"]]]:
+    """Of each part the rotations and shifts (Å) from a reference to some latents of a decoder's own."""
+    position, amplitude = (one.double() for one in decoder(torch.cat([reference[None], latent]).float()))
+    weight = (amplitude.mean(0)[:, None] * decoder.parts().double()).clamp(min=0)
+    return [_rigid(position[0], position[1:], own) for own in weight.T]
 
 
 def _rigid(

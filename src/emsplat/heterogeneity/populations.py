@@ -27,6 +27,7 @@ _STEPS = 20
 _ENOUGH = 20000  # views that a density is fitted to
 _AT_ONCE = 2**22  # numbers of a block of views
 _SAMPLES = 256  # of a point, that tell which states it belongs to
+_ROUNDING = 1e-4  # of all particles
 _SURE, _SEEN = 10.0, 1.0  # images that are known to be at a place, and its standard error in kT, if it is shown
 
 
@@ -173,12 +174,19 @@ class Weighed:
             own.append(cloud.weight @ part)
             drawn.append(part.T @ weights)
         value, draws = self._both(own), self._both(drawn)
+        # What a bootstrap with the points as they are cannot know, the half-sets do: if they differ by more than it
+        # says, it is scaled (Birge 1932).
+        difference = (own[0] - own[1]).square() / (drawn[0] - drawn[1]).var(1).clamp(min=_ROUNDING**2)
+        scale = max(1.0, float(difference.mean().sqrt()))
         low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=1)
+        low = (value - scale * (value - low).clamp(min=0)).clamp(min=0)
+        high = (value + scale * (high - value).clamp(min=0)).clamp(max=1)
+        error = scale * draws.std(1)
         return [
             Share(
                 float(value[s]),
-                float(draws[s].std()),
-                (min(float(low[s]), float(value[s])), max(float(high[s]), float(value[s]))),
+                float(error[s]),
+                (float(low[s]), float(high[s])),
                 (float(own[0][s]), float(own[1][s])),
             )
             for s in range(len(states))

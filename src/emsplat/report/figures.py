@@ -568,9 +568,17 @@ def _draw_plane_of_energy(plane: dict[str, NDArray[np.float64]]) -> _Draw:
     def draw(axes: Any, figure: Any) -> None:
         shown = axes.pcolormesh(across, up, np.ma.masked_invalid(table), cmap="viridis_r", rasterized=True)
         figure.colorbar(shown, ax=axes, label="-ln p (kT)")
+        known = np.isfinite(table)
         axes.set(xlabel="z1", ylabel="z2", aspect="equal")
+        if known.any():
+            axes.set(xlim=_ends(across[known.any(0)]), ylim=_ends(up[known.any(1)]))
 
     return draw
+
+
+def _ends(places: NDArray[np.float64]) -> tuple[float, float]:
+    edge = 0.08 * float(places[-1] - places[0]) + 1e-6
+    return float(places[0]) - edge, float(places[-1]) + edge
 
 
 def _draw_energies(energies: dict[str, dict[str, list[float]]]) -> _Draw:

@@ -590,9 +590,11 @@ def numbers(run: Path) -> str:
         if key not in words.ELSEWHERE:
             rows = list(_leaves(value))
             name = key if isinstance(value, dict) and key not in words.LABELS else "computation"
-            groups.setdefault(name, []).extend(
-                (words.LABELS.get(key if name == "computation" else leaf, leaf or key), text) for leaf, text in rows
-            )
+            if name == "computation":
+                label = words.LABELS.get(key, key)
+                groups.setdefault(name, []).extend((f"{label}: {leaf}" if leaf else label, text) for leaf, text in rows)
+            else:
+                groups.setdefault(name, []).extend((words.LABELS.get(leaf, leaf or key), text) for leaf, text in rows)
     versions = read.group(summary, "versions")
     if versions:
         text = ", ".join(f"{name} {_text(value)}" for name, value in versions.items())

@@ -326,9 +326,9 @@ def plot_gains(values: Sequence[tuple[float, float, float]], title: str) -> Any:
         )
     )
     figure.add_hline(0, line={"color": "#555555", "width": 1, "dash": "dash"})
-    figure.update_layout(_layout(320), margin_t=34, title={"text": title, "font": {"size": 14}, "x": 0.02})
-    figure.update_xaxes(title="number")
-    figure.update_yaxes(title="nats per image of the other half")
+    figure.update_layout(_layout(320), margin_t=44, title={"text": title, "font": {"size": 14}, "x": 0.02})
+    figure.update_xaxes(title="number", dtick=1 if len(values) < 8 else None)
+    figure.update_yaxes(title="gain (nats per image)")
     return figure
 
 
@@ -400,9 +400,19 @@ def plot_landscape(found: dict[str, NDArray[np.float64]]) -> Any:
         )
     )
     figure.update_layout(_layout(460), margin_t=20)
-    figure.update_xaxes(title="z1")
-    figure.update_yaxes(title="z2", scaleanchor="x")
+    known = np.isfinite(table)
+    figure.update_xaxes(title="z1", range=_around(across[known.any(0)]), constrain="domain")
+    figure.update_yaxes(title="z2", range=_around(up[known.any(1)]), scaleanchor="x", constrain="domain")
     return figure
+
+
+def _around(places: Sequence[float] | NDArray[np.float64]) -> list[float] | None:
+    """The ends of an axis that shows some places."""
+    if not len(places):
+        return None
+    low, high = float(min(places)), float(max(places))
+    edge = 0.08 * (high - low) + 1e-6
+    return [low - edge, high + edge]
 
 
 def plot_free_energy(name: str, found: dict[str, list[float]]) -> Any:
@@ -429,7 +439,7 @@ def plot_free_energy(name: str, found: dict[str, list[float]]) -> Any:
             go.Scatter(x=place, y=found[column], mode="lines", name=label, line=_line(i), hovertemplate="%{y:.2f} kT")
         )
     figure.update_layout(_layout(320), hovermode="x unified")
-    figure.update_xaxes(title=escape(name))
+    figure.update_xaxes(title=escape(name), range=_around([place[i] for i in known]))
     figure.update_yaxes(title="-ln p (kT)")
     return figure
 
