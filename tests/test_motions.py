@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from emsplat.heterogeneity.cells import Cells, raw_map
+from emsplat.heterogeneity.corrected import corrected_maps, pulled_back
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import identity
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.motions import motions, part_of
 from emsplat.heterogeneity.paths import along, main_path, through_density, traversal
+from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map
+from emsplat.maths.geometry import axis_rotation
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.programs.part_files import surface_level, write_parts
 from emsplat.report.movie import draw_frame, write_movie
@@ -24,12 +28,12 @@ SHIFT = 6.0  # Å, of the arm along its axis, per whole turn
 
 @pytest.fixture(scope="module")
 def model():
-    """A body and an arm that turns about z, at (24, 0, 0) Å, with the latent (cos θ - 1, sin θ), and a block that the
+    """A body and an arm that turns about z, at (30, 0, 0) Å, with the latent (cos θ - 1, sin θ), and a block that the
     third latent takes away."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(300, 3, generator=generator)
     centre = torch.cat([5 * spread[:100], 4 * spread[100:200], 4 * spread[200:]])
-    centre[100:200] += torch.tensor([24.0, 0.0, 0.0])
+    centre[100:200] = centre[100:200] * torch.tensor([2.0, 0.7, 0.7]) + torch.tensor([30.0, 0.0, 0.0])
     centre[200:] += torch.tensor([0.0, -28.0, 0.0])
     shape = Shape(latents=3, parts=3, bends=1, changes=1)
     decoder = Decoder(centre, torch.full((300,), 3.0), torch.ones(300), shape, generator=generator)
@@ -119,6 +123,49 @@ def test_masks_of_parts_hold_their_parts(model, tmp_path):
     assert "part 2, 100 Gaussians" in (tmp_path / "parts" / "parts.txt").read_text()
     own = part_of(model, turned(0.0), 1)
     assert float(own.amplitude[:100].abs().max()) < 1e-6 < float(own.amplitude[100:200].min())
+
+
+def cells_of(model, latent):
+    """Noiseless cells that everything is measured of alike."""
+    with torch.no_grad():
+        maps = torch.stack([voxelize(model.mixture(own), GRID) for own in latent])
+    count, side = len(latent), 3 * GRID.size // 2
+    response = torch.ones(count, side, side, side // 2 + 1)
+    particles = 1e5 * torch.arange(1.0, count + 1)
+    weight = particles[:, None, None, None]
+    return Cells(GRID, weight * maps, weight * response, latent, particles, torch.full((count,), 1e-4)), maps
+
+
+def likeness(one, other):
+    return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])
+
+
+def test_a_consensus_in_one_state(model):
+    latent = turned([0.0, 35.0, 70.0, 100.0])
+    cells, maps = cells_of(model, latent)
+    plain = raw_map(cells, torch.ones(4))
+    filtered, raw = corrected_maps(model, cells, latent[1])
+    assert likeness(plain, maps[1]) < 0.975
+    assert likeness(raw, maps[1]) > 0.99
+    assert likeness(filtered, maps[1]) > 0.99
+    assert float(raw.sum() / maps[1].sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_turned_convolution():
+    """K(R x) acts on V(R x) as K on V, turned."""
+    rotation = torch.from_numpy(axis_rotation(np.array([0.0, 0.0, 1.0]), math.pi / 2))[None].float()
+    size, side = 16, 24
+    kz, ky, kx = (torch.fft.fftfreq(side), torch.fft.fftfreq(side), torch.fft.rfftfreq(side))
+    response = torch.exp(-30 * (kz[:, None, None] ** 2 + 4 * ky[:, None] ** 2 + kx**2))[None]
+    grid = Grid(size, 2.0)
+    zero = torch.zeros(1, size, size, size)
+    one = torch.ones(1)
+    cells = Cells(grid, zero, response, torch.zeros(1, 1).double(), one, one)
+    back = pulled_back(cells, rotation, torch.zeros(1, 3))
+    right = torch.exp(-30 * (kz[:, None, None] ** 2 + ky[:, None] ** 2 + 4 * kx**2))
+    assert torch.allclose(back.response[0], right, atol=2e-3)
+    same = pulled_back(cells, torch.eye(3)[None], torch.zeros(1, 3))
+    assert torch.allclose(same.response[0], response[0], atol=1e-5)
 
 
 def ring(count=40):

@@ -312,6 +312,10 @@ class HeterogeneityOptions:
     states: int = 10
     """Maps that are written where latents form no classes: centres of as many groups. Classes have one map each."""
 
+    motion_corrected: bool = False
+    """Also a consensus of all particles in the state of most of them, the rigid motions of the parts taken back. Takes
+    minutes."""
+
 
 @dataclass(frozen=True)
 class HeterogeneityConfig:

@@ -22,6 +22,7 @@ from emsplat.config import HeterogeneityConfig
 from emsplat.device import within_memory
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
+from emsplat.heterogeneity.corrected import corrected_maps
 from emsplat.heterogeneity.density import start_points
 from emsplat.heterogeneity.entanglement import brightness
 from emsplat.heterogeneity.evidence import crispness
@@ -51,6 +52,7 @@ from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
     CONSENSUS,
+    CORRECTED,
     CRYODRGN_LATENTS,
     EXPLORER,
     LATENTS,
@@ -314,6 +316,10 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
     followed = follows(stack, found, whole, fitted.grey, seed, log)
     parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
     write_chimerax(folder, surface_level(consensus), len(rows), parts)
+    corrected = {}
+    if run.config.heterogeneity.motion_corrected:
+        with log.part("motion correction", "a consensus in one state: motions are taken back"):
+            corrected = {"motion_corrected": _correct(run, fitted, latents, rows, consensus)}
     gain = found.gain
     facts = [
         f"gain on images that no model has seen: {gain.value:.2f} ± {gain.error:.2f} nats per image",
@@ -321,7 +327,40 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
     ]
     numbers = explorer_numbers(run.particles.name, fitted.models, stack, views, rows, latents, facts, log.warnings)
     log.line(f"  move through the states: {write_explorer(folder / EXPLORER, numbers)}")
-    return {"classes": classes is not None, "states": rows, "follows": followed} | shared.about
+    return {"classes": classes is not None, "states": rows, "follows": followed} | shared.about | corrected
+
+
+def _correct(
+    run: Run[HeterogeneityConfig], fitted: _Fitted, latents: Tensor, rows: list[dict[str, Any]], consensus: Tensor
+) -> dict[str, Any]:
+    """The consensus in the state of most particles, and its cross-validated resolution beside that of the plain one."""
+    grid, log = run.stack.grid, run.log
+    reference = max(range(len(rows)), key=lambda s: rows[s]["population"])
+    latent = latents[reference]
+    state = torch.stack([model.map(latent) for model in fitted.models]).mean(0)
+    masks = {
+        "resolution": particle_mask(state, grid, run.stack.diameter, True),
+        "moving_resolution": moving_mask(state - consensus, grid.pixel_size),
+    }
+    maps, plain = [], []
+    for model, cells in zip(fitted.models, fitted.cells, strict=True):
+        maps.append([on_grid(own, cells.grid, grid) for own in corrected_maps(model, cells, latent)])
+        raw = raw_map(cells, torch.ones(len(cells)))
+        plain.append([on_grid(own, cells.grid, grid) for own in (_consensus(cells), raw)])
+    write_map(run.folder / CORRECTED, (maps[0][0] + maps[1][0]) / 2, grid.pixel_size)
+    for half, (own, _) in enumerate(maps):
+        name = CORRECTED.replace(".mrc", f"_half{half + 1}.mrc")
+        write_map(run.folder / name, own, grid.pixel_size)
+    about: dict[str, Any] = {"state": reference + 1}
+    for kind, ((one, raw_one), (other, raw_other)) in (("", maps), ("plain_", plain)):
+        for name, mask in masks.items():
+            if mask is not None:
+                curve = CrossValidation((raw_one, raw_other), mask, grid).curve((one, other))
+                about[kind + name] = resolution(curve, 0.5)
+    for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs")):
+        corrected, uncorrected = (_spacing(about.get(kind + name)) for kind in ("", "plain_"))
+        log.line(f"  consensus in state {reference + 1}, {where}: {corrected}; without correction {uncorrected}")
+    return about
 
 
 def _population(share: Share, shares: list[Share]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _series(model: int, names: list[str], level: float) -> list[str]:
     return lines + [f"vseries play #{model} direction oscillate loop true maxFrameRate 8"] * series
 
 
-def surface_level(volume: Float[Tensor, "z y x"], share: float = 0.5) -> float:
+def surface_level(volume: Float[Tensor, "z y x"], share: float = 0.7) -> float:
     """A level for the isosurface of a map: its brightest voxels above that hold a share of all density that stands out
     by 3 standard deviations."""
     bright = volume[volume > volume.mean() + 3 * volume.std()].sort(descending=True).values

@@ -491,12 +491,31 @@ def states(run: Path) -> str:
         return ""
     head = ("State", "Particles (95 %)", "Half-sets", "-ln p (kT)", "Resolution", "Where it differs")
     kind = "classes of latents" if found.get("classes") is True else "groups along a continuous distribution"
-    return f'<div class="scroll">{_grid(head, rows)}</div>\n' + _note(
-        f"States are {kind}. Populations are shares of the density of the latents, which no posterior shrinks; "
-        f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are cross-validated "
-        "at 0.5: the map of each half-set against the back-projection of the other half's particles, in the mask of "
-        "the molecule and where the state differs from the consensus. Maps, half maps, Gaussians and particles of each "
-        f"state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
+    return (
+        f'<div class="scroll">{_grid(head, rows)}</div>\n'
+        + _note(
+            f"States are {kind}. Populations are shares of the density of the latents, which no posterior shrinks; "
+            f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are cross-validated "
+            "at 0.5: the map of each half-set against the back-projection of the other half's particles, in the mask of "
+            "the molecule and where the state differs from the consensus. Maps, half maps, Gaussians and particles of each "
+            f"state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
+        )
+        + _corrected(read.group(found, "motion_corrected"))
+    )
+
+
+def _corrected(found: Mapping[str, Any]) -> str:
+    """What taking back the motions brings."""
+    if not found:
+        return ""
+    rows = [
+        (where, _angstrom(found.get(name)), _angstrom(found.get(f"plain_{name}")))
+        for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs"))
+    ]
+    head = (f"Consensus in state {_text(found.get('state'))}", "motions taken back", "without")
+    return _grid(head, rows) + _note(
+        f"All particles in one map ({files.CORRECTED}), the rigid motions of the parts taken back; cross-validated "
+        "at 0.5, in the same masks as the plain consensus."
     )
 
 

@@ -184,6 +184,7 @@ _FILES = (
     (files.EXAMPLES, "particle, projection and residual of some particles"),
     (files.PARTICLES, "the particles as used, with their half-sets (RELION)"),
     (files.CONSENSUS, "map of all particles, whatever their state"),
+    ("consensus_corrected*.mrc", "consensus in one state, motions taken back; and its half maps"),
     (files.LATENTS, "latents of the particles, with class and gain"),
     (files.CRYODRGN_LATENTS, "the latents for cryoDRGN's tools"),
     (files.EXPLORER, "page in which the molecule moves with the pointer"),

@@ -48,6 +48,7 @@ RESIDUAL = "residual.csv"
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
+CORRECTED = "consensus_corrected.mrc"  # with motions taken back, beside its half maps
 STATES = "states"  # folder of maps of states
 STATES_TABLE = "states.csv"
 EXPLORER = "heterogeneity.html"
