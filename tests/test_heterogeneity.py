@@ -244,18 +244,18 @@ def test_selected_particles(run, particles, tmp_path, capsys):
     half = np.array([int(value) for value in latents["half"]])
     right = np.flatnonzero((z >= 0) & (half == 1))
     assert f"{len(right):,} of 600 selected, half-sets {len(right):,} + 0" in capsys.readouterr().out
-    star = read_particles(tmp_path / "high" / "particles.star")
+    star = read_particles(tmp_path / "high" / "selected.star")
     assert np.array_equal(star.image.numpy(), right)
-    cs = read_particles(tmp_path / "high" / "particles.cs")
+    cs = read_particles(tmp_path / "high" / "selected.cs")
     assert np.array_equal(cs.image.numpy(), right)
     assert torch.allclose(cs.poses.rotation, star.poses.rotation, atol=1e-5)
-    index = load_arrays(tmp_path / "high" / "indices.pkl")
+    index = load_arrays(tmp_path / "high" / "selected.pkl")
     assert index.dtype.kind == "i"
     assert np.array_equal(index, right)
     # The same by the files that the explorer and cryoDRGN write.
     (tmp_path / "rows.txt").write_text("".join(f"{row + 1}\n" for row in right))
     (tmp_path / "table.csv").write_text("row,z1\n" + "".join(f"{row + 1},0\n" for row in right))
-    for number, name in enumerate(("rows.txt", "table.csv", "high/indices.pkl")):
+    for number, name in enumerate(("rows.txt", "table.csv", "high/selected.pkl")):
         config = StatesConfig(select=(str(tmp_path / name),))
         paths = states(folder, config, tmp_path / str(number))
         assert np.array_equal(read_particles(paths[0]).image.numpy(), right)

@@ -303,8 +303,34 @@ class HeterogeneityOptions:
     focus: MapFile | None = None
     """Mask of the region whose heterogeneity is looked for: the linear stage varies only there."""
 
-    parts: int = 5
-    """Rigid parts with soft borders that the decoder may move."""
+    engine: Literal["cells", "images"] | None = None
+    """Fit to the sums of cells of particles, or to the images themselves with a latent for each, as CryoSPIRE does; by
+    default what the recipe says."""
+
+    recipe: Literal["default", "cryospire"] = "default"
+    """Where the fit to images starts from. cryospire is the paper's: networks, latents at random, 20 and 10 epochs."""
+
+    decoder: Literal["separable", "perceptron"] | None = None
+    """Images: rigid parts with soft borders, or the paper's networks and parts."""
+
+    start: Literal["linear", "random"] | None = None
+    """Images: latents of the linear stage or random ones to start from."""
+
+    epochs: tuple[int, ...] = ()
+    """Images: epochs of the coarse and of the fine stage."""
+
+    learning_rate: float | None = None
+    """Images: of the coarse stage; the fine one follows."""
+
+    batch: int | None = None
+    """Images: how many are seen in each step."""
+
+    from_run: Annotated[Path | None, Name("from")] = None
+    """Folder of an earlier run of the same particles: its linear stage, and its sums of cells where it has kept them
+    (--keep-statistics), are used again."""
+
+    parts: int | None = None
+    """Rigid parts that the decoder may move; by default 5, and as many as the data show with the paper's networks."""
 
     gaussians: int | None = None
     """Gaussians of a state; by default about one per voxel of the molecule, at most 24,576."""

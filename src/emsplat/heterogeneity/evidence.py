@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.heterogeneity.density import Density, fit_density
+from emsplat.heterogeneity.density import fit_density
 from emsplat.heterogeneity.subspace import Latents, posterior
 
 SIGNIFICANT = 3.0  # standard errors of a gain that is believed
@@ -74,8 +74,3 @@ def point_gains(
         own.mean[chosen], own.covariance[chosen], own.linear[chosen], own.quadratic[chosen], own.gain[chosen]
     )
     return [fit_density(some, min(count, len(some)), generator).gain(other) for count in points]
-
-
-def crispness(density: Density, latents: Latents) -> float:
-    """How sure the views are of their point: mean of the largest membership."""
-    return float(density.membership(latents).max(1).values.mean())

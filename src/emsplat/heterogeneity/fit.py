@@ -9,42 +9,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.heterogeneity.cells import Cells, few_memberships, gather_cells, joined, overlap
-from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.extent import Window
 from emsplat.heterogeneity.half import HalfModel, half_model
 from emsplat.heterogeneity.states import DecoderPlan, fit_decoder
-from emsplat.heterogeneity.subspace import Latents
 from emsplat.particles.stack import ParticleStack
 from emsplat.types import Grid
 
 Tell = Callable[[str], None]
 
 
-def cells_of(
-    stack: ParticleStack, density: Density, latents: Latents, window: Window, update: Callable[[int, str], None]
-) -> Cells:
+def cells_of(stack: ParticleStack, embedding: Embedding, window: Window, update: Callable[[int, str], None]) -> Cells:
     """The sums of all cells of a half-set; ``update`` is told how many are done."""
-    membership = few_memberships(density.membership(latents))
+    membership, point = few_memberships(embedding.membership), embedding.density.point
     cells = []
-    for number, cell in enumerate(gather_cells(stack, membership, density.point, window.support, window.grid)):
+    for number, cell in enumerate(gather_cells(stack, membership, point, window.support, window.grid)):
         cells.append(cell)
         update(number + 1, "")
     return joined(cells)
 
 
 def model_of(
-    cells: Cells,
-    box: Grid,
-    density: Density,
-    latents: Latents,
-    plan: DecoderPlan,
-    generator: torch.Generator,
-    tell: Tell,
+    cells: Cells, box: Grid, embedding: Embedding, plan: DecoderPlan, generator: torch.Generator, tell: Tell
 ) -> HalfModel:
     """Decoder and residual of a half-set."""
-    membership = density.membership(latents)
-    decoder = fit_decoder(cells, overlap(membership), plan, generator, tell)
-    return half_model(decoder, density, latents.quadratic.mean(0), cells, membership, box)
+    decoder = fit_decoder(cells, overlap(embedding.membership), plan, generator, tell)
+    return half_model(decoder, embedding, cells, box)
 
 
 def kernel_of(membership: Float[Tensor, "v m"], power: float = 0.5) -> Float[Tensor, "m m"]:

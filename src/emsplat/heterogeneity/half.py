@@ -15,11 +15,13 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, overlap, residuals
 from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
 from emsplat.imaging.project import voxelize
 from emsplat.io.tensors import write_tensors
 from emsplat.models.base import Saved
-from emsplat.models.decoder import Decoder, read_decoder
+from emsplat.models.conformations import StateDecoder, read_state_decoder
+from emsplat.models.decoder import Decoder
 from emsplat.types import Gaussians, Grid
 
 _KERNEL = 0.25  # power of the overlap of cells with which they share residuals
@@ -28,13 +30,13 @@ _FILLED = 0.3  # of the cells' box, by the particle
 
 @dataclass(frozen=True)
 class HalfModel:
-    """The map of any state: Gaussians, and the residual of the cells around it.
+    """The map of any state: Gaussians, and the residual of the cells around it, where there is one.
 
     ``box`` is that of the images, ``residual`` are maps of its middle; ``precision`` is what an average image says of
     its latent; ``frame`` leads from the latents of the run (those of half 1) to those of this half.
     """
 
-    decoder: Decoder
+    decoder: StateDecoder
     density: Density
     precision: Float[Tensor, "q q"]
     residual: Float[Tensor, "m z y x"]
@@ -49,11 +51,14 @@ class HalfModel:
 
     def map(self, latent: Float[Tensor, " q"]) -> Float[Tensor, "z y x"]:
         """The map of a state in the box of the images; ``latent`` is one of the run."""
+        drawn = voxelize(self.mixture(latent), self.box)
+        if not len(self.residual):
+            return drawn
         own = self.frame(latent.double()[None])[0]
         away = self.density.point - own
         likely = torch.softmax(-0.5 * torch.einsum("mq,qr,mr->m", away, self.precision, away), 0)
         rest = torch.einsum("m,mzyx->zyx", likely.float(), self.residual.float())
-        return voxelize(self.mixture(latent), self.box) + on_grid(rest, self.grid, self.box)
+        return drawn + on_grid(rest, self.grid, self.box)
 
     def save(self, path: Path) -> None:
         state = self.decoder.state()
@@ -67,7 +72,7 @@ class HalfModel:
             "offset": self.frame.offset,
         }
         grids = {name: [grid.size, grid.pixel_size] for name, grid in (("grid", self.grid), ("box", self.box))}
-        about = {"decoder": state.numbers, **grids}
+        about = {"kind": state.kind, "decoder": state.numbers, **grids}
         write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"emsplat.half": json.dumps(about)})
 
 
@@ -84,7 +89,7 @@ def read_half(path: Path) -> HalfModel:
         decoder = {name.removeprefix("decoder."): value for name, value in own.items() if name.startswith("decoder.")}
         grid, box = (Grid(int(about[name][0]), float(about[name][1])) for name in ("grid", "box"))
         return HalfModel(
-            read_decoder(Saved("decoder", about["decoder"], decoder)),
+            read_state_decoder(Saved(about["kind"], about["decoder"], decoder)),
             Density(own["point"], own["weight"]),
             own["precision"],
             own["residual"].float(),
@@ -96,16 +101,22 @@ def read_half(path: Path) -> HalfModel:
         raise InputError(f"{path}: not the model of a half-set, or damaged ({error}); run it again") from error
 
 
-def half_model(
-    decoder: Decoder, density: Density, precision: Tensor, cells: Cells, membership: Float[Tensor, "v m"], box: Grid
-) -> HalfModel:
+def half_model(decoder: Decoder, embedding: Embedding, cells: Cells, box: Grid) -> HalfModel:
     """With the residuals of the cells, each shared with those that overlap with it."""
     with torch.no_grad():
         maps = torch.stack([voxelize(one, cells.grid) for one in decoder.mixtures(cells.point.float())])
     left = residuals(cells, maps)
-    kernel = overlap(membership).float() ** _KERNEL
+    kernel = overlap(embedding.membership).float() ** _KERNEL
     rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
-    return HalfModel(decoder, density, precision, rest, cells.grid, box, identity(density.point.shape[1]))
+    frame = identity(embedding.density.point.shape[1])
+    rest = rest.half().float()  # as it is kept
+    return HalfModel(decoder, embedding.density, embedding.precision, rest, cells.grid, box, frame)
+
+
+def without_residual(decoder: StateDecoder, embedding: Embedding, box: Grid) -> HalfModel:
+    """The Gaussians alone."""
+    nothing, frame = torch.zeros(0, 8, 8, 8), identity(embedding.density.point.shape[1])
+    return HalfModel(decoder, embedding.density, embedding.precision, nothing, box, box, frame)
 
 
 def in_frame(model: HalfModel, frame: Frame) -> HalfModel:

@@ -9,6 +9,7 @@ under a model that stays (`place_latents`).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +22,8 @@ from emsplat.errors import EmsplatError, InputError
 from emsplat.fitting.images import ImageObjective, noise_weight
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.parts import cluster, find_anchors
 from emsplat.imaging.ctf import Observed, in_image, observe
 from emsplat.imaging.project import project, voxelize
@@ -38,7 +41,8 @@ from emsplat.types import Batch, Gaussians, Grid, Poses
 _SPREAD = 0.1  # of latents that start at random
 # Times the learning rate: an epoch moves a latent once. Random ones have far to go, given ones are lost by large steps.
 _FROM_RANDOM, _FROM_GIVEN = 50.0, 10.0
-_BRIGHT = 512  # images that the brightness of the start is judged by
+_BRIGHT = 512  # images that the brightness of the start, and the gain, are judged by
+_POINTS = 32  # states that the gain is judged by
 _STATES = 128  # images whose states say which Gaussians are used
 _SOME = 0.02  # of the largest density of a mixture: less is nothing
 _READ = 64  # images at a time where nothing is fitted
@@ -131,6 +135,11 @@ def follow_images(
     if state.step == turn:
         state = State.begin(_refined(state.model, stack.grid, options), turn)
     yield from fit(state, objective, fine.plan(coarse.epochs))
+
+
+def steps_of(stack: ParticleStack, options: ConformationOptions) -> int:
+    """How many steps `follow_images` takes in all."""
+    return (options.coarse.epochs + options.fine.epochs) * math.ceil(len(stack) / options.batch)
 
 
 class _WithPenalty:
@@ -312,6 +321,35 @@ def misfits(stack: ParticleStack, shown: Sequence[Model | Gaussians]) -> Float[T
     return torch.cat(parts).cpu()
 
 
+@torch.no_grad()
+def image_gain(model: Conformations, density: Density, stack: ParticleStack) -> Gain:
+    """What the states say of images that the model was not fitted to: their log-likelihood under a density of states
+    over that under the mean of these states, nats per image. At most 512 images and the 32 heaviest points are used.
+    """
+    heavy = density.weight.argsort(descending=True)[:_POINTS]
+    weight = density.weight[heavy] / density.weight[heavy].sum()
+    mixtures = model.mixtures(density.point[heavy].float())
+    mean = Gaussians(
+        torch.cat([one.mean for one in mixtures]),
+        torch.cat([one.covariance for one in mixtures]),
+        torch.cat([float(share) * one.amplitude for share, one in zip(weight, mixtures, strict=True)]),
+    )
+    some = stack.take(torch.linspace(0, len(stack) - 1, min(_BRIGHT, len(stack))).long())
+    gains = []
+    for turned in _views(some):
+        likely = -misfits(turned, [mean, *mixtures]).double()
+        gains.append(torch.logsumexp(likely[:, 1:] + weight.log(), 1) - likely[:, 0])
+    image = torch.arange(len(some)).repeat(len(gains))
+    return mean_gain(torch.cat(gains), image)
+
+
+def _views(stack: ParticleStack) -> Iterator[ParticleStack]:
+    """The particles under each element of their symmetry."""
+    poses = stack.table.poses[stack.rows]
+    for element in stack.symmetry.elements:
+        yield stack.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
+
+
 def _misfit(projection: Tensor, seen: Observed, weight: Tensor, size: int) -> Float[Tensor, " p"]:
     residual = torch.fft.rfft2(projection) * seen.transfer - seen.spectrum
     power: Tensor = (residual.abs().square() * weight).sum(1) @ hermitian_weight(size, device=projection.device)
@@ -331,11 +369,7 @@ def place_latents(
     spread = cluster(known.cpu(), torch.ones(len(known)), candidates, _generator(options.seed, 0)).centroid
     among = known[torch.cdist(spread.to(known.device), known).argmin(1)]
     mixtures = decoder.mixtures(among)
-    best = []
-    for element in stack.symmetry.elements:
-        poses = stack.table.poses[stack.rows]
-        turned = stack.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
-        best.append(misfits(turned, mixtures).argmin(1))
+    best = [misfits(turned, mixtures).argmin(1) for turned in _views(stack)]
     latent = among[torch.stack(best, 1).flatten().to(among.device)].clone()
     rows = stack.rows.to(latent.device)
     rate = options.latent_rate or _FROM_GIVEN

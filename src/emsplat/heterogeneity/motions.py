@@ -73,12 +73,23 @@ class PartMotion:
         return f"{what}, {does}{comes}"
 
 
+def separable(model: HalfModel) -> Decoder:
+    """The decoder of a model that has parts with soft borders.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if not isinstance(model.decoder, Decoder):
+        raise ValueError(f"a decoder of kind {type(model.decoder).__name__}; expected the separable one")
+    return model.decoder
+
+
 @torch.no_grad()
 def motions(model: HalfModel, states: Float[Tensor, "s q"], reference: int) -> list[PartMotion]:
     """The parts of a half-set's decoder over some latents of the run, ``reference`` being one of these."""
     latent = model.frame(states.double()).float()
     position, amplitude = (one.double() for one in model.decoder(latent))
-    weight = model.decoder.parts().double()
+    weight = separable(model).parts().double()
     mass = torch.einsum("sg,gp->sp", amplitude, weight)
     typical = (amplitude.mean(0)[:, None] * weight).clamp(min=0)
     moved = [_rigid(position[reference], position, typical[:, p]) for p in range(weight.shape[1])]
@@ -212,5 +223,5 @@ def _three(values: Tensor) -> tuple[float, float, float]:
 def part_of(model: HalfModel, latent: Float[Tensor, " q"], part: int) -> Gaussians:
     """The Gaussians of a part (from 0), each as far as it belongs to it."""
     mixture = model.mixture(latent)
-    weight = model.decoder.parts()[:, part]
+    weight = separable(model).parts()[:, part]
     return Gaussians(mixture.mean, mixture.covariance, mixture.amplitude * weight)

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.heterogeneity.density import Density, fit_density
+from emsplat.heterogeneity.embedding import Embedding, embedded
+from emsplat.heterogeneity.entanglement import brightness
 from emsplat.heterogeneity.evidence import (
     POINTS,
     Gain,
@@ -30,31 +32,39 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Search:
-    """What the linear stage of both half-sets says.
+class Found:
+    """What there is to find: ``count`` components, the gains by the number of points, and the density of each half.
 
-    ``components`` and ``points`` are the gains on the other half, mean of both directions, for 0, 1, 2, ... components
-    and for each number of points that was tried. ``latents[a][b]`` are those of the views of half b (0 or 1) in the
-    space of half a.
+    ``latents[a][b]`` are those of the views of half b (0 or 1) in the space of half a; ``brightness`` is that of each
+    half's views, relative to what the mean map would show.
     """
+
+    count: int
+    points: dict[int, Gain]
+    densities: tuple[Density, Density]
+    latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]]
+    brightness: tuple[Float[Tensor, " v"], Float[Tensor, " w"]]
+
+    def embeddings(self) -> tuple[Embedding, Embedding]:
+        """The latent spaces of both halves."""
+        first, second = self.latents
+        return embedded(self.densities[0], *first), embedded(self.densities[1], second[1], second[0])
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the linear stage of both half-sets says; ``components`` are the gains on the other half, mean of both
+    directions, with 0, 1, 2, ... components, the strongest first."""
 
     subspaces: tuple[Subspace, Subspace]
     components: list[Gain]
-    points: dict[int, Gain]
-    count: int  # components that are kept; 0: nothing was found
-    densities: tuple[Density, Density] | None
-    latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]] | None
-
-    @property
-    def found(self) -> bool:
-        return self.densities is not None
+    found: Found | None
 
     @property
     def gain(self) -> Gain:
         """The headline: of the density that is used, or of the best number of components where none is."""
-        if self.densities is not None:
-            return max(self.points.values(), key=lambda gain: gain.value)
-        return max(self.components, key=lambda gain: gain.value)
+        gains = self.components if self.found is None else self.found.points.values()
+        return max(gains, key=lambda gain: gain.value)
 
 
 def stages(radius: int) -> tuple[tuple[int, int], ...]:
@@ -91,7 +101,7 @@ def search(
     gains = [mean_gain(values, image) for values in together]
     count = fewest(together, image)
     if not count or not gains[count].significant:
-        return Search(subspaces, gains, {}, 0, None, None)
+        return Search(subspaces, gains, None)
     kept = tuple(tuple(first_components(latents, count) for latents in own) for own in embedded)
     latents = ((kept[0][0], kept[0][1]), (kept[1][0], kept[1][1]))
     tell("how many points")
@@ -108,14 +118,9 @@ def search(
         .distinct(latents[half][half].quadratic.mean(0))
         for half in (0, 1)
     ]
-    return Search(
-        subspaces,
-        gains,
-        {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)},
-        count,
-        (densities[0], densities[1]),
-        latents,
-    )
+    by_number = {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)}
+    one, other = (brightness(*pair) for pair in zip(subspaces, spectra, strict=True))
+    return Search(subspaces, gains, Found(count, by_number, (densities[0], densities[1]), latents, (one, other)))
 
 
 def _even(gains: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -105,6 +105,15 @@ class Conformations(torch.nn.Module):
         return Saved(KIND, numbers, tensors | {"latent": self.latent.detach(), "rows": self.rows})
 
 
+def read_state_decoder(saved: Saved) -> StateDecoder:
+    """A decoder of any kind from what it has saved.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it describes none.
+    """
+    return _READERS[saved.kind](saved)
+
+
 def read_conformations(saved: Saved) -> Conformations:
     """The model that `Conformations.state` describes.
 
@@ -117,6 +126,6 @@ def read_conformations(saved: Saved) -> Conformations:
     own = {
         name.removeprefix("decoder."): tensor for name, tensor in saved.tensors.items() if name.startswith("decoder.")
     }
-    decoder = _READERS[numbers["decoder"]](Saved(numbers["decoder"], numbers["numbers"], own))
+    decoder = read_state_decoder(Saved(numbers["decoder"], numbers["numbers"], own))
     latent, rows = saved.tensors["latent"], saved.tensors["rows"]
     return Conformations(decoder, latent, rows, elements=int(numbers["elements"]), rate=float(numbers["rate"]))

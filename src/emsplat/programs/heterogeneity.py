@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,18 @@ from torch import Tensor
 
 from emsplat import report
 from emsplat.assessment.maps import given_mask, particle_mask, read_mask
-from emsplat.config import HeterogeneityConfig
+from emsplat.config import HeterogeneityConfig, HeterogeneityOptions
 from emsplat.device import within_memory
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
 from emsplat.heterogeneity.corrected import corrected_maps
 from emsplat.heterogeneity.density import start_points
-from emsplat.heterogeneity.entanglement import brightness
-from emsplat.heterogeneity.evidence import crispness
-from emsplat.heterogeneity.extent import Window, window_of
-from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
-from emsplat.heterogeneity.frames import Frame, cross_embedding
-from emsplat.heterogeneity.half import HalfModel, in_frame, on_grid
+from emsplat.heterogeneity.extent import window_of
+from emsplat.heterogeneity.half import on_grid
 from emsplat.heterogeneity.populations import Share
+from emsplat.heterogeneity.saved import read_search, save_search
 from emsplat.heterogeneity.search import Search, search
 from emsplat.heterogeneity.spectra import read_spectra
-from emsplat.heterogeneity.states import DecoderPlan
 from emsplat.heterogeneity.subspace import ball
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
@@ -41,6 +37,7 @@ from emsplat.io.pickles import write_arrays
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
 from emsplat.measures.states import moving_mask
+from emsplat.models.decoder import Decoder
 from emsplat.process import threads
 from emsplat.programs.explore import explorer_numbers
 from emsplat.programs.finish import circumstances, describe
@@ -48,6 +45,7 @@ from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
 from emsplat.programs.run import Run
+from emsplat.programs.state_engines import StatesFitted, conformation_options, engine_of, fit_cells, fit_on_images
 from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
@@ -55,15 +53,19 @@ from emsplat.run.files import (
     CORRECTED,
     CRYODRGN_LATENTS,
     EXPLORER,
+    HALVES,
     LATENTS,
+    SEARCH,
     STATES,
     STATES_TABLE,
     SUMMARY,
-    half_model_name,
+    cells_name,
     state_map_name,
+    state_name,
 )
-from emsplat.run.folder import write_text
+from emsplat.run.folder import check_same_run, is_finished, read_summary, write_text
 from emsplat.run.log import Log
+from emsplat.sums.statistics import fingerprint
 from emsplat.types import Grid
 
 _CRISP = 0.9  # mean of the largest membership above which points are classes
@@ -79,47 +81,86 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
     """
     log = log or Log()
     _refuse(config)
+    if (finished := _found_finished(config, particles, output, log)) is not None:
+        return finished
     with threads(config.run.threads), log.to_the_end():
         run = open_run(config, particles, output, log, program="heterogeneity")
-        found, grey = _search(run)
-        _say_gains(run.log, found)
-        if not found.found:
-            return _conclude(run, found, None)
-        window = window_of(found.subspaces, run.stack.grid)
-        fitted = _fit(run, found, grey, window)
-        return _conclude(run, found, fitted)
+        searched = _search(run)
+        _say_gains(run.log, searched)
+        if searched.found is None:
+            return _conclude(run, searched, None)
+        window = window_of(searched.subspaces, run.stack.grid)
+        fit = fit_on_images if engine_of(config) == "images" else fit_cells
+        return _conclude(run, searched, fit(run, searched.found.embeddings(), window))
+
+
+def _found_finished(config: HeterogeneityConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, where nothing is left of it to do.
+
+    Raises:
+        InputError: the folder holds no such run.
+    """
+    if not config.run.resume:
+        return None
+    check_same_run(config, particles, output)
+    summary = read_summary(output)
+    if not is_finished(summary):
+        return None
+    log.line(f"{output}: this run is finished, nothing is left to resume and nothing was done; --overwrite starts anew")
+    return summary
 
 
 def _refuse(config: HeterogeneityConfig) -> None:
     """
     Raises:
-        InputError: an option of other runs that means nothing here.
+        InputError: an option of other runs that means nothing here, or one of the other engine.
     """
-    own = config.run
-    for name, asked in (
-        ("resume", own.resume),
-        ("keep-statistics", own.keep_statistics),
-        ("add-statistics", bool(own.add_statistics)),
-        ("naming", own.naming != "relion"),
-    ):
-        if asked:
-            raise InputError(f"--{name}: not for heterogeneity; leave it out")
-    options = config.heterogeneity
+    own, given = config.run, config.heterogeneity
+    if own.add_statistics:
+        raise InputError("--add-statistics: not for heterogeneity; --from takes the sums of an earlier run")
+    if own.naming != "relion":
+        raise InputError("--naming: not for heterogeneity; leave it out")
+    if given.recipe == "cryospire" and given.engine == "cells":
+        raise InputError("--recipe cryospire is fitted to images; leave --engine cells out")
+    of_images = {
+        "decoder": given.decoder,
+        "start": given.start,
+        "epochs": given.epochs,
+        "learning-rate": given.learning_rate,
+        "batch": given.batch,
+    }
+    if engine_of(config) == "cells" and (name := next((name for name, value in of_images.items() if value), None)):
+        raise InputError(f"--{name} belongs to --engine images; leave it out or add that")
+    if engine_of(config) == "images":
+        conformation_options(config)
     for name, value, least in (
-        ("points", options.points, 1),
-        ("parts", options.parts, 1),
-        ("states", options.states, 1),
-        ("gaussians", options.gaussians, 2 * options.parts),
+        ("points", given.points, 1),
+        ("parts", given.parts, 1),
+        ("states", given.states, 1),
+        ("gaussians", given.gaussians, 2 * (given.parts or 5)),
     ):
         if value is not None and value < least:
             raise InputError(f"--{name} {value}: expected at least {least}")
+    if given.from_run is not None:
+        asked = HeterogeneityOptions()
+        for name in ("components", "points", "resolution", "focus"):
+            if getattr(given, name) != getattr(asked, name):
+                raise InputError(f"--{name} with --from: the linear stage is that of {given.from_run}; leave it out")
+        if not (given.from_run / SEARCH).is_file():
+            raise InputError(
+                f"{given.from_run}: no {SEARCH}; expected the folder of an emsplat heterogeneity of the same particles"
+            )
 
 
-_Grey = tuple[Float[Tensor, " v"], Float[Tensor, " w"]]  # brightness of the views of each half
-
-
-def _search(run: Run[HeterogeneityConfig]) -> tuple[Search, _Grey]:
+def _search(run: Run[HeterogeneityConfig]) -> Search:
     options, stack = run.config.heterogeneity, run.stack
+    kept, mark = run.folder / SEARCH, fingerprint(stack)
+    if kept.is_file():
+        run.log.line("resuming: the linear stage is done")
+        return read_search(kept, mark)
+    if options.from_run is not None:
+        run.log.line(f"linear stage of {options.from_run}")
+        return read_search(options.from_run / SEARCH, mark)
     stack.require_one_grid()
     radius = min(math.floor(options.resolution), stack.grid.size // 2 - 1)
     if radius < 4 or options.components < 1:
@@ -138,7 +179,7 @@ def _search(run: Run[HeterogeneityConfig]) -> tuple[Search, _Grey]:
     with run.log.part("reading", "reading the low frequencies of all images"):
         spectra = (read_spectra(halves[0], radius), read_spectra(halves[1], radius))
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
-        found = search(
+        searched = search(
             spectra,
             options.components,
             radius,
@@ -147,8 +188,8 @@ def _search(run: Run[HeterogeneityConfig]) -> tuple[Search, _Grey]:
             support,
             run.log.line,
         )
-        one, other = (brightness(*pair) for pair in zip(found.subspaces, spectra, strict=True))
-        return found, (one, other)
+    save_search(kept, searched, mark)
+    return searched
 
 
 def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
@@ -165,11 +206,11 @@ def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
     return mask
 
 
-def _say_gains(log: Log, found: Search) -> None:
-    gain = found.gain
-    told = ", ".join(f"{number}: {own.value:.2f}" for number, own in enumerate(found.components))
+def _say_gains(log: Log, searched: Search) -> None:
+    gain, found = searched.gain, searched.found
+    told = ", ".join(f"{number}: {own.value:.2f}" for number, own in enumerate(searched.components))
     log.line(f"gain on the other half, nats per image, by components: {told}")
-    if not found.found:
+    if found is None:
         log.line(
             f"no heterogeneity that these images support: best gain {gain.value:.3f} ± {gain.error:.3f} nats per image"
         )
@@ -179,71 +220,10 @@ def _say_gains(log: Log, found: Search) -> None:
     log.line(f"heterogeneity: {gain.value:.2f} ± {gain.error:.2f} nats per image on images that no model has seen")
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """Both half-sets' models with what they were made from, and where each particle lies."""
-
-    models: tuple[HalfModel, HalfModel]
-    cells: tuple[Cells, Cells]
-    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]
-    latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
-    grey: _Grey
-    back: Frame  # from the latents of half 2 to those of the run
-    crisp: bool
-    window: Window
-
-
-def _fit(run: Run[HeterogeneityConfig], found: Search, grey: _Grey, window: Window) -> _Fitted:
-    options, log = run.config.heterogeneity, run.log
-    if found.densities is None or found.latents is None:
-        raise ValueError("nothing was found")
-    models, all_cells, kernels = [], [], []
-    frames = _frames(found)
-    for half in (0, 1):
-        density, own = found.densities[half], found.latents[half][half]
-        said = f"half {half + 1}: sums of {len(density)} cells, {window.support} voxels across"
-        with log.part("cells", said), log.progress("cells", len(density), unit="cells") as update:
-            cells = cells_of(run.stack.only(half + 1), density, own, window, update)
-        with log.part("decoder", f"half {half + 1}: a model of all states"):
-            generator = torch.Generator().manual_seed(1000 * run.config.halves.seed + half)
-            plan = DecoderPlan(options.parts, options.gaussians)
-            model = model_of(cells, run.stack.grid, density, own, plan, generator, lambda text: log.line(f"  {text}"))
-        models.append(in_frame(model, frames[half]))
-        models[half].save(run.folder / half_model_name(half + 1))
-        all_cells.append(cells)
-        kernels.append(kernel_of(density.membership(own)))
-    first, second = (found.densities[half].embed(found.latents[half][half]) for half in (0, 1))
-    crisp = min(crispness(found.densities[half], found.latents[half][half]) for half in (0, 1)) > _CRISP
-    back = cross_embedding(*(torch.cat(_both(found, half)) for half in (1, 0)))
-    return _Fitted(
-        (models[0], models[1]),
-        (all_cells[0], all_cells[1]),
-        (kernels[0], kernels[1]),
-        (first, back(second)),
-        grey,
-        back,
-        crisp,
-        window,
-    )
-
-
-def _both(found: Search, space: int) -> list[Tensor]:
-    """All views, those of half 1 first, in the latent space of a half."""
-    if found.densities is None or found.latents is None:
-        raise ValueError("nothing was found")
-    return [found.densities[space].embed(found.latents[space][half]) for half in (0, 1)]
-
-
-def _frames(found: Search) -> tuple[Frame, Frame]:
-    """From the latents of the run, which are those of half 1, to those of each half."""
-    first, second = (torch.cat(_both(found, half)) for half in (0, 1))
-    return cross_embedding(first, first), cross_embedding(first, second)
-
-
-def _states(run: Run[HeterogeneityConfig], fitted: _Fitted, found: Search) -> tuple[Tensor, Tensor | None]:
+def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> tuple[Tensor, Tensor | None]:
     """Latents of the states to show, and the state of each view (None: latents form no classes)."""
     latent = torch.cat(fitted.latent)
-    if fitted.crisp and found.densities is not None:
+    if engine_of(run.config) == "cells" and min(own.crispness for own in fitted.embeddings) > _CRISP:
         point = fitted.models[0].density.point
         return point, torch.cdist(latent, point).argmin(1)
     count = min(run.config.heterogeneity.states, len(latent))
@@ -258,20 +238,23 @@ def _states(run: Run[HeterogeneityConfig], fitted: _Fitted, found: Search) -> tu
     return latent[torch.cdist(centre, latent).argmin(1)], None
 
 
-def _conclude(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted | None) -> dict[str, Any]:
-    log, gain = run.log, found.gain
+def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFitted | None) -> dict[str, Any]:
+    log, gain, found = run.log, searched.gain, searched.found
     about: dict[str, Any] = {
-        "found": found.found,
+        "found": found is not None,
         "gain": round(gain.value, 4),
         "gain_error": round(gain.error, 4),
-        "components": found.count,
-        "points": len(found.densities[0]) if found.densities else 0,
-        "gain_by_components": [asdict(own) for own in found.components],
-        "gain_by_points": {str(number): asdict(own) for number, own in found.points.items()},
+        "components": 0 if found is None else found.count,
+        "points": 0 if found is None else len(found.densities[0]),
+        "gain_by_components": [asdict(own) for own in searched.components],
+        "gain_by_points": {} if found is None else {str(number): asdict(own) for number, own in found.points.items()},
     }
-    if fitted is not None:
+    if found is not None and fitted is not None:
+        if fitted.image_gain is not None:
+            about |= dict(zip(("image_gain", "image_gain_error"), fitted.image_gain, strict=True))
         with log.part("states", "maps of the states"):
-            about |= _write_states(run, found, fitted)
+            about |= _write_states(run, searched, fitted)
+    _clear(run)
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
     write_text(run.folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the report"):
@@ -282,13 +265,22 @@ def _conclude(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted | No
     return summary
 
 
-def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted) -> dict[str, Any]:
+def _clear(run: Run[HeterogeneityConfig]) -> None:
+    """Takes away what was kept to go on from, unless it is to be used again."""
+    for half, name in enumerate(HALVES, 1):
+        (run.folder / state_name(name)).unlink(missing_ok=True)
+        if not run.config.run.keep_statistics:
+            (run.folder / cells_name(half)).unlink(missing_ok=True)
+
+
+def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFitted) -> dict[str, Any]:
     stack, folder, grid, log, seed = run.stack, run.folder, run.stack.grid, run.log, run.config.halves.seed
-    latents, classes = _states(run, fitted, found)
+    latents, classes = _states(run, fitted)
     whole = torch.cat(fitted.latent)
     nearest = torch.cdist(whole, latents).argmin(1) if classes is None else classes
-    shared = populations(stack, found, fitted.back, latents, classes is not None, seed)
-    views = _views(run, found, fitted, nearest, classes is not None, shared.membership)
+    found = searched.found if engine_of(run.config) == "cells" else None
+    shared = populations(stack, fitted.embeddings, found, latents, classes is not None, seed)
+    views = _views(run, searched, fitted, nearest, classes is not None, shared.membership)
     _write_latents(run, views)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
@@ -313,25 +305,23 @@ def _write_states(run: Run[HeterogeneityConfig], found: Search, fitted: _Fitted)
     _warn_of_empty_halves(log, views, len(latents))
     write_populations(folder, shared)
     write_particles(stack, views, folder)
-    followed = follows(stack, found, whole, fitted.grey, seed, log)
-    parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
+    about: dict[str, Any] = {"classes": classes is not None, "states": rows} | shared.about
+    about["follows"] = follows(stack, searched, whole, found is not None, seed, log)
+    parts = list[int]()
+    if all(isinstance(model.decoder, Decoder) for model in fitted.models):
+        parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
+        if run.config.heterogeneity.motion_corrected:
+            with log.part("motion correction", "a consensus in one state: motions are taken back"):
+                about["motion_corrected"] = _correct(run, fitted, latents, rows, consensus)
+        _write_page(run, searched, fitted, views, rows, latents)
+    else:
+        log.line("  no page of all states, and no parts: these need the separable decoder (--decoder separable)")
     write_chimerax(folder, surface_level(consensus), len(rows), parts)
-    corrected = {}
-    if run.config.heterogeneity.motion_corrected:
-        with log.part("motion correction", "a consensus in one state: motions are taken back"):
-            corrected = {"motion_corrected": _correct(run, fitted, latents, rows, consensus)}
-    gain = found.gain
-    facts = [
-        f"gain on images that no model has seen: {gain.value:.2f} ± {gain.error:.2f} nats per image",
-        f"{found.count} components, {len(fitted.models[0].density)} points of the density",
-    ]
-    numbers = explorer_numbers(run.particles.name, fitted.models, stack, views, rows, latents, facts, log.warnings)
-    log.line(f"  move through the states: {write_explorer(folder / EXPLORER, numbers)}")
-    return {"classes": classes is not None, "states": rows, "follows": followed} | shared.about | corrected
+    return about
 
 
 def _correct(
-    run: Run[HeterogeneityConfig], fitted: _Fitted, latents: Tensor, rows: list[dict[str, Any]], consensus: Tensor
+    run: Run[HeterogeneityConfig], fitted: StatesFitted, latents: Tensor, rows: list[dict[str, Any]], consensus: Tensor
 ) -> dict[str, Any]:
     """The consensus in the state of most particles, and its cross-validated resolution beside that of the plain one."""
     grid, log = run.stack.grid, run.log
@@ -361,6 +351,32 @@ def _correct(
         corrected, uncorrected = (_spacing(about.get(kind + name)) for kind in ("", "plain_"))
         log.line(f"  consensus in state {reference + 1}, {where}: {corrected}; without correction {uncorrected}")
     return about
+
+
+def _write_page(
+    run: Run[HeterogeneityConfig],
+    searched: Search,
+    fitted: StatesFitted,
+    views: Views,
+    rows: list[dict[str, Any]],
+    latents: Float[Tensor, "s q"],
+) -> None:
+    gain = searched.gain
+    facts = [
+        f"gain on images that no model has seen: {gain.value:.2f} ± {gain.error:.2f} nats per image",
+        f"{latents.shape[1]} components, {len(fitted.models[0].density)} points of the density",
+    ]
+    numbers = explorer_numbers(
+        run.particles.name,
+        fitted.models,
+        run.stack,
+        views,
+        rows,
+        latents,
+        facts,
+        run.log.warnings,
+    )
+    run.log.line(f"  move through the states: {write_explorer(run.folder / EXPLORER, numbers)}")
 
 
 def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
@@ -396,7 +412,7 @@ def _consensus(cells: Cells) -> Tensor:
 
 
 def _judge(
-    fitted: _Fitted, number: int, latent: Tensor, mask: Tensor, difference: Tensor, grid: Grid
+    fitted: StatesFitted, number: int, latent: Tensor, mask: Tensor, difference: Tensor, grid: Grid
 ) -> dict[str, Any]:
     """Cross-validated resolution of a state in its mask, and where it differs from the consensus."""
     raw = []
@@ -413,18 +429,17 @@ def _judge(
 
 def _views(
     run: Run[HeterogeneityConfig],
-    found: Search,
-    fitted: _Fitted,
+    searched: Search,
+    fitted: StatesFitted,
     nearest: Int[Tensor, " v"],
     classes: bool,
     membership: Float[Tensor, "v s"],
 ) -> Views:
     stack = run.stack
-    if found.latents is None or found.densities is None:
+    if searched.found is None:
         raise ValueError("nothing was found")
     copies = stack.symmetry.order
     rows = [stack.only(half).rows.repeat_interleave(copies) for half in (1, 2)]
-    gains = [found.densities[half].gain(found.latents[half][half]) for half in (0, 1)]
     row = torch.cat(rows)
     copy = torch.arange(len(row)) % copies + 1
     half = torch.cat([torch.full_like(own, number + 1) for number, own in enumerate(rows)])
@@ -435,8 +450,8 @@ def _views(
         half[order],
         copy[order],
         torch.cat(fitted.latent)[order],
-        torch.cat(gains)[order],
-        torch.cat(fitted.grey)[order],
+        torch.cat([embedding.gain for embedding in fitted.embeddings])[order],
+        torch.cat(searched.found.brightness)[order],
         state if classes else None,
         state,
         membership[order].gather(1, state[:, None]).squeeze(1),

@@ -24,7 +24,7 @@ from emsplat.process import describe_threads
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES, PARTICLES, SETTINGS
-from emsplat.run.folder import plain, prepare_folder, write_text
+from emsplat.run.folder import command_of, plain, prepare_folder, write_text
 from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
 from emsplat.sums.window import PADDING
@@ -102,6 +102,7 @@ def write_config(run: Run[RunConfig], settings: Settings | None) -> None:
         tomli_w.dumps(
             {
                 "program": f"emsplat {__version__}",
+                "command": command_of(run.config),
                 "particles": str(run.particles),
                 "settings": {} if settings is None else plain(settings),
                 "options": plain(run.config),

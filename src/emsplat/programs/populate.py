@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.embedding import Embedding, to_first
 from emsplat.heterogeneity.entanglement import (
     SCALING,
     Circumstances,
@@ -23,7 +24,6 @@ from emsplat.heterogeneity.entanglement import (
     remedy,
     scaling,
 )
-from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.populations import (
     Cloud,
     FreeEnergy,
@@ -34,8 +34,7 @@ from emsplat.heterogeneity.populations import (
     smooth,
     span,
 )
-from emsplat.heterogeneity.search import Search
-from emsplat.heterogeneity.subspace import Latents
+from emsplat.heterogeneity.search import Found, Search
 from emsplat.io.files import number_text, replacing
 from emsplat.particles.stack import ParticleStack
 from emsplat.run.files import DENSITY, FREE_ENERGY, LANDSCAPE
@@ -63,30 +62,36 @@ class Populations:
 
 
 def populations(
-    stack: ParticleStack, found: Search, back: Frame, states: Float[Tensor, "s q"], crisp: bool, seed: int
+    stack: ParticleStack,
+    embeddings: tuple[Embedding, Embedding],
+    found: Found | None,
+    states: Float[Tensor, "s q"],
+    crisp: bool,
+    seed: int,
 ) -> Populations:
-    """``back`` leads from the latents of half 2 to those of half 1; ``states`` are latents of half 1."""
-    if found.latents is None or found.densities is None:
-        raise ValueError("nothing was found")
+    """``states`` are latents of half 1. Where nothing but latents is known of the images (``found`` None), they are
+    counted; no landscape follows."""
     order = stack.symmetry.order
     rows = [stack.only(half).rows.repeat_interleave(order) for half in (1, 2)]
     image = [torch.arange(len(own)) // order for own in rows]
     unit, said = _units(stack, torch.cat(rows))
-    if crisp:
-        clouds = [_points(density) for density in found.densities]
-    else:
+    clouds = [_points(embedding.density) for embedding in embeddings]
+    if found is not None and not crisp:
         clouds = list(smooth(found.densities, found.latents, (image[0], image[1]), seed))
     counts = resampled(int(unit.max()) + 1, seed)[unit]
     drawn, members, membership = [], [], []
     for half, own in enumerate(torch.split(counts, [len(part) for part in rows])):
-        latents: Latents = found.latents[half][half]
-        drawn.append(bootstrap(clouds[half], latents, own))
-        members.append(clouds[half].membership(latents))
-        clouds[half] = clouds[half] if half == 0 else clouds[half].within(back)
-        share = clouds[half].shares(states, torch.Generator().manual_seed(seed))
-        membership.append(members[half] @ share)
+        if found is None:
+            members.append(embeddings[half].membership)
+            drawn.append(members[half].T @ own / own.sum(0))
+        else:
+            members.append(clouds[half].membership(found.latents[half][half]))
+            drawn.append(bootstrap(clouds[half], found.latents[half][half], own))
+    clouds[1] = clouds[1].within(to_first(*embeddings))
+    for cloud, member in zip(clouds, members, strict=True):
+        membership.append(member @ cloud.shares(states, torch.Generator().manual_seed(seed)))
     weighed = Weighed((clouds[0], clouds[1]), (drawn[0], drawn[1]), (members[0], members[1]))
-    profiles, plane = ([], None) if crisp else _landscape(weighed)
+    profiles, plane = ([], None) if found is None or crisp else _landscape(weighed)
     return Populations(weighed, weighed.shares(states, seed), torch.cat(membership), said, profiles, plane)
 
 
@@ -119,17 +124,19 @@ def _landscape(weighed: Weighed) -> tuple[list[FreeEnergy], FreeEnergy | None]:
 
 def follows(
     stack: ParticleStack,
-    found: Search,
+    searched: Search,
     latent: Float[Tensor, "v q"],
-    brightness: tuple[Float[Tensor, " a"], Float[Tensor, " b"]],
+    linear: bool,
     seed: int,
     log: Log,
 ) -> list[dict[str, Any]]:
     """Tests whether latents follow the circumstances of the images, with warnings; what the summary says of them.
 
-    ``latent`` and ``brightness`` are those of the views of half 1, then of half 2; of a particle's copies the first
-    counts.
+    ``latent`` is that of the views of half 1, then of half 2; of a particle's copies the first counts. ``linear``: it
+    is that of the linear stage, whose maps say whether it is a matter of grey scale.
     """
+    if searched.found is None:
+        raise ValueError("nothing was found")
     order, table = stack.symmetry.order, stack.table
     rows = torch.cat([stack.only(half).rows for half in (1, 2)])
     micrograph = table.micrograph[rows]
@@ -138,7 +145,7 @@ def follows(
     about = Circumstances(
         table.poses.rotation[rows],
         0.5 * (optics.defocus_u + optics.defocus_v),
-        torch.cat(brightness)[::order],
+        torch.cat(searched.found.brightness)[::order],
         micrograph if known else None,
     )
     tests = entanglement(latent[::order], about, seed)
@@ -147,7 +154,8 @@ def follows(
         log.line(f"  {describe(test)}")
         if test.warns:
             log.warn(remedy(test))
-    return [_test(one) for one in tests] + _grey(found, log)
+    maps = searched.subspaces[0].maps[: searched.found.count + 1]
+    return [_test(one) for one in tests] + (_grey(maps, log) if linear else [])
 
 
 def _test(one: Entangled) -> dict[str, Any]:
@@ -162,9 +170,8 @@ def _test(one: Entangled) -> dict[str, Any]:
     }
 
 
-def _grey(found: Search, log: Log) -> list[dict[str, Any]]:
+def _grey(maps: Float[Tensor, "c z y x"], log: Log) -> list[dict[str, Any]]:
     """Whether going along some direction of latent space makes the molecule brighter and nothing else."""
-    maps = found.subspaces[0].maps[: found.count + 1]
     cosine, direction = scaling(maps)
     warns = cosine >= SCALING
     axis = 1 + max(range(len(direction)), key=lambda k: abs(direction[k]))

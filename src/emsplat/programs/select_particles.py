@@ -45,8 +45,8 @@ class _Lines:
 
 
 def select_particles(run: Path, conditions: Sequence[str], output: Path, overwrite: bool, log: Log) -> list[Path]:
-    """The particles for which all conditions hold, into ``output``: particles.star with all columns of run_data.star,
-    particles.cs, and indices.pkl, row numbers of the input from 0. Returns the files written.
+    """The particles for which all conditions hold, into ``output``: a STAR file with all columns of run_data.star,
+    a .cs file, and a pickle of row numbers of the input from 0. Returns the files written.
 
     Raises:
         InputError: the run has no latents, a condition cannot be read, or nothing is left.

@@ -495,10 +495,10 @@ def states(run: Path) -> str:
         f'<div class="scroll">{_grid(head, rows)}</div>\n'
         + _note(
             f"States are {kind}. Populations are shares of the density of the latents, which no posterior shrinks; "
-            f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are cross-validated "
-            "at 0.5: the map of each half-set against the back-projection of the other half's particles, in the mask of "
-            "the molecule and where the state differs from the consensus. Maps, half maps, Gaussians and particles of each "
-            f"state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
+            f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are "
+            "cross-validated at 0.5: the map of each half-set against the back-projection of the other half's "
+            "particles, in the mask of the molecule and where the state differs from the consensus. Maps, half maps, "
+            f"Gaussians and particles of each state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
         )
         + _corrected(read.group(found, "motion_corrected"))
     )

@@ -45,6 +45,7 @@ RESIDUAL = "residual.csv"
 
 # Heterogeneity: latents of particles, ours and cryoDRGN's; what a plain folder of maps calls its consensus;
 # the page of all states.
+SEARCH = "linear_stage.safetensors"
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
@@ -60,8 +61,8 @@ PARTS_TABLE = "parts.json"
 PARTS_TEXT = "parts.txt"
 CHIMERAX = "chimerax.cxc"
 MOVIE = "movie.webp"
-SELECTED = "particles.star"  # of `emsplat states --select`, beside it as .cs, and row numbers from 0 for cryoDRGN
-SELECTED_INDEX = "indices.pkl"
+SELECTED = "selected.star"  # of `emsplat states --select`, beside it as .cs, and row numbers from 0 for cryoDRGN
+SELECTED_INDEX = "selected.pkl"
 
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
@@ -103,6 +104,11 @@ def checkpoint_name(fit: str) -> str:
 def statistics_name(fit: str, part: int | str = "") -> str:
     """The sums over the images of a fit; of some kinds of images where there are several. A pattern with "*"."""
     return f"run_{fit}_statistics{part}.safetensors"
+
+
+def cells_name(half: int) -> str:
+    """The sums of all cells of a half-set."""
+    return f"cells_half{half}.safetensors"
 
 
 def half_model_name(half: int) -> str:

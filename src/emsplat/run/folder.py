@@ -83,13 +83,19 @@ def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:
     ]
     if Path(before.get("particles", "")).absolute() != particles.absolute():
         changed.append("particles")
-    if bool(before.get("settings")) != isinstance(config, ReconstructConfig):  # those of a fit
+    fitted = isinstance(config, ReconstructConfig)  # what an earlier version has written is known by its settings alone
+    if before.get("command", command_of(config)) != command_of(config) or bool(before.get("settings")) != fitted:
         changed.append("command")
     if changed:
         raise InputError(
             f"{output}: was run with another {', '.join(sorted(changed))}; resume with the same options, see "
             f"{output / SETTINGS}"
         )
+
+
+def command_of(config: RunConfig) -> str:
+    """The command whose options these are."""
+    return type(config).__name__.removesuffix("Config").lower()
 
 
 def is_finished(summary: dict[str, Any]) -> bool:

@@ -1,0 +1,86 @@
+"""Where the views of both half-sets lie in the latent space of one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.frames import Frame, cross_embedding, identity
+from emsplat.heterogeneity.parts import cluster
+from emsplat.heterogeneity.subspace import Latents
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The latent space of a half-set: the density of its views, and where they and those of the other half lie."""
+
+    density: Density
+    membership: Float[Tensor, "v m"]  # of the own views, in the points of the density
+    own: Float[Tensor, "v q"]
+    other: Float[Tensor, "w q"]
+    gain: Float[Tensor, " v"]  # of the own views, nats
+    precision: Float[Tensor, "q q"]  # what an average view says of its latent
+
+    @property
+    def crispness(self) -> float:
+        """How sure the views are of their point: mean of the largest membership."""
+        return float(self.membership.max(1).values.mean())
+
+
+def embedded(density: Density, own: Latents, other: Latents) -> Embedding:
+    """By what the linear stage says of all views."""
+    membership = density.membership(own)
+    return Embedding(
+        density,
+        membership,
+        membership @ density.point,
+        density.embed(other),
+        density.gain(own),
+        own.quadratic.mean(0),
+    )
+
+
+def hard_embedding(
+    own: Float[Tensor, "v q"], other: Float[Tensor, "w q"], count: int, generator: torch.Generator
+) -> Embedding:
+    """By latents alone, as a fit to images gives them: each view belongs to the nearest of ``count`` points (fewer
+    where fewer latents differ). Gains are unknown (0)."""
+    groups = cluster(own, torch.ones(len(own)), count, generator)
+    membership = torch.nn.functional.one_hot(groups.label, len(groups)).double()
+    share = membership.mean(0)
+    kept = share > 0
+    density = Density(groups.centroid[kept].double(), share[kept])
+    away = own.double() - own.double().mean(0)
+    precision = torch.linalg.pinv(away.T @ away / len(own)) * len(groups)
+    return Embedding(
+        density,
+        membership[:, kept],
+        own.double(),
+        other.double(),
+        torch.zeros(len(own), dtype=torch.float64),
+        precision,
+    )
+
+
+def frames(first: Embedding, second: Embedding) -> tuple[Frame, Frame]:
+    """From the latents of a run, which are those of half 1, to those of each half."""
+    return identity(first.own.shape[1]), cross_embedding(*_both(first, second))
+
+
+def latents_of_run(first: Embedding, second: Embedding) -> tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]:
+    """Of the views of both halves, each by its own half's model, in the space of half 1."""
+    return first.own, to_first(first, second)(second.own)
+
+
+def to_first(first: Embedding, second: Embedding) -> Frame:
+    """From the latents of half 2 to those of a run."""
+    return cross_embedding(*reversed(_both(first, second)))
+
+
+def _both(first: Embedding, second: Embedding) -> tuple[Float[Tensor, "a q"], Float[Tensor, "a r"]]:
+    """All views, those of half 1 first, in both spaces."""
+    return torch.cat([first.own, first.other]), torch.cat([second.other, second.own])

@@ -1,0 +1,232 @@
+"""Models of all states, one per half-set: from the sums of cells, or fitted to the images themselves.
+
+What a run goes on from after an interruption is in its folder: sums of cells, a fit on its way, models that are done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.config import HeterogeneityConfig
+from emsplat.errors import InputError
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.state import State
+from emsplat.heterogeneity.cells import Cells
+from emsplat.heterogeneity.embedding import Embedding, frames, hard_embedding, latents_of_run
+from emsplat.heterogeneity.extent import Window
+from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
+from emsplat.heterogeneity.half import HalfModel, in_frame, read_half, without_residual
+from emsplat.heterogeneity.images import (
+    ConformationOptions,
+    ImageStart,
+    Pass,
+    follow_images,
+    image_gain,
+    place_latents,
+    steps_of,
+)
+from emsplat.heterogeneity.saved import read_cells, save_cells
+from emsplat.heterogeneity.states import DecoderPlan
+from emsplat.models.conformations import Conformations, read_conformations
+from emsplat.programs.run import Run
+from emsplat.run.files import cells_name, checkpoint_name, half_model_name, state_name
+from emsplat.run.stop import checkpoints
+from emsplat.sums.statistics import equations_of, fingerprint
+
+_MOST_CELLS = 64
+_RECIPES = {
+    # The separable decoder from latents of the linear stage, by the noise spectrum.
+    "default": ConformationOptions(
+        decoder="separable", weighted=True, coarse=Pass(2048, 0.02, 6, 5e-3), fine=Pass(8192, 0.01, 4, 2e-3)
+    ),
+    "cryospire": ConformationOptions(),
+}
+
+
+@dataclass(frozen=True)
+class StatesFitted:
+    """Both half-sets' models with what they were made from, and where each view lies."""
+
+    models: tuple[HalfModel, HalfModel]
+    cells: tuple[Cells, Cells]
+    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]
+    embeddings: tuple[Embedding, Embedding]
+    latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
+    image_gain: tuple[float, float] | None = None  # of models fitted to images, on the other half; with its error
+
+
+def fit_cells(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embedding], window: Window) -> StatesFitted:
+    """The fast road: decoders fitted to the sums of the cells.
+
+    Raises:
+        InputError: what an earlier run has kept is damaged.
+    """
+    options, log = run.config.heterogeneity, run.log
+    models, kept = [], []
+    for half, embedding in enumerate(embeddings):
+        cells = gathered(run, half, embedding, window)
+        path = run.folder / half_model_name(half + 1)
+        if path.is_file():
+            model = read_half(path)
+        else:
+            with log.part("decoder", f"half {half + 1}: a model of all states"):
+                generator = torch.Generator().manual_seed(1000 * run.config.halves.seed + half)
+                plan = DecoderPlan(options.parts or 5, options.gaussians)
+                model = model_of(cells, run.stack.grid, embedding, plan, generator, lambda text: log.line(f"  {text}"))
+            model.save(path)
+        models.append(model)
+        kept.append(cells)
+    return _together(run, models, kept, embeddings)
+
+
+def gathered(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window) -> Cells:
+    """The sums of the cells of a half-set (0 or 1): of this run or of the one that it is ``--from``, or made now."""
+    stack, log = run.stack.only(half + 1), run.log
+    mark, path = fingerprint(stack), run.folder / cells_name(half + 1)
+    source = run.config.heterogeneity.from_run
+    if source is not None and not path.is_file() and (source / cells_name(half + 1)).is_file():
+        path = source / cells_name(half + 1)
+    if path.is_file():
+        log.line(f"half {half + 1}: sums of cells from {path}")
+        return read_cells(path, mark)
+    count = len(embedding.density)
+    said = f"half {half + 1}: sums of {count} cells, {window.support} voxels across"
+    with log.part("cells", said), log.progress("cells", count, unit="cells") as update:
+        cells = cells_of(stack, embedding, window, update)
+    save_cells(path, cells, mark)
+    return cells
+
+
+def fit_on_images(
+    run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embedding], window: Window
+) -> StatesFitted:
+    """The paper's road: a decoder and a latent for each image, fitted to the images (`heterogeneity.images`).
+
+    Raises:
+        InputError: the images do not show their own consensus map.
+        EmsplatError: a fit diverged.
+        Interrupted: asked to stop; a checkpoint is written.
+    """
+    options = conformation_options(run.config)
+    fitted = [_fitted_images(run, half, embedding, options) for half, embedding in enumerate(embeddings)]
+    found, gains = [], []
+    for half, model in enumerate(fitted):
+        others = run.stack.only(2 - half)
+        with run.log.part("latents", f"half {half + 1}: latents of the other half's images"):
+            placed = place_latents(model, others, options)
+        generator = torch.Generator().manual_seed(1000 * options.seed + half)
+        count = min(_MOST_CELLS, len(embeddings[half].density))
+        found.append(hard_embedding(model.latent.detach(), placed.latent.detach(), count, generator))
+        with run.log.part("gain", f"half {half + 1}: what its states say of the other half's images"):
+            gains.append(image_gain(model, found[half].density, others))
+    found = [replace(own, gain=before.gain) for own, before in zip(found, embeddings, strict=True)]
+    models, cells = [], []
+    for half, model in enumerate(fitted):
+        cells.append(gathered(run, half, found[half], window))
+        models.append(without_residual(model.decoder.cpu(), found[half], run.stack.grid))
+    value = sum(gain.value for gain in gains) / 2
+    error = sum(gain.error**2 for gain in gains) ** 0.5 / 2
+    run.log.line(f"gain of the states on the other half: {value:.2f} ± {error:.2f} nats per image over their mean")
+    return replace(_together(run, models, cells, (found[0], found[1])), image_gain=(value, error))
+
+
+def engine_of(config: HeterogeneityConfig) -> str:
+    """cells or images."""
+    given = config.heterogeneity
+    return given.engine or ("images" if given.recipe == "cryospire" else "cells")
+
+
+def conformation_options(config: HeterogeneityConfig) -> ConformationOptions:
+    """The recipe with what the user puts in place of it.
+
+    Raises:
+        InputError: a number that describes no fit.
+    """
+    given = config.heterogeneity
+    own = _RECIPES[given.recipe]
+    epochs = given.epochs or (own.coarse.epochs, own.fine.epochs)
+    if len(epochs) != 2 or min(epochs) < 1:
+        raise InputError(f"--epochs {' '.join(map(str, epochs))}: expected two numbers above 0, coarse and fine")
+    rate = 1.0 if given.learning_rate is None else given.learning_rate / own.coarse.learning_rate
+    if not 0 < rate < float("inf"):
+        raise InputError(f"--learning-rate {given.learning_rate}: expected a number above 0")
+    coarse, fine = (
+        replace(one, epochs=count, learning_rate=rate * one.learning_rate)
+        for one, count in zip((own.coarse, own.fine), epochs, strict=True)
+    )
+    if given.gaussians is not None:
+        fine = replace(fine, gaussians=given.gaussians)
+    return replace(
+        own,
+        decoder=given.decoder or own.decoder,
+        parts=given.parts,
+        batch=given.batch or own.batch,
+        seed=config.halves.seed,
+        coarse=coarse,
+        fine=fine,
+    )
+
+
+def _starts_at_random(config: HeterogeneityConfig) -> bool:
+    start = config.heterogeneity.start
+    return (config.heterogeneity.recipe == "cryospire") if start is None else start == "random"
+
+
+def _fitted_images(
+    run: Run[HeterogeneityConfig], half: int, embedding: Embedding, options: ConformationOptions
+) -> Conformations:
+    stack = run.stack.only(half + 1)
+    finished, name = run.folder / state_name(f"half{half + 1}"), f"half{half + 1}"
+    state = _saved(run, name)
+    if finished.is_file() and state is not None:
+        return state.model
+    with run.log.part("fit", f"half {half + 1}: a decoder and a latent for each image, fitted to the images"):
+        equations = equations_of(stack)
+        start = ImageStart(equations.solve(), None if _starts_at_random(run.config) else embedding.own)
+        total = steps_of(stack, options)
+        before = 0 if state is None else state.step
+        with (
+            run.log.progress(name, total, before, unit="steps") as update,
+            checkpoints(run.config.run.checkpoint_every) as moment,
+        ):
+            for state in follow_images(stack, options, start, state):  # noqa: B020 (its last is the result)
+                update(state.step, f"loss {float(state.terms['loss']):.4g}")
+                if moment.due():
+                    save_checkpoint(run.folder / checkpoint_name(name), state)
+                    moment.saved(f"in {name} at step {state.step}; go on with --resume")
+    assert state is not None  # noqa: S101 (options have epochs)
+    save_checkpoint(finished, state)
+    (run.folder / checkpoint_name(name)).unlink(missing_ok=True)
+    return state.model
+
+
+def _saved(run: Run[HeterogeneityConfig], name: str) -> State[Conformations] | None:
+    """Where an interrupted run left a fit."""
+    paths = (run.folder / state_name(name), run.folder / checkpoint_name(name))
+    saved = next((path for path in paths if path.is_file()), None)
+    if saved is None:
+        return None
+    state: State[Conformations] = load_checkpoint(saved, run.stack.device, read_conformations)
+    run.log.line(f"resuming {name}: goes on after step {state.step:,}")
+    return state
+
+
+def _together(
+    run: Run[HeterogeneityConfig], models: list[HalfModel], cells: list[Cells], embeddings: tuple[Embedding, Embedding]
+) -> StatesFitted:
+    """Both halves in the latents of the run; their models are written."""
+    framed = [in_frame(model, frame) for model, frame in zip(models, frames(*embeddings), strict=True)]
+    for half, model in enumerate(framed):
+        model.save(run.folder / half_model_name(half + 1))
+    kernels = [kernel_of(embedding.membership) for embedding in embeddings]
+    return StatesFitted(
+        (framed[0], framed[1]),
+        (cells[0], cells[1]),
+        (kernels[0], kernels[1]),
+        embeddings,
+        latents_of_run(*embeddings),
+    )

@@ -1,0 +1,134 @@
+"""`emsplat heterogeneity`: both engines, going on after an interruption, and sums that are used again."""
+
+import pytest
+import torch
+from tests.test_heterogeneity import labels, particles  # noqa: F401 (a fixture)
+
+from emsplat.config import HeterogeneityConfig, configure
+from emsplat.errors import InputError, Interrupted
+from emsplat.heterogeneity.half import read_half
+from emsplat.io.columns import read_columns
+from emsplat.io.mrc import read_map
+from emsplat.models.cryospire import Hierarchy
+from emsplat.programs import heterogeneity as program
+from emsplat.programs import state_engines
+from emsplat.programs.heterogeneity import heterogeneity
+from emsplat.run.stop import Checkpoints
+
+SHORT = {"components": 1, "resolution": 6.0, "points": 2, "gaussians": 2048, "threads": 1}
+ON_IMAGES = SHORT | {"engine": "images", "epochs": (2, 1), "gaussians": 256}
+
+
+@pytest.fixture(autouse=True)
+def few_epochs(monkeypatch):
+    """What is asked here does not depend on how well a decoder fits."""
+    monkeypatch.setattr("emsplat.heterogeneity.states._FINE", (0.2,))
+    monkeypatch.setattr("emsplat.heterogeneity.states._FEWEST_STEPS", 8)
+    monkeypatch.setattr("emsplat.heterogeneity.states._FIRST", 512)
+
+
+def latents(folder):
+    return torch.tensor([float(value) for value in read_columns(folder / "latents.csv", ["z1"])["z1"]])
+
+
+def same_results(one, other):
+    assert (one / "latents.csv").read_bytes() == (other / "latents.csv").read_bytes()
+    for path in sorted((one / "states").glob("*.mrc")):
+        assert torch.equal(read_map(path)[0], read_map(other / "states" / path.name)[0]), path.name
+
+
+def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # noqa: F811
+    heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, tmp_path / "whole")
+    fit, seen = state_engines.model_of, []
+
+    def stopping(*args):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(fit(*args))
+        return seen[0]
+
+    with monkeypatch.context() as during:
+        during.setattr(state_engines, "model_of", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, tmp_path / "run")
+    with monkeypatch.context() as during:
+        during.setattr(program, "search", None)  # neither the linear stage nor sums of cells are made again
+        during.setattr(state_engines, "cells_of", None)
+        heterogeneity(configure(HeterogeneityConfig, **SHORT, resume=True), particles, tmp_path / "run")
+    same_results(tmp_path / "run", tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("cells_*"))
+    again = heterogeneity(configure(HeterogeneityConfig, **SHORT, resume=True), particles, tmp_path / "run")
+    assert again["heterogeneity"]["found"]
+    with pytest.raises(InputError, match="another points"):
+        heterogeneity(
+            configure(HeterogeneityConfig, **(SHORT | {"points": 3}), resume=True), particles, tmp_path / "run"
+        )
+
+
+def test_sums_of_another_run(particles, tmp_path, monkeypatch):  # noqa: F811
+    first, second = tmp_path / "first", tmp_path / "second"
+    heterogeneity(configure(HeterogeneityConfig, **SHORT, keep_statistics=True), particles, first)
+    assert (first / "cells_half1.safetensors").is_file()
+    own = {"gaussians": 2048, "threads": 1, "from_run": first, "parts": 2}
+    with monkeypatch.context() as during:
+        during.setattr(program, "search", None)
+        during.setattr(state_engines, "cells_of", None)
+        heterogeneity(configure(HeterogeneityConfig, **own), particles, second)
+    assert torch.equal(latents(first), latents(second))
+    assert read_half(second / "model_half1.safetensors").decoder.shape.parts == 2
+    with pytest.raises(InputError, match="other particles"):
+        heterogeneity(configure(HeterogeneityConfig, **own, first=300), particles, tmp_path / "fewer")
+    with pytest.raises(InputError, match="--points with --from"):
+        heterogeneity(configure(HeterogeneityConfig, **own, points=3), particles, tmp_path / "points")
+    with pytest.raises(InputError, match=r"no linear_stage\.safetensors"):
+        heterogeneity(configure(HeterogeneityConfig, from_run=tmp_path), particles, tmp_path / "nothing")
+
+
+def test_states_from_images(particles, tmp_path, monkeypatch):  # noqa: F811
+    folder = tmp_path / "whole"
+    summary = heterogeneity(configure(HeterogeneityConfig, **ON_IMAGES), particles, folder)
+    found = summary["heterogeneity"]
+    assert found["image_gain"] > 3 * found["image_gain_error"] > 0
+    truth = (labels(particles) == 1).float()
+    assert torch.corrcoef(torch.stack([latents(folder), truth]))[0, 1].abs() > 0.7
+    assert (folder / "heterogeneity.html").is_file()
+
+    due, asked = Checkpoints.due, []
+
+    def stop_at_step_four(self):
+        asked.append(None)
+        if len(asked) == 4:
+            self._stop.number = 15
+        return due(self)
+
+    with monkeypatch.context() as during:
+        during.setattr(Checkpoints, "due", stop_at_step_four)
+        with pytest.raises(Interrupted, match="half1 at step 4"):
+            heterogeneity(configure(HeterogeneityConfig, **ON_IMAGES), particles, tmp_path / "run")
+    heterogeneity(configure(HeterogeneityConfig, **ON_IMAGES, resume=True), particles, tmp_path / "run")
+    same_results(tmp_path / "run", folder)
+
+
+def test_the_papers_networks(particles, tmp_path):  # noqa: F811
+    options = SHORT | {"recipe": "cryospire", "epochs": (1, 1), "gaussians": 256}
+    summary = heterogeneity(configure(HeterogeneityConfig, **options), particles, tmp_path / "run")
+    assert summary["heterogeneity"]["found"]
+    assert isinstance(read_half(tmp_path / "run" / "model_half2.safetensors").decoder, Hierarchy)
+    names = ["row", "z1", "z2", "z3", "z4"]
+    assert len(read_columns(tmp_path / "run" / "latents.csv", names)["z4"]) == 600
+    assert not (tmp_path / "run" / "heterogeneity.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"recipe": "cryospire", "engine": "cells"}, "leave --engine cells out"),
+        ({"decoder": "perceptron"}, "--decoder belongs to --engine images"),
+        ({"epochs": (3, 2)}, "--epochs belongs to --engine images"),
+        ({"engine": "images", "epochs": (3,)}, "two numbers above 0"),
+        ({"engine": "images", "learning_rate": -1.0}, "a number above 0"),
+    ],
+)
+def test_options_of_the_other_engine(particles, tmp_path, options, said):  # noqa: F811
+    with pytest.raises(InputError, match=said):
+        heterogeneity(configure(HeterogeneityConfig, **options), particles, tmp_path / "run")
