@@ -35,7 +35,7 @@ def weighed():
     densities = [fit_density(own, 8, generator).without_small(2e-3).distinct(own.quadratic.mean(0)) for own in latents]
     pairs = ((latents[0], latents[1]), (latents[0], latents[1]))
     clouds = smooth((densities[0], densities[1]), pairs, (image, image), 0)
-    counts = resampled(2 * VIEWS, 0).split(VIEWS)
+    counts = torch.split(resampled(2 * VIEWS, 0), VIEWS)
     drawn = [bootstrap(cloud, own, count) for cloud, own, count in zip(clouds, latents, counts, strict=True)]
     members = [cloud.membership(own) for cloud, own in zip(clouds, latents, strict=True)]
     return Weighed(clouds, (drawn[0], drawn[1]), (members[0], members[1])), latents

@@ -3,9 +3,9 @@
 Where a molecule stands has nothing to do with the direction it is seen from, its angle in the image, the defocus, the
 grey scale. Then the mean of the posterior latents is the same in any group of images that these numbers make, however
 little the images of a group say: posteriors shrink towards the mean of all, and the mean of posterior means is that of
-the prior. (Their spread is not the same: distance correlation and mutual information, which see that as well, call
-every real motion entangled with the view.) So the measure is how much of the variance of the latents the mean at given
-nuisance explains, in the direction of latent space where it explains most, less what it explains of shuffled images.
+the prior. (Their spread is not the same, and distance correlation sees that: a motion that some views hardly show
+follows the view by it.) So the measure is how much of the variance of the latents the mean at given nuisance explains,
+in the direction of latent space where it explains most, less what it explains of shuffled images.
 
 What micrographs have in common is shuffled by micrograph. Families of functions: spherical harmonics up to degree 3 for
 directions, two harmonics of angles, polynomials of degree 3 in the rank of numbers, means of groups.

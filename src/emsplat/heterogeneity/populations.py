@@ -24,7 +24,8 @@ from emsplat.heterogeneity.subspace import Latents
 DRAWS = 200  # of the bootstrap
 WIDTHS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25)  # of a point, in standard deviations of an average image's latent
 _STEPS = 20
-_ENOUGH = 20000  # views that a density is fitted to
+_TRIED, _ENOUGH = 6000, 20000  # views that tell the width, and that a density is fitted to
+_DRAWN = 25  # draws at a time
 _AT_ONCE = 2**22  # numbers of a block of views
 _SAMPLES = 256  # of a point, that tell which states it belongs to
 _ROUNDING = 1e-4  # of all particles
@@ -107,44 +108,52 @@ def smooth(
 
     ``latents[a][b]`` are those of the views of half b in the space of half a.
     """
-    clouds, gains = [], []
+    tried, gains = [], []
     for half in (0, 1):
-        own = _some(latents[half][half], seed)
+        own, other = (_some(latents[half][number], _TRIED, seed) for number in (half, 1 - half))
         quadratic = own.quadratic.mean(0)
         root = torch.linalg.cholesky(torch.linalg.inv(quadratic + torch.eye(len(quadratic), dtype=quadratic.dtype)))
-        tried = [Cloud(densities[half].point, densities[half].weight, width * root).fitted(own) for width in WIDTHS]
-        clouds.append(tried)
-        gains.append([cloud.gain(latents[half][1 - half]) for cloud in tried])
-    both = torch.cat([image[1], image[0] + int(image[1].max()) + 1])
-    chosen = fewest([torch.cat(pair) for pair in zip(*gains, strict=True)], both)
-    return clouds[0][chosen], clouds[1][chosen]
+        density = densities[half]
+        clouds = [Cloud(density.point, density.weight, width * root).fitted(own, _STEPS // 2) for width in WIDTHS]
+        tried.append(clouds)
+        gains.append([cloud.gain(other) for cloud in clouds])
+    seen = [own[_chosen(len(own), _TRIED, seed)] for own in image]
+    both = torch.cat([seen[1], seen[0] + int(seen[1].max()) + 1])
+    best = fewest([torch.cat(pair) for pair in zip(*gains, strict=True)], both)
+    first, second = (tried[half][best].fitted(_some(latents[half][half], _ENOUGH, seed)) for half in (0, 1))
+    return first, second
 
 
-def _some(latents: Latents, seed: int) -> Latents:
-    if len(latents) <= _ENOUGH:
-        return latents
-    chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:_ENOUGH]
-    own = latents
+def _chosen(count: int, most: int, seed: int) -> Int[Tensor, " w"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
+
+
+def _some(latents: Latents, most: int, seed: int) -> Latents:
+    chosen, own = _chosen(len(latents), most, seed), latents
     return Latents(
         own.mean[chosen], own.covariance[chosen], own.linear[chosen], own.quadratic[chosen], own.gain[chosen]
     )
 
 
-def resampled(units: int, seed: int, draws: int = DRAWS) -> Float[Tensor, "u d"]:
-    """How often each of some units is drawn in each draw of a bootstrap."""
+def resampled(units: int, seed: int, draws: int = DRAWS) -> Int[Tensor, "u d"]:
+    """How often each of some units is drawn in each draw of a bootstrap; 16-bit numbers."""
     drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), draws)
-    return torch.from_numpy(drawn.T.astype(np.float64))
+    return torch.from_numpy(drawn.T.astype(np.int16))
 
 
-def bootstrap(cloud: Cloud, latents: Latents, counts: Float[Tensor, "v d"]) -> Float[Tensor, "m d"]:
+def bootstrap(cloud: Cloud, latents: Latents, counts: Int[Tensor, "v d"]) -> Float[Tensor, "m d"]:
     """The weights of the points when each view counts so often, likeliest anew in each draw."""
     likely = cloud.log_likelihood(latents)
     likely = torch.exp(likely - likely.max(1, keepdim=True).values)
-    weight = cloud.weight[:, None].expand(-1, counts.shape[1])
-    for _ in range(_STEPS):
-        weight = weight * (likely.T @ (counts / (likely @ weight).clamp(min=1e-300)))
-        weight = weight / weight.sum(0)
-    return weight
+    drawn = []
+    for some in torch.split(counts, _DRAWN, 1):
+        count = some.to(likely)
+        weight = cloud.weight[:, None].expand(-1, count.shape[1])
+        for _ in range(_STEPS):
+            weight = weight * (likely.T @ (count / (likely @ weight).clamp(min=1e-300)))
+            weight = weight / weight.sum(0)
+        drawn.append(weight)
+    return torch.cat(drawn, 1)
 
 
 @dataclass(frozen=True)

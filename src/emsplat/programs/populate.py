@@ -83,7 +83,7 @@ def populations(
     for half, own in enumerate(torch.split(counts, [len(part) for part in rows])):
         if found is None:
             members.append(embeddings[half].membership)
-            drawn.append(members[half].T @ own / own.sum(0))
+            drawn.append(members[half].T @ own.to(members[half]) / own.sum(0))
         else:
             members.append(clouds[half].membership(found.latents[half][half]))
             drawn.append(bootstrap(clouds[half], found.latents[half][half], own))
