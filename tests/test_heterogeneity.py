@@ -365,7 +365,7 @@ def test_a_state_that_a_half_set_lacks_is_said(capsys):
     log = Log()
     _warn_of_empty_halves(log, views, 2)
     assert len(log.warnings) == 1
-    assert log.warnings[0].startswith("state 2: half-set 2 has no particle of it")
+    assert log.warnings[0].startswith("half-set 2 has no particle of state 2; its half map")
 
 
 def test_a_folder_of_another_kind(run, simulated, tmp_path):

@@ -86,6 +86,17 @@ def test_free_energies_are_shown_where_images_support_them(weighed):
     assert (energy.error[shown] <= 1).all()
 
 
+def test_weights_of_given_points():
+    """What two half-sets say of the same states, though neither has its points there."""
+    generator = torch.Generator().manual_seed(4)
+    state = torch.rand(2000, generator=generator) < 0.2
+    latents = seen(torch.where(state[:, None], 1.5, -1.5).double(), generator)
+    found = Cloud(torch.tensor([[-1.4], [1.6]]).double(), torch.ones(2).double(), torch.zeros(1, 1).double())
+    weighted = found.weighted(latents)
+    assert float(weighted.weight[1]) == pytest.approx(float(state.double().mean()), abs=0.03)
+    assert float(weighted.weight.sum()) == pytest.approx(1)
+
+
 def test_errors_grow_where_micrographs_differ():
     """All views of a micrograph in one state: there are only as many draws as micrographs."""
     generator = torch.Generator().manual_seed(1)

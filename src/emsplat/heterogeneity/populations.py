@@ -80,6 +80,15 @@ class Cloud:
             cloud = Cloud(place / mass.clamp(min=1e-12)[:, None], mass / mass.sum(), self.root)
         return cloud
 
+    def weighted(self, latents: Latents, steps: int = 5 * _STEPS) -> Cloud:
+        """The weights that make these views likeliest; the points stay."""
+        likely = self.log_likelihood(latents)
+        likely = torch.exp(likely - likely.max(1, keepdim=True).values)
+        weight = torch.full_like(self.weight, 1 / len(self.weight))
+        for _ in range(steps):
+            weight = weight * (likely.T @ (1 / (likely @ weight).clamp(min=1e-300))) / len(likely)
+        return Cloud(self.point, weight / weight.sum(), self.root)
+
     def within(self, frame: Frame) -> Cloud:
         """In another latent space."""
         return Cloud(frame(self.point), self.weight, frame.turn @ self.root)

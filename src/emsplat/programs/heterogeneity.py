@@ -280,6 +280,8 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     nearest = torch.cdist(whole, latents).argmin(1) if classes is None else classes
     found = searched.found if engine_of(run.config) == "cells" else None
     shared = populations(stack, fitted.embeddings, found, latents, classes is not None, seed)
+    if classes is not None:
+        nearest = shared.membership.argmax(1)  # as likely as each half's own images say
     views = _views(run, searched, fitted, nearest, classes is not None, shared.membership)
     _write_latents(run, views)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
@@ -394,13 +396,14 @@ def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
 
 def _warn_of_empty_halves(log: Log, views: Views, states: int) -> None:
     """Where a half-set has none of a state's particles, its half map is what its model makes of others."""
-    for number in range(states):
-        for half in (1, 2):
-            if not bool(((views.state == number) & (views.half == half)).any()):
-                log.warn(
-                    f"state {number + 1}: half-set {half} has no particle of it; its half map there is the model's "
-                    "guess, and resolutions of this state say nothing"
-                )
+    for half in (1, 2):
+        there = torch.bincount(views.state[views.half == half], minlength=states)
+        empty = [str(number + 1) for number in range(states) if not there[number]]
+        if empty:
+            log.warn(
+                f"half-set {half} has no particle of {'states' if len(empty) > 1 else 'state'} {', '.join(empty)}; its "
+                "half map there is the model's guess, and resolutions of such a state say nothing"
+            )
 
 
 def _spacing(value: float | None) -> str:

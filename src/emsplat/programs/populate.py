@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.heterogeneity.density import Density
-from emsplat.heterogeneity.embedding import Embedding, to_first
+from emsplat.heterogeneity.embedding import Embedding, frames, to_first
 from emsplat.heterogeneity.entanglement import (
     SCALING,
     Circumstances,
@@ -75,29 +74,34 @@ def populations(
     rows = [stack.only(half).rows.repeat_interleave(order) for half in (1, 2)]
     image = [torch.arange(len(own)) // order for own in rows]
     unit, said = _units(stack, torch.cat(rows))
-    clouds = [_points(embedding.density) for embedding in embeddings]
-    if found is not None and not crisp:
-        clouds = list(smooth(found.densities, found.latents, (image[0], image[1]), seed))
-    counts = resampled(int(unit.max()) + 1, seed)[unit]
-    drawn, members, membership = [], [], []
-    for half, own in enumerate(torch.split(counts, [len(part) for part in rows])):
-        if found is None:
-            members.append(embeddings[half].membership)
-            drawn.append(members[half].T @ own.to(members[half]) / own.sum(0))
+    counts = torch.split(resampled(int(unit.max()) + 1, seed)[unit], [len(part) for part in rows])
+    if found is None:
+        own = [_points(embedding.density.point, embedding.density.weight) for embedding in embeddings]
+        members = [embedding.membership for embedding in embeddings]
+        drawn = [member.T @ count.to(member) / count.sum(0) for member, count in zip(members, counts, strict=True)]
+    else:
+        latents = [found.latents[half][half] for half in (0, 1)]
+        if crisp:  # the states themselves, as each half sees them
+            weight = torch.ones(len(states), dtype=states.dtype)
+            points = [_points(frame(states), weight) for frame in frames(*embeddings)]
+            own = [cloud.weighted(seen) for cloud, seen in zip(points, latents, strict=True)]
         else:
-            members.append(clouds[half].membership(found.latents[half][half]))
-            drawn.append(bootstrap(clouds[half], found.latents[half][half], own))
-    clouds[1] = clouds[1].within(to_first(*embeddings))
-    for cloud, member in zip(clouds, members, strict=True):
-        membership.append(member @ cloud.shares(states, torch.Generator().manual_seed(seed)))
+            own = list(smooth(found.densities, found.latents, (image[0], image[1]), seed))
+        members = [cloud.membership(seen) for cloud, seen in zip(own, latents, strict=True)]
+        drawn = [bootstrap(*three) for three in zip(own, latents, counts, strict=True)]
+    if found is not None and crisp:
+        clouds = [_points(states, cloud.weight) for cloud in own]
+    else:
+        clouds = [own[0], own[1].within(to_first(*embeddings))]
+    shares = [cloud.shares(states, torch.Generator().manual_seed(seed)) for cloud in clouds]
+    membership = [member @ share for member, share in zip(members, shares, strict=True)]
     weighed = Weighed((clouds[0], clouds[1]), (drawn[0], drawn[1]), (members[0], members[1]))
     profiles, plane = ([], None) if found is None or crisp else _landscape(weighed)
     return Populations(weighed, weighed.shares(states, seed), torch.cat(membership), said, profiles, plane)
 
 
-def _points(density: Density) -> Cloud:
-    count = density.point.shape[1]
-    return Cloud(density.point, density.weight, torch.zeros(count, count, dtype=density.point.dtype))
+def _points(point: Float[Tensor, "m q"], weight: Float[Tensor, " m"]) -> Cloud:
+    return Cloud(point, weight, torch.zeros(point.shape[1], point.shape[1], dtype=point.dtype))
 
 
 def _units(stack: ParticleStack, rows: Int[Tensor, " v"]) -> tuple[Int[Tensor, " v"], str]:
