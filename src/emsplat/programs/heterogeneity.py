@@ -45,7 +45,14 @@ from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
 from emsplat.programs.run import Run
-from emsplat.programs.state_engines import StatesFitted, conformation_options, engine_of, fit_cells, fit_on_images
+from emsplat.programs.state_engines import (
+    StatesFitted,
+    conformation_options,
+    engine_of,
+    finest,
+    fit_cells,
+    fit_on_images,
+)
 from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
@@ -60,6 +67,7 @@ from emsplat.run.files import (
     STATES_TABLE,
     SUMMARY,
     cells_name,
+    coarse_model_name,
     state_map_name,
     state_name,
 )
@@ -67,8 +75,6 @@ from emsplat.run.folder import check_same_run, is_finished, read_summary, write_
 from emsplat.run.log import Log
 from emsplat.sums.statistics import fingerprint
 from emsplat.types import Grid
-
-_CRISP = 0.9  # mean of the largest membership above which points are classes
 
 
 @within_memory()
@@ -91,7 +97,7 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
             return _conclude(run, searched, None)
         window = window_of(searched.subspaces, run.stack.grid)
         fit = fit_on_images if engine_of(config) == "images" else fit_cells
-        return _conclude(run, searched, fit(run, searched.found.embeddings(), window))
+        return _conclude(run, searched, fit(run, searched, window))
 
 
 def _found_finished(config: HeterogeneityConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
@@ -162,12 +168,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
         run.log.line(f"linear stage of {options.from_run}")
         return read_search(options.from_run / SEARCH, mark)
     stack.require_one_grid()
-    radius = min(math.floor(options.resolution), stack.grid.size // 2 - 1)
-    if radius < 4 or options.components < 1:
-        raise InputError(
-            f"--resolution {options.resolution:g} and --components {options.components}: expected at least 4 cycles "
-            "per box and 1 component"
-        )
+    radius = finest(run)
     halves = [stack.only(half) for half in (1, 2)]
     for half, own in enumerate(halves):
         if len(own) <= options.components:
@@ -223,7 +224,7 @@ def _say_gains(log: Log, searched: Search) -> None:
 def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> tuple[Tensor, Tensor | None]:
     """Latents of the states to show, and the state of each view (None: latents form no classes)."""
     latent = torch.cat(fitted.latent)
-    if engine_of(run.config) == "cells" and min(own.crispness for own in fitted.embeddings) > _CRISP:
+    if fitted.crisp:
         point = fitted.models[0].density.point
         return point, torch.cdist(latent, point).argmin(1)
     count = min(run.config.heterogeneity.states, len(latent))
@@ -250,8 +251,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
         "gain_by_points": {} if found is None else {str(number): asdict(own) for number, own in found.points.items()},
     }
     if found is not None and fitted is not None:
-        if fitted.image_gain is not None:
-            about |= dict(zip(("image_gain", "image_gain_error"), fitted.image_gain, strict=True))
+        about |= {"states_gain": round(fitted.gain.value, 4), "states_gain_error": round(fitted.gain.error, 4)}
         with log.part("states", "maps of the states"):
             about |= _write_states(run, searched, fitted)
     _clear(run)
@@ -267,10 +267,11 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
 
 def _clear(run: Run[HeterogeneityConfig]) -> None:
     """Takes away what was kept to go on from, unless it is to be used again."""
-    for half, name in enumerate(HALVES, 1):
-        (run.folder / state_name(name)).unlink(missing_ok=True)
-        if not run.config.run.keep_statistics:
-            (run.folder / cells_name(half)).unlink(missing_ok=True)
+    for name, half in HALVES.items():
+        passing = [state_name(name), coarse_model_name(half), cells_name(half, fine=True)]
+        passing += [] if run.config.run.keep_statistics else [cells_name(half)]
+        for one in passing:
+            (run.folder / one).unlink(missing_ok=True)
 
 
 def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFitted) -> dict[str, Any]:

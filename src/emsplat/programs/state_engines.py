@@ -5,6 +5,8 @@ What a run goes on from after an interruption is in its folder: sums of cells, a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +17,11 @@ from emsplat.config import HeterogeneityConfig
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
 from emsplat.fitting.state import State
-from emsplat.heterogeneity.cells import Cells
+from emsplat.heterogeneity.cells import Cells, cells_of, overlap
 from emsplat.heterogeneity.embedding import Embedding, frames, hard_embedding, latents_of_run
+from emsplat.heterogeneity.evidence import Gain
 from emsplat.heterogeneity.extent import Window
-from emsplat.heterogeneity.fit import cells_of, kernel_of, model_of
-from emsplat.heterogeneity.half import HalfModel, in_frame, read_half, without_residual
+from emsplat.heterogeneity.half import HalfModel, half_model, in_frame, read_half, without_residual
 from emsplat.heterogeneity.images import (
     ConformationOptions,
     ImageStart,
@@ -29,15 +31,22 @@ from emsplat.heterogeneity.images import (
     place_latents,
     steps_of,
 )
+from emsplat.heterogeneity.refresh import refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells
-from emsplat.heterogeneity.states import DecoderPlan
-from emsplat.models.conformations import Conformations, read_conformations
+from emsplat.heterogeneity.search import Search
+from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
+from emsplat.heterogeneity.subspace import Placement
+from emsplat.models.conformations import Conformations, StateDecoder, read_conformations
+from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
-from emsplat.run.files import cells_name, checkpoint_name, half_model_name, state_name
+from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
 from emsplat.run.stop import checkpoints
 from emsplat.sums.statistics import equations_of, fingerprint
 
-_MOST_CELLS = 64
+_KERNEL = 0.5  # power of the overlap of cells with which they share their data
+CRISP = 0.9  # mean of the largest membership above which points are classes
+_MOST_CELLS = 64  # of a fit to images
+_MOST_POINTS, _PER_POINT = 100, 50  # points by which particles are placed, and views that each should have
 _RECIPES = {
     # The separable decoder from latents of the linear stage, by the noise spectrum.
     "default": ConformationOptions(
@@ -53,43 +62,125 @@ class StatesFitted:
 
     models: tuple[HalfModel, HalfModel]
     cells: tuple[Cells, Cells]
-    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]
     embeddings: tuple[Embedding, Embedding]
     latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
-    image_gain: tuple[float, float] | None = None  # of models fitted to images, on the other half; with its error
+    kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]  # weights with which cells share their data
+    gain: Gain  # of the states on images of the other half
+    crisp: bool = False  # latents form classes
 
 
-def fit_cells(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embedding], window: Window) -> StatesFitted:
-    """The fast road: decoders fitted to the sums of the cells.
+def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted:
+    """The fast road: decoders fitted to the sums of cells.
+
+    A coarse decoder of the cells of the linear stage shows states more sharply than that could. Particles are placed
+    anew by it, and sums over more and smaller cells make the fine decoder, by which they are placed for good.
 
     Raises:
         InputError: what an earlier run has kept is damaged.
     """
-    options, log = run.config.heterogeneity, run.log
-    models, kept = [], []
-    for half, embedding in enumerate(embeddings):
-        cells = gathered(run, half, embedding, window)
-        path = run.folder / half_model_name(half + 1)
-        if path.is_file():
-            model = read_half(path)
-        else:
-            with log.part("decoder", f"half {half + 1}: a model of all states"):
-                generator = torch.Generator().manual_seed(1000 * run.config.halves.seed + half)
-                plan = DecoderPlan(options.parts or 5, options.gaussians)
-                model = model_of(cells, run.stack.grid, embedding, plan, generator, lambda text: log.line(f"  {text}"))
-            model.save(path)
+    if searched.found is None:
+        raise ValueError("nothing was found")
+    models, kept, kernels, embeddings, gains = [], [], [], [], []
+    for half, first in enumerate(searched.found.embeddings()):
+        placement = searched.subspaces[half].placement
+        coarse = _coarse(run, half, first, window)
+        embedding, gain = _placed_anew(run, half, coarse, first, placement)
+        cells = gathered(run, half, embedding, window, fine=True)
+        model = _fine(run, half, coarse, embedding, cells)
+        final, gain = _placed_anew(run, half, model.decoder, embedding, placement)
         models.append(model)
         kept.append(cells)
-    return _together(run, models, kept, embeddings)
+        kernels.append(_kernel(embedding))
+        embeddings.append(final)
+        gains.append(gain)
+    fitted = _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (gains[0], gains[1]))
+    return replace(fitted, crisp=min(own.crispness for own in searched.found.embeddings()) > CRISP)
 
 
-def gathered(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window) -> Cells:
+def _generator(run: Run[HeterogeneityConfig], half: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * run.config.halves.seed + half)
+
+
+def _told(run: Run[HeterogeneityConfig]) -> Callable[[str], None]:
+    return lambda text: run.log.line(f"  {text}")
+
+
+def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
+    options = run.config.heterogeneity
+    return DecoderPlan(options.parts or 5, options.gaussians)
+
+
+def _coarse(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window) -> StateDecoder:
+    path = run.folder / coarse_model_name(half + 1)
+    if path.is_file():
+        return read_half(path).decoder
+    cells = gathered(run, half, embedding, window)
+    with run.log.part("decoder", f"half {half + 1}: a coarse model of all states"):
+        shared = overlap(embedding.membership)
+        decoder = coarse_decoder(
+            cells, shared, _plan(run), _generator(run, half), lambda text: run.log.line(f"  {text}")
+        )
+    without_residual(decoder, embedding, run.stack.grid).save(path)
+    return decoder
+
+
+def _fine(
+    run: Run[HeterogeneityConfig], half: int, coarse: StateDecoder, embedding: Embedding, cells: Cells
+) -> HalfModel:
+    path = run.folder / half_model_name(half + 1)
+    if path.is_file():
+        return read_half(path)
+    if not isinstance(coarse, Decoder):
+        raise InputError(f"{run.folder / coarse_model_name(half + 1)}: holds another decoder; start anew")
+    with run.log.part("decoder", f"half {half + 1}: a fine model of all states"):
+        shared = overlap(embedding.membership)
+        decoder = fine_decoder(coarse, cells, shared, _plan(run), _generator(run, half), _told(run))
+        model = half_model(decoder, embedding, cells, run.stack.grid)
+    model.save(path)
+    return model
+
+
+def _placed_anew(
+    run: Run[HeterogeneityConfig], half: int, decoder: StateDecoder, before: Embedding, placement: Placement
+) -> tuple[Embedding, Gain]:
+    """The latent space as a decoder has it. Where the linear stage has found classes no points between are tried."""
+    stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
+    radius = finest(run)
+    count = len(before.density)
+    if before.crispness < CRISP:
+        count = max(count, min(_MOST_POINTS, len(before.own) // _PER_POINT))
+    with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
+        embedding, gain = refreshed(decoder, before, placement, stacks, radius, count, _generator(run, half))
+    told = f"{gain.value:.2f} ± {gain.error:.2f} nats per image of the other half"
+    run.log.line(f"  gain of {len(embedding.density)} states: {told}")
+    return embedding, gain
+
+
+def finest(run: Run[HeterogeneityConfig]) -> int:
+    """Finest frequency at which particles are placed, in cycles per box.
+
+    Raises:
+        InputError: ``resolution`` or ``components`` describe no linear stage.
+    """
+    options = run.config.heterogeneity
+    radius = min(math.floor(options.resolution), run.stack.grid.size // 2 - 1)
+    if radius < 4 or options.components < 1:
+        raise InputError(
+            f"--resolution {options.resolution:g} and --components {options.components}: expected at least 4 cycles "
+            "per box and 1 component"
+        )
+    return radius
+
+
+def gathered(
+    run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window, *, fine: bool = False
+) -> Cells:
     """The sums of the cells of a half-set (0 or 1): of this run or of the one that it is ``--from``, or made now."""
     stack, log = run.stack.only(half + 1), run.log
-    mark, path = fingerprint(stack), run.folder / cells_name(half + 1)
-    source = run.config.heterogeneity.from_run
-    if source is not None and not path.is_file() and (source / cells_name(half + 1)).is_file():
-        path = source / cells_name(half + 1)
+    mark, name = fingerprint(stack), cells_name(half + 1, fine)
+    path, source = run.folder / name, run.config.heterogeneity.from_run
+    if source is not None and not fine and not path.is_file() and (source / name).is_file():
+        path = source / name
     if path.is_file():
         log.line(f"half {half + 1}: sums of cells from {path}")
         return read_cells(path, mark)
@@ -101,9 +192,7 @@ def gathered(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, win
     return cells
 
 
-def fit_on_images(
-    run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embedding], window: Window
-) -> StatesFitted:
+def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted:
     """The paper's road: a decoder and a latent for each image, fitted to the images (`heterogeneity.images`).
 
     Raises:
@@ -111,7 +200,9 @@ def fit_on_images(
         EmsplatError: a fit diverged.
         Interrupted: asked to stop; a checkpoint is written.
     """
-    options = conformation_options(run.config)
+    if searched.found is None:
+        raise ValueError("nothing was found")
+    options, embeddings = conformation_options(run.config), searched.found.embeddings()
     fitted = [_fitted_images(run, half, embedding, options) for half, embedding in enumerate(embeddings)]
     found, gains = [], []
     for half, model in enumerate(fitted):
@@ -126,12 +217,14 @@ def fit_on_images(
     found = [replace(own, gain=before.gain) for own, before in zip(found, embeddings, strict=True)]
     models, cells = [], []
     for half, model in enumerate(fitted):
-        cells.append(gathered(run, half, found[half], window))
+        cells.append(gathered(run, half, found[half], window, fine=True))
         models.append(without_residual(model.decoder.cpu(), found[half], run.stack.grid))
-    value = sum(gain.value for gain in gains) / 2
-    error = sum(gain.error**2 for gain in gains) ** 0.5 / 2
-    run.log.line(f"gain of the states on the other half: {value:.2f} ± {error:.2f} nats per image over their mean")
-    return replace(_together(run, models, cells, (found[0], found[1])), image_gain=(value, error))
+    kernels = [_kernel(own) for own in found]
+    return _together(run, models, cells, kernels, (found[0], found[1]), (gains[0], gains[1]))
+
+
+def _kernel(embedding: Embedding) -> Float[Tensor, "m m"]:
+    return overlap(embedding.membership).float() ** _KERNEL
 
 
 def engine_of(config: HeterogeneityConfig) -> str:
@@ -216,17 +309,24 @@ def _saved(run: Run[HeterogeneityConfig], name: str) -> State[Conformations] | N
 
 
 def _together(
-    run: Run[HeterogeneityConfig], models: list[HalfModel], cells: list[Cells], embeddings: tuple[Embedding, Embedding]
+    run: Run[HeterogeneityConfig],
+    models: list[HalfModel],
+    cells: list[Cells],
+    kernels: list[Tensor],
+    embeddings: tuple[Embedding, Embedding],
+    gains: tuple[Gain, Gain],
 ) -> StatesFitted:
     """Both halves in the latents of the run; their models are written."""
     framed = [in_frame(model, frame) for model, frame in zip(models, frames(*embeddings), strict=True)]
     for half, model in enumerate(framed):
         model.save(run.folder / half_model_name(half + 1))
-    kernels = [kernel_of(embedding.membership) for embedding in embeddings]
+    gain = Gain(sum(own.value for own in gains) / 2, sum(own.error**2 for own in gains) ** 0.5 / 2)
+    run.log.line(f"gain of the states: {gain.value:.2f} ± {gain.error:.2f} nats per image of the other half")
     return StatesFitted(
         (framed[0], framed[1]),
         (cells[0], cells[1]),
-        (kernels[0], kernels[1]),
         embeddings,
         latents_of_run(*embeddings),
+        (kernels[0], kernels[1]),
+        gain,
     )

@@ -106,9 +106,14 @@ def statistics_name(fit: str, part: int | str = "") -> str:
     return f"run_{fit}_statistics{part}.safetensors"
 
 
-def cells_name(half: int) -> str:
-    """The sums of all cells of a half-set."""
-    return f"cells_half{half}.safetensors"
+def cells_name(half: int, fine: bool = False) -> str:
+    """The sums of all cells of a half-set: of those of the linear stage, or of those of a decoder."""
+    return f"{'fine_' if fine else ''}cells_half{half}.safetensors"
+
+
+def coarse_model_name(half: int) -> str:
+    """The model of a half-set before its particles were placed anew."""
+    return f"coarse_half{half}.safetensors"
 
 
 def half_model_name(half: int) -> str:

@@ -1,0 +1,98 @@
+"""States that `emsplat heterogeneity` finds in simulated particles, scored against the truth.
+
+    python benchmarks/heterogeneity_data.py MODELS DATA
+    python benchmarks/bench_heterogeneity.py DATA OUTPUT [SET ...]
+
+For each set: what was found, CryoBench's scores (AUC per conformation) and the same where the molecule moves, each
+beside the consensus; the processor time of the whole command and its memory. ``--recipe cryospire`` runs the paper's
+engine on the same images beside the default. A rival that was run elsewhere is scored from its folder (``--rival
+NAME=FOLDER``): maps 000.mrc, 001.mrc, ... in the order of the true states. Null sets have nothing to score: what
+counts is that nothing is found. Results go to results/heterogeneity.json.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from common import save
+
+SETS = ("igg", "igg5", "assembly", "rl", "spike", "adk", "mixture", "grey", "null", "null_pose", "null_noise")
+
+
+def measured(*arguments):
+    """A whole command: processor seconds and peak memory (MB) of it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([sys.executable, "-m", "emsplat", *map(str, arguments)], check=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def scores(table):
+    """Means over states of what score-states has written."""
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ("auc", "moving", "consensus_auc", "consensus_moving")
+    columns = {name: [float(row[name]) for row in rows if row.get(name)] for name in names}
+    means = {name: sum(values) / len(values) for name, values in columns.items() if values}
+    spread = columns["auc"]
+    means["auc_spread"] = (sum((value - means["auc"]) ** 2 for value in spread) / len(spread)) ** 0.5
+    means["auc_lowest"] = min(spread)
+    return {name: round(value, 4) for name, value in means.items()}
+
+
+def run(data, output, name, recipe, options):
+    folder = output / f"{name}_{recipe}"
+    seconds = measured(
+        "heterogeneity", data / name / "particles.star", "-o", folder, "--overwrite", "--recipe", recipe, *options
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    own = summary["heterogeneity"]
+    row = {
+        "set": name,
+        "engine": recipe,
+        "particles": summary["input"]["particles"],
+        "cpu_seconds": round(seconds),
+        "peak_memory_mb": summary["peak_memory_mb"],
+        **{key: own[key] for key in ("found", "gain", "gain_error", "components", "points")},
+        **{key: own[key] for key in ("states_gain", "states_gain_error") if key in own},
+    }
+    if own["found"] and not name.startswith("null"):
+        partial = ["--partial"] if "--first" in options else []
+        measured("score-states", folder, "--truth", data / name, "--images", "0", *partial)
+        row |= scores(folder / "scores.csv")
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("sets", nargs="*", default=SETS)
+    parser.add_argument("--recipe", action="append", default=[])
+    parser.add_argument("--first", type=int)
+    parser.add_argument("--rival", action="append", default=[], metavar="NAME=FOLDER")
+    given = parser.parse_args()
+    options = [] if given.first is None else ["--first", given.first]
+    rows = []
+    for name in given.sets:
+        for recipe in ("default", *given.recipe):
+            rows.append(run(given.data, given.output, name, recipe, options))
+            print(rows[-1], flush=True)
+        for rival in given.rival:
+            engine, _, folder = rival.partition("=")
+            scored = given.output / f"{name}_{engine}"
+            scored.mkdir(parents=True, exist_ok=True)
+            measured("score-states", folder, "--truth", given.data / name, "--images", "0", "-o", scored)
+            rows.append({"set": name, "engine": engine, **scores(scored / "scores.csv")})
+            print(rows[-1], flush=True)
+    save("heterogeneity", rows)
+
+
+if __name__ == "__main__":
+    main()
