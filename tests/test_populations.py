@@ -36,7 +36,10 @@ def weighed():
     pairs = ((latents[0], latents[1]), (latents[0], latents[1]))
     clouds = smooth((densities[0], densities[1]), pairs, (image, image), 0)
     counts = torch.split(resampled(2 * VIEWS, 0), VIEWS)
-    drawn = [bootstrap(cloud, own, count) for cloud, own, count in zip(clouds, latents, counts, strict=True)]
+    drawn = [
+        bootstrap(cloud.weight, cloud.likelihood(own), count)
+        for cloud, own, count in zip(clouds, latents, counts, strict=True)
+    ]
     members = [cloud.membership(own) for cloud, own in zip(clouds, latents, strict=True)]
     return Weighed(clouds, (drawn[0], drawn[1]), (members[0], members[1])), latents
 
@@ -104,8 +107,9 @@ def test_errors_grow_where_micrographs_differ():
     state = torch.rand(20, generator=generator) < 0.5
     latents = seen(torch.where(state[unit][:, None], 3.0, -3.0).double(), generator)
     cloud = Cloud(torch.tensor([[-3.0], [3.0]]).double(), torch.tensor([0.5, 0.5]).double(), torch.zeros(1, 1).double())
-    by_image = bootstrap(cloud, latents, resampled(1000, 0)).std(1)
-    by_micrograph = bootstrap(cloud, latents, resampled(20, 0)[unit]).std(1)
+    likely = cloud.likelihood(latents)
+    by_image = bootstrap(cloud.weight, likely, resampled(1000, 0)).std(1)
+    by_micrograph = bootstrap(cloud.weight, likely, resampled(20, 0)[unit]).std(1)
     assert float(by_micrograph[0] / by_image[0]) == pytest.approx(50**0.5, rel=0.3)
 
 

@@ -46,6 +46,11 @@ class Cloud:
         parts = [self._block(latents, slice(i, i + rows))[0] for i in range(0, len(latents), rows)]
         return torch.cat(parts)
 
+    def likelihood(self, latents: Latents) -> Float[Tensor, "v m"]:
+        """The same without its logarithm, over the largest of each view."""
+        likely = self.log_likelihood(latents)
+        return torch.exp(likely - likely.max(1, keepdim=True).values)
+
     def _block(self, latents: Latents, rows: slice) -> tuple[Float[Tensor, "v m"], Float[Tensor, "v m q"]]:
         """The same of some views, and where each point puts their latents."""
         linear, quadratic = latents.linear[rows], latents.quadratic[rows]
@@ -82,8 +87,7 @@ class Cloud:
 
     def weighted(self, latents: Latents, steps: int = 5 * _STEPS) -> Cloud:
         """The weights that make these views likeliest; the points stay."""
-        likely = self.log_likelihood(latents)
-        likely = torch.exp(likely - likely.max(1, keepdim=True).values)
+        likely = self.likelihood(latents)
         weight = torch.full_like(self.weight, 1 / len(self.weight))
         for _ in range(steps):
             weight = weight * (likely.T @ (1 / (likely @ weight).clamp(min=1e-300))) / len(likely)
@@ -150,18 +154,20 @@ def resampled(units: int, seed: int, draws: int = DRAWS) -> Int[Tensor, "u d"]:
     return torch.from_numpy(drawn.T.astype(np.int16))
 
 
-def bootstrap(cloud: Cloud, latents: Latents, counts: Int[Tensor, "v d"]) -> Float[Tensor, "m d"]:
-    """The weights of the points when each view counts so often, likeliest anew in each draw."""
-    likely = cloud.log_likelihood(latents)
-    likely = torch.exp(likely - likely.max(1, keepdim=True).values)
+def bootstrap(
+    weight: Float[Tensor, " m"], likely: Float[Tensor, "v m"], counts: Int[Tensor, "v d"]
+) -> Float[Tensor, "m d"]:
+    """The weights of points when each view counts so often, likeliest anew in each draw. ``likely`` is how likely each
+    point makes each view, in any unit of the view."""
+    likely = likely / likely.max(1, keepdim=True).values.clamp(min=1e-300)
     drawn = []
     for some in torch.split(counts, _DRAWN, 1):
         count = some.to(likely)
-        weight = cloud.weight[:, None].expand(-1, count.shape[1])
+        own = weight[:, None].expand(-1, count.shape[1])
         for _ in range(_STEPS):
-            weight = weight * (likely.T @ (count / (likely @ weight).clamp(min=1e-300)))
-            weight = weight / weight.sum(0)
-        drawn.append(weight)
+            own = own * (likely.T @ (count / (likely @ own).clamp(min=1e-300)))
+            own = own / own.sum(0)
+        drawn.append(own)
     return torch.cat(drawn, 1)
 
 

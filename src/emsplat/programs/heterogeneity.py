@@ -281,8 +281,6 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     nearest = torch.cdist(whole, latents).argmin(1) if classes is None else classes
     found = searched.found if engine_of(run.config) == "cells" else None
     shared = populations(stack, fitted.embeddings, found, latents, classes is not None, seed)
-    if classes is not None:
-        nearest = shared.membership.argmax(1)  # as likely as each half's own images say
     views = _views(run, searched, fitted, nearest, classes is not None, shared.membership)
     _write_latents(run, views)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from emsplat.heterogeneity.entanglement import (
     remedy,
     scaling,
 )
+from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.populations import (
     Cloud,
     FreeEnergy,
@@ -68,36 +69,62 @@ def populations(
     crisp: bool,
     seed: int,
 ) -> Populations:
-    """``states`` are latents of half 1. Where nothing but latents is known of the images (``found`` None), they are
-    counted; no landscape follows."""
+    """``states`` are latents of half 1. Without ``found``, what the linear stage says of the images, there is no
+    landscape."""
     order = stack.symmetry.order
     rows = [stack.only(half).rows.repeat_interleave(order) for half in (1, 2)]
-    image = [torch.arange(len(own)) // order for own in rows]
     unit, said = _units(stack, torch.cat(rows))
     counts = torch.split(resampled(int(unit.max()) + 1, seed)[unit], [len(part) for part in rows])
-    if found is None:
-        own = [_points(embedding.density.point, embedding.density.weight) for embedding in embeddings]
-        members = [embedding.membership for embedding in embeddings]
-        drawn = [member.T @ count.to(member) / count.sum(0) for member, count in zip(members, counts, strict=True)]
+    back = to_first(*embeddings)
+    points = [_points(own.density.point, own.density.weight) for own in embeddings]
+    placed = [points[0], points[1].within(back)]
+    members = [own.membership for own in embeddings]
+    smoothed = None
+    if found is not None and not crisp:
+        image = [torch.arange(len(own)) // order for own in rows]
+        smoothed = _smoothed(found, back, (image[0], image[1]), counts, seed)
+        # Points stand for what lies about them.
+        placed = [replace(own, root=wide.root) for own, wide in zip(placed, smoothed.clouds, strict=True)]
+    nearest = [cloud.shares(states, torch.Generator().manual_seed(seed)) for cloud in placed]
+    membership = torch.cat([member @ share for member, share in zip(members, nearest, strict=True)])
+    if found is None or not crisp:
+        drawn = [
+            bootstrap(cloud.weight, member / cloud.weight, count)
+            for cloud, member, count in zip(points, members, counts, strict=True)
+        ]
+        weighed = Weighed((placed[0], placed[1]), (drawn[0], drawn[1]), (members[0], members[1]))
     else:
-        latents = [found.latents[half][half] for half in (0, 1)]
-        if crisp:  # the states themselves, as each half sees them
-            weight = torch.ones(len(states), dtype=states.dtype)
-            points = [_points(frame(states), weight) for frame in frames(*embeddings)]
-            own = [cloud.weighted(seen) for cloud, seen in zip(points, latents, strict=True)]
-        else:
-            own = list(smooth(found.densities, found.latents, (image[0], image[1]), seed))
-        members = [cloud.membership(seen) for cloud, seen in zip(own, latents, strict=True)]
-        drawn = [bootstrap(*three) for three in zip(own, latents, counts, strict=True)]
-    if found is not None and crisp:
-        clouds = [_points(states, cloud.weight) for cloud in own]
-    else:
-        clouds = [own[0], own[1].within(to_first(*embeddings))]
-    shares = [cloud.shares(states, torch.Generator().manual_seed(seed)) for cloud in clouds]
-    membership = [member @ share for member, share in zip(members, shares, strict=True)]
-    weighed = Weighed((clouds[0], clouds[1]), (drawn[0], drawn[1]), (members[0], members[1]))
-    profiles, plane = ([], None) if found is None or crisp else _landscape(weighed)
-    return Populations(weighed, weighed.shares(states, seed), torch.cat(membership), said, profiles, plane)
+        weighed = _of_states(found, frames(*embeddings), states, counts)
+    profiles, plane = ([], None) if smoothed is None else _landscape(smoothed)
+    return Populations(weighed, weighed.shares(states, seed), membership, said, profiles, plane)
+
+
+_Counts = Sequence[Int[Tensor, "v d"]]  # of the views of each half, how often they are drawn
+
+
+def _of_states(found: Found, to_halves: tuple[Frame, Frame], states: Float[Tensor, "s q"], counts: _Counts) -> Weighed:
+    """The weights of the states themselves, as the linear stage of each half sees them."""
+    clouds, drawn, members = [], [], []
+    for half, frame in enumerate(to_halves):
+        latents = found.latents[half][half]
+        cloud = _points(frame(states), torch.ones(len(states), dtype=states.dtype)).weighted(latents)
+        clouds.append(_points(states, cloud.weight))
+        drawn.append(bootstrap(cloud.weight, cloud.likelihood(latents), counts[half]))
+        members.append(cloud.membership(latents))
+    return Weighed((clouds[0], clouds[1]), (drawn[0], drawn[1]), (members[0], members[1]))
+
+
+def _smoothed(
+    found: Found, back: Frame, image: tuple[Int[Tensor, " v"], Int[Tensor, " w"]], counts: _Counts, seed: int
+) -> Weighed:
+    """The density with a width, as the linear stage of each half sees it."""
+    clouds, drawn, members = [], [], []
+    for half, cloud in enumerate(smooth(found.densities, found.latents, image, seed)):
+        latents = found.latents[half][half]
+        clouds.append(cloud if half == 0 else cloud.within(back))
+        drawn.append(bootstrap(cloud.weight, cloud.likelihood(latents), counts[half]))
+        members.append(cloud.membership(latents))
+    return Weighed((clouds[0], clouds[1]), (drawn[0], drawn[1]), (members[0], members[1]))
 
 
 def _points(point: Float[Tensor, "m q"], weight: Float[Tensor, " m"]) -> Cloud:
