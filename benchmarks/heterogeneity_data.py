@@ -37,13 +37,14 @@ RECIPE = {
 }
 FAB = "(chain H and resid 1-213) or chain L"
 HINGE = ("213", "244")
-# Places of the 50S subunit: the central protuberance (5S rRNA, L5, L18); the stalk of L1 with L9; the base of the
-# stalk of L7/L12 (L11 and its RNA), without which L6, L36 and L14 may be missing too.
+# Places of the 50S subunit: the central protuberance (5S rRNA, L5, L18) with the helices of 23S rRNA below it; the
+# stalk of L1 with L9; the base of the stalk of L7/L12 (L11 and its RNA), without which L6, L36, L14 and helices of
+# domain V may be missing too.
 BLOCKS = (
-    "chain RA EB VA",
-    "chain XA or (chain QA and resid 2093-2196)",
-    "chain YA or (chain QA and resid 1030-1124)",
-    "chain WA UB AB",
+    "chain RA EB VA or (chain QA and resid 890-960) or (chain QA and resid 2250-2420)",
+    "chain XA or (chain QA and resid 1830-1890) or (chain QA and resid 2093-2220)",
+    "chain YA or (chain QA and resid 1010-1150) or (chain QA and resid 2460-2500)",
+    "chain WA UB AB or (chain QA and resid 2630-2800)",
 )
 LACKING = ("none", "1", "2", "1+2", "3", "1+3", "2+3", "1+2+3", "3+4", "1+3+4", "2+3+4", "1+2+3+4")
 
