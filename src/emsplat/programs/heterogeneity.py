@@ -351,6 +351,11 @@ def _correct(
     for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs")):
         corrected, uncorrected = (_spacing(about.get(kind + name)) for kind in ("", "plain_"))
         log.line(f"  consensus in state {reference + 1}, {where}: {corrected}; without correction {uncorrected}")
+    if (about.get("resolution") or math.inf) > (about.get("plain_resolution") or math.inf):
+        log.warn(
+            "taking back the motions of rigid parts makes the consensus worse: the model moves by bending or by changes of "
+            "density; use the plain consensus"
+        )
     return about
 
 
