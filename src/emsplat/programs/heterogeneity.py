@@ -353,8 +353,8 @@ def _correct(
         log.line(f"  consensus in state {reference + 1}, {where}: {corrected}; without correction {uncorrected}")
     if (about.get("resolution") or math.inf) > (about.get("plain_resolution") or math.inf):
         log.warn(
-            "taking back the motions of rigid parts makes the consensus worse: the model moves by bending or by changes of "
-            "density; use the plain consensus"
+            "taking back the motions of rigid parts makes the consensus worse: the model moves by bending or by "
+            "changes of density; use the plain consensus"
         )
     return about
 
