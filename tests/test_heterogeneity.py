@@ -236,6 +236,19 @@ def test_the_report_of_a_run_with_states(run):
     assert (folder / "states.png").stat().st_size > 10000
 
 
+@pytest.mark.report
+def test_the_report_of_a_run_without_states(tmp_path):
+    gains = [{"value": 0.0, "error": 0.0}, {"value": -0.2, "error": 0.1}]
+    found = {"found": False, "gain": 0.0, "gain_error": 0.01, "components": 0, "points": 0, "gain_by_components": gains}
+    (tmp_path / "summary.json").write_text(json.dumps({"heterogeneity": found | {"gain_by_points": {}}}))
+    (tmp_path / "config.toml").write_text("")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "No heterogeneity that these images support" in page
+    assert "Not shown" not in page
+    for absent in ('id="states"', 'id="landscape"', 'id="follows"', 'id="parts"'):
+        assert absent not in page
+
+
 def test_selected_particles(run, particles, tmp_path, capsys):
     folder, _ = run
     latents = read_columns(folder / "latents.csv", ["row", "half", "z1"])
