@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,9 +69,18 @@ def _used_stacks(table: ParticleTable) -> list[Path]:
     return [table.stacks[number] for number in torch.unique(table.stack).tolist()]
 
 
-def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool = False) -> None:
+def write_used(
+    table: ParticleTable,
+    target: Path,
+    half: Tensor | None,
+    *,
+    new_images: bool = False,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """The particles of a table as a STAR file: of one STAR file with all its columns, of several with those that they
     share, else with what was read.
+
+    ``more`` are further columns (without "rln"), or others in the place of the source's, one text per particle.
 
     With ``new_images`` the images are others than those of the source, beside the target, and so are their origins and
     the optics groups' boxes and pixel sizes.
@@ -82,10 +91,10 @@ def write_used(table: ParticleTable, target: Path, half: Tensor | None, *, new_i
     """
     stars = all(is_star(path) for path in table.sources)
     if len(table.sources) > 1 or not stars:
-        more = common_columns(table) if stars else columns_kept(table)[0]
-        write_table(target, table, half, target.parent if new_images else None, more)
+        kept = common_columns(table) if stars else columns_kept(table)[0]
+        write_table(target, table, half, target.parent if new_images else None, {**kept, **(more or {})})
     else:
-        rewrite_table(table, target, half, new_images=new_images)
+        rewrite_table(table, target, half, new_images=new_images, more=more)
 
 
 def columns_kept(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:

@@ -40,6 +40,19 @@ def rewrite_star(
     _rewrite(read_star_file(source), target, rows, half, columns or {}, optics or {})
 
 
+def split_star(source: Path, parts: Mapping[Path, Tensor]) -> None:
+    """Rows of the particle table of a STAR file as STAR files of their own, with its other tables. They lie where its
+    image names lead to the same stacks.
+
+    Raises:
+        InputError: the source is no longer readable.
+        OutputError: a target cannot be written.
+    """
+    file = read_star_file(source)
+    for target, rows in parts.items():
+        _rewrite(file, target, rows, None, {}, {})
+
+
 def _rewrite(
     file: StarFile,
     target: Path,
@@ -72,12 +85,20 @@ def _named(columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str] | Wo
     return {f"_rln{name}": texts for name, texts in columns.items()}
 
 
-def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, new_images: bool) -> None:
+def rewrite_table(
+    table: ParticleTable,
+    target: Path,
+    half: Tensor | None,
+    *,
+    new_images: bool,
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
 
     What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. Image names stay
     where they lead to the same stacks from ``target`` too, else they become absolute. With ``new_images``, which lie
-    beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
+    beside ``target``, image names, origins, boxes and pixel sizes are those of the table. ``more`` are further columns
+    (without "rln"), or others in the place of the source's.
 
     Raises:
         InputError: the source is no longer readable.
@@ -126,7 +147,7 @@ def rewrite_table(table: ParticleTable, target: Path, half: Tensor | None, *, ne
             columns[f"Origin{axis}Angst"] = origins
             if new_images and particles.has(f"Origin{axis}PriorAngst"):
                 columns[f"Origin{axis}PriorAngst"] = origins
-    _rewrite(file, target, table.row, half, columns, groups)
+    _rewrite(file, target, table.row, half, {**columns, **(more or {})}, groups)
 
 
 def _kept_names(target: Path, table: ParticleTable, written: Sequence[str]) -> list[str]:
