@@ -99,7 +99,7 @@ def populations(
     return Populations(weighed, weighed.shares(states, seed), membership, said, profiles, plane)
 
 
-_Counts = Sequence[Int[Tensor, "v d"]]  # of the views of each half, how often they are drawn
+_Counts = Sequence[Int[Tensor, "_ d"]]  # of the views of each half, how often they are drawn
 
 
 def _of_states(found: Found, to_halves: tuple[Frame, Frame], states: Float[Tensor, "s q"], counts: _Counts) -> Weighed:
