@@ -479,6 +479,242 @@ nb::ndarray<nb::numpy, std::complex<float>, nb::ndim<3>, nb::c_contig> view_slic
     return adopt<std::complex<float>, 3>(std::move(out), shape);
 }
 
+using Numbers2 = nb::ndarray<const int, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using HalfSpaceValues = nb::ndarray<const std::complex<float>, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+constexpr int PLACE = 5;  // unknowns of a pose: turns about x, y, z of the image, shifts along x, y
+
+// Solves a symmetric positive system in place of its right side; false where it is not positive.
+bool solve(const double* matrix, double* side) {
+    double root[PLACE][PLACE];
+    for (int i = 0; i < PLACE; ++i)
+        for (int j = 0; j <= i; ++j) {
+            double sum = matrix[i * PLACE + j];
+            for (int k = 0; k < j; ++k) sum -= root[i][k] * root[j][k];
+            if (i != j) {
+                root[i][j] = sum / root[j][j];
+            } else {
+                if (!(sum > 0)) return false;
+                root[i][i] = std::sqrt(sum);
+            }
+        }
+    for (int i = 0; i < PLACE; ++i) {
+        for (int k = 0; k < i; ++k) side[i] -= root[i][k] * side[k];
+        side[i] /= root[i][i];
+    }
+    for (int i = PLACE - 1; i >= 0; --i) {
+        for (int k = i + 1; k < PLACE; ++k) side[i] -= root[k][i] * side[k];
+        side[i] /= root[i][i];
+    }
+    return true;
+}
+
+// exp([w]x) A.
+void turned(const double* w, const double* a, double* out) {
+    const double angle = std::sqrt(w[0] * w[0] + w[1] * w[1] + w[2] * w[2]);
+    const double s = angle > 1e-8 ? std::sin(angle) / angle : 1.0;
+    const double c = angle > 1e-8 ? (1 - std::cos(angle)) / (angle * angle) : 0.5;
+    const double cross[3][3] = {{0, -w[2], w[1]}, {w[2], 0, -w[0]}, {-w[1], w[0], 0}};
+    for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 3; ++j) {
+            double sum = a[3 * i + j];
+            for (int k = 0; k < 3; ++k) {
+                double twice = 0;
+                for (int l = 0; l < 3; ++l) twice += cross[i][l] * cross[l][k];
+                sum += (s * cross[i][k] + c * twice) * a[3 * k + j];
+            }
+            out[3 * i + j] = sum;
+        }
+}
+
+// The rotation vector of A Bᵀ, |w| <= pi.
+void between(const double* a, const double* b, double* w) {
+    double r[3][3];
+    for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 3; ++j) r[i][j] = a[3 * i] * b[3 * j] + a[3 * i + 1] * b[3 * j + 1] + a[3 * i + 2] * b[3 * j + 2];
+    w[0] = r[2][1] - r[1][2], w[1] = r[0][2] - r[2][0], w[2] = r[1][0] - r[0][1];
+    const double sine = 0.5 * std::sqrt(w[0] * w[0] + w[1] * w[1] + w[2] * w[2]);
+    const double angle = std::atan2(sine, 0.5 * (r[0][0] + r[1][1] + r[2][2] - 1));
+    const double factor = sine > 1e-9 ? 0.5 * angle / sine : 0.5;
+    for (int k = 0; k < 3; ++k) w[k] *= factor;
+}
+
+// One image and one pose of it, on the way downhill.
+class Placing {
+public:
+    Placing(const Sight& seen, const Volume& volume, const double* given, double turn_precision, double shift_precision)
+        : seen_(seen), volume_(volume), given_(given), precision_{turn_precision, shift_precision},
+          columns_(size_t(PLACE_COLUMNS) * 2 * seen.points), phase_(2 * size_t(3 * seen.reach + 2)) {}
+
+    struct State {
+        double rotation[9], move[2], offset[2];  // offset: from where the prior has the shift
+        double gain;                             // log p(y | pose) - log p(y | nothing)
+        double power;                            // of the model
+        double cost;                             // of the prior, less the gain
+        double hessian[PLACE * PLACE], slope[PLACE], pull[PLACE];
+    };
+
+    void look(State& at) {
+        fill_phases(at.move);
+        float rotation[9];
+        std::copy_n(at.rotation, 9, rotation);
+        const size_t stride = 2 * size_t(seen_.points);
+        chosen->pose_columns(seen_, volume_, rotation, phase_.data(), columns_.data(), stride);
+        float product[PLACE_COLUMNS * PLACE_COLUMNS];
+        chosen->multiply(columns_.data(), stride, PLACE_COLUMNS, seen_.points, product);
+        at.power = double(product[PLACE_COLUMNS + 1]);
+        at.gain = 2 * double(product[1]) - at.power;
+        double away[3];
+        between(at.rotation, given_, away);
+        at.cost = -at.gain;
+        for (int i = 0; i < PLACE; ++i) {
+            const double distance = i < 3 ? away[i] : at.offset[i - 3], strength = precision_[i < 3 ? 0 : 1];
+            at.cost += strength * distance * distance;
+            at.pull[i] = strength * distance;
+            at.slope[i] = double(product[i + 2]) - double(product[PLACE_COLUMNS + i + 2]);
+            for (int j = 0; j < PLACE; ++j)
+                at.hessian[i * PLACE + j] = product[(i + 2) * PLACE_COLUMNS + j + 2];
+        }
+    }
+
+    // Levenberg's steps from a pose that was looked at; how often the image was compared.
+    int descend(State& at, int most, double enough, double longest) {
+        double damping = 1e-3;
+        int looks = 1;
+        for (State next = at; looks <= most;) {
+            double matrix[PLACE * PLACE], step[PLACE], expected = 0;
+            std::copy_n(at.hessian, PLACE * PLACE, matrix);
+            for (int i = 0; i < PLACE; ++i) {
+                matrix[i * PLACE + i] += precision_[i < 3 ? 0 : 1];
+                matrix[i * PLACE + i] *= 1 + damping;
+                matrix[i * PLACE + i] += 1e-12;
+                step[i] = at.slope[i] - at.pull[i];
+            }
+            if (!solve(matrix, step)) break;
+            for (int i = 0; i < PLACE; ++i) expected += step[i] * (at.slope[i] - at.pull[i]);
+            if (!(expected > enough)) break;
+            const double turn = std::sqrt(step[0] * step[0] + step[1] * step[1] + step[2] * step[2]);
+            if (turn > longest)
+                for (double& part : step) part *= longest / turn;
+            turned(step, at.rotation, next.rotation);
+            for (int k = 0; k < 2; ++k) {
+                next.move[k] = at.move[k] + step[3 + k];
+                next.offset[k] = at.offset[k] + step[3 + k];
+            }
+            look(next);
+            ++looks;
+            if (next.cost < at.cost) {
+                at = next;
+                damping = std::max(damping / 5, 1e-6);
+            } else {
+                damping *= 8;
+                if (damping > 1e6) break;
+            }
+        }
+        return looks;
+    }
+
+private:
+    void fill_phases(const double* move) {
+        const int reach = seen_.reach;
+        for (int k = 0; k <= reach; ++k) set_phase(size_t(k), -move[0] * k);
+        for (int k = -reach; k <= reach; ++k) set_phase(size_t(2 * reach + 1 + k), -move[1] * k);
+    }
+    void set_phase(size_t place, double angle) {
+        phase_[2 * place] = float(std::cos(angle)), phase_[2 * place + 1] = float(std::sin(angle));
+    }
+
+    const Sight& seen_;
+    const Volume& volume_;
+    const double* given_;
+    double precision_[2];
+    std::vector<float> columns_, phase_;
+};
+
+// What a search found of each view (PLACED numbers): rotation (9), move of the shift (2), Hessian of the data alone
+// (25), gain at the start and at the end, how often the image was compared, power of the model at the end.
+constexpr int PLACED = 40;
+
+// Poses of views by Levenberg's method from `rotation` and `move`, a shift of the model; the prior lies at `given` and at a
+// shift `offset` before the start, its precisions are 1 / (2 variance). Shifts are in units of the image's box over 2 pi.
+Result<double, 2> place_views(HalfSpaceValues space, Values values, Array2<float> transfer, Numbers2 point,
+                              Array3<float> magnification, Numbers1 image, Array3<double> rotation,
+                              Array3<double> given, Array2<double> move, Array2<double> offset, Array2<float> polynomials,
+                              double step, std::pair<double, double> precision, int most, double enough, double longest,
+                              int threads) {
+    const size_t views = image.shape(0), images = values.shape(0), stride = values.shape(1), points = point.shape(0);
+    const Volume volume{reinterpret_cast<const float*>(space.data()), (int(space.shape(0)) - 3) / 2};
+    auto square = [](const auto& a, size_t count, size_t size) {
+        return a.shape(0) == count && a.shape(1) == size && a.shape(2) == size;
+    };
+    if (int(space.shape(0)) != volume.side() || int(space.shape(1)) != volume.side() ||
+        int(space.shape(2)) != volume.width() || transfer.shape(0) != images || transfer.shape(1) != stride ||
+        points > stride || point.shape(1) != 2 || !square(magnification, images, 2) || !square(rotation, views, 3) ||
+        !square(given, views, 3) || offset.shape(0) != views || offset.shape(1) != 2 || move.shape(0) != views || move.shape(1) != 2 ||
+        polynomials.shape(0) != DEGREE + 1 || polynomials.shape(1) != TAPS)
+        throw std::invalid_argument("expected a half space (s, s, (s + 3) / 2), values and transfer (i, s), point (k, 2), "
+                                    "magnification (i, 2, 2), rotation and given (v, 3, 3), move and offset (v, 2)");
+    int reach = 0;
+    float furthest = 0, stretch = 0;
+    for (size_t p = 0; p < points; ++p) {
+        const int kx = point.data()[2 * p], ky = point.data()[2 * p + 1];
+        if (kx < 0) throw std::invalid_argument("a point beyond the half plane");
+        reach = std::max({reach, kx, std::abs(ky)});
+        furthest = std::max(furthest, float(kx) * kx + float(ky) * ky);
+    }
+    bool finite = true;
+    for (size_t i = 0; i < images; ++i) {
+        const float* m = magnification.data() + 4 * i;
+        const float xx = m[0] * m[0] + m[2] * m[2], yy = m[1] * m[1] + m[3] * m[3], xy = m[0] * m[1] + m[2] * m[3];
+        stretch = std::max(stretch, (xx + yy) / 2 + std::sqrt((xx - yy) * (xx - yy) / 4 + xy * xy));
+        finite = finite && xx + yy < 1e6f;
+    }
+    for (size_t v = 0; v < views; ++v) {
+        if (image.data()[v] < 0 || size_t(image.data()[v]) >= images)
+            throw std::invalid_argument("a view of an image that there is not");
+        for (size_t k = 0; k < 9; ++k) finite = finite && std::abs(rotation.data()[9 * v + k]) < 1.001;
+    }
+    // A hair more than a rotation may carry a frequency beyond the grid by rounding.
+    if (!finite || !(furthest * stretch * float(step * step) * 1.001f <= float(volume.reach) * float(volume.reach)))
+        throw std::invalid_argument("a view reaches beyond the half space");
+    // Derivatives of polynomials beside them, in rows that are whole vectors.
+    alignas(32) float weights[DEGREE + 1][2 * TAPS] = {};
+    for (int power = 0; power <= DEGREE; ++power)
+        for (int tap = 0; tap < TAPS; ++tap) {
+            const float coefficient = polynomials.data()[power * TAPS + tap];
+            weights[power][tap] = coefficient;
+            if (power < DEGREE) weights[power + 1][TAPS + tap] = float(DEGREE - power) * coefficient;
+        }
+    auto out = numbers<double>(views * PLACED);
+    {
+        nb::gil_scoped_release unlocked;
+        const int chunk = 8;
+        share((int(views) + chunk - 1) / chunk, threads, [&](int task) {
+            for (size_t v = size_t(task) * chunk; v < std::min(size_t(task + 1) * chunk, views); ++v) {
+                const size_t i = size_t(image.data()[v]);
+                const Sight seen{reinterpret_cast<const float*>(values.data()) + 2 * i * stride,
+                                 transfer.data() + i * stride, point.data(), magnification.data() + 4 * i,
+                                 weights[0], float(step), int(points), reach};
+                Placing placing(seen, volume, given.data() + 9 * v, precision.first, precision.second);
+                Placing::State at{};
+                std::copy_n(rotation.data() + 9 * v, 9, at.rotation);
+                std::copy_n(move.data() + 2 * v, 2, at.move);
+                std::copy_n(offset.data() + 2 * v, 2, at.offset);
+                placing.look(at);
+                const double before = at.gain;
+                const int looks = placing.descend(at, most, enough, longest);
+                double* row = out->data() + v * PLACED;
+                std::copy_n(at.rotation, 9, row);
+                std::copy_n(at.move, 2, row + 9);
+                std::copy_n(at.hessian, PLACE * PLACE, row + 11);
+                row[36] = before, row[37] = at.gain, row[38] = looks, row[39] = at.power;
+            }
+        });
+    }
+    const size_t shape[2] = {views, size_t(PLACED)};
+    return adopt<double, 2>(std::move(out), shape);
+}
+
 // Adds all views to a field, in place, with factors for each view (InstructionSet::spread).
 void insert_views(Voxels data, int means, Array2<float> moments, Values values, Array2<float> transfer,
                   Array2<float> frequency, Numbers1 image, Array3<float> rotation, Array2<float> polynomials,
@@ -525,6 +761,9 @@ NB_MODULE(_native, m) {
           "frequency"_a, "image"_a, "rotation"_a, "polynomials"_a, "threads"_a);
     m.def("view_slices", &view_slices, "field"_a, "channels"_a, "frequency"_a, "rotation"_a, "polynomials"_a,
           "threads"_a);
+    m.def("place_views", &place_views, "space"_a, "values"_a, "transfer"_a, "point"_a, "magnification"_a, "image"_a,
+          "rotation"_a, "given"_a, "move"_a, "offset"_a, "polynomials"_a, "step"_a, "precision"_a, "most"_a, "enough"_a,
+          "longest"_a, "threads"_a);
     m.def("insert_views", &insert_views, "field"_a, "means"_a, "moments"_a, "values"_a, "transfer"_a, "frequency"_a,
           "image"_a, "rotation"_a, "polynomials"_a, "threads"_a);
     m.def("instruction_sets", [] {

@@ -96,6 +96,29 @@ struct Field {
     int width() const { return reach + 3; }
 };
 
+// One half space of complex numbers, laid out as HalfSpace.
+struct Volume {
+    const float* data;  // interleaved
+    int reach;
+
+    int side() const { return 2 * reach + 3; }
+    int width() const { return reach + 3; }
+};
+
+// An image about to be compared with slices of a volume: coefficients in units of their noise, as in Coefficients.
+struct Sight {
+    const float* value;          // complex, interleaved
+    const float* transfer;
+    const int* point;            // kx >= 0 and ky of each, in cycles per image
+    const float* magnification;  // 2 x 2
+    const float* polynomials;    // DEGREE + 1 rows: TAPS coefficients as in Slices, then those of their derivatives;
+                                 // aligned to whole rows
+    float step;                  // voxels of the volume per cycle per image
+    int points, reach;           // reach: the largest of kx and |ky|
+};
+
+constexpr int PLACE_COLUMNS = 7;  // image, model, three turns, two shifts
+
 struct InstructionSet {
     const char* name;
     Kernels<float> single;
@@ -107,6 +130,11 @@ struct InstructionSet {
     // channel 0 seen through its CTF, with `with_pose` (channels 1 to 3 are then its gradient) the derivatives of that
     // by turns about x, y, z of the image and by shifts, and the other channels.
     void (*slice)(const Coefficients&, const Field&, bool with_pose, int view, float* columns, size_t stride);
+    // PLACE_COLUMNS columns of 2 x points numbers, `stride` apart: the image, moved by `phase`; the volume seen in a pose
+    // through the CTF; the derivatives of that by turns about x, y, z of the image, and by shifts of the model in units
+    // of the box over 2 pi. `phase` holds the factors of kx = 0 ... reach, then those of ky = -reach ... reach.
+    void (*pose_columns)(const Sight&, const Volume&, const float* rotation, const float* phase, float* columns,
+                         size_t stride);
     // All inner products of `count` columns.
     void (*multiply)(const float* columns, size_t stride, int count, int points, float* out);
     // Adds all views to planes [z0, z1) of a field. `moments` has `pitch` factors for each view: of the image times

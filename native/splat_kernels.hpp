@@ -13,6 +13,7 @@
 
 #include "insert_kernel.hpp"
 #include "kernels.hpp"
+#include "pose_kernel.hpp"
 #include "subspace_kernel.hpp"
 
 namespace emsplat {
@@ -453,6 +454,6 @@ constexpr Kernels<T> table() {
 }  // namespace
 
 const InstructionSet EMSPLAT_ISA = {EMSPLAT_NAME(EMSPLAT_ISA), table<float>(), table<double>(), insert,
-                                    slice, multiply, spread};
+                                    slice, pose_columns, multiply, spread};
 
 }  // namespace emsplat

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 # own to refuse.
 _CHECKED = (
     *("assessment", "fitting", "imaging", "io", "kernels.reference", "maths", "measures", "models", "particles"),
-    *("commandline", "parallel", "programs", "report", "run", "simulation", "sums", "types"),
+    *("commandline", "parallel", "poses", "programs", "report", "run", "simulation", "sums", "types"),
 )
 install_import_hook([f"emsplat.{name}" for name in _CHECKED], "checked.typechecked")
 

@@ -287,7 +287,7 @@ def test_every_option_is_read_by_somebody():
         if isinstance(node, ast.Attribute)
     }
     configs = [value for name, value in vars(config_module).items() if name.endswith("Config") and is_dataclass(value)]
-    assert len(configs) == 12
+    assert len(configs) == 14
     for kind in configs:
         assert set(names(kind)) <= read, kind.__name__
 
@@ -318,7 +318,7 @@ def run_bash(tmp_path, words):
 
 
 def test_bash_completes_commands_options_and_choices(tmp_path):
-    assert run_bash(tmp_path, ["emsplat", "re"]) == ["reconstruct", "report"]
+    assert run_bash(tmp_path, ["emsplat", "re"]) == ["reconstruct", "refine", "report"]
     assert run_bash(tmp_path, ["emsplat", "reconstruct", "--sym"]) == ["--symmetry"]
     assert run_bash(tmp_path, ["emsplat", "reconstruct", "--recipe", "c"]) == ["cryosplat"]
     assert run_bash(tmp_path, ["emsplat", "fsc", "--recipe", "c"]) == []

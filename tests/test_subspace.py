@@ -8,10 +8,10 @@ import torch
 from emsplat.heterogeneity.density import Density, fit_density
 from emsplat.heterogeneity.evidence import Gain, component_gains, fewest, first_components, mean_gain
 from emsplat.heterogeneity.frames import cross_embedding
-from emsplat.heterogeneity.lattice import Lattice
-from emsplat.heterogeneity.spectra import Spectra, half_plane
 from emsplat.heterogeneity.subspace import Latents, Space, ball, consensus, fit_subspace, infer, posterior
 from emsplat.maths.geometry import random_rotations
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import Spectra, half_plane
 
 
 def drawn(seed: int) -> torch.Generator:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         read_particles,
         read_run,
         reconstruct,
+        refine,
         write_gaussians,
         write_map,
     )
@@ -42,7 +43,7 @@ _HOME = {
     "imaging.project": ("project", "voxelize"),
     "interface": (
         *("Maps", "RunFolder", "accumulate", "assess", "backproject", "fit", "read_gaussians", "read_map"),
-        *("read_particles", "read_run", "reconstruct", "write_gaussians", "write_map"),
+        *("read_particles", "read_run", "reconstruct", "refine", "write_gaussians", "write_map"),
     ),
     "measures.curves": ("Curves",),
     "measures.fsc": ("fsc_curve",),
@@ -78,6 +79,7 @@ __all__ = [
     "read_particles",
     "read_run",
     "reconstruct",
+    "refine",
     "voxelize",
     "write_gaussians",
     "write_map",

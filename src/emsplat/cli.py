@@ -17,6 +17,7 @@ from emsplat.config import (
     AssessConfig,
     BackprojectConfig,
     CheckConfig,
+    ComparePosesConfig,
     ConvertConfig,
     File,
     Folder,
@@ -27,6 +28,7 @@ from emsplat.config import (
     PostprocessConfig,
     PreprocessConfig,
     ReconstructConfig,
+    RefineConfig,
     RunOptions,
     ScoreStatesConfig,
     SimulateConfig,
@@ -94,6 +96,37 @@ def backproject(
     from emsplat.programs.reconstruct import backproject as run
 
     with _folder(output, "backproject", again=_again(config.run)) as folder:
+        return exit_code(run(config, particles, folder, _log()))
+
+
+def refine(
+    particles: Path,
+    /,
+    output: Folder | None = None,
+    config: RefineConfig = RefineConfig(),  # noqa: B008 (frozen)
+) -> int:
+    """Refine the poses of particles against Gaussians of their own half-set, then reconstruct with them.
+
+    Each particle is turned and moved until it fits best, no further from the pose that was given than poses are wrong,
+    as the particles themselves show. Results are those of `emsplat reconstruct`; run_data.star has the new poses with
+    their uncertainty. Exit code 1 if the particles do not have the symmetry that is asked for (0 with --force).
+
+    Args:
+        particles: RELION STAR file (3.0 or newer), cryoSPARC .cs file, or image stack with --poses and --ctf.
+        output: Run folder; without it a new one here, refine_001 or the next free number.
+
+    Examples:
+        # particles of a refinement, or of an earlier and coarser one
+        emsplat refine run_data.star -o refined --symmetry D2
+        # poses that may be off by ten degrees and more
+        emsplat refine run_data.star -o refined --search 15
+        # poses found with one map of all particles at 15 Å: only finer shells count
+        emsplat refine particles.star -o refined --shared-to 15
+    """
+    from emsplat.programs.finish import exit_code
+    from emsplat.programs.refine import refine as run
+
+    with _folder(output, "refine", again=_again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
 
 
@@ -413,6 +446,41 @@ def fsc(
         compare(a, b, mask, output, _log())
 
 
+def compare_poses(
+    a: Path,
+    b: Path,
+    /,
+    json: bool = False,
+    threads: int | None = None,
+    config: ComparePosesConfig = ComparePosesConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Compare the poses of two files of the same particles, in one frame: how far they are apart.
+
+    Frames of two reconstructions may be turned and moved against each other, and of either hand: that is found and
+    taken out first. Particles are matched by their images.
+
+    Args:
+        a: Particles, as for `emsplat reconstruct`.
+        b: The same particles in other poses.
+        json: Print the result as one JSON object.
+        threads: Threads of the computation; without it as many as cores were granted.
+
+    Examples:
+        # what a refinement has changed
+        emsplat compare-poses particles.star refined/run_data.star --symmetry D2
+        # two programs
+        emsplat compare-poses run_data.star J24/cryosparc_P12_J24_particles.cs
+        # for a script
+        emsplat compare-poses a.star b.star --json
+    """
+    from emsplat.io.files import json_text
+    from emsplat.programs.compare_poses import compare, describe
+
+    with with_threads(threads):
+        found = compare(a, b, config)
+    print(json_text(found) if json else describe(found))
+
+
 def voxelize(
     model: Path,
     /,
@@ -542,9 +610,9 @@ def _log() -> Log:
 
 
 _COMMANDS: dict[str, tuple[Any, ...]] = {
-    "Reconstruct": (reconstruct, backproject, heterogeneity),
+    "Reconstruct": (reconstruct, backproject, refine, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
-    "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, voxelize, report),
+    "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, compare_poses, voxelize, report),
     "Shell": (completion,),
 }
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."

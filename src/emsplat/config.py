@@ -287,6 +287,42 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True)
+class RefineOptions:
+    """How poses are refined."""
+
+    refine: Annotated[str, "WHAT,..."] = "poses"
+    """What of each particle is refined: poses, and with a comma defocus, and scale (grey scale and B factor)."""
+
+    rounds: int = 3
+    """Rounds at most. A round makes maps, fits Gaussians to each half and finds every particle's pose against those of
+    its own half; the last is that after which the maps no longer gain."""
+
+    reference: Literal["gaussians", "map"] = "gaussians"
+    """What particles are compared with: the Gaussians of their half within its mask, or its classical map."""
+
+    search: Annotated[str, "DEGREES|global|poor"] | None = None
+    """Look further than local steps lead, in the first round: within so many degrees of the pose that was given, among
+    all orientations, or among all for particles of poor likelihood alone."""
+
+    angle_error: Degrees | None = None
+    """Standard deviation about each axis of the angles that were given; without it from the data."""
+
+    shift_error: Angstrom | None = None
+    """Standard deviation along x and y of the shifts that were given; without it from the data."""
+
+    shared_to: Angstrom | None = None
+    """The poses that are given were found with one map of all particles, of this resolution: what is coarser both
+    half-sets share, and no resolution counts it."""
+
+
+@dataclass(frozen=True)
+class RefineConfig(ReconstructConfig):
+    """Poses refined, then a reconstruction."""
+
+    refinement: RefineOptions = RefineOptions()
+
+
+@dataclass(frozen=True)
 class HeterogeneityOptions:
     """What may move and change."""
 
@@ -395,6 +431,23 @@ class StatesConfig:
 
     threads: int | None = None
     """Threads of the computation; without it as many as cores were granted."""
+
+
+@dataclass(frozen=True)
+class ComparePosesConfig:
+    """Two sets of poses."""
+
+    symmetry: Annotated[str, "GROUP"] = "C1"
+    """Point group in RELION's setting: poses that it makes equivalent are the same."""
+
+    @cached_property
+    def point_group(self) -> Symmetry:
+        """What ``symmetry`` means.
+
+        Raises:
+            InputError: it is no point group.
+        """
+        return ChoiceOptions(self.symmetry).point_group
 
 
 @dataclass(frozen=True)

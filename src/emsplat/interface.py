@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import is_evident, particle_mask
-from emsplat.config import ReconstructConfig, configure, names
+from emsplat.config import ReconstructConfig, RefineConfig, configure, names
 from emsplat.errors import InputError
 from emsplat.fitting.loop import fit as fit_steps
 from emsplat.fitting.state import Plan, State
@@ -36,6 +36,7 @@ from emsplat.models.starts import from_gaussians, from_map
 from emsplat.particles.open import open_table
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs import reconstruct as programs
+from emsplat.programs import refine as refinement
 from emsplat.programs.begin import gaussian_count
 from emsplat.programs.classical import judge
 from emsplat.programs.settings import RECIPES
@@ -355,6 +356,20 @@ def reconstruct(particles: str | Path, folder: str | Path, *, verbose: bool = Fa
         raise InputError(f"{', '.join(unknown)}: no such option; expected those of `emsplat reconstruct --help`")
     log = Log() if verbose else Log(io.StringIO())
     programs.reconstruct(configure(ReconstructConfig, **options), Path(particles), Path(folder), log)
+    return RunFolder(folder)
+
+
+def refine(particles: str | Path, folder: str | Path, *, verbose: bool = False, **options: Any) -> RunFolder:
+    """Poses refined and a reconstruction with them, as `emsplat refine`, into a new folder; as `reconstruct`.
+
+    Raises:
+        InputError: an option that there is not, or what the command refuses.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    if unknown := sorted(options.keys() - set(names(RefineConfig))):
+        raise InputError(f"{', '.join(unknown)}: no such option; expected those of `emsplat refine --help`")
+    log = Log() if verbose else Log(io.StringIO())
+    refinement.refine(configure(RefineConfig, **options), Path(particles), Path(folder), log)
     return RunFolder(folder)
 
 

@@ -15,7 +15,15 @@ import torch
 
 from emsplat.assessment.curves import measure_shells
 from emsplat.assessment.directions import directions
-from emsplat.assessment.maps import FIRST_SHELLS, RunMaps, given_mask, is_evident, read_run
+from emsplat.assessment.maps import (
+    FIRST_SHELLS,
+    RunMaps,
+    beyond_shared,
+    given_mask,
+    is_evident,
+    read_run,
+    shared_shell,
+)
 from emsplat.config import AssessConfig
 from emsplat.io.mrc import write_map
 from emsplat.io.relion.read import read_rotations
@@ -26,8 +34,12 @@ from emsplat.run.log import Log
 from emsplat.types import Grid
 
 
-def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None) -> dict[str, Any]:
+def assess(
+    run: Path, config: AssessConfig, log: Log, *, diameter: float | None, shared: float | None = None
+) -> dict[str, Any]:
     """Measures a run folder, writes fsc.star, maps of local resolution and directions.csv into it.
+
+    What poses share that were found with one map of all particles, down to ``shared`` Å, counts for no resolution.
 
     ``diameter`` of the particle in Å (None: 0.9 of the box) bounds the sphere in which it has to show. Returns
     "evident" (whether it shows), "resolution" (Å, None where undefined), "limit" (the finest spacing in Å that pixels
@@ -43,14 +55,16 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None)
     if mask is not None:
         maps = replace(maps, mask=mask)
         write_map(run / MASK, mask, grid.pixel_size)
-    evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length)
+    evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length, shared)
     curves, found, with_data, masking = measure_shells(maps, config, log)
+    found = _beyond(found, grid, shared)
     if not evident:
         found, with_data = dict.fromkeys(found), False
         log.warn(
             "the two half-sets, classically back-projected, do not agree beyond the first "
-            f"{FIRST_SHELLS} shells: no particle was found in the images (noise, wrong poses or wrong CTF), and no "
-            "resolution is given"
+            f"{max(FIRST_SHELLS, shared_shell(grid, shared))} shells"
+            + ("" if shared is None else f", which their poses share ({shared:g} Å)")
+            + ": no particle was found in the images (noise, wrong poses or wrong CTF), and no resolution is given"
         )
     general = {name: value for name, value in found.items() if not isinstance(value, list)}
     write_fsc_star(run / FSC, {**general, "resolution_rule": "RELION"}, curves)
@@ -73,6 +87,16 @@ def assess(run: Path, config: AssessConfig, log: Log, *, diameter: float | None)
             run, maps.masked(maps.halves), maps.raw and maps.masked(maps.raw), grid, fine, rotation, maps.symmetry
         )
     return result
+
+
+def _beyond(found: dict[str, Any], grid: Grid, shared: float | None) -> dict[str, Any]:
+    """Without resolutions that lie within the band that half-sets share; those against a reference do not ask."""
+
+    def counts(name: str, value: Any) -> bool:
+        values = value if isinstance(value, list) else [value]
+        return name.startswith("reference") or all(v is None or beyond_shared(v, grid, shared) for v in values)
+
+    return {name: value if counts(name, value) else None for name, value in found.items()}
 
 
 def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from emsplat.types import Curve, Grid
 
 _NOWHERE = (0.0, 0.0, 0.0)
 FIRST_SHELLS = 4  # which show the outline
+_SPILLED = 2  # shells that a mask carries detail over
 _OPPOSITE = -0.3  # mean FSC of the first shells
 
 
@@ -51,14 +53,26 @@ class RunMaps:
         return pair[0] * self.mask, pair[1] * self.mask
 
 
-def is_evident(halves: tuple[Tensor, Tensor], grid: Grid, diameter: float) -> bool:
-    """Whether two back-projections agree beyond the first shells, in a sphere that knows nothing of them.
+def is_evident(halves: tuple[Tensor, Tensor], grid: Grid, diameter: float, shared: float | None = None) -> bool:
+    """Whether two back-projections agree beyond the first shells, in a sphere that knows nothing of them, and beyond
+    the band that their poses share to ``shared`` Å (`beyond_shared`).
 
     The start from a map and the shape of the box make two fits to noise alike in the first shells, so a model's FSC
     alone says nothing there. The back-projections carry no such likeness.
     """
     first = resolution(fsc_curve(*halves, grid, sphere(grid, diameter)), 0.143)
-    return first is not None and first < grid.length / FIRST_SHELLS
+    return first is not None and first < grid.length / FIRST_SHELLS and beyond_shared(first, grid, shared)
+
+
+def shared_shell(grid: Grid, shared: float | None) -> int:
+    """The last shell that half-sets share whose poses were found with one map of ``shared`` Å: noise of all shells of
+    that map was aligned, and a mask carries it two shells further."""
+    return 0 if shared is None else math.ceil(grid.length / shared - 1e-6) + _SPILLED
+
+
+def beyond_shared(resolution: float, grid: Grid, shared: float | None) -> bool:
+    """Whether a resolution in Å says something that the half-sets do not share from the beginning."""
+    return resolution * shared_shell(grid, shared) < grid.length * (1 - 1e-9)
 
 
 def are_opposite(curve: Curve) -> bool:

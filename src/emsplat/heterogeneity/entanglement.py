@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.heterogeneity.spectra import Spectra
 from emsplat.heterogeneity.subspace import Subspace
+from emsplat.sums.spectra import Spectra
 
 SHUFFLES = 999
 LEVEL = 0.01  # of the p value, over the number of tests

@@ -15,13 +15,13 @@ from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.evidence import fewest
 from emsplat.heterogeneity.half import HalfModel
-from emsplat.heterogeneity.lattice import Lattice
 from emsplat.heterogeneity.parts import cluster
-from emsplat.heterogeneity.spectra import read_spectra
 from emsplat.heterogeneity.subspace import Subspace, infer
 from emsplat.maths.fourier import crop
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import read_spectra
 
 _AT_ONCE = 8  # points whose inner products are made together
 _IMAGES = 8192  # that are read together

@@ -16,10 +16,10 @@ from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.evidence import Gain
-from emsplat.heterogeneity.lattice import Lattice
 from emsplat.heterogeneity.search import Found, Search
 from emsplat.heterogeneity.subspace import Placement, Subspace, posterior
 from emsplat.io.tensors import write_tensors
+from emsplat.sums.lattice import Lattice
 from emsplat.types import Grid
 
 _CELLS = ("linear", "response", "point", "particles", "noise")

@@ -21,8 +21,8 @@ from emsplat.heterogeneity.evidence import (
     mean_gain,
     point_gains,
 )
-from emsplat.heterogeneity.spectra import Spectra
 from emsplat.heterogeneity.subspace import Latents, Subspace, fit_subspace, infer
+from emsplat.sums.spectra import Spectra
 
 _RADII = (0.4, 0.7, 1.0)  # of the finest frequency
 _ITERATIONS = (8, 8, 8)

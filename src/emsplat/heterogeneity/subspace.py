@@ -18,10 +18,10 @@ from jaxtyping import Float
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from emsplat.heterogeneity.lattice import Lattice
-from emsplat.heterogeneity.spectra import Spectra
 from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index
 from emsplat.sums.equations import circulant
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import Spectra
 
 _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-6  # share of the mean map's power below which a component has vanished

@@ -394,7 +394,7 @@ def _poses(fields: _Fields, pixel_size: NDArray[np.float64]) -> tuple[Tensor, ND
     else:
         raise InputError(
             f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
-            "take the .cs file of a refinement"
+            "take the .cs file of a refinement, or find them with `emsplat abinitio`"
         )
     spacing = _spacing(fields, prefix, pixel_size)
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).

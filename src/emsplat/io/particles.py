@@ -83,7 +83,7 @@ def write_used(
     ``more`` are further columns (without "rln"), or others in the place of the source's, one text per particle.
 
     With ``new_images`` the images are others than those of the source, beside the target, and so are their origins and
-    the optics groups' boxes and pixel sizes.
+    the optics groups' boxes and pixel sizes. ``more`` are further columns, names of RELION's without "rln".
 
     Raises:
         InputError: the source is no longer readable.

@@ -61,6 +61,7 @@ class ParticleTable:
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
     left_out: int = 0  # rows that repeated an image and were left out for it
+    changed: tuple[str, ...] = ()  # what is no longer that of the sources: "poses", "ctf" (defocus, scale, B factor)
 
     def __len__(self) -> int:
         return len(self.poses)
@@ -159,7 +160,7 @@ def merge_tables(tables: Sequence[ParticleTable]) -> ParticleTable:
         source=numbers("source", [len(table.sources) for table in tables]),
         row=torch.cat([table.row for table in tables]),
         poses=Poses(*(torch.cat([getattr(table.poses, name) for table in tables]) for name in ("rotation", "shift"))),
-        optics=_joined([table.optics for table in tables]),
+        optics=joined_optics([table.optics for table in tables]),
         groups=tuple(groups),
         optics_group=numbers("optics_group", [len(table.groups) for table in tables]),
         half=optional("half", 0),
@@ -234,7 +235,7 @@ def _tails(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(max(1, len(parts) - 1))]
 
 
-def _joined(parts: Sequence[Optics]) -> Optics:
+def joined_optics(parts: Sequence[Optics]) -> Optics:
     """One after the other; parts without aberrations get those of a perfect image."""
     columns: dict[str, Any] = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])

@@ -179,7 +179,22 @@ class ParticleStack:
             getattr(old, name).index_copy(0, self.rows, getattr(poses, name).to(getattr(old, name)))
             for name in ("rotation", "shift")
         )
-        return replace(self, table=replace(self.table, poses=Poses(rotation, shift)))
+        changed = tuple(dict.fromkeys([*self.table.changed, "poses"]))
+        return replace(self, table=replace(self.table, poses=Poses(rotation, shift), changed=changed))
+
+    def with_optics(self, optics: Optics) -> ParticleStack:
+        """The same particles with another defocus, scale and B factor of each (float64); other rows of the table stay.
+
+        Raises:
+            ValueError: there is not one for each particle.
+        """
+        if len(optics) != len(self):
+            raise ValueError(f"{len(optics)} optics for {len(self)} particles")
+        old = self.table.optics
+        names = ("defocus_u", "defocus_v", "scale", "b_factor")
+        columns = {name: getattr(old, name).index_copy(0, self.rows, getattr(optics, name)) for name in names}
+        changed = tuple(dict.fromkeys([*self.table.changed, "ctf"]))
+        return replace(self, table=replace(self.table, optics=replace(old, **columns), changed=changed))
 
     @property
     def half(self) -> Int[Tensor, " p"]:

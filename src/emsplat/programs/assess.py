@@ -29,7 +29,8 @@ def reassess(run: Path, config: AssessConfig, log: Log | None = None) -> dict[st
 
 def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
     summary = read_summary(run)
-    measured = assess(run, config, log, diameter=summary.get("input", {}).get("diameter"))
+    shared = summary.get("refinement", {}).get("shared_to")
+    measured = assess(run, config, log, diameter=summary.get("input", {}).get("diameter"), shared=shared)
     # Those of the run stay, those of the assessment before this one do not.
     outdated = summary.get("assessment", {}).get("warnings", [])
     kept = [text for text in summary.get("warnings", []) if text not in outdated]

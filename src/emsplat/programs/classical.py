@@ -62,11 +62,15 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
     """
     with run.log.part("accumulation"):
         _check_added(run)
-        equations = {name: _accumulate_half(run, name) for name in HALVES}
-        classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log))
-        write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
-        _tell(classical, run)
-        return classical
+        return settle(run, {name: _accumulate_half(run, name) for name in HALVES})
+
+
+def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
+    """Classical maps from the sums of the halves, the mask written, and what is to be said of them."""
+    classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log))
+    write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
+    _tell(classical, run)
+    return classical
 
 
 def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor | None = None) -> Classical:

@@ -61,18 +61,25 @@ def found_finished(config: RunConfig, particles: Path, output: Path, log: Log) -
 
 
 def finish(
-    run: Run[RunConfig], classical: Classical, fits: Fits | None = None, altered: str | None = None
+    run: Run[RunConfig],
+    classical: Classical,
+    fits: Fits | None = None,
+    altered: str | None = None,
+    refinement: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`."""
+    """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`;
+    ``refinement`` says what was done to the poses."""
     log, folder = run.log, run.folder
     write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
-        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter)
+        shared = None if refinement is None else refinement["shared_to"]
+        measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, shared=shared)
     if not run.config.run.keep_statistics:
         for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()
     summary = measured | _found(run, classical, fits) | circumstances(run)
+    summary |= {} if refinement is None else {"refinement": refinement}
     summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
     write_text(folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the figures and the report"):

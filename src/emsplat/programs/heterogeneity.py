@@ -29,7 +29,6 @@ from emsplat.heterogeneity.half import on_grid
 from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.saved import read_search, save_search
 from emsplat.heterogeneity.search import Search, search
-from emsplat.heterogeneity.spectra import read_spectra
 from emsplat.heterogeneity.subspace import ball
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
@@ -73,6 +72,7 @@ from emsplat.run.files import (
 )
 from emsplat.run.folder import check_same_run, is_finished, read_summary, write_text
 from emsplat.run.log import Log
+from emsplat.sums.spectra import read_spectra
 from emsplat.sums.statistics import fingerprint
 from emsplat.types import Grid
 

@@ -78,8 +78,8 @@ def reconstruct(
             fits = fit_volumes(run, settings, classical)
         else:
             fits = fit_images(run, with_batch(run, settings, classical), classical)
-        _write_fits(run, fits, classical)
-        return finish(run, classical, _compared_with_images(run, fits), altered)
+        write_fits(run, fits, classical)
+        return finish(run, classical, compared_with_images(run, fits), altered)
 
 
 def _settled(config: ReconstructConfig, output: Path) -> Settings:
@@ -95,7 +95,8 @@ def _write_classical(run: Run[RunConfig], classical: Classical) -> None:
         write_map(run.folder / map_name(name), volume, run.stack.grid.pixel_size)
 
 
-def _write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -> None:
+def write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -> None:
+    """The maps and Gaussians of all fits, and the classical maps beneath them."""
     for name, fitted in fits.by_name.items():
         _write_model(run, name, fitted.model)
     for name, volume in classical.raw.items():
@@ -118,7 +119,8 @@ def _write_model(run: Run[ReconstructConfig], name: str, model: GaussianField) -
 
 
 @torch.no_grad()
-def _compared_with_images(run: Run[ReconstructConfig], fits: Fits) -> Fits:
+def compared_with_images(run: Run[ReconstructConfig], fits: Fits) -> Fits:
+    """The fits with examples of particles beside their projections; writes what the images leave unexplained."""
     with run.log.part("residuals", "comparing projections with images of the other half"):
         of_halves = {number: fits.by_name[name].model.gaussians() for name, number in HALVES.items()}
         return replace(fits, examples=tuple(write_residuals(run.stack, of_halves, run.folder)))

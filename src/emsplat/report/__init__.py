@@ -38,6 +38,7 @@ _SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
     ("fsc", "Fourier shell correlation", (page.fsc,), _MEASURED),
     ("local", "Local resolution", (page.local_resolution, page.local_resolution_table), _MEASURED),
     ("directions", "Directions", (page.directional_table, page.directions), _MAPPED),
+    ("poses", "Poses", (page.poses,), _FITTED),
     ("residuals", "Particles and residuals", (page.examples, page.residual), _FITTED),
     ("convergence", "Convergence", (page.stages, page.scores, page.convergence), _FITTED),
     ("gaussians", "Gaussians", (page.gaussians,), _FITTED),

@@ -472,6 +472,59 @@ def direction_maps(found: read.Directions) -> list[DirectionMap]:
 # Drawing
 
 
+def draw_poses(run: Path) -> Path:
+    """Draw how far poses moved, and orientations before and after; return ``poses.png``.
+
+    Raises:
+        InputError: ``poses.csv`` is missing, cannot be read or has no rows.
+        OutputError: the figure cannot be written.
+    """
+    found = read.read_poses(run)
+    with _figure(run / files.POSES_FIGURE, 7.2, 5.2) as figure:
+        above, below = figure.subplots(2, 2)
+        for axes, (label, samples) in zip(above, pose_histograms(found).items(), strict=True):
+            edges = shared_bins(list(samples.values()))
+            for i, (name, values) in enumerate(samples.items()):
+                axes.stairs([100 * share for share in histogram(values, edges)], edges, label=name, **_line(i))
+            axes.set(xlabel=label, ylabel="particles (%)")
+            axes.legend(fontsize=9)
+        for axes, one in zip(below, pose_maps(found), strict=True):
+            rot, tilt = POSE_CELLS
+            scale = {"cmap": one.colours.lower(), "vmin": one.range[0], "vmax": one.range[1]}
+            figure.colorbar(axes.pcolormesh(rot, tilt, one.values, rasterized=True, **scale), ax=axes)
+            axes.set(xlabel="rot (°)", ylabel="tilt (°)", xticks=range(-180, 181, 90), yticks=range(0, 181, 45))
+            axes.set_title(one.title, size=10)
+            axes.invert_yaxis()
+    return run / files.POSES_FIGURE
+
+
+def pose_histograms(found: dict[str, NDArray[np.float64]]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """What is shown of turns and of shifts."""
+    return {
+        f"{what} ({unit})": {"moved by": found[f"{kind}_moved"], "uncertain by": found[f"{kind}_uncertainty"]}
+        for kind, what, unit in (("angle", "turn", "°"), ("shift", "shift", "Å"))
+    }
+
+
+# Middles of the cells of `pose_maps` in degrees: rot, tilt.
+POSE_CELLS = [float(x) for x in range(-170, 180, 20)], [float(x) for x in range(10, 180, 20)]
+
+
+def pose_maps(found: dict[str, NDArray[np.float64]]) -> list[DirectionMap]:
+    """Particles per solid angle before and after, on one scale."""
+    import numpy as np
+
+    edges = np.arange(0, 181, 20), np.arange(-180, 181, 20)
+    area = np.diff(-np.cos(np.radians(edges[0])))[:, None] / (2 * (len(edges[1]) - 1))  # part of the sphere
+    maps = []
+    for ending in ("_given", ""):
+        tilt, rot = found[f"tilt{ending}"], (found[f"rot{ending}"] + 180) % 360 - 180
+        maps.append(np.histogram2d(tilt, rot, edges)[0] / area / max(len(tilt), 1))
+    top = max(2.0, float(max(one.max() for one in maps)))
+    titles = ("views as given, uniform = 1", "views as refined, uniform = 1")
+    return [DirectionMap(title, one, "Magma", (0.0, top)) for title, one in zip(titles, maps, strict=True)]
+
+
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure of width × height inches, saved to ``path`` and as SVG beside it at the end."""

@@ -404,6 +404,43 @@ def scores(run: Path) -> str:
     )
 
 
+def poses(run: Path) -> str:
+    """What a refinement did to the poses: rounds, moves, orientations."""
+    found = read.group(read.read_summary_or_nothing(run), "refinement")
+    if not found:
+        return ""
+    rows = []
+    for number, one in enumerate(read.entries(found, "rounds"), 1):
+        match one.get("angle_error"), one.get("shift_error"):
+            case [float() | int() as a, float() | int() as b], [float() | int() as c, float() | int() as d]:
+                errors = f"{a:.2f}, {b:.2f}° and {c:.2f}, {d:.2f} Å"
+            case _:
+                errors = ""
+        kept = "" if one.get("kept", True) else " (taken back)"
+        score, gain = _text(one.get("score")) + kept, _text(one.get("gain"))
+        rows.append((str(number), _angstrom(one.get("compared_to")), errors, gain, score))
+    head = ("Round", "Compared down to", "Errors of the given poses per axis, halves 1 and 2", "Gain, nats", "Score")
+    shown = _grid(head, rows) if rows else ""
+    if found.get("moved") is not True:
+        return shown + _note("No pose was moved.")
+    figures.draw_poses(run)
+    return (
+        shown
+        + _note(
+            "Gain is that of the log-likelihood per particle. The score is the mean correlation with the truth, over "
+            "all shells, that the back-projections of the two halves imply; it needs no model, and a round that lowers "
+            "it is taken back."
+        )
+        + _pairs(plots.plot_poses(run), "Poses before and after the refinement")
+        + _note(
+            "Above, by how much each particle was turned and moved from the pose that was given, and the standard "
+            "deviations of what is left about one axis. Below, directions of view before and after: they should hardly "
+            "differ. Views that gather in a few spots after a refinement are drawn there by noise."
+        )
+        + _saved("poses")
+    )
+
+
 def gaussians(run: Path) -> str:
     """Distributions of the widths and shapes of the Gaussians."""
     figures.draw_gaussians(run)

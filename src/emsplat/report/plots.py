@@ -15,12 +15,16 @@ from emsplat.report.figures import (
     LINE_WIDTH,
     LINES,
     LOCAL_COLOURS,
+    POSE_CELLS,
+    DirectionMap,
     FscCurve,
     FscPanel,
     direction_maps,
     fsc_panels,
     histogram,
     local_resolutions,
+    pose_histograms,
+    pose_maps,
     residual_range,
     residual_ratios,
     running_mean,
@@ -212,28 +216,42 @@ def plot_local_resolution(run: Path) -> Any:
 
 def plot_directions(run: Path) -> list[Any]:
     """Correlation, resolution, sampling and views by direction, a figure for each."""
+    found = read.read_directions(run)
+    rot, tilt = (values.astype("float32") for values in (found.rot, found.tilt))
+    return [_heatmap(one, rot, tilt) for one in direction_maps(found)]
+
+
+def _heatmap(one: DirectionMap, rot: Any, tilt: Any) -> Any:
+    """A map over directions, in degrees."""
     import plotly.graph_objects as go
 
-    found = read.read_directions(run)
-    figures = []
-    for one in direction_maps(found):
-        figure = go.Figure(
-            go.Heatmap(
-                x=found.rot.astype("float32"),
-                y=found.tilt.astype("float32"),
-                z=one.values.astype("float32"),
-                zmin=one.range[0],
-                zmax=one.range[1],
-                colorscale=one.colours,
-                colorbar={"thickness": 12},
-                hovertemplate="rot %{x:g}°, tilt %{y:g}°: %{z:.3g}<extra></extra>",
-            )
+    figure = go.Figure(
+        go.Heatmap(
+            x=rot,
+            y=tilt,
+            z=one.values.astype("float32"),
+            zmin=one.range[0],
+            zmax=one.range[1],
+            colorscale=one.colours,
+            colorbar={"thickness": 12},
+            hovertemplate="rot %{x:g}°, tilt %{y:g}°: %{z:.3g}<extra></extra>",
         )
-        figure.update_layout(_layout(300), margin_t=34, title={"text": one.title, "font": {"size": 14}, "x": 0.02})
-        figure.update_xaxes(title="rot (°)", dtick=90, ticks="outside")
-        figure.update_yaxes(title="tilt (°)", dtick=45, autorange="reversed", ticks="outside")
-        figures.append(figure)
-    return figures
+    )
+    figure.update_layout(_layout(300), margin_t=34, title={"text": one.title, "font": {"size": 14}, "x": 0.02})
+    figure.update_xaxes(title="rot (°)", dtick=90, ticks="outside")
+    figure.update_yaxes(title="tilt (°)", dtick=45, autorange="reversed", ticks="outside")
+    return figure
+
+
+def plot_poses(run: Path) -> list[Any]:
+    """How far poses moved, and orientations before and after, a figure for each."""
+    found = read.read_poses(run)
+    moved = [
+        _histogram(samples, shared_bins(list(samples.values())), label, "particles (%)")
+        for label, samples in pose_histograms(found).items()
+    ]
+    rot, tilt = POSE_CELLS
+    return moved + [_heatmap(one, rot, tilt) for one in pose_maps(found)]
 
 
 def plot_residual(run: Path) -> Any:

@@ -99,6 +99,21 @@ def read_residual(run: Path) -> dict[str, NDArray[np.float64]]:
     return table
 
 
+def read_poses(run: Path) -> dict[str, NDArray[np.float64]]:
+    """Columns of ``poses.csv``: rot and tilt of each particle before ("given") and after, how far it moved and what is
+    left uncertain, in degrees and Å."""
+    import numpy as np
+
+    names = ["rot_given", "tilt_given", "rot", "tilt"]
+    names += ["angle_moved", "shift_moved", "angle_uncertainty", "shift_uncertainty"]
+    rows = list(_rows(run / files.POSES, names, ()))
+    table = {name: np.array([float(row[name]) for row in rows]) for name in names}
+    for name, values in table.items():
+        if not np.isfinite(values).all():
+            raise InputError(f"{run / files.POSES}: {name} is not a number in some row; run the refinement again")
+    return table
+
+
 def read_directions(run: Path) -> Directions:
     """The grid of ``directions.csv``; cells that the file leaves out are NaN."""
     import numpy as np

@@ -118,6 +118,8 @@ def headline(summary: Mapping[str, Any]) -> Headline | None:
         return Headline(NOTHING, f"{measure}. The curve is below it from the first shell on", tuple(remarks))
     if kind.has_gaussians and (interval := _interval(summary)):
         remarks.append(interval)
+    if shared := _shared(summary):
+        remarks.append(shared)
     if is_nyquist(value, nyquist):
         remarks.append(_coarse_pixels(summary, nyquist))
     elif kind.has_gaussians and _group(summary, "limit").get("ends_with_data") is True:
@@ -262,6 +264,23 @@ def _interval(summary: Mapping[str, Any]) -> str:
             return f"95 % interval: {coarse} to {fine}{', within one shell' * narrow}."
         case _:
             return ""
+
+
+def _shared(summary: Mapping[str, Any]) -> str:
+    """What the poses of a refinement share between the half-sets."""
+    found = _group(summary, "refinement")
+    shared, shell = found.get("shared_to"), found.get("shared_shell")
+    if isinstance(shared, int | float) and isinstance(shell, int):
+        return (
+            f"The half-sets share shells up to {shell}: the poses that were given were found with one map of "
+            f"{shared:g} Å. No resolution counts these."
+        )
+    if found.get("half_sets_known_to_poses") is False:
+        return (
+            "The poses that were given were refined without these half-sets; what noise of both they have aligned to "
+            "one map no comparison of the halves can see."
+        )
+    return ""
 
 
 def _in_one_shell(one: float, other: float, summary: Mapping[str, Any]) -> bool:

@@ -20,6 +20,8 @@ SETTINGS = "config.toml"
 LOG = "run.log"
 JOURNAL = "journal.jsonl"
 PARTICLES = "run_data.star"
+REFINEMENT = "refinement.safetensors"  # poses after the last round
+POSES = "poses.csv"  # how far each particle moved, and from which direction it is seen
 
 # Maps, called as RELION calls those of a refinement, and models.
 HALF_MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc")
@@ -84,6 +86,7 @@ DIRECTIONS_FIGURE = "directions.png"
 RESIDUAL_FIGURE = "residual.png"
 GAUSSIANS_FIGURE = "gaussians.png"
 STATES_FIGURE = "states.png"
+POSES_FIGURE = "poses.png"
 
 
 def map_name(fit: str) -> str:

@@ -120,7 +120,10 @@ def _more(count: int) -> str:
 
 def _remedy(column: str) -> str:
     if column.startswith("Angle"):
-        return "emsplat needs particles with known orientations, take the STAR file of a refinement"
+        return (
+            "emsplat needs particles with known orientations, take the STAR file of a refinement, or find them with "
+            "`emsplat abinitio`"
+        )
     if column.startswith(("Defocus", "Voltage", "Spherical")):
         return "emsplat needs CTF parameters, take the STAR file of a job that came after CTF estimation"
     if column in ("DetectorPixelSize", "Magnification"):

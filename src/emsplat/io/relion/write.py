@@ -82,7 +82,8 @@ def _with_columns(table: Table, columns: Mapping[str, Sequence[str]]) -> dict[st
 
 
 def _named(columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str] | Words]:
-    return {f"_rln{name}": texts for name, texts in columns.items()}
+    """Columns under their full names; those of emsplat itself are called so."""
+    return {f"_{name}" if name.startswith("emsplat") else f"_rln{name}": texts for name, texts in columns.items()}
 
 
 def rewrite_table(
@@ -93,7 +94,8 @@ def rewrite_table(
     new_images: bool,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """The STAR file that a table was read from with its rows alone; hand and half-sets are those of the table.
+    """The STAR file that a table was read from with its rows alone; hand, half-sets and what has ``changed`` are those
+    of the table. ``more`` are further columns, as in `rewrite_star`.
 
     What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. Image names stay
     where they lead to the same stacks from ``target`` too, else they become absolute. With ``new_images``, which lie
@@ -109,7 +111,8 @@ def rewrite_table(
     particles, optics = find_tables(file)
     columns: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
-    if table.mirrored:
+    moved = "poses" in table.changed
+    if table.mirrored or moved:
         angles = torch.rad2deg(matrix_to_euler(table.poses.rotation)).T.tolist()
         names = ("AngleRot", "AngleTilt", "AnglePsi")
         turned = {name: [f"{v:.7f}" for v in values] for name, values in zip(names, angles, strict=True)}
@@ -140,12 +143,17 @@ def rewrite_table(
             groups["ImagePixelSize"] = [f"{own.pixel_size:.7f}" for own in table.groups]
             groups["ImageSize"] = [str(own.box) for own in table.groups]
             groups |= _flags_of_flipped(optics)
-    if new_images or optics is None:
+    if "ctf" in table.changed:
+        own = table.optics
+        numbers = {"DefocusU": own.defocus_u, "DefocusV": own.defocus_v}
+        numbers |= {"CtfBfactor": own.b_factor, "CtfScalefactor": own.scale}
+        columns |= {name: [f"{value:.7f}" for value in values.tolist()] for name, values in numbers.items()}
+    if new_images or optics is None or moved:
         require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
             origins = [f"{value:.7f}" for value in values.tolist()]
             columns[f"Origin{axis}Angst"] = origins
-            if new_images and particles.has(f"Origin{axis}PriorAngst"):
+            if (new_images or moved) and particles.has(f"Origin{axis}PriorAngst"):
                 columns[f"Origin{axis}PriorAngst"] = origins
     _rewrite(file, target, table.row, half, {**columns, **(more or {})}, groups)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -46,7 +45,7 @@ class Spectra:
         inside = torch.linalg.vector_norm(self.frequency, dim=1) <= radius
         return self.frequency[: int(inside.sum())]
 
-    def take(self, views: Int[Tensor, " w"]) -> Self:
+    def take(self, views: Int[Tensor, " w"]) -> Spectra:
         """Some of the views."""
         return replace(self, image=self.image[views], rotation=self.rotation[views], share=self.share[views])
 
@@ -66,11 +65,21 @@ def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s
     return torch.stack([kx, ky], 1) * ratio, place
 
 
+def whitening(
+    noise: Float[Tensor, "o n"], frequency: Float[Tensor, "s 2"], ratio: float, size: int
+) -> Float[Tensor, "o s"]:
+    """What makes E|n|² = 1 of transforms of images of ``size`` pixels; frequencies and ratio as in `half_plane`."""
+    shell = torch.linalg.vector_norm(frequency / ratio, dim=1).round().long()
+    whitened: Tensor = 1 / (noise[:, shell].sqrt() * size)
+    return whitened
+
+
 def read_spectra(
-    stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o s"] | None = None
+    stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o n"] | None = None
 ) -> Spectra:
-    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack), in
-    units of ``noise`` (without it as the images' own borders have it).
+    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack).
+
+    ``noise`` is the power of noise per optics group and shell where it is known, else `estimate_noise` of the stack.
 
     Raises:
         InputError: the images have several grids, or a value is not finite.
@@ -79,8 +88,7 @@ def read_spectra(
     own = stack.grid
     frequency, place = half_plane(radius, box.length / own.length, own.size)
     noise = estimate_noise(stack) if noise is None else noise
-    shell = torch.linalg.vector_norm(frequency / (box.length / own.length), dim=1).round().long()
-    scale = 1 / (noise[:, shell].sqrt() * own.size)
+    scale = whitening(noise, frequency, box.length / own.length, own.size)
     values = torch.empty(len(stack), len(place), dtype=torch.complex64)
     transfer = torch.empty(len(stack), len(place))
     rotation, share = torch.empty(len(stack), 3, 3), torch.ones(len(stack))

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from emsplat import _native
 from emsplat.device import CPU
-from emsplat.heterogeneity.spectra import Spectra
 from emsplat.maths.fourier import is_smooth
 from emsplat.sums.equations import kernel_size
+from emsplat.sums.spectra import Spectra
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 
 _LANES = 8
@@ -76,18 +76,26 @@ class Lattice:
             # d/dk of Σ v exp(-2πi k x / side) with k in voxels.
             moments = [maps[0] * axis.reshape(shape) * (-2j * math.pi / side) for shape in shapes]
             channels = torch.cat([channels[:1], torch.stack(moments), channels[1:]])
-        factor = self._window(self.size)
-        for shape in shapes:
-            channels = channels * factor.reshape(shape)
+        half = self._half_space(channels)
+        field = torch.zeros(*half.shape[1:], _pitch(2 * len(channels)))
+        field[..., : 2 * len(channels)] = torch.view_as_real(half.permute(1, 2, 3, 0).contiguous()).flatten(-2)
+        return field
+
+    def half_space(self, volume: Float[Tensor, "z y x"]) -> Complex[Tensor, "Z Y X"]:
+        """The transform of one map, laid out as a field of one number per voxel."""
+        return self._half_space(volume[None].to(torch.complex64))[0].contiguous()
+
+    def _half_space(self, channels: Complex[Tensor, "c z y x"]) -> Complex[Tensor, "c Z Y X"]:
+        """The transforms of maps with the window divided out, with room for the taps."""
+        side, factor = 2 * self.reach, self._window(self.size)
+        channels = channels * (factor[:, None, None] * factor[:, None] * factor)
         place = (torch.arange(self.size) - self.size // 2) % side
         padded = torch.zeros(len(channels), side, side, side, dtype=torch.complex64)
         padded[:, place[:, None, None], place[:, None], place] = channels
         spectrum = torch.fft.fftn(padded, dim=(1, 2, 3))
         rows, columns = torch.arange(-self.reach - 1, self.reach + 2) % side, torch.arange(-1, self.reach + 2) % side
-        half = spectrum[:, rows[:, None, None], rows[:, None], columns]
-        field = torch.zeros(*half.shape[1:], _pitch(2 * len(channels)))
-        field[..., : 2 * len(channels)] = torch.view_as_real(half.permute(1, 2, 3, 0).contiguous()).flatten(-2)
-        return field
+        half: Tensor = spectrum[:, rows[:, None, None], rows[:, None], columns]
+        return half
 
     def products(
         self, maps: Float[Tensor, "c z y x"], spectra: Spectra, *, with_pose: bool = False
@@ -112,14 +120,17 @@ class Lattice:
             products[:, :, 5:7] /= self.step
         return products
 
-    def slices(self, maps: Float[Tensor, "c z y x"], spectra: Spectra) -> Complex[Tensor, "v c k"]:
-        """What each view shows of each map, before its CTF."""
+    def slices(
+        self, maps: Float[Tensor, "c z y x"], spectra: Spectra, field: Float[Tensor, "Z Y X p"] | None = None
+    ) -> Complex[Tensor, "v c k"]:
+        """What each view shows of each map, before its CTF; ``field`` is that of the maps where it is known."""
         frequency, _, *rest = self._views(spectra)
-        return torch.from_numpy(_native.view_slices(self.field(maps).numpy(), len(maps), frequency, *rest))
+        known = self.field(maps) if field is None else field
+        return torch.from_numpy(_native.view_slices(known.numpy(), len(maps), frequency, *rest))
 
     def insert(
         self, first: Float[Tensor, "v a"], second: Float[Tensor, "v b"], spectra: Spectra
-    ) -> tuple[Float[Tensor, "a z y x"], Float[Tensor, "b w v u"]]:
+    ) -> tuple[Float[Tensor, "a z y x"], Float[Tensor, "b w t s"]]:
         """Σ first Sᵀ c y as maps, and Σ second Sᵀ c² S as kernels of convolutions at lags up to `REACH` of the box, lag
         0 in the centre (`NormalEquations`); each coefficient counts with its Hermitian mirror."""
         means, numbers = first.shape[1], 2 * first.shape[1] + second.shape[1]

@@ -1,0 +1,1 @@
+"""Poses: refined against the images, searched for, compared."""

@@ -1,0 +1,522 @@
+"""Poses of single images against direct sums; priors, searches; whole refinements, and what halves may share."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import emsplat as em
+from emsplat.assessment.maps import sphere
+from emsplat.config import ComparePosesConfig, RefineConfig, configure
+from emsplat.errors import InputError, Interrupted
+from emsplat.io.mrc import read_map
+from emsplat.io.particles import read_particles, write_used
+from emsplat.maths.fourier import irfft, rfft
+from emsplat.maths.geometry import random_rotations
+from emsplat.maths.groups import C1, dihedral
+from emsplat.measures.fsc import fsc_curve
+from emsplat.particles.open import open_particles
+from emsplat.poses.local import (
+    NO_PRIOR,
+    Placed,
+    Prior,
+    Reference,
+    Views,
+    descend,
+    make_reference,
+    nearest,
+    noise_of,
+    place,
+    resized,
+)
+from emsplat.poses.optics import refine_optics
+from emsplat.poses.prior import estimate_prior, turns
+from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, turned, unlike, within
+from emsplat.programs import compare_poses
+from emsplat.programs.refine import refine
+from emsplat.report import write_report
+from emsplat.run.log import Log
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import Spectra, half_plane
+from emsplat.sums.statistics import equations_of
+from emsplat.types import Grid, Poses
+
+RADIUS, LENGTH, IMAGES = 8, 96.0, 4
+FREQUENCY, _ = half_plane(RADIUS, 1.0, 32)
+
+
+def drawn(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=drawn(seed), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def volume():
+    """Eight cycles per box of something compact, on voxels that carry nine."""
+    size = Lattice(RADIUS).size
+    axis = (torch.arange(size) - size // 2) / size
+    envelope = torch.exp(-(axis**2 + axis[:, None] ** 2 + axis[:, None, None] ** 2) / (2 * 0.15**2))
+    noise = torch.randn(size, size, size, generator=drawn(0)) * envelope
+    return irfft(resized(rfft(noise, 3), Lattice(RADIUS + 1).size), 3)
+
+
+@pytest.fixture(scope="module")
+def reference(volume):
+    return Reference(Lattice(RADIUS + 1), volume, Grid(32, 3.0))
+
+
+TRANSFER = normal(IMAGES, len(FREQUENCY), seed=3).float()
+MAGNIFICATION = torch.eye(2) + 0.02 * normal(IMAGES, 2, 2, seed=4).float()
+ROTATION = random_rotations(IMAGES, drawn(1))
+SHIFT = 2 * normal(IMAGES, 2, seed=5)
+
+
+def shown(volume, rotation, shift, image, magnification=MAGNIFICATION):
+    """C P e of one image by direct sums in float64."""
+    axis = (torch.arange(len(volume)) - len(volume) // 2).double()
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    points = torch.stack([x, y, z], -1).reshape(-1, 3)
+    k = FREQUENCY.double() @ magnification[image].double().T @ rotation[:2]
+    slices = torch.exp(-2j * math.pi * (k @ points.T) / len(volume)) @ (volume.double().flatten() + 0j)
+    return TRANSFER[image] * slices * torch.exp(2j * math.pi * (FREQUENCY.double() @ shift) / LENGTH)
+
+
+def seen(values, rotation, given=None, move=None, magnification=MAGNIFICATION):
+    """Views of images, as `descend` takes them."""
+    count = len(rotation)
+    image = torch.arange(count, dtype=torch.int32)
+    spectra = Spectra(
+        values.to(torch.complex64), TRANSFER, FREQUENCY, image, rotation.float(), torch.ones(count), image, LENGTH
+    )
+    none = torch.zeros(count, 2, dtype=torch.float64)
+    return Views(
+        spectra,
+        magnification,
+        image,
+        rotation,
+        none if move is None else move,
+        rotation if given is None else given,
+        none,
+        LENGTH,
+    )
+
+
+def test_likelihood_and_hessian_against_direct_sums(volume, reference):
+    """With anisotropic magnification, and images off their centres; derivatives by differences."""
+    values = 3 * torch.complex(normal(IMAGES, len(FREQUENCY), seed=6), normal(IMAGES, len(FREQUENCY), seed=7))
+    found = descend(reference, seen(values, ROTATION, move=SHIFT), NO_PRIOR, RADIUS, steps=0)
+    for image in range(IMAGES):
+        model = shown(volume, ROTATION[image], SHIFT[image], image)
+        power = model.abs().square().sum()
+        gain = 2 * (values[image].conj() * model).real.sum() - power
+        # The window errs by 2e-3 of the largest value.
+        assert abs(found.before[image] - gain) < 4e-3 * power
+        assert found.power[image] == pytest.approx(float(power), rel=4e-3)
+        columns = []
+        for axis in range(5):
+            step = torch.zeros(5, dtype=torch.float64)
+            step[axis] = 1e-4
+            turn = turned(step[None, :3])[0]
+            after = shown(volume, turn @ ROTATION[image], SHIFT[image] + step[3:], image)
+            before = shown(volume, turn.T @ ROTATION[image], SHIFT[image] - step[3:], image)
+            columns.append((after - before) / 2e-4)
+        jacobian = torch.stack(columns)
+        expected = (jacobian.conj() @ jacobian.T).real
+        size = expected.diagonal().sqrt()
+        # The derivative of the window errs more than the window.
+        assert ((found.hessian[image] - expected) / size / size[:, None]).abs().max() < 0.04
+
+
+def test_the_pose_of_a_clean_image_is_found(volume, reference):
+    values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
+    start = turned(0.1 * normal(IMAGES, 3, seed=8)) @ ROTATION
+    found = descend(reference, seen(values, start), NO_PRIOR, RADIUS, steps=40)
+    assert (found.poses.rotation - ROTATION).abs().max() < 1e-3
+    assert (found.poses.shift - SHIFT).abs().max() < 1e-2
+    identity = torch.eye(3, dtype=torch.float64)
+    assert (found.poses.rotation @ found.poses.rotation.mT - identity).abs().max() < 1e-12
+
+
+def test_derivatives_are_those_of_what_is_searched(volume, reference):
+    """In a minimum the likelihood falls in every direction, by half of what the Hessian says: to second order."""
+    values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
+    found = descend(reference, seen(values, ROTATION, move=SHIFT), NO_PRIOR, RADIUS, steps=40)
+    for axis in range(5):
+        size = found.hessian[:, axis, axis].rsqrt()[:, None]
+        step = torch.zeros(IMAGES, 5, dtype=torch.float64)
+        step[:, axis] = 1
+        falls = []
+        for sign in (1, -1):
+            moved = sign * size * step
+            views = seen(values, turned(moved[:, :3]) @ found.poses.rotation, move=found.poses.shift + moved[:, 3:])
+            falls.append(found.after - descend(reference, views, NO_PRIOR, RADIUS, steps=0).before)
+        for fall in falls:
+            assert ((fall - 1).abs() < 0.15).all()
+
+
+def test_a_prior_holds_poses_where_they_were_given(volume, reference):
+    values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
+    given = turned(torch.full((IMAGES, 3), 0.05, dtype=torch.float64)) @ ROTATION
+    free, held, firm = (
+        descend(reference, seen(values, given), prior, RADIUS, steps=30)
+        for prior in (NO_PRIOR, Prior(0.002, 0.05), Prior(1e-5, 1e-4))
+    )
+    way = [torch.linalg.vector_norm(turns(one.poses.rotation, given), dim=1) for one in (free, held, firm)]
+    assert (way[0] > way[1]).all()
+    assert (way[1] > way[2]).all()
+    assert way[2].max() < 1e-3
+    assert firm.poses.shift.abs().max() < 1e-2
+    covariance = torch.diagonal(held.covariance(Prior(0.002, 0.05)), dim1=1, dim2=2)
+    assert (covariance[:, :3] < 0.002**2).all()
+    assert (covariance[:, 3:] < 0.05**2).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_poses_do_not_depend_on_threads(volume, reference, threads):
+    values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
+    expected = descend(reference, seen(values, ROTATION), NO_PRIOR, RADIUS)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = descend(reference, seen(values, ROTATION), NO_PRIOR, RADIUS)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.poses.rotation, expected.poses.rotation)
+
+
+def planted(count, turn, shift, seed):
+    """What images of known Hessians say of poses that are off by known widths."""
+    given = random_rotations(count, drawn(seed))
+    root = normal(count, 5, 5, seed=seed + 1) * torch.tensor([30.0, 30, 30, 0.5, 0.5]).double()
+    hessian = root.mT @ root + torch.diag(torch.tensor([400.0, 400, 400, 0.2, 0.2]).double())
+    true = torch.cat([turn * normal(count, 3, seed=seed + 2), shift * normal(count, 2, seed=seed + 3)], 1)
+    noise = torch.linalg.cholesky(torch.linalg.inv(2 * hessian)) @ normal(count, 5, 1, seed=seed + 4)
+    found = true + noise[..., 0]
+    nothing = torch.zeros(count, dtype=torch.float64)
+    poses = Poses(turned(found[:, :3]) @ given, found[:, 3:])
+    placed = Placed(poses, hessian, nothing, nothing, nothing, nothing.long(), nothing)
+    return placed, Poses(given, torch.zeros(count, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("turn", "shift"), [(0.05, 2.0), (0.02, 0.7)])
+def test_the_errors_of_poses_are_estimated(turn, shift):
+    prior = estimate_prior(*planted(600, turn, shift, 10))
+    assert prior.turn == pytest.approx(turn, rel=0.08)
+    assert prior.shift == pytest.approx(shift, rel=0.1)
+
+
+def test_images_that_were_found_elsewhere_do_not_widen_the_prior():
+    placed, given = planted(600, 0.03, 1.0, 20)
+    rotation = placed.poses.rotation.clone()
+    rotation[:60] = random_rotations(60, drawn(21))
+    prior = estimate_prior(replace(placed, poses=Poses(rotation, placed.poses.shift)), given)
+    assert prior.turn == pytest.approx(0.03, rel=0.1)
+
+
+def test_starts_cover_what_is_searched():
+    starts = ball_lattice(0.5, 0.2)
+    assert (starts[0] == 0).all()
+    anywhere = normal(500, 3, seed=1)
+    anywhere = 0.5 * anywhere / torch.linalg.vector_norm(anywhere, dim=1, keepdim=True)
+    anywhere *= torch.rand(500, 1, generator=drawn(2), dtype=torch.float64) ** (1 / 3)
+    assert torch.cdist(anywhere, starts).min(1).values.max() < 0.2 * math.sqrt(3)
+
+
+def test_orientations_cover_the_group_evenly():
+    grid = rotations(0.3)
+    anywhere = random_rotations(300, drawn(3))
+    trace = torch.einsum("aij,bij->ab", anywhere, grid).max(1).values
+    furthest = torch.arccos(((trace - 1) / 2).clamp(max=1)).max()
+    assert furthest < 0.3
+    rest = unlike(grid, dihedral(2).elements)
+    assert len(rest) == pytest.approx(len(grid) / 4, rel=0.1)
+    every = (rest[:, None] @ dihedral(2).elements).flatten(0, 1)
+    trace = torch.einsum("aij,bij->ab", anywhere, every).max(1).values
+    assert torch.arccos(((trace - 1) / 2).clamp(max=1)).max() < 0.3
+
+
+def test_poses_far_away_are_searched_for(volume, reference):
+    values = torch.stack([shown(volume, ROTATION[i], 0 * SHIFT[i], i) for i in range(IMAGES)])
+    start = turned(torch.tensor([[0.5, 0, 0], [0, -0.5, 0.1], [0.3, 0.3, 0.3], [0, 0, 0.55]]).double()) @ ROTATION
+    views = seen(values, start)
+    away = [
+        torch.linalg.vector_norm(turns(search(reference, views, NO_PRIOR).poses.rotation, ROTATION), dim=1)
+        for search in (nearest, within(0.6), everywhere(C1.elements))
+    ]
+    assert away[0].max() > 0.1
+    assert away[1].max() < 0.01
+    assert away[2].max() < 0.01
+    known = nearest(reference, seen(values, torch.cat([ROTATION[:3], start[3:]])), Prior(1e-4, 1e-3))
+    assert poor(known).tolist() == [3]
+
+
+# Whole refinements
+
+
+@pytest.fixture
+def wrong(simulated):
+    """Particles in poses that are off by known widths, in a file of their own, and the true ones."""
+
+    def give(turn, shift, particles=400, **settings):
+        star = simulated(particles=particles, **settings)
+        stack = open_particles(star)
+        poses = stack.table.poses
+        moved = Poses(
+            turned(math.radians(turn) * normal(particles, 3, seed=1)) @ poses.rotation,
+            poses.shift + shift * normal(particles, 2, seed=2),
+        )
+        write_used(stack.with_poses(moved).table, star.parent / "wrong.star", stack.table.half)
+        return star.parent / "wrong.star", star
+
+    return give
+
+
+def compare(first, second):
+    return compare_poses.compare(first, second, ComparePosesConfig())
+
+
+def run(star, folder, **options):
+    config = configure(RefineConfig, **{"rounds": 2, "epochs": 3, "growth": 0, "gaussians": 300, **options})
+    return refine(config, star, folder, Log((folder.parent / "said.txt").open("a")))
+
+
+def test_refinement_brings_poses_back(wrong, tmp_path):
+    star, true = wrong(4.0, 3.0)
+    summary = run(star, tmp_path / "run")
+    before, after = compare(true, star), compare(true, tmp_path / "run" / "run_data.star")
+    assert after["median"] < 0.5 * before["median"]
+    assert after["shift_median"] < 0.5 * before["shift_median"]
+    found = summary["refinement"]
+    assert found["rounds"][0]["angle_error"] == pytest.approx([4.0, 4.0], rel=0.25)
+    assert found["rounds"][0]["shift_error"] == pytest.approx([3.0, 3.0], rel=0.25)
+    truth, grid = read_map(star.parent / "truth.mrc")
+    refined, _ = read_map(tmp_path / "run" / "run_class001.mrc")
+    score = fsc_curve(refined, truth, grid).value[1:12].mean()
+    stack = open_particles(star)
+    assert score > fsc_curve(equations_of(stack).solve(), truth, grid).value[1:12].mean() + 0.05
+
+
+def test_what_is_written_of_poses(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=200)
+    run(star, tmp_path / "run", rounds=1)
+    before, after = (read_particles(path) for path in (star, tmp_path / "run" / "run_data.star"))
+    text = (tmp_path / "run" / "run_data.star").read_text()
+    for name in ("_rlnLogLikeliContribution", "_emsplatAngleUncertainty", "_emsplatOriginUncertainty"):
+        assert name in text
+    assert torch.equal(before.image, after.image)
+    assert torch.equal(before.half, after.half)
+    assert torch.allclose(before.optics.defocus_u, after.optics.defocus_u)
+    assert (before.poses.rotation - after.poses.rotation).abs().max() > 0.01
+
+
+def test_true_poses_stay(simulated, tmp_path):
+    star = simulated(particles=400)
+    run(star, tmp_path / "run")
+    after = compare(star, tmp_path / "run" / "run_data.star")
+    assert after["median"] < 1.0
+    assert after["shift_median"] < 0.5
+
+
+@pytest.mark.slow
+def test_an_interrupted_refinement_goes_on(wrong, tmp_path, monkeypatch):
+    star, _ = wrong(4.0, 3.0, particles=200)
+    whole = run(star, tmp_path / "whole")
+
+    def stop(*_):
+        raise Interrupted("stopped", 2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("emsplat.programs.refine.fit_volumes", stop)
+        with pytest.raises(Interrupted):
+            run(star, tmp_path / "run")
+    resumed = run(star, tmp_path / "run", resume=True)
+    assert resumed["refinement"] == whole["refinement"]
+    assert "resuming after round" in (tmp_path / "run" / "run.log").read_text()
+
+
+@pytest.fixture
+def aligned_noise(simulated, tmp_path):
+    """Images of noise alone in the poses in which each looks most like one map of low resolution, and that resolution:
+    the half-sets share the map, and nothing else is there."""
+    star = simulated(particles=600, noise_only=True, seed=9)
+    truth, grid = read_map(simulated(particles=60, snr=1.0).parent / "truth.mrc")
+    stack = open_particles(star)
+    shared = 6
+    reference = make_reference(truth / truth.std(), grid, shared)
+    poses = stack.table.poses
+    found = place(reference, stack, poses, NO_PRIOR, noise_of(stack), everywhere(C1.elements))
+    write_used(stack.with_poses(found.poses).table, tmp_path / "noise.star", stack.table.half)
+    return tmp_path / "noise.star", grid.length / shared
+
+
+@pytest.mark.slow
+def test_noise_aligned_to_one_map_gives_no_resolution(aligned_noise, tmp_path):
+    """The half maps agree within the band that their poses share, and only there: it must not count."""
+    star, shared = aligned_noise
+    stack = open_particles(star)
+    halves = [equations_of(stack.only(half)).solve() for half in (1, 2)]
+    # Not the rim, where normalised images of anything bright have an edge.
+    agreement = fsc_curve(*halves, stack.grid, sphere(stack.grid, stack.diameter)).value
+    assert agreement[2:6].mean() > 0.5
+    assert agreement[9:].mean() < 0.1
+    told = run(star, tmp_path / "told", shared_to=shared)
+    assert told["evident"] is False
+    assert all(value is None for value in told["resolution"].values())
+    assert told["refinement"]["shared_shell"] == 8
+    # Without the word the same maps would have one, so the test could fail.
+    untold = run(star, tmp_path / "untold")
+    assert untold["evident"] is True
+    assert json.loads((tmp_path / "told" / "summary.json").read_text())["refinement"]["shared_to"] == shared
+
+
+def test_noise_alone_has_nothing_to_refine_against(simulated, tmp_path):
+    star = simulated(particles=200, noise_only=True)
+    summary = run(star, tmp_path / "run")
+    assert summary["refinement"]["rounds"] == []
+    assert any("emsplat abinitio" in text for text in summary["warnings"])
+    assert compare(star, tmp_path / "run" / "run_data.star")["p90"] < 1e-3
+
+
+def test_poses_without_half_sets_are_said(simulated, tmp_path):
+    star = simulated(particles=200, half_sets=False)
+    summary = run(star, tmp_path / "run", rounds=1)
+    assert summary["refinement"]["half_sets_known_to_poses"] is False
+    assert any("--shared-to" in text for text in summary["warnings"])
+
+
+def test_poses_that_are_not_there(simulated, tmp_path):
+    star = simulated(particles=60)
+    stack = open_particles(star)
+    same = Poses(torch.eye(3).double().repeat(60, 1, 1), stack.table.poses.shift)
+    write_used(stack.with_poses(same).table, star.parent / "same.star", stack.table.half)
+    with pytest.raises(InputError, match="emsplat abinitio"):
+        run(star.parent / "same.star", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounds": 0},
+        {"search": "wide"},
+        {"search": "-3"},
+        {"refine": "poses,colour"},
+        {"angle_error": -1.0},
+        {"shared_to": 0.0},
+        {"engine": "images"},
+    ],
+)
+def test_options_that_mean_nothing(simulated, tmp_path, options):
+    star = simulated(particles=60)
+    with pytest.raises(InputError):
+        run(star, tmp_path / "run", **options)
+
+
+def test_refinement_in_python(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=120)
+    found = em.refine(star, tmp_path / "run", rounds=1, epochs=2, growth=0, gaussians=200, threads=1)
+    assert found.summary["refinement"]["moved"] is True
+    with pytest.raises(InputError, match="no such option"):
+        em.refine(star, tmp_path / "other", round=1)
+
+
+def test_only_particles_that_were_asked_for_are_refined_and_written(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=300)
+    run(star, tmp_path / "run", rounds=1, first=200)
+    before, after = (read_particles(path) for path in (star, tmp_path / "run" / "run_data.star"))
+    assert torch.equal(before.image[:200], after.image)
+    assert len((tmp_path / "run" / "poses.csv").read_text().splitlines()) == 201
+
+
+@pytest.mark.slow
+def test_particles_of_several_boxes(simulated, wrong, tmp_path):
+    """One set on two grids: each is compared on its own."""
+    star, true = wrong(4.0, 3.0, particles=300)
+    other = simulated(particles=300, box=40, pixel_size=3.2, seed=4)
+    summary = run(star, tmp_path / "run", merge=(other,), rounds=1)
+    after = read_particles(tmp_path / "run" / "run_data.star")
+    first = after.poses[torch.arange(300)]
+    known = read_particles(true).poses
+    away = torch.linalg.vector_norm(turns(first.rotation, known.rotation), dim=1).median()
+    given = torch.linalg.vector_norm(turns(read_particles(star).poses.rotation, known.rotation), dim=1).median()
+    assert away < 0.7 * given
+    assert summary["refinement"]["moved"] is True
+
+
+# Optics
+
+
+def test_defocus_and_grey_scale_of_each_particle(simulated):
+    """Particles whose table is wrong about them, against the true map: a map of two micrographs has the zeros of its
+    contrast transfer functions in it."""
+    star = simulated(particles=200, box=48, pixel_size=3.0, snr=2.0, b_factor=20.0)
+    stack = open_particles(star)
+    optics = stack.table.optics
+    off = [size * normal(200, seed=30 + n) for n, size in enumerate((400.0, 0.3, 40.0))]
+    told = replace(
+        optics,
+        defocus_u=optics.defocus_u + off[0],
+        defocus_v=optics.defocus_v + off[0],
+        scale=optics.scale * off[1].exp(),
+        b_factor=optics.b_factor + off[2],
+    )
+    truth, grid = read_map(star.parent / "truth.mrc")
+    reference = make_reference(equations_of(stack).gain(truth) * truth, grid, 20)
+    wrong = stack.with_optics(told)
+    found, spread = refine_optics(reference, wrong, noise_of(wrong), defocus=True, strength=True)
+    assert (found.defocus_u - optics.defocus_u).std() < 0.4 * off[0].std()
+    assert (found.scale / optics.scale).log().std() < 0.5 * off[1].std()
+    assert (found.b_factor - optics.b_factor).std() < 0.8 * off[2].std()
+    assert torch.allclose(found.defocus_u - found.defocus_v, optics.defocus_u - optics.defocus_v)
+    assert spread.defocus == pytest.approx(400, rel=0.25)
+    assert spread.scale == pytest.approx(0.3, rel=0.35)
+    alone, _ = refine_optics(reference, wrong, noise_of(wrong), defocus=True, strength=False)
+    assert torch.equal(alone.scale, told.scale)
+
+
+def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
+    star = simulated(particles=200)
+    run(star, tmp_path / "run", refine="defocus,scale", rounds=1)
+    before, after = (read_particles(path) for path in (star, tmp_path / "run" / "run_data.star"))
+    assert (before.optics.defocus_u - after.optics.defocus_u).abs().max() > 1
+    assert (after.optics.scale - 1).abs().max() > 1e-3
+    assert torch.allclose(before.poses.rotation, after.poses.rotation, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.report
+def test_the_page_shows_the_poses(wrong, tmp_path):
+    star, _ = wrong(3.0, 2.0, particles=200)
+    run(star, tmp_path / "run", rounds=1, shared_to=40.0)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'id="poses"' in page
+    assert "Poses before and after the refinement" in page
+    assert "The half-sets share shells up to" in page
+    assert (tmp_path / "run" / "poses.png").is_file()
+    (tmp_path / "run" / "poses.csv").write_text("rot\n")
+    write_report(tmp_path / "run")
+    assert "poses.csv" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", ["50", "poor", "global"])
+def test_poses_that_are_far_off_are_searched_for(wrong, tmp_path, search):
+    """One in ten is nowhere near; local steps leave them there."""
+    star, true = wrong(2.0, 2.0, particles=300, snr=1.0)
+    stack = open_particles(star)
+    poses = stack.table.poses
+    axis = normal(300, 3, seed=5)
+    far = turned(math.radians(45 if search == "50" else 110) * axis / torch.linalg.vector_norm(axis, dim=1)[:, None])
+    rotation = poses.rotation.clone()
+    rotation[::10] = (far @ rotation)[::10]
+    lost = star.parent / "lost.star"
+    write_used(stack.with_poses(Poses(rotation, poses.shift)).table, lost, stack.table.half)
+    run(lost, tmp_path / "local")
+    run(lost, tmp_path / "run", search=search)
+    away = [compare(true, folder / "run_data.star")["within_10"] for folder in (tmp_path / "local", tmp_path / "run")]
+    assert away[1] > 0.93
+    assert away[0] < away[1] - 0.02
