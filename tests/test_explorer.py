@@ -457,7 +457,7 @@ def test_browser_exports_what_the_lasso_holds(tmp_path: Path) -> None:
         values = np.array([[float(word) for word in line.split(",")] for line in lines])
         chosen = [place_of[row] for row in rows]
         np.testing.assert_allclose(values[:, 2:5], numbers.particles.latent[chosen], atol=2e-4)
-        np.testing.assert_array_equal(values[:, 5], numbers.particles.cluster[chosen])
+        np.testing.assert_array_equal(values[:, 5], numbers.particles.cluster[chosen] + 1)  # as latents.csv
         # Shift adds to it, the button of a state takes those nearest to it.
         page.evaluate("document.querySelectorAll('#states td:last-child button')[1].click()")
         distance = ((numbers.particles.latent[:, None] - numbers.points[:2]) ** 2).sum(2)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,16 +16,25 @@ from emsplat.heterogeneity.cells import Cells, empirical_map, few_memberships, g
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.half import HalfModel, on_grid, read_half
+from emsplat.heterogeneity.paths import along
 from emsplat.heterogeneity.states import DecoderStage, orders
 from emsplat.imaging.project import voxelize
 from emsplat.io.columns import read_columns
-from emsplat.io.mrc import read_map
+from emsplat.io.gaussians import read_gaussians
+from emsplat.io.mrc import read_map, write_map
+from emsplat.io.particles import read_particles
 from emsplat.io.pickles import load_arrays
+from emsplat.io.relion.read import find_tables
+from emsplat.io.star import read_star_file
 from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.particles.choose import open_stack
-from emsplat.programs.heterogeneity import heterogeneity
+from emsplat.programs.heterogeneity import _warn_of_empty_halves, heterogeneity
 from emsplat.programs.simulate import simulate
-from emsplat.programs.states import along, states
+from emsplat.programs.state_particles import Views
+from emsplat.programs.states import read_models, states
+from emsplat.report import write_report
+from emsplat.run.files import EXPLORER
+from emsplat.run.log import Log
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Grid
 
@@ -96,8 +106,12 @@ def test_maps_of_the_states_are_like_the_truth(run, particles):
     rows = summary["heterogeneity"]["states"]
     maps = [read_map(folder / "states" / f"{row['state'] - 1:03d}.mrc")[0] for row in rows]
     change = (truth[0] - truth[1]).flatten()
-    along_change = torch.stack([torch.dot(volume.flatten(), change) for volume in maps])
-    low, high = maps[int(along_change.argmin())], maps[int(along_change.argmax())]
+    latent = torch.tensor([float(value) for value in read_columns(folder / "latents.csv", ["z1"])["z1"]]).double()
+    models = read_models(folder)
+    high, low = (
+        torch.stack([model.map(latent[labels(particles) == label].mean()[None]) for model in models]).mean(0)
+        for label in (1, 2)
+    )
     found = (high - low).flatten()
     assert torch.corrcoef(torch.stack([found, change]))[0, 1] > 0.8
     for volume, true in ((high, truth[0]), (low, truth[1])):
@@ -144,10 +158,170 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
     assert len(summary["heterogeneity"]["states"]) >= 2
 
 
+def test_populations_have_intervals(run, particles):
+    folder, summary = run
+    found = summary["heterogeneity"]
+    rows = found["states"]
+    assert sum(row["population"] for row in rows) == pytest.approx(1.0, abs=1e-6)
+    assert min(row["free_energy"] for row in rows) == 0
+    for row in rows:
+        low, high = row["population_interval"]
+        assert low <= row["population"] <= high
+        assert row["population_error"] > 0
+    assert "600 particles (there are only 6 micrographs)" in found["populations_over"]
+    table = read_columns(folder / "states" / "states.csv", ["state", "population", "population_low", "population_high"])
+    assert [float(value) for value in table["population"]] == pytest.approx([r["population"] for r in rows], abs=1e-4)
+    # By the sign of the latent: half of the particles lack a globule, and the half-sets agree.
+    density = read_columns(folder / "density.csv", ["half", "z1", "weight", "low", "high"])
+    point, weight = (torch.tensor([float(value) for value in density[name]]) for name in ("z1", "weight"))
+    half = torch.tensor([int(value) for value in density["half"]])
+    for number in (1, 2):
+        assert float(weight[half == number].sum()) == pytest.approx(1, abs=1e-3)
+        assert float(weight[(half == number) & (point > 0)].sum()) == pytest.approx(0.5, abs=0.12)
+
+
+def test_particles_come_back_with_their_states(run, particles):
+    folder, summary = run
+    rows = summary["heterogeneity"]["states"]
+    own, used = read_particles(particles), read_particles(folder / "run_data.star")
+    assert len(used) == len(own) == 600
+    assert torch.equal(used.half, own.half)
+    assert used.stacks == own.stacks
+    assert torch.equal(used.image, own.image)
+    block = read_star_file(folder / "run_data.star")
+    table = find_tables(block)[0]
+    latents = read_columns(folder / "latents.csv", ["row", "z1", "gain"])
+    z = [float(value) for value in latents["z1"]]
+    assert np.allclose([float(text) for text in table.text("EmsplatLatent1")], z, atol=1e-4)
+    membership = np.array([float(text) for text in table.text("EmsplatMembership")])
+    assert ((membership >= 0) & (membership <= 1)).all()
+    before = find_tables(read_star_file(particles))[0]
+    for tag in before.table.tags:
+        if tag not in ("_rlnImageName", "_rlnClassNumber"):
+            assert list(table.table.text(tag)) == list(before.table.text(tag))
+    seen = 0
+    for number in range(len(rows)):
+        part = read_particles(folder / "states" / f"{number:03d}.star")
+        assert set(part.particle_class.tolist()) == {number + 1}
+        assert part.stacks == own.stacks
+        seen += len(part)
+    assert seen == 600
+
+
+def test_the_run_says_what_latents_follow(run):
+    folder, summary = run
+    tests = summary["heterogeneity"]["follows"]
+    assert {row["what"] for row in tests} == {"viewing direction", "angle in the image", "defocus", "grey scale"}
+    assert not any(row["warns"] for row in tests)
+    assert "do latents follow the images" in (folder / "run.log").read_text()
+
+
+def test_what_opens_in_chimerax_is_there(run):
+    folder, summary = run
+    text = (folder / "chimerax.cxc").read_text()
+    opened = [word for line in text.splitlines() if line.startswith("open ") for word in line.split()[1:]]
+    opened = [word for word in opened if word.endswith(".mrc")]
+    assert "consensus.mrc" in opened
+    assert len(opened) > len(summary["heterogeneity"]["states"])
+    assert all((folder / word).is_file() for word in opened)
+    gaussians, grid = read_gaussians(folder / "states" / "000.ply")
+    volume = sum(read_map(folder / "states" / f"000_half{half}.mrc")[0] for half in (1, 2)) / 2
+    assert torch.corrcoef(torch.stack([voxelize(gaussians, grid).flatten(), volume.flatten()]))[0, 1] > 0.95
+    assert json.loads((folder / "parts" / "parts.json").read_text())["parts"][0]["number"] == 1
+
+
+@pytest.mark.report
+def test_the_report_of_a_run_with_states(run):
+    folder, _ = run
+    page = write_report(folder).read_text(encoding="utf-8")
+    for said in ("nats per image", "Is there anything?", "Free energy", "viewing direction", "part 1,", EXPLORER):
+        assert said in page
+    assert "Not shown" not in page
+    assert (folder / "states.png").stat().st_size > 10000
+
+
+@pytest.mark.report
+def test_the_report_of_a_run_without_states(tmp_path):
+    gains = [{"value": 0.0, "error": 0.0}, {"value": -0.2, "error": 0.1}]
+    found = {"found": False, "gain": 0.0, "gain_error": 0.01, "components": 0, "points": 0, "gain_by_components": gains}
+    (tmp_path / "summary.json").write_text(json.dumps({"heterogeneity": found | {"gain_by_points": {}}}))
+    (tmp_path / "config.toml").write_text("")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "No heterogeneity that these images support" in page
+    assert "Not shown" not in page
+    for absent in ('id="states"', 'id="landscape"', 'id="follows"', 'id="parts"'):
+        assert absent not in page
+
+
+def test_selected_particles(run, particles, tmp_path, capsys):
+    folder, _ = run
+    latents = read_columns(folder / "latents.csv", ["row", "half", "z1"])
+    z = np.array([float(value) for value in latents["z1"]])
+    assert main(["states", str(folder), "--select", "z1=0:", "half=1", "-o", str(tmp_path / "high")]) == 0
+    half = np.array([int(value) for value in latents["half"]])
+    right = np.flatnonzero((z >= 0) & (half == 1))
+    assert f"{len(right):,} of 600 selected, half-sets {len(right):,} + 0" in capsys.readouterr().out
+    star = read_particles(tmp_path / "high" / "selected.star")
+    assert np.array_equal(star.image.numpy(), right)
+    cs = read_particles(tmp_path / "high" / "selected.cs")
+    assert np.array_equal(cs.image.numpy(), right)
+    assert torch.allclose(cs.poses.rotation, star.poses.rotation, atol=1e-5)
+    index = load_arrays(tmp_path / "high" / "selected.pkl")
+    assert index.dtype.kind == "i"
+    assert np.array_equal(index, right)
+    # The same by the files that the explorer and cryoDRGN write.
+    (tmp_path / "rows.txt").write_text("".join(f"{row + 1}\n" for row in right))
+    (tmp_path / "table.csv").write_text("row,z1\n" + "".join(f"{row + 1},0\n" for row in right))
+    for number, name in enumerate(("rows.txt", "table.csv", "high/selected.pkl")):
+        config = StatesConfig(select=(str(tmp_path / name),))
+        paths = states(folder, config, tmp_path / str(number))
+        assert np.array_equal(read_particles(paths[0]).image.numpy(), right)
+    states_of = find_tables(read_star_file(folder / "run_data.star"))[0].text("ClassNumber")
+    chosen = states(folder, StatesConfig(select=("class=1,2",)), tmp_path / "classes")
+    assert len(read_particles(chosen[0])) == sum(text in ("1", "2") for text in states_of)
+    with pytest.raises(OutputError, match="--overwrite"):
+        states(folder, StatesConfig(select=("class=1",)), tmp_path / "classes")
+
+
+@pytest.mark.parametrize(
+    ("select", "said"),
+    [
+        (("nothing",), "no such file and no condition"),
+        (("z9=0:1",), "z9 is none of class, half, z1, gain"),
+        (("z1=1:0",), "ranges such as"),
+        (("z1=a:b",), "ranges such as"),
+        (("z1=3",), "ranges such as"),
+        (("class=99",), "there is no class 99; there are 1, 2"),
+        (("class=one",), "expected a file of row numbers"),
+        (("z1=1000:",), "no particle of .* is left"),
+        (("rows.txt",), "row 601 is not in"),
+        (("text.txt",), "cannot be read"),
+        (("empty.txt",), "lists no rows"),
+    ],
+)
+def test_selections_that_are_refused(run, tmp_path, monkeypatch, select, said):
+    (tmp_path / "rows.txt").write_text("1\n601\n")
+    (tmp_path / "text.txt").write_text("first\n")
+    (tmp_path / "empty.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=said):
+        states(run[0], StatesConfig(select=select), tmp_path / "chosen")
+
+
+def test_a_traversal_and_its_movie(run, tmp_path):
+    paths = states(run[0], StatesConfig(traverse=1, frames=3, movie=True), tmp_path / "way")
+    assert len(paths) == 3
+    assert (tmp_path / "way" / "movie.webp").stat().st_size > 1000
+    assert "000.mrc 001.mrc 002.mrc vseries true" in (tmp_path / "way" / "chimerax.cxc").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({}, "either --at"),
+        ({"traverse": 9}, "component from 1 to"),
+        ({"traverse": 1, "path": (1, 2)}, "either --at"),
+        ({"select": ("z1=0:",), "path": (1, 2)}, "particles are selected without"),
         ({"path": (1,)}, "two states or more"),
         ({"path": (1, 99)}, "from 1 to"),
         ({"path": (1, 2), "frames": 1}, "at least 2 frames"),
@@ -157,6 +331,72 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
 def test_latents_that_are_refused(run, tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         states(run[0], StatesConfig(**options), tmp_path / "maps")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("z1\nnan\n", "row 1, column z1: nan; expected a finite number"),
+        ("z1\n1\ninf\n", "row 2, column z1: inf"),
+        ("z2\n1\n", "expected a CSV table with columns z1"),
+        ("z1\n", "no rows"),
+    ],
+)
+def test_tables_of_latents_that_are_refused(run, tmp_path, text, said):
+    (tmp_path / "z.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        states(run[0], StatesConfig(at=tmp_path / "z.csv"), tmp_path / "maps")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (None, "without a voxel above 0.5"),
+        (0, "nothing of the mask is left within the sphere"),
+    ],
+)
+def test_a_focus_that_leaves_nothing(particles, tmp_path, where, said):
+    mask = torch.zeros(32, 32, 32)
+    if where is not None:
+        mask[where, where, where] = 1.0
+    write_map(tmp_path / "mask.mrc", mask, 3.0)
+    config = configure(HeterogeneityConfig, focus=tmp_path / "mask.mrc", components=2, resolution=8.0)
+    with pytest.raises(InputError, match=said):
+        heterogeneity(config, particles, tmp_path / "run")
+
+
+def test_a_state_that_a_half_set_lacks_is_said(capsys):
+    ones = torch.ones(4, dtype=torch.int64)
+    state = torch.tensor([0, 0, 1, 1])
+    views = Views(
+        ones,
+        torch.tensor([1, 2, 1, 1]),
+        ones,
+        torch.zeros(4, 1),
+        torch.zeros(4),
+        torch.ones(4),
+        state,
+        state,
+        torch.ones(4),
+    )
+    log = Log()
+    _warn_of_empty_halves(log, views, 2)
+    assert len(log.warnings) == 1
+    assert log.warnings[0].startswith("half-set 2 has no particle of state 2; its half map")
+
+
+def test_a_folder_of_another_kind(run, simulated, tmp_path):
+    star = simulated(particles=60, box=32, pixel_size=3.0, snr=0.5, atoms=300, seed=3)
+    for options in ({"path": (1, 2)}, {"select": ("class=1",)}, {"traverse": 1}):
+        with pytest.raises(InputError, match="expected the folder of an emsplat heterogeneity that has found"):
+            states(star.parent, StatesConfig(**options), tmp_path / "maps")
+    damaged = shutil.copytree(run[0], tmp_path / "damaged")
+    (damaged / "model_half2.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="not the model of a half-set, or damaged"):
+        states(damaged, StatesConfig(traverse=1), tmp_path / "maps")
+    shutil.copy(star, damaged / "run_data.star")
+    with pytest.raises(InputError, match=r"60 particles, but 600 in .*; expected those of one run"):
+        states(damaged, StatesConfig(select=("class=1",)), tmp_path / "maps")
 
 
 def test_a_folder_without_states(particles, tmp_path):
@@ -183,6 +423,11 @@ def test_one_state_gives_no_states(simulated, tmp_path, capsys):
         ({"components": 500}, "fewer --components"),
         ({"resolution": 2.0}, "at least 4 cycles"),
         ({"components": 0}, "1 c"),
+        ({"parts": 0}, "--parts 0: expected at least 1"),
+        ({"points": 0}, "--points 0: expected at least 1"),
+        ({"states": 0}, "--states 0: expected at least 1"),
+        ({"gaussians": 3}, "--gaussians 3: expected at least 10"),
+        ({"first": 20}, "particles for 12 components; take more"),
     ],
 )
 def test_options_that_cannot_be(particles, tmp_path, options, said):

@@ -322,6 +322,7 @@ def test_true_poses_stay(simulated, tmp_path):
     assert after["shift_median"] < 0.5
 
 
+@pytest.mark.slow
 def test_an_interrupted_refinement_goes_on(wrong, tmp_path, monkeypatch):
     star, _ = wrong(4.0, 3.0, particles=200)
     whole = run(star, tmp_path / "whole")
@@ -353,6 +354,7 @@ def aligned_noise(simulated, tmp_path):
     return tmp_path / "noise.star", grid.length / shared
 
 
+@pytest.mark.slow
 def test_noise_aligned_to_one_map_gives_no_resolution(aligned_noise, tmp_path):
     """The half maps agree within the band that their poses share, and only there: it must not count."""
     star, shared = aligned_noise
@@ -430,6 +432,7 @@ def test_only_particles_that_were_asked_for_are_refined_and_written(wrong, tmp_p
     assert len((tmp_path / "run" / "poses.csv").read_text().splitlines()) == 201
 
 
+@pytest.mark.slow
 def test_particles_of_several_boxes(simulated, wrong, tmp_path):
     """One set on two grids: each is compared on its own."""
     star, true = wrong(4.0, 3.0, particles=300)
@@ -484,6 +487,7 @@ def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
     assert torch.allclose(before.poses.rotation, after.poses.rotation, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.report
 def test_the_page_shows_the_poses(wrong, tmp_path):
     star, _ = wrong(3.0, 2.0, particles=200)
@@ -498,6 +502,7 @@ def test_the_page_shows_the_poses(wrong, tmp_path):
     assert "poses.csv" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["50", "poor", "global"])
 def test_poses_that_are_far_off_are_searched_for(wrong, tmp_path, search):
     """One in ten is nowhere near; local steps leave them there."""

@@ -420,17 +420,21 @@ def states(
     output: Folder,
     config: StatesConfig = StatesConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write maps of a heterogeneous run at any latents.
+    """Write maps of a heterogeneous run at any latents, or the particles that lie there.
 
     Args:
         run: Run folder of `emsplat heterogeneity`.
-        output: Folder for the maps, 000.mrc, 001.mrc, ...
+        output: Folder for the maps, 000.mrc, 001.mrc, ..., or for the particles.
 
     Examples:
         # one map for each row of a table with columns z1, z2, ...
         emsplat states run --at z.csv -o maps
-        # 20 maps on the way from state 1 to state 4
-        emsplat states run --path 1 4 -o way
+        # 20 maps on the way from state 1 to state 4, and a movie of them
+        emsplat states run --path 1 4 --movie -o way
+        # the particles that were selected with the lasso of the explorer, for RELION, cryoSPARC and cryoDRGN
+        emsplat states run --select rows.txt -o chosen
+        # those of state 2 whose first latent is above 0
+        emsplat states run --select class=2 z1=0: -o chosen
         # those of half-set 1 alone, with their Gaussians
         emsplat states run --at z.csv --half 1 --gaussians -o half1
     """

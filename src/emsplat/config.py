@@ -411,6 +411,10 @@ class HeterogeneityOptions:
     states: int = 10
     """Maps that are written where latents form no classes: centres of as many groups. Classes have one map each."""
 
+    motion_corrected: bool = False
+    """Also a consensus of all particles in the state of most of them, the rigid motions of the parts taken back. Takes
+    minutes."""
+
 
 @dataclass(frozen=True)
 class HeterogeneityConfig:
@@ -435,10 +439,26 @@ class StatesConfig:
     """Only the map of one half-set; by default the mean of both."""
 
     path: tuple[int, ...] = ()
-    """Two or more states of the run, by their numbers in states.csv: maps along the way between them."""
+    """Two or more states of the run, by their numbers in states.csv: maps along the way between them, through places
+    where there are particles."""
+
+    straight: bool = False
+    """The way of --path goes straight, whatever lies there."""
+
+    traverse: int | None = None
+    """Maps along a principal component of the latents, from the 5th to the 95th percentile of the particles: 1 for the
+    first."""
 
     frames: int = 20
     """Maps on the way."""
+
+    movie: bool = False
+    """Also a movie of the maps, movie.webp."""
+
+    select: Annotated[tuple[str, ...], "WHAT"] = ()
+    """No maps but particles, as .star, .cs and cryoDRGN's row numbers: a file of row numbers (rows.txt or particles.csv
+    of the explorer), class=2 (the state, in run_data.star), half=1, or ranges such as z1=-0.5:1.2 and gain=2:. Of
+    several all have to hold."""
 
     gaussians: bool = False
     """Also the Gaussians of each map, as .ply."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from emsplat.heterogeneity.embedding import Embedding
@@ -23,6 +23,7 @@ from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell
 from emsplat.sums.statistics import accumulate, begin
 from emsplat.types import Grid, Poses
 
+_MOST_PRIOR = 1e4  # of the largest information: nothing is left of a map
 _MOST, _LEAST = 3, 0.02  # cells that a view may belong to, and the smallest membership that counts
 
 
@@ -181,13 +182,51 @@ def empirical_map(
     total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear))
     information = _information(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
     noise = _information(torch.einsum("m,mzyk->zyk", weight.square() * cells.noise, cells.response), size)
-    signal = mean_per_shell(total.abs().square()) - size**3 * mean_per_shell(noise)
-    power = _smoothed(signal / mean_per_shell(information.square()).clamp(min=1e-30)).clamp(min=1e-30) / filled
     shells = shell_index(size, 3)
-    prior = (size**3 / power)[shells.clamp(max=size // 2)]
-    spectrum = total * (shells <= size // 2) / (information + prior)
+    spectrum = total * (shells <= size // 2) / (information + _prior(total, information, noise, filled))
     filtered: Tensor = torch.fft.irfftn(spectrum, s=(size,) * 3)
     return filtered
+
+
+def _prior(
+    total: Complex[Tensor, "z y k"], information: Float[Tensor, "z y k"], noise: Float[Tensor, "z y k"], filled: float
+) -> Float[Tensor, "z y k"]:
+    """1/τ² of each coefficient, in units of the information."""
+    size = len(total)
+    signal = mean_per_shell(total.abs().square()) - size**3 * mean_per_shell(noise)
+    power = _smoothed(signal / mean_per_shell(information.square()).clamp(min=1e-30)).clamp(min=1e-30) / filled
+    return (size**3 / power)[shell_index(size, 3).clamp(max=size // 2)]
+
+
+def linear_maps(cells: Cells, linear: Float[Tensor, "m z y x"], filled: float) -> Float[Tensor, "m z y x"]:
+    """The classical map of every cell if maps are linear in the latent: V_m = R_0 + Σ z_mk R_k.
+
+    All cells say something of each R_k, so that what stands still is known from all particles. Each R_k has a prior as
+    in `empirical_map`.
+    """
+    size, weight = cells.grid.size, cells.particles.double() / cells.particles.double().sum()
+    away = cells.point - weight @ cells.point
+    value, vector = torch.linalg.eigh((away * weight[:, None]).T @ away)
+    known = value > 1e-6 * value.max()  # fewer cells than latents
+    latent = (away @ vector[:, known] / value[known].sqrt()).float()
+    design = torch.cat([torch.ones(len(cells), 1), latent], 1)
+    count = design.shape[1]
+    totals = torch.stack([torch.fft.rfftn(torch.einsum("m,mzyx->zyx", own, linear)) for own in design.T])
+    matrix = torch.zeros(*totals.shape[1:], count, count)
+    for j, k in torch.triu_indices(count, count).T.tolist():
+        both = _information(torch.einsum("m,mzyk->zyk", design[:, j] * design[:, k], cells.response), size, signed=True)
+        matrix[..., j, k] = matrix[..., k, j] = both
+    for j, own in enumerate(design.T):
+        noise = _information(torch.einsum("m,mzyk->zyk", own.square() * cells.noise, cells.response), size)
+        information = matrix[..., j, j].clone()
+        prior = _prior(totals[j], information, noise, filled)
+        matrix[..., j, j] += torch.minimum(prior, _MOST_PRIOR * information.max())
+    inside = shell_index(size, 3) <= size // 2
+    found = torch.zeros_like(totals)
+    right = torch.view_as_real(totals[:, inside].T.contiguous())
+    found[:, inside] = torch.view_as_complex(torch.linalg.solve(matrix[inside], right).contiguous()).T
+    maps = torch.fft.irfftn(found, s=(size,) * 3, dim=(1, 2, 3))
+    return torch.einsum("mj,jzyx->mzyx", design, maps)
 
 
 def raw_map(cells: Cells, weight: Float[Tensor, " m"]) -> Float[Tensor, "z y x"]:
@@ -208,10 +247,10 @@ def _smoothed(curve: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
     return torch.nn.functional.conv1d(padded, window[None, None])[0, 0]
 
 
-def _information(response: Float[Tensor, "w v k"], size: int) -> Float[Tensor, "z y k"]:
-    """The circulant matrix nearest to a convolution on a box of ``size`` voxels; not negative."""
+def _information(response: Float[Tensor, "w v k"], size: int, *, signed: bool = False) -> Float[Tensor, "z y k"]:
+    """The circulant matrix nearest to a convolution on a box of ``size`` voxels; not negative unless ``signed``."""
     kernel = torch.fft.fftshift(torch.fft.irfftn(response, s=(len(response),) * 3))
-    return circulant(kernel, size).clamp_(min=0)
+    return circulant(kernel, size) if signed else circulant(kernel, size).clamp_(min=0)
 
 
 def residuals(cells: Cells, maps: Float[Tensor, "m z y x"]) -> Float[Tensor, "m z y x"]:

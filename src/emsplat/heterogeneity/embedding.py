@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.heterogeneity.density import Density
-from emsplat.heterogeneity.frames import Frame, cross_embedding, identity
+from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.subspace import Latents
 
@@ -66,17 +66,12 @@ def hard_embedding(
     )
 
 
-def frames(first: Embedding, second: Embedding) -> tuple[Frame, Frame]:
-    """From the latents of a run, which are those of half 1, to those of each half."""
-    return identity(first.own.shape[1]), cross_embedding(*_both(first, second))
+def leading(source: Embedding, target: Embedding) -> Frame:
+    """The frame that leads from the latent space of one half to that of the other, by all views."""
+    own, other = torch.cat([source.own, source.other]), torch.cat([target.other, target.own])
+    return cross_embedding(own, other)
 
 
 def latents_of_run(first: Embedding, second: Embedding) -> tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]:
-    """Of the views of both halves, each by its own half's model, in the space of half 1."""
-    to_first = cross_embedding(*reversed(_both(first, second)))
-    return first.own, to_first(second.own)
-
-
-def _both(first: Embedding, second: Embedding) -> tuple[Float[Tensor, "a q"], Float[Tensor, "a r"]]:
-    """All views, those of half 1 first, in both spaces."""
-    return torch.cat([first.own, first.other]), torch.cat([second.other, second.own])
+    """Of the views of both halves, each by its own half's model, in the space of the run, which is that of half 1."""
+    return first.own, leading(second, first)(second.own)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,19 +14,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.heterogeneity.cells import Cells, empirical_map, overlap, residuals
+from emsplat.heterogeneity.cells import Cells, empirical_map, linear_maps, overlap, residuals
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
 from emsplat.imaging.project import voxelize
 from emsplat.io.tensors import write_tensors
+from emsplat.measures.states import common_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
-from emsplat.models.decoder import Decoder
 from emsplat.types import Gaussians, Grid
 
 _KERNEL = 0.25  # power of the overlap of cells with which they share residuals
 _FILLED = 0.3  # of the cells' box, by the particle
+_JUDGED = 24  # cells of the other half by which residuals are judged
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,17 @@ class HalfModel:
         with torch.no_grad():
             return self.decoder.mixtures(self.frame(latent.double()[None]).float())[0]
 
-    def map(self, latent: Float[Tensor, " q"]) -> Float[Tensor, "z y x"]:
-        """The map of a state in the box of the images; ``latent`` is one of the run."""
-        drawn = voxelize(self.mixture(latent), self.box)
+    def map(self, latent: Float[Tensor, " q"], grid: Grid | None = None) -> Float[Tensor, "z y x"]:
+        """The map of a state in the box of the images, or on the grid of the residual; ``latent`` is one of the run."""
+        grid = grid or self.box
+        drawn = voxelize(self.mixture(latent), grid)
         if not len(self.residual):
             return drawn
         own = self.frame(latent.double()[None])[0]
         away = self.density.point - own
         likely = torch.softmax(-0.5 * torch.einsum("mq,qr,mr->m", away, self.precision, away), 0)
         rest = torch.einsum("m,mzyx->zyx", likely.float(), self.residual.float())
-        return drawn + on_grid(rest, self.grid, self.box)
+        return drawn + (rest if grid == self.grid else on_grid(rest, self.grid, self.box))
 
     def save(self, path: Path) -> None:
         state = self.decoder.state()
@@ -101,16 +104,40 @@ def read_half(path: Path) -> HalfModel:
         raise InputError(f"{path}: not the model of a half-set, or damaged ({error}); run it again") from error
 
 
-def half_model(decoder: Decoder, embedding: Embedding, cells: Cells, box: Grid) -> HalfModel:
-    """With the residuals of the cells, each shared with those that overlap with it."""
+Residual = Literal["nearby", "linear"]
+RESIDUALS: tuple[Residual, ...] = ("nearby", "linear")
+
+
+def with_residual(model: HalfModel, embedding: Embedding, cells: Cells, kind: Residual) -> HalfModel:
+    """With what the Gaussians leave unexplained in the cells: of each with those that overlap with it, or of all of
+    them, linear in the latent. The former is right where large pieces move, the latter where pieces come and go, and
+    for what stands still."""
     with torch.no_grad():
-        maps = torch.stack([voxelize(one, cells.grid) for one in decoder.mixtures(cells.point.float())])
+        maps = torch.stack([voxelize(one, cells.grid) for one in model.decoder.mixtures(cells.point.float())])
     left = residuals(cells, maps)
-    kernel = overlap(embedding.membership).float() ** _KERNEL
-    rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
-    frame = identity(embedding.density.point.shape[1])
-    rest = rest.half().float()  # as it is kept
-    return HalfModel(decoder, embedding.density, embedding.precision, rest, cells.grid, box, frame)
+    if kind == "linear":
+        rest = linear_maps(cells, left, _FILLED)
+    else:
+        kernel = overlap(embedding.membership).float() ** _KERNEL
+        rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
+    return replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
+
+
+def agreement(model: HalfModel, cells: Cells, frame: Frame) -> float:
+    """How well a model tells the sums of cells of the other half, whose latents ``frame`` leads to its own: correlation
+    of its maps with them where the molecule is, free of scale."""
+    chosen = cells.particles.argsort(descending=True)[:_JUDGED]
+    point = frame(cells.point[chosen])
+    maps = [model.map(one, cells.grid) for one in point]
+    mask = common_mask(torch.stack(maps).amax(0), cells.grid.pixel_size)
+    told = power = 0.0
+    for cell, volume in zip(chosen.tolist(), maps, strict=True):
+        masked = volume * mask
+        error, gradient = cells.error_and_gradient(cell, masked)
+        quadratic = 2 * (float(torch.dot(masked.flatten(), gradient.flatten())) - float(error))
+        told += quadratic / 2 - float(error)
+        power += quadratic
+    return told / math.sqrt(max(power, 1e-30))
 
 
 def without_residual(decoder: StateDecoder, embedding: Embedding, box: Grid) -> HalfModel:

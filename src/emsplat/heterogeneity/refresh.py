@@ -1,13 +1,11 @@
 """Where particles lie, asked of a decoder: its states are sharper than a linear subspace can show them.
 
-A state is drawn at each of many points of latent space, and each view is compared with all of them, brightness and pose
-integrated out as in the linear stage. The weights of the points are the likeliest ones, as in `density`; latents of
-views are means over the points.
+A state is drawn at each of many points of latent space, and each view is compared with all of them, brightness and
+pose integrated out as in the linear stage. The weights of the points are the likeliest ones, as in `density`; latents
+of views are means over the points.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,17 +13,15 @@ from torch import Tensor
 
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
-from emsplat.heterogeneity.evidence import Gain, fewest, mean_gain
+from emsplat.heterogeneity.evidence import fewest
+from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.parts import cluster
-from emsplat.heterogeneity.subspace import Placement, Subspace, infer
-from emsplat.imaging.project import voxelize
+from emsplat.heterogeneity.subspace import Subspace, infer
 from emsplat.maths.fourier import crop
-from emsplat.models.conformations import StateDecoder
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import Spectra, read_spectra
-from emsplat.types import Grid
+from emsplat.sums.spectra import read_spectra
 
 _AT_ONCE = 8  # points whose inner products are made together
 _IMAGES = 8192  # that are read together
@@ -33,73 +29,60 @@ _STEPS = 50
 _EMPTY = 1e-3  # weight of a point that is left out
 
 
-@dataclass(frozen=True)
-class States:
-    """Some states of a decoder at low resolution, beside their mean."""
-
-    lattice: Lattice
-    mean: Float[Tensor, "1 z y x"]
-    maps: Float[Tensor, "m z y x"]
-    placement: Placement
-
-    def evidence(self, spectra: Spectra) -> Float[Tensor, "v m"]:
-        """log p(y|state) - log p(y|mean) of each view, brightness and pose integrated out to first order."""
-        seen = []
-        for maps in torch.split(self.maps, _AT_ONCE):
-            shown = torch.cat([self.mean, maps - self.mean])
-            power = torch.ones(len(shown), self.lattice.radius + 1)  # asked by nobody here
-            latents = infer(Subspace(self.lattice, shown, power, self.placement), spectra)
-            seen.append(latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2))
-        return torch.cat(seen, 1)
-
-
 @torch.no_grad()
-def drawn(
-    decoder: StateDecoder, point: Float[Tensor, "m q"], radius: int, box: Grid
-) -> tuple[Lattice, Float[Tensor, "m z y x"]]:
-    """The states at some points with the frequencies up to ``radius`` cycles per box."""
-    lattice = Lattice(radius)
+def drawn(model: HalfModel, point: Float[Tensor, "m q"], lattice: Lattice) -> Float[Tensor, "m z y x"]:
+    """The states at some points (latents of the half-set) with the frequencies of a lattice."""
     maps = []
     for one in point:
-        volume = voxelize(decoder.mixtures(one[None].float())[0], box)
-        spectrum = crop(torch.fft.rfftn(torch.fft.ifftshift(volume)), lattice.size, 3)
+        spectrum = crop(torch.fft.rfftn(torch.fft.ifftshift(model.map(one))), lattice.size, 3)
         maps.append(torch.fft.fftshift(torch.fft.irfftn(spectrum, s=(lattice.size,) * 3)))
-    return lattice, torch.stack(maps)
+    return torch.stack(maps)
+
+
+def evidence(maps: Float[Tensor, "m z y x"], subspace: Subspace, stack: ParticleStack) -> Float[Tensor, "v m"]:
+    """log p(y|map) - log p(y|mean of the subspace) of each view, brightness and pose integrated out to first order."""
+    noise, lattice, parts = estimate_noise(stack), subspace.lattice, []
+    mean = subspace.maps[:1]
+    for rows in torch.split(torch.arange(len(stack)), _IMAGES):
+        spectra = read_spectra(stack.take(rows), lattice.radius, noise=noise)
+        seen = []
+        for few in torch.split(maps, _AT_ONCE):
+            shown = torch.cat([mean, few - mean])
+            power = torch.ones(len(shown), lattice.radius + 1)  # asked by nobody here
+            latents = infer(Subspace(lattice, shown, power, subspace.placement), spectra)
+            seen.append(latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2))
+        parts.append(torch.cat(seen, 1))
+    return torch.cat(parts)
 
 
 def refreshed(
-    decoder: StateDecoder,
+    model: HalfModel,
     before: Embedding,
-    placement: Placement,
+    gain: Float[Tensor, " w"],
+    subspace: Subspace,
     stacks: tuple[ParticleStack, ParticleStack],
-    radius: int,
     count: int,
     generator: torch.Generator,
-) -> tuple[Embedding, Gain]:
-    """The latent space of a half-set as its decoder has it, where the views of both halves lie, and the gain on the
-    other half.
+) -> tuple[Embedding, Float[Tensor, " w"]]:
+    """The latent space of a half-set as its model has it, where the views of both halves lie, and the gain of each view
+    of the other half over the mean map of ``subspace``.
 
-    There are the points of ``before``, or up to ``count`` between them where images of the other half say that these
-    tell more. ``stacks`` are the own half and the other one.
+    Tried are the points of ``before`` and up to ``count`` between them. What predicts the images of the other half best
+    is taken, and ``before``, with its ``gain``, where that is not less. ``stacks`` are the own half and the other one.
     """
     spread = cluster(before.own, torch.ones(len(before.own)), count, generator).centroid
     tried = [before.density.point, *([spread] if count > len(before.density) else [])]
-    image = torch.arange(len(before.other)) // stacks[1].symmetry.order
-    found: list[Embedding] = []
-    gains: list[Tensor] = []
+    found, gains = [before], [gain]
     for point in tried:
-        lattice, maps = drawn(decoder, point, radius, stacks[0].grid)
+        maps = drawn(model, point, subspace.lattice)
         weight = torch.cdist(before.own, point).argmin(1).bincount(minlength=len(point)).double() / len(before.own)
-        mean = torch.einsum("m,mzyx->zyx", weight.float(), maps)[None]
-        if not found:
-            consensus = mean  # gains are relative to one map
-        states = States(lattice, consensus, maps, placement)
-        own, other = (_evidence(states, stack, radius) for stack in stacks)
-        embedding, gain = _embedded(point, weight, own, other, before.precision)
+        own, other = (evidence(maps, subspace, stack) for stack in stacks)
+        embedding, seen = _embedded(point, weight, own, other, before.precision)
         found.append(embedding)
-        gains.append(gain)
+        gains.append(seen)
+    image = torch.arange(len(before.other)) // stacks[1].symmetry.order
     best = fewest(gains, image)
-    return found[best], mean_gain(gains[best], image)
+    return found[best], gains[best]
 
 
 def _embedded(
@@ -120,9 +103,3 @@ def _embedded(
     gain = torch.logsumexp(own, 1)
     embedding = Embedding(Density(point, weight), membership, membership @ point, placed, gain, precision)
     return embedding, torch.logsumexp(other, 1)
-
-
-def _evidence(states: States, stack: ParticleStack, radius: int) -> Float[Tensor, "v m"]:
-    noise = estimate_noise(stack)
-    parts = torch.split(torch.arange(len(stack)), _IMAGES)
-    return torch.cat([states.evidence(read_spectra(stack.take(rows), radius, noise=noise)) for rows in parts])

@@ -41,6 +41,7 @@ def save_search(path: Path, search: Search, particles: str) -> None:
         for half in (0, 1):
             density = found.densities[half]
             tensors |= {f"density{half}.point": density.point, f"density{half}.weight": density.weight}
+            tensors[f"brightness{half}"] = found.brightness[half]
             for other in (0, 1):
                 latents = found.latents[half][other]
                 tensors |= {f"latents{half}{other}.b": latents.linear, f"latents{half}{other}.a": latents.quadratic}
@@ -76,6 +77,7 @@ def read_search(path: Path, particles: str) -> Search:
             {int(number): Gain(**gain) for number, gain in about["points"]},
             (densities[0], densities[1]),
             ((latents[0][0], latents[0][1]), (latents[1][0], latents[1][1])),
+            (own["brightness0"], own["brightness1"]),
         )
         return Search((subspaces[0], subspaces[1]), gains, found)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emsplat.heterogeneity.density import Density, fit_density
 from emsplat.heterogeneity.embedding import Embedding, embedded
+from emsplat.heterogeneity.entanglement import brightness
 from emsplat.heterogeneity.evidence import (
     POINTS,
     Gain,
@@ -34,13 +35,15 @@ Tell = Callable[[str], None]
 class Found:
     """What there is to find: ``count`` components, the gains by the number of points, and the density of each half.
 
-    ``latents[a][b]`` are those of the views of half b (0 or 1) in the space of half a.
+    ``latents[a][b]`` are those of the views of half b (0 or 1) in the space of half a; ``brightness`` is that of each
+    half's views, relative to what the mean map would show.
     """
 
     count: int
     points: dict[int, Gain]
     densities: tuple[Density, Density]
     latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]]
+    brightness: tuple[Float[Tensor, " v"], Float[Tensor, " w"]]
 
     def embeddings(self) -> tuple[Embedding, Embedding]:
         """The latent spaces of both halves."""
@@ -116,7 +119,8 @@ def search(
         for half in (0, 1)
     ]
     by_number = {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)}
-    return Search(subspaces, gains, Found(count, by_number, (densities[0], densities[1]), latents))
+    one, other = (brightness(*pair) for pair in zip(subspaces, spectra, strict=True))
+    return Search(subspaces, gains, Found(count, by_number, (densities[0], densities[1]), latents, (one, other)))
 
 
 def _even(gains: list[list[Tensor]]) -> list[list[Tensor]]:

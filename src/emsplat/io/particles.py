@@ -83,6 +83,8 @@ def write_used(
     """The particles of a table as a STAR file: of one STAR file with all its columns, of several with those that they
     share, else with what was read.
 
+    ``more`` are further columns (without "rln"), or others in the place of the source's, one text per particle.
+
     With ``new_images`` the images are others than those of the source, beside the target, and so are their origins and
     the optics groups' boxes and pixel sizes. ``more`` are further columns, names of RELION's without "rln".
 

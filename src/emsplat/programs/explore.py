@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.particles.stack import ParticleStack
+from emsplat.programs.state_particles import Views, row_numbers
 from emsplat.report.explorer import DecoderNumbers, ExplorerNumbers, ParticleNumbers, StateNumbers
 
 
@@ -19,27 +19,24 @@ def explorer_numbers(
     name: str,
     models: tuple[HalfModel, HalfModel],
     stack: ParticleStack,
-    rows: Int[Tensor, " v"],
-    latent: Float[Tensor, "v q"],
-    gain: Float[Tensor, " v"],
-    classes: Int[Tensor, " v"] | None,
+    views: Views,
     states: list[dict[str, Any]],
     places: Float[Tensor, "s q"],
     facts: list[str],
     warnings: list[str],
 ) -> ExplorerNumbers:
-    """All that the page shows, of views in the order of the input; ``rows`` are those of the particle table."""
+    """All that the page shows."""
     table = stack.table
-    optics = table.optics[rows]
-    half = table.half[rows] if table.half is not None else torch.zeros_like(rows)
+    optics = table.optics[views.row]
     particles = ParticleNumbers(
-        row=table.row[rows].numpy() + 1,
-        half=half.numpy(),
-        latent=latent.numpy(),
-        gain=gain.numpy(),
-        cluster=None if classes is None else classes.numpy(),
+        row=row_numbers(stack)[views.row].numpy(),
+        half=views.half.numpy(),
+        latent=views.latent.numpy(),
+        gain=views.gain.numpy(),
+        cluster=None if views.classes is None else views.classes.numpy(),
         defocus=(0.5 * (optics.defocus_u + optics.defocus_v)).numpy(),
-        micrograph=table.micrograph[rows].numpy(),
+        micrograph=table.micrograph[views.row].numpy(),
+        grey=views.grey.numpy(),
     )
     density = models[0].density
     return ExplorerNumbers(
@@ -48,10 +45,14 @@ def explorer_numbers(
         particles,
         density.point.numpy(),
         density.weight.numpy(),
-        latent.mean(0).numpy(),
+        views.latent.mean(0).numpy(),
         [
             StateNumbers(
-                f"state {state['state']}", place.numpy(), state["population"], resolution=state["moving_resolution"]
+                f"state {state['state']}",
+                place.numpy(),
+                state["population"],
+                (state["population_interval"][0], state["population_interval"][1]),
+                state["moving_resolution"],
             )
             for state, place in zip(states, places, strict=True)
         ],

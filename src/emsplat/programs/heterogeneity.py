@@ -7,7 +7,8 @@ gain on the other half decides), and the frame that leads from one latent space 
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emsplat import report
 from emsplat.assessment.maps import given_mask, particle_mask, read_mask
 from emsplat.config import HeterogeneityConfig, HeterogeneityOptions
 from emsplat.device import within_memory
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
+from emsplat.heterogeneity.corrected import corrected_maps
 from emsplat.heterogeneity.density import start_points
 from emsplat.heterogeneity.extent import window_of
 from emsplat.heterogeneity.half import on_grid
+from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.saved import read_search, save_search
 from emsplat.heterogeneity.search import Search, search
+from emsplat.heterogeneity.subspace import ball
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
 from emsplat.io.pickles import write_arrays
@@ -36,6 +41,8 @@ from emsplat.process import threads
 from emsplat.programs.explore import explorer_numbers
 from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
+from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
+from emsplat.programs.populate import follows, populations, say_shares, write_populations
 from emsplat.programs.run import Run
 from emsplat.programs.state_engines import (
     StatesFitted,
@@ -45,9 +52,11 @@ from emsplat.programs.state_engines import (
     fit_cells,
     fit_on_images,
 )
+from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
     CONSENSUS,
+    CORRECTED,
     CRYODRGN_LATENTS,
     EXPLORER,
     HALVES,
@@ -130,6 +139,14 @@ def _refuse(config: HeterogeneityConfig) -> None:
         raise InputError(f"--{name} belongs to --engine images; leave it out or add that")
     if engine_of(config) == "images":
         conformation_options(config)
+    for name, value, least in (
+        ("points", given.points, 1),
+        ("parts", given.parts, 1),
+        ("states", given.states, 1),
+        ("gaussians", given.gaussians, 2 * (given.parts or 5)),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: expected at least {least}")
     if given.from_run is not None:
         asked = HeterogeneityOptions()
         for name in ("components", "points", "resolution", "focus"):
@@ -179,7 +196,15 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
 def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
     """The mask of ``--focus``, checked."""
     focus = run.config.heterogeneity.focus
-    return None if focus is None else read_mask(focus, run.stack.grid, run.log)
+    if focus is None:
+        return None
+    mask = read_mask(focus, run.stack.grid, run.log)
+    if float((mask * ball(run.stack.grid.size)).max()) < 0.5:
+        raise InputError(
+            f"--focus {focus}: nothing of the mask is left within the sphere of 0.9 boxes that the linear stage looks "
+            "at; expected a region of the molecule, is its box shifted?"
+        )
+    return mask
 
 
 def _say_gains(log: Log, searched: Search) -> None:
@@ -231,6 +256,9 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
             about |= _write_states(run, searched, fitted)
     _clear(run)
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
+    write_text(run.folder / SUMMARY, json_text(summary))
+    with log.part("report", "drawing the report"):
+        report.write_report(run.folder)
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")
@@ -247,41 +275,95 @@ def _clear(run: Run[HeterogeneityConfig]) -> None:
 
 
 def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFitted) -> dict[str, Any]:
-    stack, folder, grid = run.stack, run.folder, run.stack.grid
+    stack, folder, grid, log, seed = run.stack, run.folder, run.stack.grid, run.log, run.config.halves.seed
     latents, classes = _states(run, fitted)
-    nearest = torch.cdist(torch.cat(fitted.latent), latents).argmin(1) if classes is None else classes
-    views = _views(run, fitted, classes)
+    whole = torch.cat(fitted.latent)
+    nearest = torch.cdist(whole, latents).argmin(1) if classes is None else classes
+    found = searched.found if engine_of(run.config) == "cells" else None
+    shared = populations(stack, fitted.embeddings, found, latents, classes is not None, seed)
+    views = _views(run, searched, fitted, nearest, classes is not None, shared.membership)
     _write_latents(run, views)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
     write_map(folder / CONSENSUS, consensus, grid.pixel_size)
-    mask = given_mask(run.config.mask, grid, run.log)
+    mask = given_mask(run.config.mask, grid, log)
     (folder / STATES).mkdir(exist_ok=True)
     rows = []
-    share = torch.bincount(nearest, minlength=len(latents)) / len(nearest)
-    for number, latent in enumerate(latents):
+    for number, (latent, share) in enumerate(zip(latents, shared.shares, strict=True)):
         halves = [model.map(latent) for model in fitted.models]
-        whole = (halves[0] + halves[1]) / 2
-        write_map(folder / STATES / state_map_name(number), whole, grid.pixel_size)
-        for half, volume in enumerate(halves):
-            write_map(folder / STATES / state_map_name(number, half + 1), volume, grid.pixel_size)
-        own = particle_mask(whole, grid, stack.diameter, True) if mask is None else mask
-        rows.append(_judge(fitted, number, latent, own, whole - consensus, grid) | {"population": float(share[number])})
+        volume = (halves[0] + halves[1]) / 2
+        path = folder / STATES / state_map_name(number)
+        write_map(path, volume, grid.pixel_size)
+        for half, own in enumerate(halves):
+            write_map(folder / STATES / state_map_name(number, half + 1), own, grid.pixel_size)
+        write_state_gaussians(fitted.models, latent, path.with_suffix(".ply"))
+        own = particle_mask(volume, grid, stack.diameter, True) if mask is None else mask
+        rows.append(_judge(fitted, number, latent, own, volume - consensus, grid) | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
-        run.log.line(f"  state {number + 1}: {share[number]:.1%}, {', '.join(told)}")
+        log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)
+    say_shares(log, shared.shares, shared.resampled)
+    _warn_of_empty_halves(log, views, len(latents))
+    write_populations(folder, shared)
+    write_particles(stack, views, folder)
+    about: dict[str, Any] = {"classes": classes is not None, "states": rows} | shared.about
+    about["follows"] = follows(stack, searched, whole, found is not None, seed, log)
+    parts = list[int]()
     if all(isinstance(model.decoder, Decoder) for model in fitted.models):
+        parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
+        if run.config.heterogeneity.motion_corrected:
+            with log.part("motion correction", "a consensus in one state: motions are taken back"):
+                about["motion_corrected"] = _correct(run, fitted, latents, rows, consensus)
         _write_page(run, searched, fitted, views, rows, latents)
     else:
-        run.log.line("  no page of all states: it needs the separable decoder (--decoder separable)")
-    return {"classes": classes is not None, "states": rows}
+        log.line("  no page of all states, and no parts: these need the separable decoder (--decoder separable)")
+    write_chimerax(folder, surface_level(consensus), len(rows), parts)
+    return about
+
+
+def _correct(
+    run: Run[HeterogeneityConfig], fitted: StatesFitted, latents: Tensor, rows: list[dict[str, Any]], consensus: Tensor
+) -> dict[str, Any]:
+    """The consensus in the state of most particles, and its cross-validated resolution beside that of the plain one."""
+    grid, log = run.stack.grid, run.log
+    reference = max(range(len(rows)), key=lambda s: rows[s]["population"])
+    latent = latents[reference]
+    state = torch.stack([model.map(latent) for model in fitted.models]).mean(0)
+    masks = {
+        "resolution": particle_mask(state, grid, run.stack.diameter, True),
+        "moving_resolution": moving_mask(state - consensus, grid.pixel_size),
+    }
+    maps, plain = [], []
+    for model, cells in zip(fitted.models, fitted.cells, strict=True):
+        maps.append([on_grid(own, cells.grid, grid) for own in corrected_maps(model, cells, latent)])
+        raw = raw_map(cells, torch.ones(len(cells)))
+        plain.append([on_grid(own, cells.grid, grid) for own in (_consensus(cells), raw)])
+    write_map(run.folder / CORRECTED, (maps[0][0] + maps[1][0]) / 2, grid.pixel_size)
+    for half, (own, _) in enumerate(maps):
+        name = CORRECTED.replace(".mrc", f"_half{half + 1}.mrc")
+        write_map(run.folder / name, own, grid.pixel_size)
+    about: dict[str, Any] = {"state": reference + 1}
+    for kind, ((one, raw_one), (other, raw_other)) in (("", maps), ("plain_", plain)):
+        for name, mask in masks.items():
+            if mask is not None:
+                curve = CrossValidation((raw_one, raw_other), mask, grid).curve((one, other))
+                about[kind + name] = resolution(curve, 0.5)
+    for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs")):
+        corrected, uncorrected = (_spacing(about.get(kind + name)) for kind in ("", "plain_"))
+        log.line(f"  consensus in state {reference + 1}, {where}: {corrected}; without correction {uncorrected}")
+    if (about.get("resolution") or math.inf) > (about.get("plain_resolution") or math.inf):
+        log.warn(
+            "taking back the motions of rigid parts makes the consensus worse: the model moves by bending or by "
+            "changes of density; use the plain consensus"
+        )
+    return about
 
 
 def _write_page(
     run: Run[HeterogeneityConfig],
     searched: Search,
     fitted: StatesFitted,
-    views: _Views,
+    views: Views,
     rows: list[dict[str, Any]],
     latents: Float[Tensor, "s q"],
 ) -> None:
@@ -294,16 +376,38 @@ def _write_page(
         run.particles.name,
         fitted.models,
         run.stack,
-        views.row,
-        views.latent,
-        views.gain,
-        views.classes,
+        views,
         rows,
         latents,
         facts,
         run.log.warnings,
     )
     run.log.line(f"  move through the states: {write_explorer(run.folder / EXPLORER, numbers)}")
+
+
+def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
+    """What the summary says of how many particles a state has; the free energy is that over the most populated, kT."""
+    most = max(other.value for other in shares)
+    return {
+        "population": share.value,
+        "population_error": share.error,
+        "population_interval": list(share.interval),
+        "population_halves": list(share.halves),
+        "free_energy": math.log(most / share.value) if share.value > 0 else None,
+        "free_energy_error": share.error / share.value if share.value > 0 else None,
+    }
+
+
+def _warn_of_empty_halves(log: Log, views: Views, states: int) -> None:
+    """Where a half-set has none of a state's particles, its half map is what its model makes of others."""
+    for half in (1, 2):
+        there = torch.bincount(views.state[views.half == half], minlength=states)
+        empty = [str(number + 1) for number in range(states) if not there[number]]
+        if empty:
+            log.warn(
+                f"half-set {half} has no particle of {'states' if len(empty) > 1 else 'state'} {', '.join(empty)}; its "
+                "half map there is the model's guess, and resolutions of such a state say nothing"
+            )
 
 
 def _spacing(value: float | None) -> str:
@@ -330,44 +434,44 @@ def _judge(
     return found
 
 
-@dataclass(frozen=True)
-class _Views:
-    """All views in the order of the input: one per particle, or per copy of it under the symmetry."""
-
-    row: Int[Tensor, " v"]  # of the particle table
-    half: Int[Tensor, " v"]
-    copy: Int[Tensor, " v"]  # from 1
-    latent: Float[Tensor, "v q"]
-    gain: Float[Tensor, " v"]
-    classes: Int[Tensor, " v"] | None
-
-
-def _views(run: Run[HeterogeneityConfig], fitted: StatesFitted, classes: Int[Tensor, " v"] | None) -> _Views:
+def _views(
+    run: Run[HeterogeneityConfig],
+    searched: Search,
+    fitted: StatesFitted,
+    nearest: Int[Tensor, " v"],
+    classes: bool,
+    membership: Float[Tensor, "v s"],
+) -> Views:
     stack = run.stack
+    if searched.found is None:
+        raise ValueError("nothing was found")
     copies = stack.symmetry.order
     rows = [stack.only(half).rows.repeat_interleave(copies) for half in (1, 2)]
-    gains = [embedding.gain for embedding in fitted.embeddings]
     row = torch.cat(rows)
     copy = torch.arange(len(row)) % copies + 1
     half = torch.cat([torch.full_like(own, number + 1) for number, own in enumerate(rows)])
     order = torch.argsort(row * copies + copy)
-    return _Views(
+    state = nearest[order]
+    return Views(
         row[order],
         half[order],
         copy[order],
         torch.cat(fitted.latent)[order],
-        torch.cat(gains)[order],
-        None if classes is None else classes[order],
+        torch.cat([embedding.gain for embedding in fitted.embeddings])[order],
+        torch.cat(searched.found.brightness)[order],
+        state if classes else None,
+        state,
+        membership[order].gather(1, state[:, None]).squeeze(1),
     )
 
 
-def _write_latents(run: Run[HeterogeneityConfig], views: _Views) -> None:
+def _write_latents(run: Run[HeterogeneityConfig], views: Views) -> None:
     """latents.csv and cryoDRGN's z.pkl: one line per particle in the order of the input, or one per copy of it."""
     several = run.stack.symmetry.order > 1
     names = ["row", "half", *(["copy"] if several else [])]
     names += [f"z{k + 1}" for k in range(views.latent.shape[1])]
     names += ([] if views.classes is None else ["class"]) + ["gain"]
-    number = run.stack.table.row[views.row] + 1
+    number = row_numbers(run.stack)[views.row]
     with replacing(run.folder / LATENTS) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
@@ -381,10 +485,13 @@ def _write_latents(run: Run[HeterogeneityConfig], views: _Views) -> None:
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]], latents: Float[Tensor, "s q"]) -> None:
-    names = ["state", "population", "resolution", "moving_resolution"]
+    names = ["state", "population", "resolution", "moving_resolution", "population_low", "population_high"]
+    names += ["free_energy", "free_energy_error"]
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*names, *(f"z{k + 1}" for k in range(latents.shape[1]))])
         for row, latent in zip(rows, latents.tolist(), strict=True):
-            cells = ["" if row[name] is None else number_text(row[name], ".5g") for name in names[1:]]
+            low, high = row["population_interval"]
+            own = row | {"population_low": low, "population_high": high}
+            cells = ["" if own[name] is None else number_text(own[name], ".5g") for name in names[1:]]
             writer.writerow([row["state"], *cells, *(number_text(value) for value in latent)])

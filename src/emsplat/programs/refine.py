@@ -80,6 +80,7 @@ class Round:
     looks: float  # comparisons per particle
     gain: float  # of the log-likelihood, nats per particle
     score: float  # afterwards: mean correlation of the back-projections with the truth, over all shells
+    gained: float = math.nan  # of the score
     kept: bool = True
     defocus_spread: list[float] | None = None  # Å, of the change that images ask for beyond noise, for each half
     scale_spread: list[float] | None = None  # of ln scale
@@ -208,11 +209,12 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
             )
             return state, sums
         log.line(f"poses as they are: mean correlation with the truth {score:.4f} (of the back-projections)")
-        while len(state.rounds) < options.rounds and not _has_stalled(state, score):
+        while len(state.rounds) < options.rounds and not _has_stalled(state):
             after = _round(run, settings, state, classical, moment)
             new_sums, new_classical, new_score = _judged(run, after.stack, moment)
             kept = new_score > score - _HARM
-            done = replace(after.rounds[-1], score=round(new_score, 5), kept=kept)
+            gained = new_score - score
+            done = replace(after.rounds[-1], score=round(new_score, 5), gained=round(gained, 5), kept=kept)
             log.line(
                 f"  afterwards {new_score:.4f}, gain {new_score - score:+.4f}"
                 + ("" if kept else " (worse: taken back)")
@@ -221,22 +223,15 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
             if not kept:
                 state = replace(state, rounds=rounds)
                 _save(run, state)
-                break
-            gained = new_score - score
+                continue
             state, sums, classical, score = replace(after, rounds=rounds), new_sums, new_classical, new_score
             _save(run, state)
-            if gained < _STALLED:
-                break
     return state, sums
 
 
-def _has_stalled(state: Refined, score: float) -> bool:
-    """Whether the rounds of an interrupted run had come to their end."""
-    if not state.rounds:
-        return False
-    last = state.rounds[-1]
-    before = state.rounds[-2].score if len(state.rounds) > 1 else -math.inf
-    return not last.kept or last.score - before < _STALLED
+def _has_stalled(state: Refined) -> bool:
+    """Whether the last round has gained no more."""
+    return bool(state.rounds) and state.rounds[-1].gained < _STALLED
 
 
 def _raw(classical: Classical) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,20 @@ from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
 from emsplat.fitting.state import State
 from emsplat.heterogeneity.cells import Cells, cells_of, overlap
-from emsplat.heterogeneity.embedding import Embedding, frames, hard_embedding, latents_of_run
-from emsplat.heterogeneity.evidence import Gain
+from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading
+from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.extent import Window
-from emsplat.heterogeneity.half import HalfModel, half_model, in_frame, read_half, without_residual
+from emsplat.heterogeneity.frames import identity
+from emsplat.heterogeneity.half import (
+    RESIDUALS,
+    HalfModel,
+    Residual,
+    agreement,
+    in_frame,
+    read_half,
+    with_residual,
+    without_residual,
+)
 from emsplat.heterogeneity.images import (
     ConformationOptions,
     ImageStart,
@@ -35,8 +45,8 @@ from emsplat.heterogeneity.refresh import refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
-from emsplat.heterogeneity.subspace import Placement
-from emsplat.models.conformations import Conformations, StateDecoder, read_conformations
+from emsplat.heterogeneity.subspace import Subspace
+from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
@@ -80,21 +90,45 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     """
     if searched.found is None:
         raise ValueError("nothing was found")
-    models, kept, kernels, embeddings, gains = [], [], [], [], []
-    for half, first in enumerate(searched.found.embeddings()):
-        placement = searched.subspaces[half].placement
+    firsts = searched.found.embeddings()
+    models, kept, places, gains = [], [], [], []
+    for half, first in enumerate(firsts):
+        known = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
         coarse = _coarse(run, half, first, window)
-        embedding, gain = _placed_anew(run, half, coarse, first, placement)
+        embedding, known = _placed_anew(run, half, coarse, first, known, searched.subspaces[half])
         cells = gathered(run, half, embedding, window, fine=True)
-        model = _fine(run, half, coarse, embedding, cells)
-        final, gain = _placed_anew(run, half, model.decoder, embedding, placement)
-        models.append(model)
+        models.append(_fine(run, half, coarse, embedding, cells))
         kept.append(cells)
-        kernels.append(_kernel(embedding))
+        places.append(embedding)
+        gains.append(known)
+    models = _with_residuals(run, models, places, kept)
+    embeddings, told = [], []
+    for half, (model, before, known) in enumerate(zip(models, places, gains, strict=True)):
+        final, known = _placed_anew(run, half, model, before, known, searched.subspaces[half])
         embeddings.append(final)
-        gains.append(gain)
-    fitted = _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (gains[0], gains[1]))
-    return replace(fitted, crisp=min(own.crispness for own in searched.found.embeddings()) > CRISP)
+        told.append(mean_gain(known, torch.arange(len(known)) // run.stack.symmetry.order))
+    kernels = [_kernel(embedding) for embedding in places]
+    fitted = _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
+    return replace(fitted, crisp=min(own.crispness for own in firsts) > CRISP)
+
+
+def _with_residuals(
+    run: Run[HeterogeneityConfig], models: list[HalfModel], places: list[Embedding], cells: list[Cells]
+) -> list[HalfModel]:
+    """With the kind of residual by which both halves tell the other's cells best."""
+    found: dict[Residual, list[HalfModel]] = {}
+    score: dict[Residual, float] = {}
+    with run.log.part("residual", "what the Gaussians leave of the cells"):
+        for kind in RESIDUALS:
+            own = [with_residual(*both, kind) for both in zip(models, places, cells, strict=True)]
+            found[kind] = own
+            score[kind] = sum(
+                agreement(own[half], cells[1 - half], leading(places[1 - half], places[half])) for half in (0, 1)
+            )
+    best = max(score, key=lambda kind: score[kind])
+    said = ", ".join(f"{kind} {value / 2:.2f}" for kind, value in score.items())
+    run.log.line(f"  agreement with cells of the other half: {said}; residual: {best}")
+    return found[best]
 
 
 def _generator(run: Run[HeterogeneityConfig], half: int) -> torch.Generator:
@@ -110,50 +144,52 @@ def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
     return DecoderPlan(options.parts or 5, options.gaussians)
 
 
-def _coarse(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window) -> StateDecoder:
+def _coarse(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window) -> HalfModel:
     path = run.folder / coarse_model_name(half + 1)
     if path.is_file():
-        return read_half(path).decoder
+        return read_half(path)
     cells = gathered(run, half, embedding, window)
     with run.log.part("decoder", f"half {half + 1}: a coarse model of all states"):
         shared = overlap(embedding.membership)
-        decoder = coarse_decoder(
-            cells, shared, _plan(run), _generator(run, half), lambda text: run.log.line(f"  {text}")
-        )
-    without_residual(decoder, embedding, run.stack.grid).save(path)
-    return decoder
+        decoder = coarse_decoder(cells, shared, _plan(run), _generator(run, half), _told(run))
+        bare = without_residual(decoder, embedding, run.stack.grid)
+        model = with_residual(bare, embedding, cells, "linear")
+    model.save(path)
+    return model
 
 
-def _fine(
-    run: Run[HeterogeneityConfig], half: int, coarse: StateDecoder, embedding: Embedding, cells: Cells
-) -> HalfModel:
+def _fine(run: Run[HeterogeneityConfig], half: int, coarse: HalfModel, embedding: Embedding, cells: Cells) -> HalfModel:
     path = run.folder / half_model_name(half + 1)
     if path.is_file():
-        return read_half(path)
-    if not isinstance(coarse, Decoder):
+        return in_frame(read_half(path), identity(embedding.density.point.shape[1]))
+    if not isinstance(coarse.decoder, Decoder):
         raise InputError(f"{run.folder / coarse_model_name(half + 1)}: holds another decoder; start anew")
     with run.log.part("decoder", f"half {half + 1}: a fine model of all states"):
         shared = overlap(embedding.membership)
-        decoder = fine_decoder(coarse, cells, shared, _plan(run), _generator(run, half), _told(run))
-        model = half_model(decoder, embedding, cells, run.stack.grid)
+        decoder = fine_decoder(coarse.decoder, cells, shared, _plan(run), _generator(run, half), _told(run))
+        model = without_residual(decoder, embedding, run.stack.grid)
     model.save(path)
     return model
 
 
 def _placed_anew(
-    run: Run[HeterogeneityConfig], half: int, decoder: StateDecoder, before: Embedding, placement: Placement
-) -> tuple[Embedding, Gain]:
-    """The latent space as a decoder has it. Where the linear stage has found classes no points between are tried."""
+    run: Run[HeterogeneityConfig],
+    half: int,
+    model: HalfModel,
+    before: Embedding,
+    known: Float[Tensor, " w"],
+    subspace: Subspace,
+) -> tuple[Embedding, Float[Tensor, " w"]]:
+    """The latent space as a model has it. Where the linear stage has found classes no points between are tried."""
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
-    radius = finest(run)
     count = len(before.density)
     if before.crispness < CRISP:
         count = max(count, min(_MOST_POINTS, len(before.own) // _PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
-        embedding, gain = refreshed(decoder, before, placement, stacks, radius, count, _generator(run, half))
-    told = f"{gain.value:.2f} ± {gain.error:.2f} nats per image of the other half"
-    run.log.line(f"  gain of {len(embedding.density)} states: {told}")
-    return embedding, gain
+        embedding, gains = refreshed(model, before, known, subspace, stacks, count, _generator(run, half))
+    told = f"{len(embedding.density)} states, gain {float(gains.mean()):.2f} nats per image of the other half"
+    run.log.line(f"  {'as before' if embedding is before else told}")
+    return embedding, gains
 
 
 def finest(run: Run[HeterogeneityConfig]) -> int:
@@ -317,7 +353,9 @@ def _together(
     gains: tuple[Gain, Gain],
 ) -> StatesFitted:
     """Both halves in the latents of the run; their models are written."""
-    framed = [in_frame(model, frame) for model, frame in zip(models, frames(*embeddings), strict=True)]
+    first, second = embeddings
+    frames = (identity(first.own.shape[1]), leading(first, second))
+    framed = [in_frame(model, frame) for model, frame in zip(models, frames, strict=True)]
     for half, model in enumerate(framed):
         model.save(run.folder / half_model_name(half + 1))
     gain = Gain(sum(own.value for own in gains) / 2, sum(own.error**2 for own in gains) ** 0.5 / 2)

@@ -2,52 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.config import StatesConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.heterogeneity.half import HalfModel, read_half
-from emsplat.io.columns import as_numbers, read_columns
+from emsplat.heterogeneity.paths import along, through_density, traversal
+from emsplat.io.columns import as_numbers, read_columns, read_latents
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import write_map
 from emsplat.process import threads
-from emsplat.run.files import STATES, STATES_TABLE, half_model_name, state_map_name
+from emsplat.programs.part_files import surface_level, write_series
+from emsplat.programs.select_particles import select_particles
+from emsplat.report.movie import draw_frame, write_movie
+from emsplat.run.files import CHIMERAX, LATENTS, MOVIE, STATES, STATES_TABLE, half_model_name, state_map_name
 from emsplat.run.log import Log
 
 
 def states(run: Path, config: StatesConfig, output: Path, log: Log | None = None) -> list[Path]:
-    """One map for each latent into ``output``: 000.mrc, 001.mrc, and so on; returns their paths.
+    """One map for each latent into ``output``: 000.mrc, 001.mrc, and so on, with a script that plays them in ChimeraX;
+    or with ``config.select`` particles. Returns the paths of maps or files of particles.
 
     Raises:
-        InputError: the run has no states, or the latents cannot be used.
-        OutputError: maps of these names are there already, or cannot be written.
+        InputError: the run has no states, or what is asked for cannot be had.
+        OutputError: files of these names are there already, or cannot be written.
     """
     log = log or Log()
+    if config.select:
+        if config.at is not None or config.path or config.traverse is not None or config.movie:
+            raise InputError("--select: particles are selected without --at, --path, --traverse and --movie")
+        return select_particles(run, config.select, output, config.overwrite, log)
     with threads(config.threads):
         models = read_models(run)
         latents = _latents(run, config, models[0])
         paths = [output / state_map_name(number) for number in range(len(latents))]
-        if not config.overwrite and (there := next((path for path in paths if path.exists()), None)):
+        files = [*paths, output / CHIMERAX, *([output / MOVIE] if config.movie else [])]
+        if not config.overwrite and (there := next((path for path in files if path.exists()), None)):
             raise OutputError(f"{there}: is there already; choose another folder with -o, or use --overwrite")
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
         chosen = models if config.half is None else [models[config.half - 1]]
+        frames = list[NDArray[np.uint8]]()
+        level = 0.0
         with log.progress("maps", len(latents), unit="maps") as update:
             for number, (path, latent) in enumerate(zip(paths, latents, strict=True)):
                 volume = torch.stack([model.map(latent) for model in chosen]).mean(0)
                 write_map(path, volume, chosen[0].box.pixel_size)
+                level = level or surface_level(volume)
                 if config.gaussians:
                     for half, model in zip([config.half] if config.half else (1, 2), chosen, strict=True):
                         write_gaussians(path.with_name(f"{path.stem}_half{half}.ply"), model.mixture(latent), model.box)
+                if config.movie:
+                    frames.append(draw_frame(volume.numpy(), level, chosen[0].grid.length / chosen[0].box.length))
                 update(number + 1, path.name)
-        log.line(f"{len(latents)} maps in {output}")
+        write_series(output, level, len(latents))
+        if config.movie:
+            write_movie(output / MOVIE, frames)
+        log.line(f"{len(latents)} maps in {output}" + f", {MOVIE} plays them" * config.movie)
     return paths
 
 
@@ -74,28 +93,30 @@ def _latents(run: Path, config: StatesConfig, model: HalfModel) -> Float[Tensor,
     """
     if config.half not in (None, 1, 2):
         raise InputError(f"--half {config.half}: expected 1 or 2")
-    if (config.at is None) == (not config.path):
-        raise InputError("states: expected either --at with a table of latents or --path with two states or more")
+    if (config.at is not None) + bool(config.path) + (config.traverse is not None) != 1:
+        raise InputError(
+            "states: expected either --at with a table of latents, --path with two states or more, --traverse with a "
+            "component, or --select"
+        )
     count = model.density.point.shape[1]
     if config.at is not None:
         return _table(config.at, count)
+    if config.frames < 2:
+        raise InputError(f"--frames {config.frames}: expected at least 2 frames")
+    if config.traverse is not None:
+        if not 1 <= config.traverse <= count:
+            raise InputError(f"--traverse {config.traverse}: expected a component from 1 to {count}")
+        return traversal(read_latents(run / LATENTS).z, config.traverse, config.frames)
     known = _table(run / STATES / STATES_TABLE, count)
-    if len(config.path) < 2 or any(not 1 <= number <= len(known) for number in config.path) or config.frames < 2:
+    if len(config.path) < 2 or any(not 1 <= number <= len(known) for number in config.path):
         raise InputError(
-            f"--path {' '.join(map(str, config.path))} --frames {config.frames}: expected two states or more from 1 to "
-            f"{len(known)} ({run / STATES / STATES_TABLE}), and at least 2 frames"
+            f"--path {' '.join(map(str, config.path))}: expected two states or more from 1 to {len(known)} "
+            f"({run / STATES / STATES_TABLE})"
         )
-    return torch.stack(list(along(known[[number - 1 for number in config.path]], config.frames)))
-
-
-def along(corners: Float[Tensor, "n q"], frames: int) -> Iterator[Float[Tensor, " q"]]:
-    """Points at equal steps along straight lines from corner to corner."""
-    lengths = torch.linalg.vector_norm(corners.diff(dim=0), dim=1)
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    for place in torch.linspace(0, float(ends[-1]), frames, dtype=corners.dtype):
-        leg = min(int((ends[1:] < place).sum()), len(lengths) - 1)
-        share = (place - ends[leg]) / lengths[leg].clamp(min=1e-12)
-        yield corners[leg] + share.clamp(0, 1) * (corners[leg + 1] - corners[leg])
+    corners = known[[number - 1 for number in config.path]]
+    if not config.straight:
+        corners = through_density(corners, model.density.point, model.density.weight, model.precision)
+    return torch.stack(list(along(corners, config.frames)))
 
 
 def _table(path: Path, count: int) -> Float[Tensor, "n q"]:

@@ -21,11 +21,12 @@ from emsplat.report import page
 from emsplat.report.read import read_summary_or_nothing
 from emsplat.report.style import CSS, PAGE, SCRIPT
 from emsplat.report.verdict import Kind, kind_of
-from emsplat.run.files import REPORT
+from emsplat.run.files import PARTS, REPORT, STATES
 
 _Part = Callable[[Path], str]
 _FITTED = frozenset({Kind.ONE_PASS, Kind.IMAGES})
 _MEASURED = _FITTED | {Kind.CLASSICAL, Kind.HALF_MAPS}
+_STATES = frozenset({Kind.STATES})
 _MAPPED = _MEASURED | {Kind.CHECK}
 # Anchor, title, parts, and the kinds of runs that have the section; one without content is left out.
 _SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
@@ -41,7 +42,12 @@ _SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
     ("residuals", "Particles and residuals", (page.examples, page.residual), _FITTED),
     ("convergence", "Convergence", (page.stages, page.scores, page.convergence), _FITTED),
     ("gaussians", "Gaussians", (page.gaussians,), _FITTED),
-    ("settings", "Input and settings", (page.numbers, page.config), _MEASURED),
+    ("gain", "Is there anything?", (page.gain, page.gain_curves), _STATES),
+    ("states", "States", (page.states, page.populations), _STATES),
+    ("landscape", "Free energy", (page.landscape,), _STATES),
+    ("follows", "Do latents follow the molecule?", (page.follows,), _STATES),
+    ("parts", "Parts", (page.parts,), _STATES),
+    ("settings", "Input and settings", (page.numbers, page.config), _MEASURED | _STATES),
     ("checks", "What to check when something looks wrong", (page.checks,), _MAPPED),
 )
 
@@ -67,7 +73,8 @@ def write_report(run: Path) -> Path:
     ]
     target = run / REPORT
     # Listed last and with the page itself, so that the list shows what the reader finds.
-    files = page.file_table({*(f.name for f in run.iterdir() if f.is_file()), target.name})
+    shown = (f.name for f in run.iterdir() if f.is_file() or f.name in (STATES, PARTS))
+    files = page.file_table({*shown, target.name})
     sections = [section for section in sections if section[2]] + [("files", "Files", files)]
     body = "\n".join(f'<section id="{id_}"><h2>{title}</h2>\n{content}</section>' for id_, title, content in sections)
     text = PAGE.format(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -557,6 +557,97 @@ def load_matplotlib() -> None:
     if wanted:
         with suppress(ValueError):  # pyplot, should anybody import it, chooses one by itself then
             mpl.rcParams["backend"] = wanted  # as matplotlib does
+
+
+def draw_states(run: Path) -> Path:
+    """Draw gains, populations and, where there are any, free energies of a heterogeneous run; return ``states.png``.
+
+    Raises:
+        InputError: the summary or a table is damaged.
+        OutputError: the figure cannot be written.
+    """
+    import numpy as np
+
+    found = read.group(read.read_summary(run), "heterogeneity")
+    rows = read.entries(found, "states")
+    energies = read.read_free_energy(run) if found.get("landscape") is True else {}
+    plane = read.read_landscape(run) if (run / files.LANDSCAPE).exists() else None
+    panels = [_draw_gain(found)] + [_draw_populations(rows)] * bool(rows)
+    panels += [_draw_plane_of_energy(plane)] if plane is not None else []
+    panels += [_draw_energies(energies)] * bool(energies)
+    with _figure(run / files.STATES_FIGURE, 7.2, 3.2 * math.ceil(len(panels) / 2)) as figure:
+        axes = list(np.atleast_1d(figure.subplots(math.ceil(len(panels) / 2), 2)).flat)
+        for place, draw in zip(axes, panels, strict=False):
+            draw(place, figure)
+        for place in axes[len(panels) :]:
+            place.axis("off")
+    return run / files.STATES_FIGURE
+
+
+_Draw = Callable[[Any, Any], None]
+
+
+def _draw_gain(found: Mapping[str, Any]) -> _Draw:
+    gains = read.entries(found, "gain_by_components")
+
+    def draw(axes: Any, _: Any) -> None:
+        values, errors = ([float(own.get(key) or 0) for own in gains] for key in ("value", "error"))
+        axes.errorbar(range(len(gains)), values, errors, capsize=2, color=LINES[0][0])
+        axes.axhline(0, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set(xlabel="components", ylabel="gain (nats per image)")
+
+    return draw
+
+
+def _draw_populations(rows: Sequence[Mapping[str, Any]]) -> _Draw:
+    def draw(axes: Any, _: Any) -> None:
+        number = [row.get("state") for row in rows]
+        value = [100 * float(row.get("population") or 0) for row in rows]
+        ends = [read.pair(row, "population_interval") for row in rows]
+        reach = [[v - 100 * low for v, (low, _) in zip(value, ends, strict=True)]]
+        reach += [[100 * high - v for v, (_, high) in zip(value, ends, strict=True)]]
+        axes.bar(number, value, yerr=reach, color=LINES[0][0], alpha=0.6, capsize=2)
+        axes.set(xlabel="state", ylabel="particles (%)")
+
+    return draw
+
+
+def _draw_plane_of_energy(plane: dict[str, NDArray[np.float64]]) -> _Draw:
+    import numpy as np
+
+    across, up = np.unique(plane["z1"]), np.unique(plane["z2"])
+    table = plane["free_energy"].reshape(len(across), len(up)).T
+
+    def draw(axes: Any, figure: Any) -> None:
+        shown = axes.pcolormesh(across, up, np.ma.masked_invalid(table), cmap="viridis_r", rasterized=True)
+        figure.colorbar(shown, ax=axes, label="-ln p (kT)")
+        known = np.isfinite(table)
+        axes.set(xlabel="z1", ylabel="z2", aspect="equal")
+        if known.any():
+            axes.set(xlim=_ends(across[known.any(0)]), ylim=_ends(up[known.any(1)]))
+
+    return draw
+
+
+def _ends(places: NDArray[np.float64]) -> tuple[float, float]:
+    edge = 0.08 * float(places[-1] - places[0]) + 1e-6
+    return float(places[0]) - edge, float(places[-1]) + edge
+
+
+def _draw_energies(energies: dict[str, dict[str, list[float]]]) -> _Draw:
+    import numpy as np
+
+    def draw(axes: Any, _: Any) -> None:
+        for place, (name, own) in enumerate(list(energies.items())[: len(LINES)]):
+            value, error = np.array(own["free_energy"]), np.array(own["error"])
+            axes.plot(own["place"], value, label=name, **_line(place))
+            axes.fill_between(
+                own["place"], value - 2 * error, value + 2 * error, color=LINES[place][0], alpha=0.15, linewidth=0
+            )
+        axes.set(xlabel="latent", ylabel="-ln p (kT)")
+        axes.legend(fontsize=8)
+
+    return draw
 
 
 def _line(place: int) -> dict[str, Any]:

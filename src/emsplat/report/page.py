@@ -461,6 +461,180 @@ def gaussians(run: Path) -> str:
     )
 
 
+def gain(run: Path) -> str:
+    """Whether there is anything: the headline of a run that looks for states."""
+    found = read.group(read.read_summary(run), "heterogeneity")
+    first = verdict.states_headline(found)
+    remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in first.remarks)
+    link = ""
+    if (run / files.EXPLORER).exists():
+        link = f'<p><a href="{files.EXPLORER}">Move through the states: the molecule follows the pointer</a></p>'
+    return (
+        f'<div class="headline"><div class="number">{html.escape(first.number)}</div>'
+        f"<p>{html.escape(first.measure)}</p>{f'<ul>{remarks}</ul>' * bool(remarks)}{link}</div>\n"
+    )
+
+
+def gain_curves(run: Path) -> str:
+    """The gain against the number of components, and of points."""
+    found = read.group(read.read_summary(run), "heterogeneity")
+    components = [(number, *_gain(own)) for number, own in enumerate(read.entries(found, "gain_by_components"))]
+    points = [
+        (int(number), *_gain(own)) for number, own in read.group(found, "gain_by_points").items() if number.isdecimal()
+    ]
+    shown = [
+        plots.plot_gains(values, title)
+        for values, title in ((components, "components of the linear stage"), (points, "points of the density"))
+        if values
+    ]
+    figures.draw_states(run)
+    return (
+        _pairs(shown, "Gain on the other half-set")
+        + _note(
+            "Everything was fitted to one half-set, and this is how much better it predicts the images of the other "
+            "half-set than one map does, with its standard error. It rises with what is real and falls with what is "
+            "noise; the fewest that are not clearly below the best are taken."
+        )
+        + _saved(files.STATES_FIGURE.removesuffix(".png"))
+    )
+
+
+def _gain(own: Mapping[str, Any]) -> tuple[float, float]:
+    value, error = (own.get(key) for key in ("value", "error"))
+    known = isinstance(value, int | float) and isinstance(error, int | float)
+    return (float(value), float(error)) if known else (math.nan, math.nan)  # type: ignore[arg-type]
+
+
+def states(run: Path) -> str:
+    """A row for each state."""
+    found = read.group(read.read_summary(run), "heterogeneity")
+    rows = []
+    for row in read.entries(found, "states"):
+        low, high = read.pair(row, "population_interval")
+        one, other = read.pair(row, "population_halves")
+        energy, error = row.get("free_energy"), row.get("free_energy_error")
+        told = f"{energy:.2f} ± {error:.2f}" if isinstance(energy, float) and isinstance(error, float) else ""
+        rows.append(
+            (
+                _text(row.get("state")),
+                f"{_share(row.get('population'))} ({_share(low)} to {_share(high)})",
+                f"{_share(one)}, {_share(other)}",
+                told,
+                _angstrom(row.get("resolution")),
+                _angstrom(row.get("moving_resolution")),
+            )
+        )
+    if not rows:
+        return ""
+    head = ("State", "Particles (95 %)", "Half-sets", "-ln p (kT)", "Resolution", "Where it differs")
+    kind = "classes of latents" if found.get("classes") is True else "groups along a continuous distribution"
+    return (
+        f'<div class="scroll">{_grid(head, rows)}</div>\n'
+        + _note(
+            f"States are {kind}. Populations are shares of the density of the latents, which no posterior shrinks; "
+            f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are "
+            "cross-validated at 0.5: the map of each half-set against the back-projection of the other half's "
+            "particles, in the mask of the molecule and where the state differs from the consensus. Maps, half maps, "
+            f"Gaussians and particles of each state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
+        )
+        + _corrected(read.group(found, "motion_corrected"))
+    )
+
+
+def _corrected(found: Mapping[str, Any]) -> str:
+    """What taking back the motions brings."""
+    if not found:
+        return ""
+    rows = [
+        (where, _angstrom(found.get(name)), _angstrom(found.get(f"plain_{name}")))
+        for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs"))
+    ]
+    head = (f"Consensus in state {_text(found.get('state'))}", "motions taken back", "without")
+    return _grid(head, rows) + _note(
+        f"All particles in one map ({files.CORRECTED}), the rigid motions of the parts taken back; cross-validated "
+        "at 0.5, in the same masks as the plain consensus."
+    )
+
+
+def populations(run: Path) -> str:
+    """The shares of the states with their intervals."""
+    rows = []
+    for row in read.entries(read.group(read.read_summary(run), "heterogeneity"), "states"):
+        number, value = row.get("state"), row.get("population")
+        ends = (*read.pair(row, "population_interval"), *read.pair(row, "population_halves"))
+        if isinstance(number, int) and isinstance(value, float):
+            rows.append((number, value, *ends))
+    return _plot(plots.plot_populations(rows), "Populations of the states") if rows else ""
+
+
+def landscape(run: Path) -> str:
+    """Free energies over the latents, where these form no classes."""
+    found = read.group(read.read_summary(run), "heterogeneity")
+    if found.get("landscape") is not True:
+        return ""
+    shown = ""
+    if (run / files.LANDSCAPE).exists():
+        shown += _plot(plots.plot_landscape(read.read_landscape(run)), "Free energy over two components")
+    lines = [plots.plot_free_energy(name, own) for name, own in read.read_free_energy(run).items()]
+    return (
+        shown
+        + _pairs(lines, "Free energy along a component")
+        + _note(
+            "-ln p in kT above the most populated place, for a sample that was frozen in equilibrium. The density p is "
+            "deconvolved: a histogram of the particles' latents is blurred by noise and shrunk towards the mean, this "
+            "is fitted to what the images say. The band is two standard errors, of a bootstrap and of the difference "
+            "between half-sets. It is left out where an error is above 1 kT, or fewer than ten images are known to be. "
+            "A barrier that is narrower than the images resolve is at least as high as it looks."
+        )
+    )
+
+
+def follows(run: Path) -> str:
+    """The tests whether latents follow the images."""
+    rows = []
+    for row in read.entries(read.group(read.read_summary(run), "heterogeneity"), "follows"):
+        chance = row.get("p")
+        rows.append(
+            (
+                _text(row.get("what")),
+                _share(row.get("explained")),
+                "" if chance is None else f"{chance:.3g}",
+                f"z{row.get('component')}",
+                "look" if row.get("warns") is True else "ok",
+            )
+        )
+    if not rows:
+        return ""
+    return _grid(("Latents follow", "Variance explained", "p", "Most along", "Verdict"), rows) + _note(
+        "The state of a molecule has nothing to do with the direction that it is seen from, with defocus or "
+        "micrograph. Shown is how much of the variance of the latents, along the direction that follows most, the mean "
+        "at a given direction, defocus and so on explains, beyond what it explains of shuffled images or micrographs, "
+        "and the part of the shuffles that explain as much. 5 % and more are warned of. Grey scale: how much the "
+        "change of the map along some direction is that of making it brighter; 80 % and more are warned of."
+    )
+
+
+def parts(run: Path) -> str:
+    """What the rigid parts do."""
+    path = run / files.PARTS / files.PARTS_TABLE
+    if not path.exists():
+        return ""
+    rows = [
+        (_text(part.get("number")), _text(part.get("words")), _text(part.get("mask") or "none"))
+        for part in read.entries(read.read_json(path), "parts")
+    ]
+    return _grid(("Part", "What it does over the states", "Mask"), rows) + _note(
+        "Parts of the model of half-set 1; lengths are in Å from the centre of the box, axes in its frame (x, y, z), "
+        "turns right-handed. Masks show where each part is in the state of most particles, for focused or multi-body "
+        "refinement."
+    )
+
+
+def _share(value: object) -> str:
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:.1%}" if known else "not given"
+
+
 def numbers(run: Path) -> str:
     """What went in and how it was computed; settings are those of config.toml, and shown there alone."""
     summary = read.read_summary(run)
@@ -472,9 +646,11 @@ def numbers(run: Path) -> str:
         if key not in words.ELSEWHERE:
             rows = list(_leaves(value))
             name = key if isinstance(value, dict) and key not in words.LABELS else "computation"
-            groups.setdefault(name, []).extend(
-                (words.LABELS.get(key if name == "computation" else leaf, leaf or key), text) for leaf, text in rows
-            )
+            if name == "computation":
+                label = words.LABELS.get(key, key)
+                groups.setdefault(name, []).extend((f"{label}: {leaf}" if leaf else label, text) for leaf, text in rows)
+            else:
+                groups.setdefault(name, []).extend((words.LABELS.get(leaf, leaf or key), text) for leaf, text in rows)
     versions = read.group(summary, "versions")
     if versions:
         text = ", ".join(f"{name} {_text(value)}" for name, value in versions.items())

@@ -329,6 +329,139 @@ def plot_gaussians(run: Path) -> list[Any]:
     ]
 
 
+def plot_gains(values: Sequence[tuple[float, float, float]], title: str) -> Any:
+    """Gains on the other half with their standard errors, against a number of components or points."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(
+        go.Scatter(
+            x=[number for number, _, _ in values],
+            y=[gain for _, gain, _ in values],
+            error_y={"type": "data", "array": [error for _, _, error in values], "thickness": 1.2, "width": 3},
+            mode="lines+markers",
+            line=_line(0),
+            hovertemplate="%{x}: %{y:.3f}<extra></extra>",
+        )
+    )
+    figure.add_hline(0, line={"color": "#555555", "width": 1, "dash": "dash"})
+    figure.update_layout(_layout(320), margin_t=44, title={"text": title, "font": {"size": 14}, "x": 0.02})
+    figure.update_xaxes(title="number", dtick=1 if len(values) < 8 else None)
+    figure.update_yaxes(title="gain (nats per image)")
+    return figure
+
+
+def plot_populations(states: Sequence[tuple[int, float, float, float, float, float]]) -> Any:
+    """Share of each state with its 95 % interval, and those of the half-sets."""
+    import plotly.graph_objects as go
+
+    number, value, low, high, one, other = (list(column) for column in zip(*states, strict=True))
+    figure = go.Figure(
+        go.Bar(
+            x=number,
+            y=[100 * share for share in value],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (b - a) for a, b in zip(value, high, strict=True)],
+                "arrayminus": [100 * (a - b) for a, b in zip(value, low, strict=True)],
+            },
+            marker={"color": LINES[0][0]},
+            opacity=0.6,
+            name="all particles, 95 % interval",
+            hovertemplate="%{y:.1f} %",
+        )
+    )
+    for place, (name, shares) in enumerate((("half-set 1", one), ("half-set 2", other)), 1):
+        figure.add_trace(
+            go.Scatter(
+                x=number,
+                y=[100 * share for share in shares],
+                mode="markers",
+                name=name,
+                marker={"color": LINES[place][0], "size": 8, "symbol": "diamond-open"},
+                hovertemplate="%{y:.1f} %",
+            )
+        )
+    figure.update_layout(_layout(340))
+    figure.update_xaxes(title="state", dtick=1 if len(number) < 25 else None)
+    figure.update_yaxes(title="particles (%)", rangemode="tozero")
+    return figure
+
+
+def plot_landscape(found: dict[str, NDArray[np.float64]]) -> Any:
+    """Free energy over the first two components; empty where too few images are."""
+    import numpy as np
+    import plotly.graph_objects as go
+
+    across, up = np.unique(found["z1"]), np.unique(found["z2"])
+    table, error = (found[name].reshape(len(across), len(up)).T for name in ("free_energy", "error"))
+    figure = go.Figure(
+        go.Heatmap(
+            x=across,
+            y=up,
+            z=table,
+            customdata=error,
+            colorscale="Viridis_r",
+            colorbar={"title": {"text": "kT"}, "thickness": 14},
+            hovertemplate="z1 %{x:.2f}, z2 %{y:.2f}: %{z:.2f} ± %{customdata:.2f} kT<extra></extra>",
+        )
+    )
+    figure.add_trace(
+        go.Contour(
+            x=across,
+            y=up,
+            z=table,
+            contours={"start": 0, "end": 12, "size": 1, "coloring": "none"},
+            line={"color": "#ffffff", "width": 0.7},
+            showscale=False,
+            hoverinfo="skip",
+        )
+    )
+    figure.update_layout(_layout(460), margin_t=20)
+    known = np.isfinite(table)
+    figure.update_xaxes(title="z1", range=_around(across[known.any(0)]), constrain="domain")
+    figure.update_yaxes(title="z2", range=_around(up[known.any(1)]), scaleanchor="x", constrain="domain")
+    return figure
+
+
+def _around(places: Sequence[float] | NDArray[np.float64]) -> list[float] | None:
+    """The ends of an axis that shows some places."""
+    if not len(places):
+        return None
+    low, high = float(min(places)), float(max(places))
+    edge = 0.08 * (high - low) + 1e-6
+    return [low - edge, high + edge]
+
+
+def plot_free_energy(name: str, found: dict[str, list[float]]) -> Any:
+    """Free energy along a component with a band of two standard errors, and that of each half-set."""
+    import plotly.graph_objects as go
+
+    place, value, error = found["place"], found["free_energy"], found["error"]
+    known = [i for i, own in enumerate(value) if math.isfinite(own)]
+    outline = [*known, *reversed(known)]
+    figure = go.Figure(
+        go.Scatter(
+            x=[place[i] for i in outline],
+            y=[value[i] + 2 * error[i] for i in known] + [value[i] - 2 * error[i] for i in reversed(known)],
+            fill="toself",
+            fillcolor="rgba(0, 114, 178, 0.18)",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    )
+    for i, (column, label) in enumerate((("free_energy", "both"), ("half1", "half-set 1"), ("half2", "half-set 2"))):
+        figure.add_trace(
+            go.Scatter(x=place, y=found[column], mode="lines", name=label, line=_line(i), hovertemplate="%{y:.2f} kT")
+        )
+    figure.update_layout(_layout(320), hovermode="x unified")
+    figure.update_xaxes(title=escape(name), range=_around([place[i] for i in known]))
+    figure.update_yaxes(title="-ln p (kT)")
+    return figure
+
+
 def _histogram(samples: dict[str, NDArray[Any]], edges: NDArray[np.float64], x: str, y: str) -> Any:
     """Overlaid histograms, counted here so that the page holds no samples."""
     import plotly.graph_objects as go

@@ -237,7 +237,11 @@ def read_widths(run: Path) -> Widths:
 
 def read_summary(run: Path) -> dict[str, Any]:
     """The object that says what a folder holds: ``summary.json`` of a run, or what `check` and `nulltest` write."""
-    path = next((run / name for name in files.SUMMARIES if (run / name).exists()), run / files.SUMMARIES[0])
+    return read_json(next((run / name for name in files.SUMMARIES if (run / name).exists()), run / files.SUMMARIES[0]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -265,6 +269,35 @@ def entries(summary: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """A list of mappings inside the summary; empty where it is absent or something else."""
     found = summary.get(name)
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def pair(summary: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """Two numbers inside the summary; NaN where they are absent or something else."""
+    match summary.get(name):
+        case [int() | float() as one, int() | float() as other]:
+            return float(one), float(other)
+        case _:
+            return math.nan, math.nan
+
+
+def read_landscape(run: Path) -> dict[str, NDArray[np.float64]]:
+    """Columns of ``landscape.csv``; free energies are NaN where too few images are."""
+    import numpy as np
+
+    names = ("z1", "z2", "free_energy", "error")
+    rows = list(_rows(run / files.LANDSCAPE, names, ()))
+    return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def read_free_energy(run: Path) -> dict[str, dict[str, list[float]]]:
+    """Place, free energy, error and both halves' along each component, from ``free_energy.csv``."""
+    names = ("place", "free_energy", "error", "half1", "half2")
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in _rows(run / files.FREE_ENERGY, names, ("component",)):
+        own = found.setdefault(str(row["component"]), {name: [] for name in names})
+        for name in names:
+            own[name].append(row[name])
+    return found
 
 
 def unreadable(path: Path, error: Exception, expected: str) -> InputError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from emsplat.report.read import entries
 from emsplat.report.words import ALTERED, CURVES, RELIONS_RULE, Measured
 from emsplat.run.files import SLICES_FIGURE
 
@@ -25,6 +26,7 @@ class Kind(StrEnum):
     HALF_MAPS = "Two half maps, measured"
     CHECK = "Check of the input, with a quick back-projection"
     NULL_TESTS = "Null tests"
+    STATES = "States of a molecule that moves and changes"
 
     @property
     def has_gaussians(self) -> bool:
@@ -62,6 +64,8 @@ def kind_of(summary: Mapping[str, Any]) -> Kind:
         return Kind.NULL_TESTS
     if isinstance(summary.get("items"), list):
         return Kind.CHECK
+    if isinstance(summary.get("heterogeneity"), dict):
+        return Kind.STATES
     if summary.get("fits") or _group(summary, "resolution").get("cross_validated") is not None or not summary:
         return Kind.IMAGES if _group(summary, "settings").get("engine") == "images" else Kind.ONE_PASS
     return Kind.CLASSICAL if "fits" in summary else Kind.HALF_MAPS
@@ -126,6 +130,32 @@ def headline(summary: Mapping[str, Any]) -> Headline | None:
     elif diameter := assessment.get("mask_diameter"):
         remarks.append(f"In a sphere of {diameter} Å, which was given to `emsplat assess`.")
     return Headline(spacing(value, nyquist), measure, tuple(remarks))
+
+
+def states_headline(found: Mapping[str, Any]) -> Headline:
+    """What a run that looked for states says: of its summary what is under "heterogeneity"."""
+    gain, error = (
+        f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "unknown"
+        for value in (found.get("gain"), found.get("gain_error"))
+    )
+    if found.get("found") is not True:
+        return Headline(
+            "No heterogeneity that these images support",
+            f"The best model with states predicts the images of the other half-set by {gain} ± {error} nats per image "
+            "better than one map, which is not beyond three standard errors. No states were made.",
+        )
+    remarks = [
+        f"{found.get('components')} components, {found.get('points')} points of the density; "
+        + ("the latents form classes." if found.get("classes") is True else "the latents form no classes.")
+    ]
+    warned = [one for one in entries(found, "follows") if one.get("warns") is True]
+    if warned:
+        remarks.append(f"Latents follow {', '.join(str(one.get('what')) for one in warned)}: see below.")
+    return Headline(
+        f"{gain} ± {error} nats per image",
+        "Heterogeneity: so much better than one map does a model with states predict images that it has never seen.",
+        tuple(remarks),
+    )
 
 
 def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
@@ -198,6 +228,7 @@ _MAPS = {
     Kind.HALF_MAPS: "half maps",
     Kind.CHECK: "classical half maps",
     Kind.NULL_TESTS: "half maps",
+    Kind.STATES: "half maps",
 }
 _CROSS_VALIDATED = (
     "cross-validated FSC 0.5: the Gaussians of each half against the plain back-projection of the other; the number "

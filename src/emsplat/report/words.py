@@ -161,7 +161,7 @@ LABELS = {
 }
 ELSEWHERE = (
     *("evident", "resolution", "limit", "warnings", "notes", "local_resolution", "directional", "course", "examples"),
-    *("settings", "options", "assessment", "input", "fits", "versions", "altered"),
+    *("settings", "options", "assessment", "input", "fits", "versions", "altered", "heterogeneity"),
 )
 
 
@@ -183,6 +183,19 @@ _FILES = (
     (files.SAMPLING, "weight of the data in Fourier space, relative to the mean of its shell"),
     (files.EXAMPLES, "particle, projection and residual of some particles"),
     (files.PARTICLES, "the particles as used, with their half-sets (RELION)"),
+    (files.CONSENSUS, "map of all particles, whatever their state"),
+    ("consensus_corrected*.mrc", "consensus in one state, motions taken back; and its half maps"),
+    (files.LATENTS, "latents of the particles, with class and gain"),
+    (files.CRYODRGN_LATENTS, "the latents for cryoDRGN's tools"),
+    (files.EXPLORER, "page in which the molecule moves with the pointer"),
+    (files.DENSITY, "points of the latents' density with weights"),
+    (files.FREE_ENERGY, "free energy along each component"),
+    (files.LANDSCAPE, "free energy over the first two components"),
+    (files.STATES, "folder: maps, half maps, Gaussians and particles of each state, and a table of them"),
+    (files.PARTS, "folder: masks of the rigid parts, what they do"),
+    (files.CHIMERAX, "script: opens maps, states and parts in ChimeraX"),
+    ("model_half[12].safetensors", "a half-set's model of all states, for `emsplat states`"),
+    (_both(files.STATES_FIGURE), "figure: gain, populations and free energies"),
     (files.CHECK_MAP, "quick back-projection of a sample, for a look"),
     ("*mask*.mrc", "mask"),
     ("*.mrc", "map"),

@@ -57,9 +57,20 @@ SEARCH = "linear_stage.safetensors"
 LATENTS = "latents.csv"
 CRYODRGN_LATENTS = "z.pkl"
 CONSENSUS = "consensus.mrc"
+CORRECTED = "consensus_corrected.mrc"  # with motions taken back, beside its half maps
 STATES = "states"  # folder of maps of states
 STATES_TABLE = "states.csv"
 EXPLORER = "heterogeneity.html"
+DENSITY = "density.csv"  # points of the latents' density
+FREE_ENERGY = "free_energy.csv"  # along each component
+LANDSCAPE = "landscape.csv"  # over the first two
+PARTS = "parts"  # folder of masks of rigid parts
+PARTS_TABLE = "parts.json"
+PARTS_TEXT = "parts.txt"
+CHIMERAX = "chimerax.cxc"
+MOVIE = "movie.webp"
+SELECTED = "selected.star"  # of `emsplat states --select`, beside it as .cs, and row numbers from 0 for cryoDRGN
+SELECTED_INDEX = "selected.pkl"
 
 # What was found: of a run, of `check` and of `nulltest`.
 SUMMARY = "summary.json"
@@ -80,6 +91,7 @@ LOCAL_RESOLUTION_SLICES_FIGURE = "local_resolution_slices.png"
 DIRECTIONS_FIGURE = "directions.png"
 RESIDUAL_FIGURE = "residual.png"
 GAUSSIANS_FIGURE = "gaussians.png"
+STATES_FIGURE = "states.png"
 POSES_FIGURE = "poses.png"
 
 
@@ -116,6 +128,16 @@ def coarse_model_name(half: int) -> str:
 def half_model_name(half: int) -> str:
     """The model of all states of a half-set."""
     return f"model_half{half}.safetensors"
+
+
+def part_mask_name(part: int) -> str:
+    """The mask of a rigid part, counted from 1."""
+    return f"part{part}_mask.mrc"
+
+
+def state_star_name(state: int) -> str:
+    """The particles of a state, counted from 0."""
+    return f"{state:03d}.star"
 
 
 def state_map_name(state: int, half: int | None = None) -> str:

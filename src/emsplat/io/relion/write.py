@@ -40,6 +40,19 @@ def rewrite_star(
     _rewrite(read_star_file(source), target, rows, half, columns or {}, optics or {})
 
 
+def split_star(source: Path, parts: Mapping[Path, Tensor]) -> None:
+    """Rows of the particle table of a STAR file as STAR files of their own, with its other tables. They lie where its
+    image names lead to the same stacks.
+
+    Raises:
+        InputError: the source is no longer readable.
+        OutputError: a target cannot be written.
+    """
+    file = read_star_file(source)
+    for target, rows in parts.items():
+        _rewrite(file, target, rows, None, {}, {})
+
+
 def _rewrite(
     file: StarFile,
     target: Path,
@@ -86,7 +99,8 @@ def rewrite_table(
 
     What RELION 5 asks of an optics table is added where it is missing; a 3.0 file becomes a 3.1 file. Image names stay
     where they lead to the same stacks from ``target`` too, else they become absolute. With ``new_images``, which lie
-    beside ``target``, image names, origins, boxes and pixel sizes are those of the table.
+    beside ``target``, image names, origins, boxes and pixel sizes are those of the table. ``more`` are further columns
+    (without "rln"), or others in the place of the source's.
 
     Raises:
         InputError: the source is no longer readable.

@@ -643,7 +643,7 @@ function start() {
     const names = ["row", "half", ...range(data.latents).map((j) => `z${j + 1}`), ...(data.cluster ? ["class"] : []), "gain"];
     const lines = selection().map((i) => [
       data.row[i], data.half[i], ...range(data.latents).map((j) => data.latent[i * data.latents + j].toFixed(4)),
-      ...(data.cluster ? [data.cluster[i]] : []), data.gain[i].toFixed(4),
+      ...(data.cluster ? [data.cluster[i] + 1] : []), data.gain[i].toFixed(4),
     ].join(","));
     return [names.join(","), ...lines, ""].join("\n");
   }

@@ -1,0 +1,227 @@
+"""What the parts of a decoder do: rigid motions and occupancies over the states, in numbers and in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emsplat.heterogeneity.half import HalfModel
+from emsplat.maths.geometry import matrix_to_quaternion
+from emsplat.models.decoder import Decoder
+from emsplat.types import Gaussians
+
+_STILL_ANGLE, _STILL_SHIFT = 2.0, 1.0  # degrees and Å below which a part stands still
+_ROUND = 60.0  # degrees: largest gap between the angles of a full turn
+_CHANGING = 0.25  # of a part's mass, that comes and goes
+
+
+@dataclass(frozen=True)
+class PartMotion:
+    """A part over the states, seen from the part that stands stillest for its mass (``against``).
+
+    ``angles`` are signed turns about ``axis`` from the reference state, which the state of most particles is;
+    ``through`` a point of the axis and ``slide`` the shift along it of the widest turn; ``shift`` is how far the centre
+    of the part gets. ``mass`` is what it weighs in each state, relative to its largest.
+    """
+
+    number: int  # from 1
+    gaussians: int  # memberships added up
+    share: float  # of the mass of the molecule
+    centre: tuple[float, float, float]  # Å from the centre of the box, in the reference state
+    turn: float  # degrees, between the two states that are furthest apart
+    whole_turn: bool
+    axis: tuple[float, float, float]
+    through: tuple[float, float, float]
+    slide: float
+    shift: float
+    angles: tuple[float, ...]
+    shifts: tuple[float, ...]
+    mass: tuple[float, ...]
+    against: int | None
+
+    @property
+    def moves(self) -> bool:
+        return self.turn >= _STILL_ANGLE or self.shift >= _STILL_SHIFT
+
+    @property
+    def changes(self) -> bool:
+        return min(self.mass) < (1 - _CHANGING)
+
+    @property
+    def words(self) -> str:
+        """As a sentence."""
+        what = f"part {self.number}, {self.gaussians:,} Gaussians, {self.share:.0%} of the mass"
+        if self.against is None:
+            does = "is what the others are seen from"
+        elif not self.moves:
+            does = f"stands still against part {self.against}"
+        else:
+            axis = ", ".join(f"{value:.2f}" for value in self.axis)
+            through = ", ".join(f"{value:.0f}" for value in self.through)
+            turns = "turns all the way round" if self.whole_turn else f"turns by up to {self.turn:.0f}°"
+            does = (
+                f"{turns} about the axis ({axis}) through ({through}) Å against part {self.against}, and its centre "
+                f"moves by up to {self.shift:.0f} Å"
+            )
+            if self.turn < _STILL_ANGLE:
+                does = f"moves by up to {self.shift:.0f} Å against part {self.against}"
+        comes = f"; it comes and goes: {min(self.mass):.0%} to 100 % of its density" if self.changes else ""
+        return f"{what}, {does}{comes}"
+
+
+def separable(model: HalfModel) -> Decoder:
+    """The decoder of a model that has parts with soft borders.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if not isinstance(model.decoder, Decoder):
+        raise ValueError(f"a decoder of kind {type(model.decoder).__name__}; expected the separable one")
+    return model.decoder
+
+
+@torch.no_grad()
+def motions(model: HalfModel, states: Float[Tensor, "s q"], reference: int) -> list[PartMotion]:
+    """The parts of a half-set's decoder over some latents of the run, ``reference`` being one of these."""
+    latent = model.frame(states.double()).float()
+    position, amplitude = (one.double() for one in model.decoder(latent))
+    weight = separable(model).parts().double()
+    mass = torch.einsum("sg,gp->sp", amplitude, weight)
+    typical = (amplitude.mean(0)[:, None] * weight).clamp(min=0)
+    moved = [_rigid(position[reference], position, typical[:, p]) for p in range(weight.shape[1])]
+    still = _stillest(moved, mass.mean(0))
+    base_rotation, base_shift = moved[still]
+    found = []
+    for p, (rotation, shift) in enumerate(moved):
+        centre = typical[:, p] @ position[reference] / typical[:, p].sum()
+        # What is left when the base is put back where it is in the reference.
+        own = base_rotation.mT @ rotation
+        rest = (base_rotation.mT @ (shift - base_shift)[..., None]).squeeze(-1)
+        found.append(
+            _describe(
+                p,
+                round(float(weight[:, p].sum())),
+                float(mass[:, p].mean() / mass.sum(1).mean()),
+                centre,
+                own,
+                rest,
+                mass[:, p] / mass[:, p].max(),
+                None if p == still else still + 1,
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def rigid_motions(
+    decoder: Decoder, reference: Float[Tensor, " q"], latent: Float[Tensor, "m q"]
+) -> list[tuple[Float[Tensor, "m 3 3"], Float[Tensor, "m 3"]]]:
+    """Of each part the rotations and shifts (Å) from a reference to some latents of a decoder's own."""
+    position, amplitude = (one.double() for one in decoder(torch.cat([reference[None], latent]).float()))
+    weight = (amplitude.mean(0)[:, None] * decoder.parts().double()).clamp(min=0)
+    return [_rigid(position[0], position[1:], own) for own in weight.T]
+
+
+def _rigid(
+    reference: Float[Tensor, "g 3"], position: Float[Tensor, "s g 3"], weight: Float[Tensor, " g"]
+) -> tuple[Float[Tensor, "s 3 3"], Float[Tensor, "s 3"]]:
+    """The rotations and shifts x -> R x + t that bring weighted points nearest to where they are (Kabsch 1976)."""
+    weight = weight / weight.sum()
+    centre, centres = weight @ reference, torch.einsum("g,sgx->sx", weight, position)
+    across = torch.einsum("g,sgx,gy->sxy", weight, position - centres[:, None], reference - centre)
+    u, _, v = torch.linalg.svd(across)
+    flip = torch.ones(len(u), 3, dtype=u.dtype)
+    flip[:, 2] = torch.det(u @ v).sign()
+    rotation = u * flip[:, None] @ v
+    return rotation, centres - rotation @ centre
+
+
+def _stillest(moved: list[tuple[Tensor, Tensor]], mass: Float[Tensor, " p"]) -> int:
+    """The part from which, by mass, the others move least."""
+    rotations = torch.stack([rotation for rotation, _ in moved])
+    between = torch.einsum("psxy,qsxz->pqsyz", rotations, rotations)
+    angle = _angle(between).square().mean(2)
+    return int((angle @ mass).argmin())
+
+
+def _angle(rotation: Float[Tensor, "*s 3 3"]) -> Float[Tensor, "*s"]:
+    """Degrees."""
+    trace = torch.diagonal(rotation, dim1=-2, dim2=-1).sum(-1)
+    return torch.rad2deg(torch.arccos(((trace - 1) / 2).clamp(-1, 1)))
+
+
+def _describe(
+    part: int,
+    gaussians: int,
+    share: float,
+    centre: Tensor,
+    rotation: Float[Tensor, "s 3 3"],
+    shift: Float[Tensor, "s 3"],
+    mass: Tensor,
+    against: int | None,
+) -> PartMotion:
+    apart = _angle(rotation[:, None] @ rotation.mT)
+    one, other = divmod(int(apart.argmax()), len(rotation))
+    between = rotation[other] @ rotation[one].T
+    axis = _axis(between, rotation)
+    # About this axis: twist of each rotation, from the state in the middle of what is seen.
+    quaternion = matrix_to_quaternion(rotation)
+    twist = torch.rad2deg(2 * torch.atan2(quaternion[:, 1:] @ axis, quaternion[:, 0]))
+    twist = (twist + 180) % 360 - 180
+    places = (rotation @ centre) + shift
+    reach = torch.cdist(places, places)
+    rest = places[other] - between @ places[one]
+    slide = float(rest @ axis)
+    through = _point_of(between, rest - slide * axis)
+    gaps = torch.cat([twist.sort().values, twist.min()[None] + 360]).diff()
+    return PartMotion(
+        part + 1,
+        gaussians,
+        share,
+        _three(centre),
+        float(apart.max()),
+        bool(gaps.max() < _ROUND),
+        _three(axis),
+        _three(through),
+        slide,
+        float(reach.max()),
+        tuple(twist.tolist()),
+        tuple(torch.linalg.vector_norm(places - centre, dim=1).tolist()),
+        tuple(mass.tolist()),
+        against,
+    )
+
+
+def _axis(between: Float[Tensor, "3 3"], rotation: Float[Tensor, "s 3 3"]) -> Float[Tensor, " 3"]:
+    """That of the widest turn; z > 0, or the first number that is not 0."""
+    quaternion = matrix_to_quaternion(between[None])[0, 1:]
+    length = float(torch.linalg.vector_norm(quaternion))
+    if length < 1e-9:
+        return between.new_tensor([0.0, 0.0, 1.0])
+    axis = quaternion / length
+    lead = next(value for value in axis.flip(0).tolist() if abs(value) > 1e-6)
+    return axis * math.copysign(1.0, lead)
+
+
+def _point_of(rotation: Float[Tensor, "3 3"], shift: Float[Tensor, " 3"]) -> Float[Tensor, " 3"]:
+    """The point of the axis of x -> R x + t that is nearest to the origin, t being across the axis."""
+    eye = torch.eye(3, dtype=rotation.dtype)
+    point: Tensor = torch.linalg.lstsq(eye - rotation, shift[:, None], rcond=1e-6, driver="gelsd").solution[:, 0]
+    return point
+
+
+def _three(values: Tensor) -> tuple[float, float, float]:
+    x, y, z = values.tolist()
+    return x, y, z
+
+
+@torch.no_grad()
+def part_of(model: HalfModel, latent: Float[Tensor, " q"], part: int) -> Gaussians:
+    """The Gaussians of a part (from 0), each as far as it belongs to it."""
+    mixture = model.mixture(latent)
+    weight = separable(model).parts()[:, part]
+    return Gaussians(mixture.mean, mixture.covariance, mixture.amplitude * weight)

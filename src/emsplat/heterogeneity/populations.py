@@ -1,0 +1,263 @@
+"""How many molecules are where: shares of states and free energies, with errors from resampled micrographs.
+
+The latents of single images are shrunk towards the mean and blurred by noise, and so would be any histogram of them. A
+density that is fitted to what all images say of every place (b·z - zᵀA z/2) is neither: it is deconvolved. The points
+of `Density` are its likeliest form, but have no width; here they are widened by as much as the other half-set allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.evidence import fewest
+from emsplat.heterogeneity.frames import Frame
+from emsplat.heterogeneity.subspace import Latents
+
+DRAWS = 200  # of the bootstrap
+WIDTHS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25)  # of a point, in standard deviations of an average image's latent
+_STEPS = 20
+_TRIED, _ENOUGH = 6000, 20000  # views that tell the width, and that a density is fitted to
+_DRAWN = 25  # draws at a time
+_AT_ONCE = 2**22  # numbers of a block of views
+_SAMPLES = 256  # of a point, that tell which states it belongs to
+_ROUNDING = 1e-4  # of all particles
+_SURE, _SEEN = 10.0, 1.0  # images that are known to be at a place, and its standard error in kT, if it is shown
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Σ weight N(point, root rootᵀ): points with one width; ``root`` is 0 where they have none."""
+
+    point: Float[Tensor, "m q"]
+    weight: Float[Tensor, " m"]
+    root: Float[Tensor, "q q"]
+
+    def log_likelihood(self, latents: Latents) -> Float[Tensor, "v m"]:
+        """log p(y|point) - log p(y|0) of each view, with the latent spread about the point."""
+        rows = max(1, _AT_ONCE // max(1, self.point.numel()))
+        parts = [self._block(latents, slice(i, i + rows))[0] for i in range(0, len(latents), rows)]
+        return torch.cat(parts)
+
+    def likelihood(self, latents: Latents) -> Float[Tensor, "v m"]:
+        """The same without its logarithm, over the largest of each view."""
+        likely = self.log_likelihood(latents)
+        return torch.exp(likely - likely.max(1, keepdim=True).values)
+
+    def _block(self, latents: Latents, rows: slice) -> tuple[Float[Tensor, "v m"], Float[Tensor, "v m q"]]:
+        """The same of some views, and where each point puts their latents."""
+        linear, quadratic = latents.linear[rows], latents.quadratic[rows]
+        left = linear[:, None] - torch.einsum("vqr,mr->vmq", quadratic, self.point)  # b - A μ
+        base = 0.5 * torch.einsum("vmq,mq->vm", linear[:, None] + left, self.point)
+        inner = torch.eye(len(self.root), dtype=self.root.dtype) + self.root.T @ quadratic @ self.root
+        factor = torch.linalg.cholesky(inner)
+        slope = left @ self.root
+        step = torch.cholesky_solve(slope.mT, factor).mT
+        determinant = torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
+        return base + 0.5 * (slope * step).sum(2) - determinant[:, None], self.point + step @ self.root.T
+
+    def membership(self, latents: Latents) -> Float[Tensor, "v m"]:
+        """Posterior probability of each point for each view."""
+        return torch.softmax(self.log_likelihood(latents) + self.weight.clamp(min=1e-300).log(), 1)
+
+    def gain(self, latents: Latents) -> Float[Tensor, " v"]:
+        """log p(y)/p(y|0) of each view, nats."""
+        return torch.logsumexp(self.log_likelihood(latents) + self.weight.clamp(min=1e-300).log(), 1)
+
+    def fitted(self, latents: Latents, steps: int = _STEPS) -> Cloud:
+        """Points and weights that make these views likelier, by EM; the width stays."""
+        cloud = self
+        rows = max(1, _AT_ONCE // max(1, self.point.numel()))
+        for _ in range(steps):
+            mass, place = torch.zeros_like(cloud.weight), torch.zeros_like(cloud.point)
+            for start in range(0, len(latents), rows):
+                likely, centre = cloud._block(latents, slice(start, start + rows))
+                member = torch.softmax(likely + cloud.weight.clamp(min=1e-300).log(), 1)
+                mass += member.sum(0)
+                place += torch.einsum("vm,vmq->mq", member, centre)
+            cloud = Cloud(place / mass.clamp(min=1e-12)[:, None], mass / mass.sum(), self.root)
+        return cloud
+
+    def weighted(self, latents: Latents, steps: int = 5 * _STEPS) -> Cloud:
+        """The weights that make these views likeliest; the points stay."""
+        likely = self.likelihood(latents)
+        weight = torch.full_like(self.weight, 1 / len(self.weight))
+        for _ in range(steps):
+            weight = weight * (likely.T @ (1 / (likely @ weight).clamp(min=1e-300))) / len(likely)
+        return Cloud(self.point, weight / weight.sum(), self.root)
+
+    def within(self, frame: Frame) -> Cloud:
+        """In another latent space."""
+        return Cloud(frame(self.point), self.weight, frame.turn @ self.root)
+
+    def kernel(self, place: Float[Tensor, "p d"], axes: Sequence[int]) -> tuple[Float[Tensor, "p m"], float]:
+        """How much each point counts at places along some of the axes, 1 at itself, and the integral of that."""
+        own = (self.root @ self.root.T)[list(axes)][:, list(axes)]
+        away = place[:, None] - self.point[:, list(axes)]
+        shape = torch.exp(-0.5 * torch.einsum("pmd,de,pme->pm", away, torch.linalg.inv(own), away))
+        return shape, float(((2 * math.pi) ** len(axes) * torch.linalg.det(own)).sqrt())
+
+    def shares(self, states: Float[Tensor, "s q"], generator: torch.Generator) -> Float[Tensor, "m s"]:
+        """What part of each point lies nearest to each state."""
+        spread = torch.randn(_SAMPLES, self.root.shape[1], generator=generator, dtype=self.root.dtype) @ self.root.T
+        nearest = torch.stack([torch.cdist(own + spread, states).argmin(1) for own in self.point])
+        return torch.nn.functional.one_hot(nearest, len(states)).to(states).mean(1)
+
+
+def smooth(
+    densities: tuple[Density, Density],
+    latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]],
+    image: tuple[Int[Tensor, " v"], Int[Tensor, " w"]],
+    seed: int,
+) -> tuple[Cloud, Cloud]:
+    """Both halves' densities with the largest width that predicts the other half's images as well as any.
+
+    ``latents[a][b]`` are those of the views of half b in the space of half a.
+    """
+    tried, gains = [], []
+    for half in (0, 1):
+        own, other = (_some(latents[half][number], _TRIED, seed) for number in (half, 1 - half))
+        quadratic = own.quadratic.mean(0)
+        root = torch.linalg.cholesky(torch.linalg.inv(quadratic + torch.eye(len(quadratic), dtype=quadratic.dtype)))
+        density = densities[half]
+        clouds = [Cloud(density.point, density.weight, width * root).fitted(own, _STEPS // 2) for width in WIDTHS]
+        tried.append(clouds)
+        gains.append([cloud.gain(other) for cloud in clouds])
+    seen = [own[_chosen(len(own), _TRIED, seed)] for own in image]
+    both = torch.cat([seen[1], seen[0] + int(seen[1].max()) + 1])
+    best = fewest([torch.cat(pair) for pair in zip(*gains, strict=True)], both)
+    first, second = (tried[half][best].fitted(_some(latents[half][half], _ENOUGH, seed)) for half in (0, 1))
+    return first, second
+
+
+def _chosen(count: int, most: int, seed: int) -> Int[Tensor, " w"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
+
+
+def _some(latents: Latents, most: int, seed: int) -> Latents:
+    chosen, own = _chosen(len(latents), most, seed), latents
+    return Latents(
+        own.mean[chosen], own.covariance[chosen], own.linear[chosen], own.quadratic[chosen], own.gain[chosen]
+    )
+
+
+def resampled(units: int, seed: int, draws: int = DRAWS) -> Int[Tensor, "u d"]:
+    """How often each of some units is drawn in each draw of a bootstrap; 16-bit numbers."""
+    drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), draws)
+    return torch.from_numpy(drawn.T.astype(np.int16))
+
+
+def bootstrap(
+    weight: Float[Tensor, " m"], likely: Float[Tensor, "v m"], counts: Int[Tensor, "v d"]
+) -> Float[Tensor, "m d"]:
+    """The weights of points when each view counts so often, likeliest anew in each draw. ``likely`` is how likely each
+    point makes each view, in any unit of the view."""
+    likely = likely / likely.max(1, keepdim=True).values.clamp(min=1e-300)
+    drawn = []
+    for some in torch.split(counts, _DRAWN, 1):
+        count = some.to(likely)
+        own = weight[:, None].expand(-1, count.shape[1])
+        for _ in range(_STEPS):
+            own = own * (likely.T @ (count / (likely @ own).clamp(min=1e-300)))
+            own = own / own.sum(0)
+        drawn.append(own)
+    return torch.cat(drawn, 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of all particles: of both half-sets, its standard error and 95 % interval, and of each half-set."""
+
+    value: float
+    error: float
+    interval: tuple[float, float]
+    halves: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Both halves' densities in the frame of the run, the weights of their points in each draw, and to which points
+    their views belong."""
+
+    clouds: tuple[Cloud, Cloud]
+    draws: tuple[Float[Tensor, "m d"], Float[Tensor, "n d"]]
+    members: tuple[Float[Tensor, "v m"], Float[Tensor, "w n"]]
+
+    def shares(self, states: Float[Tensor, "s q"], seed: int) -> list[Share]:
+        """Of each state, those parts of the density that lie nearest to it."""
+        own, drawn = [], []
+        for cloud, weights in zip(self.clouds, self.draws, strict=True):
+            part = cloud.shares(states, torch.Generator().manual_seed(seed))
+            own.append(cloud.weight @ part)
+            drawn.append(part.T @ weights)
+        value, draws = self._both(own), self._both(drawn)
+        # What a bootstrap with the points as they are cannot know, the half-sets do: if they differ by more than it
+        # says, it is scaled (Birge 1932).
+        difference = (own[0] - own[1]).square() / (drawn[0] - drawn[1]).var(1).clamp(min=_ROUNDING**2)
+        scale = max(1.0, float(difference.mean().sqrt()))
+        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=1)
+        low = (value - scale * (value - low).clamp(min=0)).clamp(min=0)
+        high = (value + scale * (high - value).clamp(min=0)).clamp(max=1)
+        error = scale * draws.std(1)
+        return [
+            Share(
+                float(value[s]),
+                float(error[s]),
+                (float(low[s]), float(high[s])),
+                (float(own[0][s]), float(own[1][s])),
+            )
+            for s in range(len(states))
+        ]
+
+    def _both(self, halves: Sequence[Tensor]) -> Tensor:
+        views = [len(member) for member in self.members]
+        return (views[0] * halves[0] + views[1] * halves[1]) / sum(views)
+
+    def free_energy(self, place: Float[Tensor, "p d"], axes: Sequence[int]) -> FreeEnergy:
+        """-ln p at places along some axes of the latents, the others integrated out."""
+        kernels = [cloud.kernel(place, axes) for cloud in self.clouds]
+        own = [shape @ cloud.weight / area for (shape, area), cloud in zip(kernels, self.clouds, strict=True)]
+        drawn = [shape @ weights / area for (shape, area), weights in zip(kernels, self.draws, strict=True)]
+        density = self._both(own)
+        peak = density.max()
+        value, first, second = (-(part / peak).clamp(min=1e-300).log() for part in (density, *own))
+        spread = self._both(drawn).clamp(min=1e-300).log().std(1)
+        error = (spread.square() + (first - second).square() / 4).sqrt()
+        sure = torch.zeros_like(value)
+        for (shape, _), member in zip(kernels, self.members, strict=True):
+            for some in torch.split(member, 2**11):
+                sure += (some @ shape.T).square().sum(0)
+        return FreeEnergy(place, value, error, (first, second), (sure >= _SURE) & (error <= _SEEN))
+
+
+@dataclass(frozen=True)
+class FreeEnergy:
+    """In kT above the most populated of some places.
+
+    The standard error is that of the bootstrap and of the difference between the half-sets. A place is not ``shown``
+    where that is above 1 kT, or where fewer than ten images are known to be: Σ w², w the part of an image's posterior
+    that lies within the width of the density.
+    """
+
+    place: Float[Tensor, "p d"]
+    value: Float[Tensor, " p"]
+    error: Float[Tensor, " p"]
+    halves: tuple[Float[Tensor, " p"], Float[Tensor, " p"]]
+    shown: Bool[Tensor, " p"]
+
+
+def span(weighed: Weighed, axis: int) -> tuple[float, float]:
+    """From where to where the density reaches along an axis."""
+    low, high = math.inf, -math.inf
+    for cloud in weighed.clouds:
+        width = 2 * float((cloud.root @ cloud.root.T)[axis, axis].sqrt())
+        kept = cloud.point[cloud.weight > 1e-3, axis]
+        low, high = min(low, float(kept.min()) - width), max(high, float(kept.max()) + width)
+    return low, high

@@ -1,0 +1,115 @@
+"""Particles of states as other programs take them back: of any format, merged, and under a symmetry."""
+
+import numpy as np
+import pytest
+import torch
+
+from emsplat.config import ConvertConfig, HeterogeneityConfig, configure
+from emsplat.io.cryosparc import read_cs
+from emsplat.io.particles import read_particles
+from emsplat.io.relion.read import find_tables
+from emsplat.io.star import read_star_file
+from emsplat.maths.groups import parse_symmetry
+from emsplat.particles.choose import open_stack
+from emsplat.particles.copies import copies
+from emsplat.programs.convert import convert
+from emsplat.programs.state_particles import Views, row_numbers, write_particles
+
+COUNT = 60
+
+
+@pytest.fixture
+def star(simulated):
+    return simulated(particles=COUNT, box=32, pixel_size=3.0, snr=0.5, atoms=300, seed=3)
+
+
+def views_of(stack, states=3):
+    generator = torch.Generator().manual_seed(0)
+    order = stack.symmetry.order
+    row = torch.arange(len(stack)).repeat_interleave(order)
+    count = len(row)
+    state = torch.randint(states, (count,), generator=generator)
+    return Views(
+        row,
+        stack.half[row],
+        torch.arange(count) % order + 1,
+        torch.randn(count, 2, generator=generator),
+        torch.randn(count, generator=generator),
+        torch.ones(count),
+        None,
+        state,
+        torch.rand(count, generator=generator),
+    )
+
+
+def test_a_cs_file_gives_cs_files(star, tmp_path):
+    source = tmp_path / "particles.cs"
+    convert(ConvertConfig(), star, source)
+    fields = np.load(source)
+    stack = open_stack(configure(HeterogeneityConfig), source)
+    views = views_of(stack)
+    write_particles(stack, views, tmp_path / "run")
+    own = read_particles(tmp_path / "run" / "run_data.star")
+    assert torch.equal(own.particle_class, views.state + 1)
+    assert torch.allclose(own.poses.rotation, stack.table.poses.rotation, atol=1e-6)
+    for state in range(3):
+        rows = (views.state == state).nonzero()[:, 0]
+        part = read_cs(tmp_path / "run" / "states" / f"{state:03d}.cs")
+        assert torch.equal(part.image, stack.table.image[rows])
+        assert torch.equal(part.half, views.half[rows])
+        data = np.load(tmp_path / "run" / "states" / f"{state:03d}.cs")
+        assert data.dtype.names == fields.dtype.names
+        assert np.array_equal(data["uid"], fields["uid"][rows.numpy()])
+
+
+def test_the_class_of_the_input_stays(star, tmp_path):
+    text = star.read_text().splitlines()
+    first = next(i for i, line in enumerate(text) if "@" in line)
+    column = [line.split()[0] for line in text[:first] if line.startswith("_rln")]
+    place = column[column.index("_rlnImageName") :].index("_rlnClassNumber")
+    before = []
+    for number in range(COUNT):
+        words = text[first + number].split()
+        words[place] = str(number % 2 + 5)
+        before.append(words[place])
+        text[first + number] = " ".join(words)
+    star.write_text("\n".join([*text, ""]))
+    stack = open_stack(configure(HeterogeneityConfig), star)
+    write_particles(stack, views_of(stack), tmp_path / "run")
+    table = find_tables(read_star_file(tmp_path / "run" / "run_data.star"))[0]
+    assert list(table.text("EmsplatInputClass")) == before
+
+
+def test_copies_under_a_symmetry_are_rows(star, tmp_path):
+    stack = open_stack(configure(HeterogeneityConfig, symmetry="C3"), star)
+    views = views_of(stack)
+    write_particles(stack, views, tmp_path / "run")
+    own = read_particles(tmp_path / "run" / "run_data.star")
+    assert len(own) == 3 * COUNT
+    elements = parse_symmetry("C3").elements
+    right = (stack.table.poses.rotation[:, None] @ elements).flatten(0, 1)
+    assert torch.allclose(own.poses.rotation, right, atol=1e-6)
+    assert torch.equal(own.half, stack.half.repeat_interleave(3))
+    found = copies(own, parse_symmetry("C1"))
+    assert found.expansion is not None
+    assert found.expansion.symbol == "C3"
+    assert found.crossing == 0
+    table = find_tables(read_star_file(tmp_path / "run" / "run_data.star"))[0]
+    assert list(table.text("EmsplatCopy"))[:4] == ["1", "2", "3", "1"]
+
+
+def test_rows_of_merged_files_count_on(star, simulated, tmp_path):
+    other = simulated(particles=40, box=32, pixel_size=3.0, snr=0.5, atoms=300, seed=4)
+    stack = open_stack(configure(HeterogeneityConfig, merge=(other,)), star)
+    assert row_numbers(stack).tolist() == list(range(1, COUNT + 41))
+    write_particles(stack, views_of(stack), tmp_path / "run")
+    own = read_particles(tmp_path / "run" / "run_data.star")
+    assert len(own) == COUNT + 40
+    assert len(own.stacks) == 2
+    assert sum(len(read_particles(path)) for path in (tmp_path / "run" / "states").glob("*.star")) == COUNT + 40
+
+
+def test_rows_are_those_of_the_input(star, tmp_path):
+    (tmp_path / "some.txt").write_text("7\n3\n12\n20\n21\n22\n30\n31\n")
+    stack = open_stack(configure(HeterogeneityConfig, subset=tmp_path / "some.txt"), star)
+    assert sorted(row_numbers(stack).tolist()) == [4, 8, 13, 21, 22, 23, 31, 32]
