@@ -69,6 +69,10 @@ class Cells:
         error = 0.5 * torch.dot(volume.flatten(), applied.flatten()) - torch.dot(volume.flatten(), linear.flatten())
         return error, applied - linear
 
+    def spectrum(self, cell: int) -> tuple[Complex[Tensor, "z y k"], Float[Tensor, "z y k"]]:
+        """The transform of b of one cell, and the circulant matrix nearest to its K."""
+        return torch.fft.rfftn(self.linear[cell]), _information(self.response[cell], self.grid.size)
+
     def _filtered(self, volume: Float[Tensor, "z y x"], response: Float[Tensor, "w v k"]) -> Float[Tensor, "z y x"]:
         size, side = len(volume), len(response)
         spectrum = torch.fft.rfftn(volume, s=(side,) * 3).mul_(response)

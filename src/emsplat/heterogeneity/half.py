@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from emsplat.io.tensors import write_tensors
 from emsplat.measures.states import common_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
+from emsplat.sums.equations import mean_per_shell
 from emsplat.types import Gaussians, Grid
 
 _KERNEL = 0.25  # power of the overlap of cells with which they share residuals
@@ -125,19 +125,17 @@ def with_residual(model: HalfModel, embedding: Embedding, cells: Cells, kind: Re
 
 def agreement(model: HalfModel, cells: Cells, frame: Frame) -> float:
     """How well a model tells the sums of cells of the other half, whose latents ``frame`` leads to its own: correlation
-    of its maps with them where the molecule is, free of scale."""
+    of its maps, where the molecule is, with what the cells say, mean over shells, so that fine detail counts."""
     chosen = cells.particles.argsort(descending=True)[:_JUDGED]
-    point = frame(cells.point[chosen])
-    maps = [model.map(one, cells.grid) for one in point]
+    maps = [model.map(one, cells.grid) for one in frame(cells.point[chosen])]
     mask = common_mask(torch.stack(maps).amax(0), cells.grid.pixel_size)
-    told = power = 0.0
+    told, power, seen = (torch.zeros(cells.grid.size // 2 + 1) for _ in range(3))
     for cell, volume in zip(chosen.tolist(), maps, strict=True):
-        masked = volume * mask
-        error, gradient = cells.error_and_gradient(cell, masked)
-        quadratic = 2 * (float(torch.dot(masked.flatten(), gradient.flatten())) - float(error))
-        told += quadratic / 2 - float(error)
-        power += quadratic
-    return told / math.sqrt(max(power, 1e-30))
+        own, linear, weight = torch.fft.rfftn(volume * mask), *cells.spectrum(cell)
+        told += mean_per_shell((own.conj() * linear).real)
+        power += mean_per_shell(own.abs().square() * weight)
+        seen += mean_per_shell(linear.abs().square() / weight.clamp(min=1e-6 * float(weight.max())))
+    return float((told / (power * seen).clamp(min=1e-30).sqrt())[1:].mean())
 
 
 def without_residual(decoder: StateDecoder, embedding: Embedding, box: Grid) -> HalfModel:

@@ -126,7 +126,7 @@ def _with_residuals(
                 agreement(own[half], cells[1 - half], leading(places[1 - half], places[half])) for half in (0, 1)
             )
     best = max(score, key=lambda kind: score[kind])
-    said = ", ".join(f"{kind} {value / 2:.2f}" for kind, value in score.items())
+    said = ", ".join(f"{kind} {value / 2:.4f}" for kind, value in score.items())
     run.log.line(f"  agreement with cells of the other half: {said}; residual: {best}")
     return found[best]
 
