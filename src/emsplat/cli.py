@@ -433,10 +433,6 @@ def states(
         emsplat states run --path 1 4 --movie -o way
         # the particles that were selected with the lasso of the explorer, for RELION, cryoSPARC and cryoDRGN
         emsplat states run --select rows.txt -o chosen
-        # those of state 2 whose first latent is above 0
-        emsplat states run --select class=2 z1=0: -o chosen
-        # those of half-set 1 alone, with their Gaussians
-        emsplat states run --at z.csv --half 1 --gaussians -o half1
     """
     from emsplat.programs.states import states as work
 

@@ -74,7 +74,7 @@ _COARSE = (
 # After the particles were placed anew by these: cells are other and more.
 _AGAIN = (DecoderStage(19.0, 4, rate=0.7), DecoderStage(13.0, 4, rate=0.5))
 _FINE = (0.4, 0.2, 0.1, 0.05)  # rates of the stages with all frequencies
-_FINE_STEPS = 240  # of each, a cell at a time
+_FINE_EPOCHS, _FINE_STEPS = 6, 240  # at most, of each: few cells overfit when they are seen more often
 _LIKE = 2e5  # Å³ of the molecule for which the resolutions and widths are meant; others scale with its diameter
 _FIRST, _MOST = 2048, 24576  # Gaussians
 _WIDTH = 7.0  # Å
@@ -125,7 +125,7 @@ def fine_decoder(
     decoder = decoder.split(copies, max(spacing, 0.8 * cells.grid.pixel_size), generator)
     for rate in _FINE:
         tell(f"all frequencies, {len(decoder):,} Gaussians, rate {rate:g}")
-        epochs = max(1, round(_FINE_STEPS / len(cells)))
+        epochs = max(1, min(_FINE_EPOCHS, round(_FINE_STEPS / len(cells))))
         run_stage(decoder, cells, DecoderStage(0.0, epochs, rate, batch=1), generator)
     return decoder
 
