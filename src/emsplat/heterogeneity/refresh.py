@@ -73,11 +73,12 @@ def refreshed(
     spread = cluster(before.own, torch.ones(len(before.own)), count, generator).centroid
     tried = [before.density.point, *([spread] if count > len(before.density) else [])]
     found, gains = [before], [gain]
-    for point in tried:
-        maps = drawn(model, point, subspace.lattice)
+    maps = drawn(model, torch.cat(tried), subspace.lattice)
+    sizes = [len(point) for point in tried]
+    own, other = (torch.split(evidence(maps, subspace, stack), sizes, 1) for stack in stacks)
+    for point, own_part, other_part in zip(tried, own, other, strict=True):
         weight = torch.cdist(before.own, point).argmin(1).bincount(minlength=len(point)).double() / len(before.own)
-        own, other = (evidence(maps, subspace, stack) for stack in stacks)
-        embedding, seen = _embedded(point, weight, own, other, before.precision)
+        embedding, seen = _embedded(point, weight, own_part, other_part, before.precision)
         found.append(embedding)
         gains.append(seen)
     image = torch.arange(len(before.other)) // stacks[1].symmetry.order

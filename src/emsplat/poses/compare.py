@@ -33,7 +33,7 @@ class Comparison:
     angle: Float[Tensor, " p"]  # rad, up to the point group
     shift: Float[Tensor, " p"]  # Å
     frame: Float[Tensor, "3 3"]  # T: poses of the second times this are in the frame of the first
-    centre: Float[Tensor, " 3"]  # Å: the point of the second's object that is the origin of the first
+    centre: Float[Tensor, " 3"]  # Å: minus the point of the second's object that is the origin of the first
     mirrored: bool  # whether the second has the other hand
 
     def numbers(self) -> dict[str, float | bool]:
