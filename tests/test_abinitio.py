@@ -12,12 +12,12 @@ from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import axis_rotation, random_rotations
 from emsplat.maths.groups import C1, parse_symmetry
-from emsplat.poses.abinitio import Ascent, Stage, centre_of_mass
-from emsplat.poses.axes import Frame, Turning, find_frame, find_symmetry, in_frame, turned
+from emsplat.poses.abinitio import Ascent, AscentStage, centre_of_mass
+from emsplat.poses.axes import GroupFrame, Turning, find_frame, find_symmetry, in_frame, turned
 from emsplat.poses.compare import compare_poses
 from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
 from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
-from emsplat.poses.starts import Plan, kinds, spherical_mean
+from emsplat.poses.starts import StartPlan, kinds, spherical_mean
 from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, mirror_image, shell_correlation
 from emsplat.programs.abinitio import abinitio
 from emsplat.sums.lattice import Lattice
@@ -207,7 +207,7 @@ def test_the_largest_group_of_a_map_is_found(symbol, found):
 
 
 def test_a_map_that_is_turned_into_its_frame_is_the_mean_over_its_group():
-    frame = Frame(parse_symmetry("C2"), torch.from_numpy(axis_rotation([1.0, 0.0, 0.0], 0.3)), torch.zeros(3), 1.0)
+    frame = GroupFrame(parse_symmetry("C2"), torch.from_numpy(axis_rotation([1.0, 0.0, 0.0], 0.3)), torch.zeros(3), 1.0)
     straight = in_frame(blobs(24, 9), frame)
     again = turned(straight, frame.symmetry.elements[1:], torch.zeros(3))[0]
     assert float((straight - again).abs().max()) < 0.05 * float(straight.max())
@@ -282,7 +282,7 @@ def test_a_rough_map_climbs_to_the_one_that_the_images_show():
     rough = volume + as_strong_as(blobs(16, 13, count=8, width=1.0), 25)
     ascent = Ascent(images, 6, 90.0, 0, 3.0, maps=rough[None], noise=torch.ones(7))
     before = ascent.judge(6.0, 15.0, rows).likelihood.mean()
-    for status in ascent.climb(Stage(12, 100, (5.0, 6.0))):
+    for status in ascent.climb(AscentStage(12, 100, (5.0, 6.0))):
         assert math.isfinite(status.likelihood)
     for done in ascent.pass_over(6.0, 15.0):
         assert done <= ascent.count
@@ -302,9 +302,9 @@ def test_maps_compete_for_the_images():
     images = replace(first, **both, image=torch.arange(300, dtype=torch.int32), row=torch.arange(300))
     rough = torch.stack([one + 0.3 * other, other + 0.3 * one])
     ascent = Ascent(images, 6, 90.0, 0, 3.0, maps=rough, noise=torch.ones(7))
-    for _ in ascent.climb(Stage(10, 100, (6.0, 6.0))):
+    for _ in ascent.climb(AscentStage(10, 100, (6.0, 6.0))):
         pass
-    kind = kinds(images, ascent.maps, torch.ones(7), 3.0, Plan(6 / 8.8, 3.0, 90.0, 6))
+    kind = kinds(images, ascent.maps, torch.ones(7), 3.0, StartPlan(6 / 8.8, 3.0, 90.0, 6))
     assert float((kind[:180] == 0).double().mean()) > 0.8
     assert float((kind[180:] == 1).double().mean()) > 0.8
     assert float(ascent.share[0]) == pytest.approx(0.6, abs=0.1)
@@ -316,7 +316,7 @@ def test_the_centre_of_mass_is_kept_in_the_centre():
     images, _, _ = views(volume, 200, noise=1.0, spread=2.0)
     ascent = Ascent(images, 6, 90.0, 0, 4.0, maps=volume[None], noise=torch.ones(7))
     assert float(torch.linalg.vector_norm(centre_of_mass(volume))) > 1.5
-    for _ in ascent.climb(Stage(20, 60, (6.0, 6.0))):
+    for _ in ascent.climb(AscentStage(20, 60, (6.0, 6.0))):
         pass
     assert float(torch.linalg.vector_norm(centre_of_mass(ascent.volume))) < 0.7
 

@@ -23,7 +23,6 @@ from emsplat.poses.local import (
     Placed,
     Prior,
     Reference,
-    Views,
     descend,
     make_reference,
     nearest,
@@ -94,7 +93,7 @@ def seen(values, rotation, given=None, move=None, magnification=MAGNIFICATION):
         values.to(torch.complex64), TRANSFER, FREQUENCY, image, rotation.float(), torch.ones(count), image, LENGTH
     )
     none = torch.zeros(count, 2, dtype=torch.float64)
-    return Views(
+    return PoseViews(
         spectra,
         magnification,
         image,

@@ -40,7 +40,7 @@ _EDGE = 2  # voxels of the mask
 
 
 @dataclass(frozen=True)
-class Stage:
+class AscentStage:
     """Some steps of one kind. Pairs are the values of the first and the last step."""
 
     steps: int
@@ -114,7 +114,7 @@ class Ascent:
         """How many images there are."""
         return len(self.images.values)
 
-    def climb(self, stage: Stage) -> Iterator[Status]:
+    def climb(self, stage: AscentStage) -> Iterator[Status]:
         """Takes the steps of a stage."""
         if not self._begun:
             self._begin(stage.radius[0])

@@ -39,7 +39,7 @@ _TURNED, _ASIDE = 3.0, 2.0  # how far a frame is refined: tenths of a radian abo
 
 
 @dataclass(frozen=True)
-class Frame:
+class GroupFrame:
     """Where the axes of a group lie in a map.
 
     The map turned so, V'(x) = V(Rᵀ x + c), has the group in RELION's setting; poses A of the map become A Rᵀ.
@@ -75,10 +75,10 @@ class Turning:
         return correlation
 
 
-def find_frame(turning: Turning, symmetry: Symmetry) -> Frame:
+def find_frame(turning: Turning, symmetry: Symmetry) -> GroupFrame:
     """Where a group fits a map best."""
     if symmetry.order == 1:
-        return Frame(symmetry, torch.eye(3, dtype=torch.float64), torch.zeros(3), 1.0)
+        return GroupFrame(symmetry, torch.eye(3, dtype=torch.float64), torch.zeros(3), 1.0)
     first, *others = sorted(generators(symmetry.elements), key=_angle)
     axis, angle = _axis(first), _angle(first)
     direction = _half_sphere()
@@ -97,7 +97,7 @@ def find_frame(turning: Turning, symmetry: Symmetry) -> Frame:
     return max(refined, key=lambda own: own.agreement)
 
 
-def find_symmetry(turning: Turning, holds: float = HOLDS) -> Frame:
+def find_symmetry(turning: Turning, holds: float = HOLDS) -> GroupFrame:
     """The largest group that a map has."""
     folds = _likely_folds(turning, _LIKELY * holds)
     found = {fold: frame for fold in folds if (frame := find_frame(turning, cyclic(fold))).agreement >= holds}
@@ -120,7 +120,7 @@ def _likely_folds(turning: Turning, least: float) -> list[int]:
     return [fold for fold in _FOLDS if float(worst[fold].max()) >= least]
 
 
-def in_frame(volume: Float[Tensor, "z y x"], frame: Frame) -> Float[Tensor, "z y x"]:
+def in_frame(volume: Float[Tensor, "z y x"], frame: GroupFrame) -> Float[Tensor, "z y x"]:
     """A map turned into RELION's setting, the mean over its group."""
     rotation = frame.rotation.T @ frame.symmetry.elements
     return turned(volume, rotation, frame.centre).mean(0)
@@ -165,7 +165,7 @@ def _sampled(
     return torch.cat(found)
 
 
-def _refined(turning: Turning, symmetry: Symmetry, start: Float[Tensor, "3 3"]) -> Frame:
+def _refined(turning: Turning, symmetry: Symmetry, start: Float[Tensor, "3 3"]) -> GroupFrame:
     def placed(numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         turn = torch.from_numpy(Rotation.from_rotvec(numbers[:3] / 10).as_matrix())
         return turn @ start, torch.from_numpy(numbers[3:]).float()
@@ -183,7 +183,7 @@ def _refined(turning: Turning, symmetry: Symmetry, start: Float[Tensor, "3 3"]) 
     found = minimize(loss, np.zeros(6), method="Powell", bounds=bounds, options=options)
     rotation, centre = placed(found.x)
     own = turning.agreement(rotation.T @ symmetry.elements[1:] @ rotation, centre)
-    return Frame(symmetry, rotation, centre, float(own.min()))
+    return GroupFrame(symmetry, rotation, centre, float(own.min()))
 
 
 def _half_sphere() -> Float[Tensor, "d 3"]:

@@ -27,7 +27,7 @@ _FLIP = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PoseComparison:
     """Two sets of poses in one frame."""
 
     angle: Float[Tensor, " p"]  # rad, up to the point group
@@ -54,7 +54,7 @@ class Comparison:
         }
 
 
-def compare_poses(first: Poses, second: Poses, symmetry: Symmetry) -> Comparison:
+def compare_poses(first: Poses, second: Poses, symmetry: Symmetry) -> PoseComparison:
     """How far two sets of poses of the same particles are apart once both are in one frame.
 
     Hands are told apart by which agrees more; where few particles agree in either, neither means anything.
@@ -76,7 +76,7 @@ def _agreement(angle: Float[Tensor, "*n p"]) -> Float[Tensor, "*n"]:
     return agreement
 
 
-def _in_one_frame(first: Poses, second: Poses, symmetry: Symmetry, mirrored: bool) -> Comparison:
+def _in_one_frame(first: Poses, second: Poses, symmetry: Symmetry, mirrored: bool) -> PoseComparison:
     elements = symmetry.elements
     one, other = first.rotation, second.rotation
     count = len(one)
@@ -98,7 +98,7 @@ def _in_one_frame(first: Poses, second: Poses, symmetry: Symmetry, mirrored: boo
             break
     angle, _ = _angles(one, other @ frame, elements)
     centre, shift = _common_shift(first.shift - second.shift, other, angle < _NEAR)
-    return Comparison(angle, shift, frame, centre, mirrored)
+    return PoseComparison(angle, shift, frame, centre, mirrored)
 
 
 def _angles(

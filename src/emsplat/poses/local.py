@@ -147,7 +147,7 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Views:
+class PoseViews:
     """Images with the poses that a search starts from: several poses may belong to one image."""
 
     spectra: Spectra  # centred by the poses of the stack
@@ -159,13 +159,13 @@ class Views:
     origin: Float[Tensor, "v 2"]  # and the move
     length: float  # of the images' box, Å
 
-    def take(self, views: Int[Tensor, " w"]) -> Views:
+    def take(self, views: Int[Tensor, " w"]) -> PoseViews:
         """Some of the poses."""
         own = {name: getattr(self, name)[views] for name in ("image", "rotation", "move", "given", "origin")}
         return replace(self, **own)
 
 
-def descend(reference: Reference, views: Views, prior: Prior, radius: float, steps: int = _STEPS) -> Placed:
+def descend(reference: Reference, views: PoseViews, prior: Prior, radius: float, steps: int = _STEPS) -> Placed:
     """The nearest minimum of each view; shifts of the result are moves. ``steps`` 0 looks and moves nothing."""
     spectra = views.spectra
     ratio = spectra.length / views.length  # cycles per box of the map for one of an image
@@ -200,15 +200,15 @@ def descend(reference: Reference, views: Views, prior: Prior, radius: float, ste
     return Placed(poses, hessian, before, after, before.clone(), looks.long(), power)
 
 
-Search = Callable[[Reference, Views, Prior], Placed]
+Search = Callable[[Reference, PoseViews, Prior], Placed]
 
 
-def nearest(reference: Reference, views: Views, prior: Prior) -> Placed:
+def nearest(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
     """`descend` with all frequencies of the reference."""
     return descend(reference, views, prior, reference.lattice.radius)
 
 
-def stay(reference: Reference, views: Views, prior: Prior) -> Placed:
+def stay(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
     """Where the views are: what they say of their poses, without a step."""
     return descend(reference, views, prior, reference.lattice.radius, steps=0)
 
@@ -254,11 +254,11 @@ def place(
     return Placed.joined(found, torch.argsort(torch.cat(places)))
 
 
-def views_of(reference: Reference, stack: ParticleStack, given: Poses, noise: Float[Tensor, "o s"]) -> Views:
+def views_of(reference: Reference, stack: ParticleStack, given: Poses, noise: Float[Tensor, "o s"]) -> PoseViews:
     """The images of a stack of one grid as they are compared with a reference, each in the pose that it has."""
     spectra = read_spectra(stack.without_symmetry().on(CPU), reference.lattice.radius, reference.grid, noise)
     poses, optics = stack.table.poses[stack.rows], stack.table.optics[stack.rows]
-    return Views(
+    return PoseViews(
         spectra,
         _magnification(optics),
         torch.arange(len(stack), dtype=torch.int32),

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.maths.geometry import quaternion_to_matrix
-from emsplat.poses.local import Placed, Prior, Reference, Search, Views, descend, nearest
+from emsplat.poses.local import Placed, PoseViews, Prior, Reference, Search, descend, nearest
 
 _COARSE = 8  # cycles per box of the first comparison
 _CAUGHT = 0.75  # rad times the radius
@@ -31,7 +31,7 @@ _POOR = 0.75  # of the agreement that good views have
 def within(extent: float) -> Search:
     """A search through all poses within ``extent`` rad of that which each view has."""
 
-    def search(reference: Reference, views: Views, prior: Prior) -> Placed:
+    def search(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
         radius = _coarse(reference)
         starts = ball_lattice(extent, 2 * _CAUGHT / radius)
         loose = Prior(max(extent, prior.turn), max(_LOOSE * reference.grid.length, prior.shift))
@@ -45,7 +45,7 @@ def everywhere(elements: Float[Tensor, "s 3 3"], *, poor_alone: bool = False) ->
     """A search through all orientations that a point group leaves different, or only for views whose likelihood in
     their nearest minimum is poor."""
 
-    def search(reference: Reference, views: Views, prior: Prior) -> Placed:
+    def search(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
         found = nearest(reference, views, prior)
         chosen = poor(found) if poor_alone else torch.arange(len(found.after))
         if not len(chosen):
@@ -98,7 +98,9 @@ def _coarse(reference: Reference) -> int:
     return min(_COARSE, reference.lattice.radius)
 
 
-def _from_starts(reference: Reference, views: Views, prior: Prior, radius: int, starts: Float[Tensor, "n 3"]) -> Placed:
+def _from_starts(
+    reference: Reference, views: PoseViews, prior: Prior, radius: int, starts: Float[Tensor, "n 3"]
+) -> Placed:
     """The best of what is reached from each of some turns of the views' own poses."""
     count = len(views.image)
     kept_rotation, kept_move, kept_gain = [], [], []
@@ -117,7 +119,7 @@ def _from_starts(reference: Reference, views: Views, prior: Prior, radius: int, 
 
 
 def _looked_at(
-    reference: Reference, views: Views, prior: Prior, radius: int, grid: Float[Tensor, "n 3 3"]
+    reference: Reference, views: PoseViews, prior: Prior, radius: int, grid: Float[Tensor, "n 3 3"]
 ) -> tuple[Float[Tensor, "v b 3 3"], Float[Tensor, "v b 2"]]:
     """The orientations of a grid that show the views best, after some steps from each."""
     rotation, move = [], []
@@ -137,7 +139,7 @@ def _looked_at(
 
 def _followed(
     reference: Reference,
-    views: Views,
+    views: PoseViews,
     prior: Prior,
     radius: int,
     starts: tuple[Float[Tensor, "v b 3 3"], Float[Tensor, "v b 2"]],

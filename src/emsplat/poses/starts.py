@@ -17,9 +17,9 @@ from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
 from emsplat.maths.groups import Symmetry
-from emsplat.poses.abinitio import Ascent, Stage
+from emsplat.poses.abinitio import Ascent, AscentStage
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
-from emsplat.poses.compare import Comparison, compare_poses
+from emsplat.poses.compare import PoseComparison, compare_poses
 from emsplat.poses.verdict import SHELLS, Verdict, agreement, brought_over, decide, last_shell, shell_correlation
 from emsplat.sums.spectra import Spectra
 from emsplat.types import Poses
@@ -31,7 +31,7 @@ _SEEDS = 7919  # between starts
 
 
 @dataclass(frozen=True)
-class Plan:
+class StartPlan:
     """How starts are made."""
 
     radius: float  # cycles per box for a diameter of the particle
@@ -42,12 +42,12 @@ class Plan:
     batch: int = 200
     classes: int = 1
 
-    def stages(self) -> tuple[Stage, Stage]:
+    def stages(self) -> tuple[AscentStage, AscentStage]:
         """Climb without symmetry, and what follows with it."""
         begun, seen, done = (min(self.largest, self.radius * cycles) for cycles in (_BEGUN, _SEEN, _DONE))
         return (
-            Stage(self.steps, self.batch, (begun, seen)),
-            Stage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 12.0)),
+            AscentStage(self.steps, self.batch, (begun, seen)),
+            AscentStage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 12.0)),
         )
 
     @property
@@ -75,7 +75,7 @@ def make_start(
     images: Spectra,
     half: int,
     number: int,
-    plan: Plan,
+    plan: StartPlan,
     symmetry: Symmetry,
     seed: int,
     told: Callable[[int, int], None] = lambda done, total: None,
@@ -108,19 +108,19 @@ def make_start(
 
 
 def kinds(
-    images: Spectra, maps: Float[Tensor, "c z y x"], noise: Float[Tensor, " s"], spread: float, plan: Plan
+    images: Spectra, maps: Float[Tensor, "c z y x"], noise: Float[Tensor, " s"], spread: float, plan: StartPlan
 ) -> Int[Tensor, " i"]:
     """Which map each image fits best."""
     looking = Ascent(images, plan.largest, plan.diameter, 0, spread, maps=maps, noise=noise)
     return looking.judge(plan.compared, _TURN, torch.arange(looking.count)).kind
 
 
-def turning_of(volume: Float[Tensor, "z y x"], length: float, plan: Plan) -> Turning:
+def turning_of(volume: Float[Tensor, "z y x"], length: float, plan: StartPlan) -> Turning:
     """A map of a box of ``length`` Å, to be compared with itself turned."""
     return Turning(volume, plan.compared, plan.diameter / length * len(volume))
 
 
-def at_map(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry, volume: Tensor | None = None) -> Ascent:
+def at_map(images: Spectra, start: Start, plan: StartPlan, symmetry: Symmetry, volume: Tensor | None = None) -> Ascent:
     """Images at the map of a start, or another in its place."""
     own = start.volume if volume is None else volume
     return Ascent(images, plan.largest, plan.diameter, 0, start.spread, symmetry, own[None], start.noise)
@@ -131,12 +131,12 @@ class Pair:
     """Two starts of disjoint halves, compared."""
 
     starts: tuple[Start, Start]
-    comparison: Comparison  # of poses of the same images against both
+    comparison: PoseComparison  # of poses of the same images against both
     correlation: Float[Tensor, " s"]  # FSC of the aligned maps
     verdict: Verdict
 
 
-def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: Plan, symmetry: Symmetry) -> Pair:
+def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: StartPlan, symmetry: Symmetry) -> Pair:
     """Poses of the same images against both maps, the maps where they lie on each other, and what each predicts of the
     other half's images."""
     parts = _sampled(halves[0]), _sampled(halves[1])
@@ -163,7 +163,7 @@ def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: 
     return Pair(starts, comparison, curve, verdict)
 
 
-def _shapeless(images: Spectra, start: Start, plan: Plan, symmetry: Symmetry) -> Float[Tensor, " i"]:
+def _shapeless(images: Spectra, start: Start, plan: StartPlan, symmetry: Symmetry) -> Float[Tensor, " i"]:
     """Log-likelihood of images at the spherical mean of a map, over the poses that its own is taken over."""
     ascent = at_map(images, start, plan, symmetry, spherical_mean(start.volume))
     return ascent.judge(plan.compared, _TURN, torch.arange(ascent.count), alike=True).likelihood
@@ -183,7 +183,7 @@ def spherical_mean(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
 
 def find_pair(
     halves: tuple[Spectra, Spectra],
-    plan: Plan,
+    plan: StartPlan,
     symmetry: Symmetry,
     seed: int,
     most: int,

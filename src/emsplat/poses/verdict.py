@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emsplat.maths.fourier import hermitian_weight, rfft, shell_index, sum_by_shell
 from emsplat.poses.axes import turned
-from emsplat.poses.compare import Comparison
+from emsplat.poses.compare import PoseComparison
 
 Word = Literal["found", "uncertain", "not found"]
 
@@ -26,12 +26,12 @@ CORRELATED = 0.5  # FSC of the aligned maps up to which they agree
 SHELLS = 6  # that they have to agree to, in shells of the box, beyond an outline
 
 
-def agreement(comparison: Comparison) -> float:
+def agreement(comparison: PoseComparison) -> float:
     """Share of the images whose poses agree."""
     return float((comparison.angle < NEAR).double().mean())
 
 
-def brought_over(volume: Float[Tensor, "z y x"], comparison: Comparison, length: float) -> Float[Tensor, "z y x"]:
+def brought_over(volume: Float[Tensor, "z y x"], comparison: PoseComparison, length: float) -> Float[Tensor, "z y x"]:
     """A second map where the first lies, in a box of ``length`` Å; of its mirror image where hands differ."""
     own = mirror_image(volume) if comparison.mirrored else volume
     return turned(own, comparison.frame[None], -comparison.centre * len(volume) / length)[0]

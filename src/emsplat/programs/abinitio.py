@@ -27,9 +27,9 @@ from emsplat.maths.groups import C1
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.abinitio import Ascent
-from emsplat.poses.axes import Frame, find_symmetry, in_frame
+from emsplat.poses.axes import GroupFrame, find_symmetry, in_frame
 from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
-from emsplat.poses.starts import Pair, Plan, Start, at_map, chosen, find_pair, kinds, turning_of
+from emsplat.poses.starts import Pair, Start, StartPlan, at_map, chosen, find_pair, kinds, turning_of
 from emsplat.poses.verdict import Verdict, brought_over
 from emsplat.process import threads
 from emsplat.programs.classical import accumulate_all
@@ -132,7 +132,7 @@ def _unposed(stack: ParticleStack) -> ParticleStack:
     return stack.with_poses(Poses(unturned, torch.zeros(len(stack), 2, dtype=torch.float64)))
 
 
-def _plan(run: Run[AbinitioConfig]) -> Plan:
+def _plan(run: Run[AbinitioConfig]) -> StartPlan:
     """
     Raises:
         InputError: several boxes, or too few images for a start.
@@ -155,10 +155,10 @@ def _plan(run: Run[AbinitioConfig]) -> Plan:
     particle = run.config.images.diameter or _FILLED * length
     radius = length / particle
     largest = min(math.ceil(_FINEST * radius), stack.grid.size // 2 - 1)
-    return Plan(radius, options.offset, stack.diameter, largest, options.steps, options.batch, options.classes)
+    return StartPlan(radius, options.offset, stack.diameter, largest, options.steps, options.batch, options.classes)
 
 
-def _read(run: Run[AbinitioConfig], plan: Plan) -> tuple[Spectra, Spectra]:
+def _read(run: Run[AbinitioConfig], plan: StartPlan) -> tuple[Spectra, Spectra]:
     """Low frequencies of the images of both halves, at most a sample of each."""
     parts = []
     with run.log.part("reading", "reading the low frequencies of the images"):
@@ -169,7 +169,7 @@ def _read(run: Run[AbinitioConfig], plan: Plan) -> tuple[Spectra, Spectra]:
     return parts[0], parts[1]
 
 
-def _search(run: Run[AbinitioConfig], plan: Plan, halves: tuple[Spectra, Spectra]) -> tuple[list[Pair], int]:
+def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Spectra]) -> tuple[list[Pair], int]:
     """The pairs that were compared, and how many starts that took."""
     log, options, stack = run.log, run.config.abinitio, run.stack
     climb = plan.stages()[0].radius
@@ -265,7 +265,7 @@ def _say(log: Log, verdict: Verdict, stack: ParticleStack) -> None:
         log.line("  the hand is not determined: images do not tell it (--flip-hand turns it)")
 
 
-def _turned(run: Run[AbinitioConfig], pair: Pair, plan: Plan) -> tuple[tuple[Tensor, Tensor], Frame | None]:
+def _turned(run: Run[AbinitioConfig], pair: Pair, plan: StartPlan) -> tuple[tuple[Tensor, Tensor], GroupFrame | None]:
     """The second map where the first lies; without a symmetry that was asked for, both in RELION's setting of the
     group that they are found to have together."""
     first = pair.starts[0].volume
@@ -288,7 +288,7 @@ class _Found:
 
 
 def _found(
-    run: Run[AbinitioConfig], pair: Pair, plan: Plan, halves: tuple[Spectra, Spectra], maps: tuple[Tensor, Tensor]
+    run: Run[AbinitioConfig], pair: Pair, plan: StartPlan, halves: tuple[Spectra, Spectra], maps: tuple[Tensor, Tensor]
 ) -> _Found:
     """Every particle against the map of its own half: the best of a grid, then the nearest minimum."""
     parts, rows = [], []
@@ -300,7 +300,7 @@ def _found(
 
 
 def _of_half(
-    run: Run[AbinitioConfig], name: str, start: Start, plan: Plan, images: Spectra, volume: Float[Tensor, "z y x"]
+    run: Run[AbinitioConfig], name: str, start: Start, plan: StartPlan, images: Spectra, volume: Float[Tensor, "z y x"]
 ) -> list[_Found]:
     stack, log, symmetry = run.stack.only(HALVES[name]), run.log, run.stack.symmetry
     radius = plan.stages()[1].radius[1]
@@ -333,7 +333,7 @@ def _of_half(
     return found
 
 
-def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: Plan) -> dict[str, Any]:
+def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: StartPlan) -> dict[str, Any]:
     own = pair.verdict
     return {
         "verdict": own.word,
@@ -348,7 +348,7 @@ def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: Plan) -> dic
     }
 
 
-def _symmetry_found(run: Run[AbinitioConfig], frame: Frame | None) -> dict[str, Any]:
+def _symmetry_found(run: Run[AbinitioConfig], frame: GroupFrame | None) -> dict[str, Any]:
     if frame is None:
         return {}
     symbol = frame.symmetry.symbol
@@ -377,7 +377,7 @@ def _spread(run: Run[AbinitioConfig], placed: Placed) -> dict[str, Any]:
     }
 
 
-def _classes(run: Run[AbinitioConfig], found: _Found, plan: Plan) -> dict[str, Any]:
+def _classes(run: Run[AbinitioConfig], found: _Found, plan: StartPlan) -> dict[str, Any]:
     """How many particles each class has."""
     counts = torch.bincount(found.kind, minlength=plan.classes).tolist()
     told = ", ".join(f"{count:,}" for count in counts)
@@ -391,7 +391,7 @@ def _uncertainty(placed: Placed) -> tuple[Float[Tensor, " p"], Float[Tensor, " p
     return torch.rad2deg(variance[:, :3].mean(1).sqrt()), variance[:, 3:].mean(1).sqrt()
 
 
-def _write_particles(run: Run[AbinitioConfig], found: _Found, plan: Plan) -> None:
+def _write_particles(run: Run[AbinitioConfig], found: _Found, plan: StartPlan) -> None:
     """run_data.star: poses, their uncertainty and likelihood."""
     stack, placed = run.stack, found.placed
     turn, shift = _uncertainty(placed)

@@ -19,7 +19,7 @@ _FEW = 0.3  # share within 10° below which the frames have hardly been found
 
 
 def compare(first: Path, second: Path, config: ComparePosesConfig) -> dict[str, Any]:
-    """The numbers of `poses.compare.Comparison` for the particles that both files have.
+    """The numbers of `poses.compare.PoseComparison` for the particles that both files have.
 
     Particles are matched by their images, else row by row where both have as many.
 
