@@ -21,6 +21,7 @@ from emsplat.particles.open import open_particles
 from emsplat.poses.local import (
     NO_PRIOR,
     Placed,
+    PoseViews,
     Prior,
     Reference,
     descend,
