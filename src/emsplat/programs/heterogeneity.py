@@ -303,6 +303,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)
     say_shares(log, shared.shares, shared.resampled)
+    _warn_of_unproven(log, rows, grid.length / finest(run))
     _warn_of_empty_halves(log, views, len(latents))
     write_populations(folder, shared)
     write_particles(stack, views, folder)
@@ -396,6 +397,17 @@ def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
         "free_energy": math.log(most / share.value) if share.value > 0 else None,
         "free_energy_error": share.error / share.value if share.value > 0 else None,
     }
+
+
+def _warn_of_unproven(log: Log, rows: list[dict[str, Any]], seen: float) -> None:
+    """Where the half-sets do not agree on a state as far as they were looked at (``seen``, Å), it is not believed."""
+    weak = [row["state"] for row in rows if row["resolution"] is None or row["resolution"] > 1.01 * seen]
+    if weak:
+        which = "all states" if len(weak) == len(rows) else f"states {', '.join(map(str, weak))}"
+        log.warn(
+            f"{which}: the maps that the half-sets make of them do not agree to {seen:.0f} Å, as far as was looked for "
+            "states; do not interpret them"
+        )
 
 
 def _warn_of_empty_halves(log: Log, views: Views, states: int) -> None:
