@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from emsplat.maths.fourier import crop, frequencies, hermitian_weight, irfft, rfft, shell_index, shift_phase
+from emsplat.maths.fourier import crop, frequencies, hermitian_weight, irfft, rfft, shell_index, shift_phase, widen
 from emsplat.types import Grid
 
 
@@ -89,3 +89,13 @@ def test_cropping_keeps_every_frequency_below_the_new_nyquist_and_no_other(dims)
     full = [0, 1, 2, 3, -4, -3, -2, -1]
     for place in product(*[full] * (dims - 1), range(5)):
         assert small[place] == (0 if -4 in place or 4 in place else large[place])
+
+
+@pytest.mark.parametrize(("size", "larger"), [(8, 12), (10, 20), (12, 14)])
+def test_a_spectrum_on_more_voxels_and_back(size, larger):
+    spectrum = rfft(torch.randn(2, size, size, size, generator=torch.Generator().manual_seed(1)), 3)
+    band = crop(spectrum, size, 3)
+    wide = widen(spectrum, larger)
+    assert wide.shape == (2, larger, larger, larger // 2 + 1)
+    assert torch.equal(crop(wide, size, 3), band)
+    assert torch.count_nonzero(wide) == torch.count_nonzero(band)

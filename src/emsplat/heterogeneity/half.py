@@ -19,6 +19,7 @@ from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
 from emsplat.imaging.project import voxelize
 from emsplat.io.tensors import write_tensors
+from emsplat.maths.fourier import widen
 from emsplat.measures.states import common_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
@@ -160,12 +161,6 @@ def on_grid(volume: Float[Tensor, "z y x"], own: Grid, grid: Grid) -> Float[Tens
     if size == grid.size:
         return whole
     spectrum = torch.fft.rfftn(torch.fft.ifftshift(whole))
-    wide = torch.zeros(grid.size, grid.size, grid.size // 2 + 1, dtype=spectrum.dtype)
-    reach = size // 2
-    places = torch.arange(-reach + 1, reach)
-    half = places[places >= 0]
-    wide[(places % grid.size)[:, None, None], (places % grid.size)[:, None], half] = spectrum[
-        (places % size)[:, None, None], (places % size)[:, None], half
-    ]
+    wide = widen(spectrum, grid.size)
     fine: Tensor = torch.fft.fftshift(torch.fft.irfftn(wide, s=(grid.size,) * 3))
     return fine

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index
+from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index, widen
 from emsplat.sums.equations import circulant
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra
@@ -76,16 +76,8 @@ class Subspace:
 
     def on(self, lattice: Lattice) -> Subspace:
         """The same maps on a larger lattice; beyond the old radius components have the power of its last shell."""
-        size, old = lattice.size, self.lattice.size
-        spectrum = rfft(self.maps, 3)
-        wide = torch.zeros(len(self.maps), size, size, size // 2 + 1, dtype=spectrum.dtype)
-        reach = old // 2
-        places = torch.arange(-reach + 1, reach)
-        wide[:, (places % size)[:, None, None], (places % size)[:, None], places[places >= 0]] = spectrum[
-            :, (places % old)[:, None, None], (places % old)[:, None], places[places >= 0]
-        ]
         power = torch.cat([self.power, self.power[:, -1:].expand(-1, lattice.radius - self.lattice.radius)], 1)
-        return replace(self, lattice=lattice, maps=irfft(wide, 3), power=power)
+        return replace(self, lattice=lattice, maps=irfft(widen(rfft(self.maps, 3), lattice.size), 3), power=power)
 
 
 @dataclass(frozen=True)

@@ -131,3 +131,16 @@ def crop(spectrum: Shaped[Tensor, "..."], size: int, dims: int = 2) -> Shaped[Te
     for axis in range(-dims, -1):
         out.select(axis, half).zero_()
     return out
+
+
+def widen(spectrum: Shaped[Tensor, "*c z y k"], size: int) -> Shaped[Tensor, "*c Z Y K"]:
+    """A transform over three axes as that of more voxels in a box of the same length, zero beyond; `crop` takes it
+    back. Nyquist planes are left out."""
+    old = spectrum.shape[-2]
+    reach = old // 2
+    places = torch.arange(-reach + 1, reach)
+    wide = spectrum.new_zeros(*spectrum.shape[:-3], size, size, size // 2 + 1)
+    to, own = ((places % n)[:, None, None] for n in (size, old))
+    half = places[places >= 0]
+    wide[..., to, to[:, 0], half] = spectrum[..., own, own[:, 0], half]
+    return wide

@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from emsplat.maths.fourier import irfft, rfft, shell_index
+from emsplat.maths.fourier import irfft, rfft, shell_index, widen
 from emsplat.maths.geometry import axis_rotation
 from emsplat.maths.groups import C1, Symmetry, cyclic, dihedral, generators, icosahedral, octahedral, tetrahedral
 from emsplat.poses.grids import sphere
@@ -143,11 +143,7 @@ def _points(size: int) -> Float[Tensor, "p 3"]:
 def _finer(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "Z Y X"]:
     """A map on voxels of half the size, between which one may go linearly."""
     size = len(volume)
-    half, rows = size // 2, torch.arange(1 - size // 2, size // 2)
-    spectrum = rfft(volume, 3)
-    wide = torch.zeros(2 * size, 2 * size, size + 1, dtype=spectrum.dtype)
-    wide[rows[:, None] % (2 * size), rows % (2 * size), :half] = spectrum[rows[:, None] % size, rows % size, :half]
-    return 8 * irfft(wide, 3)
+    return 8 * irfft(widen(rfft(volume, 3), 2 * size), 3)
 
 
 def _sampled(

@@ -25,7 +25,7 @@ from emsplat.programs.run import Fits, Run
 from emsplat.report import verdict
 from emsplat.run.aliases import name_results
 from emsplat.run.files import FSC, FSC_FIGURE, FULL_MAP, HALF_MAPS, REPORT, SAMPLING, SUMMARY, statistics_name
-from emsplat.run.folder import check_same_run, is_finished, plain, read_summary, write_text
+from emsplat.run.folder import finished_summary, plain, write_text
 from emsplat.run.log import Log, peak_memory
 from emsplat.sums.equations import sampling
 
@@ -44,11 +44,8 @@ def found_finished(config: RunConfig, particles: Path, output: Path, log: Log) -
     Raises:
         InputError: the folder holds no such run.
     """
-    if not config.run.resume:
-        return None
-    check_same_run(config, particles, output)
-    summary = read_summary(output)
-    if not is_finished(summary):
+    summary = finished_summary(config, particles, output)
+    if summary is None:
         return None
     log.line(
         f"{output}: this run is finished, nothing is left to resume and nothing was done; `emsplat report` draws its "

@@ -70,7 +70,7 @@ from emsplat.run.files import (
     state_map_name,
     state_name,
 )
-from emsplat.run.folder import check_same_run, is_finished, read_summary, write_text
+from emsplat.run.folder import finished_summary, write_text
 from emsplat.run.log import Log
 from emsplat.sums.spectra import read_spectra
 from emsplat.sums.statistics import fingerprint
@@ -106,11 +106,8 @@ def _found_finished(config: HeterogeneityConfig, particles: Path, output: Path, 
     Raises:
         InputError: the folder holds no such run.
     """
-    if not config.run.resume:
-        return None
-    check_same_run(config, particles, output)
-    summary = read_summary(output)
-    if not is_finished(summary):
+    summary = finished_summary(config, particles, output)
+    if summary is None:
         return None
     log.line(f"{output}: this run is finished, nothing is left to resume and nothing was done; --overwrite starts anew")
     return summary

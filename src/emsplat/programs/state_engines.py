@@ -245,9 +245,8 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
         others = run.stack.only(2 - half)
         with run.log.part("latents", f"half {half + 1}: latents of the other half's images"):
             placed = place_latents(model, others, options)
-        generator = torch.Generator().manual_seed(1000 * options.seed + half)
         count = min(_MOST_CELLS, len(embeddings[half].density))
-        found.append(hard_embedding(model.latent.detach(), placed.latent.detach(), count, generator))
+        found.append(hard_embedding(model.latent.detach(), placed.latent.detach(), count, _generator(run, half)))
         with run.log.part("gain", f"half {half + 1}: what its states say of the other half's images"):
             gains.append(image_gain(model, found[half].density, others))
     found = [replace(own, gain=before.gain) for own, before in zip(found, embeddings, strict=True)]

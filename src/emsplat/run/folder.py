@@ -98,6 +98,19 @@ def command_of(config: RunConfig) -> str:
     return type(config).__name__.removesuffix("Config").lower()
 
 
+def finished_summary(config: RunConfig, particles: Path, output: Path) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, where nothing is left of it to do.
+
+    Raises:
+        InputError: the folder holds no such run.
+    """
+    if not config.run.resume:
+        return None
+    check_same_run(config, particles, output)
+    summary = read_summary(output)
+    return summary if is_finished(summary) else None
+
+
 def is_finished(summary: dict[str, Any]) -> bool:
     """Whether a summary is that of a run which came to its end: the time of the whole is written last."""
     return "seconds" in summary
