@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from emsplat import __version__
 from emsplat.commandline.arguments import Command, command_of
@@ -41,6 +42,9 @@ from emsplat.process import threads as with_threads
 from emsplat.run.files import REPORT
 from emsplat.run.log import Log
 
+if TYPE_CHECKING:
+    from emsplat.parallel import World
+
 
 def reconstruct(
     particles: Path,
@@ -67,8 +71,8 @@ def reconstruct(
     from emsplat.programs.finish import exit_code
     from emsplat.programs.reconstruct import reconstruct as run
 
-    with _folder(output, "reconstruct", again=_again(config.run)) as folder:
-        return exit_code(run(config, particles, folder, _log()))
+    with _together(config) as (log, world), _folder(output, "reconstruct", _again(config.run), world) as folder:
+        return exit_code(run(config, particles, folder, log, world=world))
 
 
 def backproject(
@@ -96,8 +100,8 @@ def backproject(
     from emsplat.programs.finish import exit_code
     from emsplat.programs.reconstruct import backproject as run
 
-    with _folder(output, "backproject", again=_again(config.run)) as folder:
-        return exit_code(run(config, particles, folder, _log()))
+    with _together(config) as (log, world), _folder(output, "backproject", _again(config.run), world) as folder:
+        return exit_code(run(config, particles, folder, log, world=world))
 
 
 def refine(
@@ -127,7 +131,7 @@ def refine(
     from emsplat.programs.finish import exit_code
     from emsplat.programs.refine import refine as run
 
-    with _folder(output, "refine", again=_again(config.run)) as folder:
+    with _folder(output, "refine", _again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
 
 
@@ -156,7 +160,7 @@ def heterogeneity(
     """
     from emsplat.programs.heterogeneity import heterogeneity as run
 
-    with _folder(output, "heterogeneity", again=_again(config.run)) as folder:
+    with _folder(output, "heterogeneity", _again(config.run)) as folder:
         run(config, particles, folder, _log())
 
 
@@ -186,7 +190,7 @@ def abinitio(
     from emsplat.programs.abinitio import abinitio as run
     from emsplat.programs.abinitio import exit_code
 
-    with _folder(output, "abinitio", again=_again(config.run)) as folder:
+    with _folder(output, "abinitio", _again(config.run)) as folder:
         return exit_code(run(config, particles, folder, _log()))
 
 
@@ -362,7 +366,7 @@ def nulltest(
     """
     from emsplat.programs.nulltest import null_test
 
-    with _folder(output, "nulltest", again=_again(config.reconstruct.run)) as folder:
+    with _folder(output, "nulltest", _again(config.reconstruct.run)) as folder:
         return 0 if null_test(config, particles, folder, _log()) else 1
 
 
@@ -588,9 +592,35 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
 
 
 @contextmanager
-def _folder(output: Path | None, name: str, *, again: str = "") -> Iterator[Path]:
+def _together(config: Any) -> Iterator[tuple[Log, World]]:
+    """The processes that torchrun has started, which have to be of one kind, and the log of this one: others than the
+    first are silent.
+
+    Raises:
+        InputError: through `parallel.joined`.
+    """
+    from emsplat.parallel import joined, started_together
+    from emsplat.run.folder import OWN_OF_PROCESS, plain
+
+    facts = {}
+    if started_together():
+        import torch
+
+        facts = {"version of emsplat": __version__, "version of PyTorch": torch.__version__}
+        facts |= {
+            f"--{key.replace('_', '-')}": str(value)
+            for key, value in plain(config).items()
+            if key not in OWN_OF_PROCESS
+        }
+    with joined(facts) as world:
+        yield Log(began=started(), silent=not world.first), world
+
+
+@contextmanager
+def _folder(output: Path | None, name: str, again: str = "", world: World | None = None) -> Iterator[Path]:
     """The folder that results go to: the one that was named, or here a new one under the next free number, which goes
-    again where nothing was written into it. ``again``: an option that means an earlier folder.
+    again where nothing was written into it. ``again``: an option that means an earlier folder. Of several processes the
+    first finds it.
 
     Raises:
         InputError: no folder is named, but an earlier one is meant.
@@ -598,6 +628,9 @@ def _folder(output: Path | None, name: str, *, again: str = "") -> Iterator[Path
     """
     if output is not None:
         yield output
+        return
+    if world is not None and not world.first:
+        yield Path(world.told(""))
         return
     taken = {int(path.name.rpartition("_")[2]): path for path in Path().glob(f"{name}_*[0-9]") if _is_numbered(path)}
     if again:
@@ -615,6 +648,8 @@ def _folder(output: Path | None, name: str, *, again: str = "") -> Iterator[Path
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
     print(f"output: {folder} (new; -o names another)", flush=True)
+    if world is not None:
+        world.told(str(folder))
     try:
         yield folder
     finally:
@@ -642,6 +677,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, compare_poses, voxelize, report),
     "Shell": (completion,),
 }
+_SHARED = ("reconstruct", "backproject")
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
 _FOOTER = (
     "`emsplat COMMAND --help` lists the options of a command, with examples; `emsplat --version` tells the version.",
@@ -652,6 +688,11 @@ _FOOTER = (
 def commands() -> dict[str, Command]:
     """Every command of `emsplat` by its name."""
     return {_name(run): command_of(run, f"emsplat {_name(run)}") for group in _COMMANDS.values() for run in group}
+
+
+def _is_one_of_many() -> bool:
+    """Whether torchrun has started several processes (`parallel.started_together`, which loads torch)."""
+    return "MASTER_ADDR" in os.environ and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _name(run: Any) -> str:
@@ -669,6 +710,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _run(words)
     except EmsplatError as error:
+        if _is_one_of_many() and os.environ.get("RANK") != "0":  # what all say, the first says
+            return error.exit_code
         print(f"emsplat: {error}", file=sys.stderr)
         return error.exit_code
     return code if isinstance(code, int) else 0
@@ -686,6 +729,8 @@ def _run(words: list[str]) -> Any:
             return 0 if words else 2
         case ["help", name, *_] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), ["--help"])
+        case [name, *_] if name in runs and name not in _SHARED and _is_one_of_many():
+            raise InputError(f"{name}: is not shared out over processes; start it without torchrun")
         case [name, *rest] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), rest)
         case [name, *_]:

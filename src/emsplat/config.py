@@ -219,6 +219,10 @@ class RunOptions:
     checkpoint_every: Annotated[float, "SECONDS"] = 60.0
     """Seconds between checkpoints."""
 
+    time_limit: Annotated[str | None, "D-HH:MM:SS"] = None
+    """Stop in order after so long, with what --resume needs; some minutes less than the queue gives. Minutes,
+    hours:minutes:seconds or days-hours:minutes:seconds. SIGUSR1 does the same at once."""
+
     skip_bad: bool = False
     """Read all images first and leave out those that are constant or hold values that are not finite."""
 

@@ -31,7 +31,7 @@ from emsplat.errors import EmsplatError, InputError, OutputError
 _IMPORTED = time.monotonic()
 # Cores of a job as queueing systems say them, in the order of how exactly they mean this process and this machine.
 _JOB = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC", "NSLOTS")
-_STOPPING = ("SIGTERM", "SIGHUP")
+_STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1")
 # Letters of the field, and lines that tables and help texts are framed with, where a terminal has only ASCII.
 _PLAIN = {
     **{"×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "≤": "<=", "≥": ">=", "≈": "~", "±": "+-", "→": "->"},

@@ -11,12 +11,17 @@ losses beyond chance are not: so threads, machines and half-sets agree on the co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from emsplat.errors import InputError
+from emsplat.fitting.checkpoint import load_states, save_states, spread_state
 from emsplat.fitting.growth import grow
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
@@ -24,6 +29,7 @@ from emsplat.fitting.volume import VolumeObjective
 from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.models.gaussians import GaussianField
+from emsplat.parallel import ALONE, World
 from emsplat.sums.equations import NormalEquations
 
 _COARSE = 0.25  # of the epochs of the first stage
@@ -56,11 +62,22 @@ class Score:
 
 class VolumeFit:
     """One set of particles being fitted: ``state`` is that of the last step, ``kept`` that of the last stage kept,
-    without the optimiser's memory."""
+    without the optimiser's memory. It is fitted by one process, ``rank`` (modulo their number)."""
 
-    def __init__(self, name: str, equations: NormalEquations, objective: VolumeObjective, model: GaussianField) -> None:
-        self.name, self.equations, self.objective = name, equations, objective
+    def __init__(
+        self, name: str, equations: NormalEquations, objective: VolumeObjective, model: GaussianField, rank: int = 0
+    ) -> None:
+        self.name, self.equations, self.objective, self.rank = name, equations, objective, rank
         self.state = self.kept = State.begin(model)
+
+    def is_of(self, world: World) -> bool:
+        """Whether this process fits it."""
+        return self.rank % world.size == world.rank
+
+    def spread(self, world: World) -> None:
+        """What the process that fits it has, in all of them."""
+        device = self.equations.linear.device
+        self.state = spread_state(self.state, world, self.rank % world.size, device)
 
     def keep(self) -> None:
         """Takes the last step for the result so far."""
@@ -85,25 +102,38 @@ def stage_epochs(epochs: int, growth: int) -> list[int]:
 
 
 def find_course(
-    fits: Sequence[VolumeFit], plan: Plan, growth: int, judge: CrossValidation | None
+    fits: Sequence[VolumeFit],
+    plan: Plan,
+    growth: int,
+    judge: CrossValidation | None,
+    before: Sequence[Stage] = (),
+    world: World = ALONE,
 ) -> Iterator[VolumeFit | Score | Stage]:
-    """Fits in step on a course that the judge decides. Yields what happens: a fit after each of its steps, the score
+    """Fits in step on a course that the judge decides. Yields what happens: every fit after each step, the score
     after each epoch that was judged, each stage at its end, also that which is taken back.
+
+    ``before`` are the stages that an interrupted course has behind it, when the fits are as they were left. Processes
+    of a ``world`` take a fit each, have all of them at the end of an epoch, and hear from the first what the judge
+    says.
 
     A first stage of ``plan``, then up to ``growth`` stages with half as many Gaussians more and half the rate. One that
     lowers the score by more than three of its standard errors and 0.002 is taken back and is the last. A judge is for
     two halves; without one there is one stage.
     """
-    for number, epochs in enumerate(stage_epochs(plan.epochs, growth if judge is not None else 0)):
+    if before and not before[-1].kept:
+        return
+    planned = stage_epochs(plan.epochs, growth if judge is not None else 0)
+    for number, epochs in enumerate(planned[len(before) :], len(before)):
         score = None
-        for one in _steps(fits, plan, epochs):
-            yield one
-            if judge is not None and one is fits[-1] and _can_be_judged(one):
-                score = Score(_epoch(one.state), _gaussians(fits), judge.score(_volumes(fits)))
+        for epoch in _epochs(fits, plan, epochs, world):
+            yield from epoch
+            if judge is not None and _can_be_judged(fits[-1]):
+                (value,) = _first_says(world, partial(_score, judge, fits))
+                score = Score(_epoch(fits[-1].state), _gaussians(fits), value)
                 yield score
         stage = Stage(_gaussians(fits), epochs, None if score is None else score.value)
         if number and score is not None and judge is not None:
-            gain, error = judge.gain(_volumes(fits, kept=True), _volumes(fits))
+            gain, error = _first_says(world, partial(_gain, judge, fits))
             stage = replace(stage, gain=gain, gain_error=error, kept=gain >= -max(_SURE * error, _HARM))
         yield stage
         if not stage.kept:
@@ -113,27 +143,98 @@ def find_course(
 
 
 def follow_course(fits: Sequence[VolumeFit], plan: Plan, stages: Sequence[Stage]) -> Iterator[VolumeFit]:
-    """Fits in step through the stages that a course has kept; yields a fit after each of its steps."""
+    """Fits in step through the stages that a course has kept, from wherever they were left; yields every fit after each
+    step."""
+    done = 0
     for stage in stages:
-        if stage.kept:
-            yield from _steps(fits, plan, stage.epochs)
+        done += stage.epochs if stage.kept else 0
+        if stage.kept and _epoch(fits[0].kept) < done:
+            for epoch in _epochs(fits, plan, stage.epochs, ALONE):
+                yield from epoch
             for one in fits:
                 one.keep()
 
 
-def _steps(fits: Sequence[VolumeFit], plan: Plan, epochs: int) -> Iterator[VolumeFit]:
-    """A stage from what is kept, grown where that is not the start; epoch by epoch, one fit after the other."""
-    before = _epoch(fits[0].kept)
-    if before:
+def _epochs(fits: Sequence[VolumeFit], plan: Plan, epochs: int, world: World) -> Iterator[Iterator[VolumeFit]]:
+    """A stage from what is kept, grown where that is not the start, or from where it was left; an iterator of steps for
+    each epoch that is not yet at its end, and one without any where an interrupted stage stands at one."""
+    before, step = _epoch(fits[0].kept), fits[0].state.step
+    begun = step > fits[0].kept.step
+    if before and not begun:
         for one in fits:
-            one.grow()
+            if one.is_of(world):
+                one.grow()
+            else:
+                one.state = State.begin(one.kept.model, one.kept.step)
     part = Plan(epochs, plan.learning_rate * (_LATER if before else 1.0), plan.decay, first=before)
-    running = [fit(one.state, one.objective, part) for one in fits]
-    for _ in range(epochs):
-        for one, states in zip(fits, running, strict=True):
-            for _ in range(VolumeObjective.steps_per_epoch):
-                one.state = next(states)
-                yield one
+    running = {one.name: fit(one.state, one.objective, part) for one in fits if one.is_of(world)}
+    # The end of an epoch at which an interrupted run stands has not been judged.
+    here = -(-step // VolumeObjective.steps_per_epoch) if begun else before + 1
+    for epoch in range(here, before + epochs + 1):
+        yield _steps(fits, running, epoch * VolumeObjective.steps_per_epoch, world)
+
+
+def _steps(
+    fits: Sequence[VolumeFit], running: dict[str, Iterator[State[GaussianField]]], last: int, world: World
+) -> Iterator[VolumeFit]:
+    """Every fit in step until it stands at the ``last``."""
+    while fits[0].state.step < last:
+        for one in fits:
+            one.state = next(running[one.name]) if one.is_of(world) else replace(one.state, step=one.state.step + 1)
+        _tell_losses(fits, world)
+        yield from fits
+    for one in fits:
+        one.spread(world)
+
+
+def _tell_losses(fits: Sequence[VolumeFit], world: World) -> None:
+    if world.size == 1:
+        return
+    own = [float(one.state.terms["loss"]) if one.is_of(world) else 0.0 for one in fits]
+    losses = torch.tensor(own, dtype=torch.float64)
+    world.sum_(losses)
+    for one, loss in zip(fits, losses, strict=True):
+        if not one.is_of(world):
+            one.state = replace(one.state, terms={"loss": loss.float()})
+
+
+def _score(judge: CrossValidation, fits: Sequence[VolumeFit]) -> tuple[float]:
+    return (judge.score(_volumes(fits)),)
+
+
+def _gain(judge: CrossValidation, fits: Sequence[VolumeFit]) -> tuple[float, float]:
+    return judge.gain(_volumes(fits, kept=True), _volumes(fits))
+
+
+def _first_says(world: World, value: Callable[[], tuple[float, ...]]) -> list[float]:
+    """Numbers on which something is decided, as the first process finds them."""
+    said: list[float] = json.loads(world.told(json.dumps(value()) if world.first else ""))
+    return said
+
+
+def save_course(path: Path, fits: Sequence[VolumeFit], stages: Sequence[Stage]) -> None:
+    """All that an interrupted course needs to go on from here to the same end, bit for bit.
+
+    Raises:
+        EmsplatError: a fit has diverged.
+    """
+    states = {f"{one.name}.last": one.state for one in fits} | {f"{one.name}.kept": one.kept for one in fits}
+    save_states(path, states, {"stages": [asdict(stage) for stage in stages]})
+
+
+def load_course(path: Path, fits: Sequence[VolumeFit]) -> list[Stage]:
+    """Brings fits to where `save_course` found them, and returns the stages that they have behind them.
+
+    Raises:
+        InputError: not a course of these fits, or damaged.
+    """
+    states, about = load_states(path, fits[0].equations.linear.device)
+    try:
+        for one in fits:
+            one.state, one.kept = states[f"{one.name}.last"], states[f"{one.name}.kept"]
+        return [Stage(**stage) for stage in about["stages"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the course of these fits ({error}); remove it, the fits begin anew") from error
 
 
 def _epoch(state: State[GaussianField]) -> int:

@@ -13,6 +13,7 @@ from emsplat.fitting.objective import Objective
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective
 from emsplat.models.gaussians import GaussianField
+from emsplat.parallel import ALONE, World
 from emsplat.types import Gaussians
 
 SPLIT = 0.5  # of the Gaussians, those under which most is missing
@@ -35,7 +36,7 @@ def grow(model: GaussianField, objective: VolumeObjective) -> GaussianField:
 
 
 def fit_doubling(
-    state: State[GaussianField], objective: Objective, plan: Plan, after: Sequence[int]
+    state: State[GaussianField], objective: Objective, plan: Plan, after: Sequence[int], world: World = ALONE
 ) -> Iterator[State[GaussianField]]:
     """`fit`, with every Gaussian split in two ``after`` these epochs (1-based), in ascending order.
 
@@ -43,7 +44,7 @@ def fit_doubling(
         EmsplatError: as `fit`.
     """
     for last in (*after, plan.epochs):
-        for reached in fit(state, objective, plan, until=last):
+        for reached in fit(state, objective, plan, until=last, world=world):
             state = reached
             yield state
         # A fit that was resumed may be further, and has been split then.

@@ -15,6 +15,7 @@ from emsplat.imaging.ctf import Observed, in_image, observe
 from emsplat.imaging.project import CUTOFF, project
 from emsplat.maths.fourier import shell_index
 from emsplat.models.base import Model
+from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import Particles
 from emsplat.types import Batch, Gaussians, Grid, Poses
 
@@ -25,7 +26,8 @@ class ImageObjective:
     """Images against projections: the papers' training in the image domain, in mini-batches of any size.
 
     Every epoch presents each particle once, in an order that follows from (seed, epoch) alone, so that a run can be
-    resumed at any step. ``noise`` (optics groups, shells) turns the mean squared error into a noise-weighted one.
+    resumed at any step. Processes of a ``world`` share each mini-batch out: the loss of all is the sum of theirs.
+    ``noise`` (optics groups, shells) turns the mean squared error into a noise-weighted one.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class ImageObjective:
         seed: int,
         noise: Float[Tensor, "o s"] | None = None,
         cutoff: float = CUTOFF,
+        world: World = ALONE,
     ) -> None:
         self.stack = stack
+        self.world = world
         self.batch = batch
         self.seed = seed
         self.cutoff = cutoff
@@ -49,10 +53,17 @@ class ImageObjective:
     def __call__(self, model: Model, step: int) -> dict[str, Tensor]:
         """The loss of the mini-batch of ``step``, counted from the first step of the first epoch."""
         batch = self._load(step)
-        return {"loss": self.loss(model.gaussians(batch), batch, model.poses(batch))}
+        if not len(batch):
+            return {"loss": torch.zeros((), device=batch.images.device)}
+        position = step % self.steps_per_epoch * self.batch
+        count = min(self.batch, len(self.stack) - position)
+        return {"loss": self.loss(model.gaussians(batch), batch, model.poses(batch), count)}
 
-    def loss(self, gaussians: Gaussians, batch: Batch, poses: Poses | None = None) -> Float[Tensor, ""]:
-        """`squared_error` of a batch seen in ``poses`` (None: its own), differentiable in the Gaussians and the poses.
+    def loss(
+        self, gaussians: Gaussians, batch: Batch, poses: Poses | None = None, count: int | None = None
+    ) -> Float[Tensor, ""]:
+        """`squared_error` of a batch seen in ``poses`` (None: its own), differentiable in the Gaussians and the poses;
+        its share of the mean over ``count`` images, of which it is a part.
 
         Images are moved by the batch's shifts, and projected by what the poses' differ from these. On the CPU a few
         images are transformed at a time: they stay in the cache.
@@ -69,7 +80,7 @@ class ImageObjective:
             seen, weight = self.observe(batch[part])
             added, gradient[part] = error_and_gradient(projection.detach()[part], seen.transfer, seen.spectrum, weight)
             error += added
-        count = len(projection)
+        count = count or len(projection)
         return cast(Tensor, KnownGradient.apply(projection, error / count, gradient / count))  # type: ignore[no-untyped-call]
 
     def observe(self, batch: Batch) -> tuple[Observed, Float[Tensor, "*#p #y #k"]]:
@@ -81,7 +92,13 @@ class ImageObjective:
     def _load(self, step: int) -> Batch:
         if step != self._next_step or step % self.steps_per_epoch == 0:
             epoch, skip = divmod(step, self.steps_per_epoch)
-            self._batches = self.stack.batches(self.batch, seed=self.seed, epoch=epoch, skip=skip)
+            self._batches = self.stack.batches(
+                self.batch,
+                seed=self.seed,
+                epoch=epoch,
+                skip=skip,
+                **({} if self.world.size == 1 else {"world": self.world}),
+            )
         self._next_step = step + 1
         return next(self._batches)
 

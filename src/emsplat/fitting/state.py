@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emsplat.errors import EmsplatError
 from emsplat.models.base import Model
+from emsplat.parallel import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -52,6 +53,25 @@ class Optimiser:
         """Throws gradients away."""
         for kind in self._kinds:
             kind.zero_grad(set_to_none=True)
+
+    def summed(self, terms: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+        """The losses of all processes of a ``world``; gradients are summed as well. Not for sparse groups."""
+        if world.size == 1:
+            return terms
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [
+            parameter.grad.contiguous() for parameter in self.parameters.values() if parameter.grad is not None
+        ]
+        losses = torch.stack([term.detach() for term in terms.values()])
+        together = torch.cat([losses, *(gradient.flatten() for gradient in gradients)])
+        world.sum_(together)
+        sizes = [len(losses), *(gradient.numel() for gradient in gradients)]
+        losses, *parts = torch.split(together, sizes)
+        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return dict(zip(terms, losses, strict=True))
 
     def step(self, rate: float) -> None:
         """Moves every parameter that has a gradient."""

@@ -16,6 +16,7 @@ from emsplat.errors import InputError
 from emsplat.imaging.ctf import flipped_from_multiplied
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.maths.groups import C1, Symmetry
+from emsplat.parallel import ALONE, World
 from emsplat.particles.background import MASKED, background_pixels, is_bad
 from emsplat.particles.copies import first_rows, image_numbers, particle_numbers, shares, with_halves
 from emsplat.particles.images import ImageFiles
@@ -51,7 +52,9 @@ class Particles(Protocol):
     def __len__(self) -> int: ...
     def take(self, rows: Int[Tensor, " q"]) -> Particles: ...
     def sequential(self, size: int) -> Iterator[Batch]: ...
-    def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]: ...
+    def batches(
+        self, size: int, *, seed: int, epoch: int = 0, skip: int = 0, world: World = ALONE
+    ) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,17 +242,19 @@ class ParticleStack:
             settled.only(number)
         return settled
 
-    def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
+    def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0, world: World = ALONE) -> Iterator[Batch]:
         """One epoch in random order, every image presented with a random symmetry-equivalent pose.
 
         Order and poses follow from (seed, epoch) alone, and ``skip`` leaves out that many batches, so that a resumed
-        run sees what the uninterrupted one would have seen. Images are read ahead by a thread.
+        run sees what the uninterrupted one would have seen. Images are read ahead by a thread. Processes of a ``world``
+        share each batch out; a share may be empty.
         """
         self.require_one_grid()
         rng = torch.Generator().manual_seed((seed << 24) + epoch)
         order = torch.randperm(len(self), generator=rng)
         element = torch.randint(self.symmetry.order, (len(self),), generator=rng)
-        parts = (slice(start, start + size) for start in range(skip * size, len(self), size))
+        starts = range(skip * size, len(self), size)
+        parts = (world.share(torch.arange(start, min(start + size, len(self)))) for start in starts)
         return self._stream(((order[part], element[part]) for part in parts), normalised=True)
 
     def sequential(self, size: int, *, normalised: bool = True) -> Iterator[Batch]:
@@ -326,7 +331,7 @@ class ParticleStack:
                 images = flipped_from_multiplied(images, read.optics[here].each(send), disk)
             moves = None if read.moves is None else read.moves[here]
             parts.append(resample(images, disk, self.grid, moves))
-        together = parts[0]
+        together = parts[0] if parts else torch.empty(0, self.grid.size, self.grid.size, device=self.device)
         if len(parts) > 1:
             together = together.new_empty(len(read.rows), self.grid.size, self.grid.size)
             for (_, here, _), images in zip(read.images, parts, strict=True):
@@ -368,14 +373,16 @@ class ParticleStack:
                 "constant or hold values that are not finite, this is the first; leave such images out with --skip-bad"
             )
 
-    def without_bad(self) -> tuple[ParticleStack, Int[Tensor, " b"]]:
-        """Reads every image once; the stack without bad ones, and the rows of the bad ones."""
-        bad = torch.zeros(len(self.table), dtype=torch.bool)
+    def without_bad(self, world: World = ALONE) -> tuple[ParticleStack, Int[Tensor, " b"]]:
+        """Reads every image once, each process its share; the stack without bad ones, and the rows of the bad ones."""
+        flags = torch.zeros(len(self.table), dtype=torch.uint8)
         group = self.table.optics_group[self.rows]
         for disk in dict.fromkeys(self.disk):
             here = _with_grid(disk, self.disk, group)
-            for rows in torch.split(self.rows[here], 256):
-                bad[rows] = is_bad(self.files.read(rows)) if len(rows) else bad[rows]
+            for rows in torch.split(world.share(self.rows[here]), 256):
+                flags[rows] = is_bad(self.files.read(rows)).to(torch.uint8) if len(rows) else flags[rows]
+        world.most_(flags)
+        bad = flags.bool()
         return self.take((~bad[self.rows]).nonzero()[:, 0]), self.rows[bad[self.rows]]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
-from emsplat.particles.copies import image_marks, marks_in
+from emsplat.parallel import World
+from emsplat.particles.copies import image_marks, marks_in, particle_numbers
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.run import Run
@@ -62,13 +64,22 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
     """
     with run.log.part("accumulation"):
         _check_added(run)
-        return settle(run, {name: _accumulate_half(run, name) for name in HALVES})
+        return _decided(run.world, settle(run, {name: _accumulate_half(run, name) for name in HALVES}))
+
+
+def _decided(world: World, classical: Classical) -> Classical:
+    """What follows from the maps as the first process has it: others may have another processor, which rounds in another
+    way."""
+    world.spread_(classical.mask)
+    evident, found = json.loads(world.told(json.dumps([classical.evident, classical.resolution])))
+    return replace(classical, evident=evident, resolution=found)
 
 
 def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
     """Classical maps from the sums of the halves, the mask written, and what is to be said of them."""
     classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log))
-    write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
+    if run.world.first:
+        write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
     _tell(classical, run)
     return classical
 
@@ -116,7 +127,7 @@ def _check_added(run: Run[RunConfig]) -> None:
     Raises:
         InputError: sums to be added hold images of the other half, or are not there.
     """
-    if not run.config.run.add_statistics:
+    if not run.config.run.add_statistics or not run.world.first:
         return
     held = {name: [(run.stack.table.name, _images_of(run.stack.only(half)))] for name, half in HALVES.items()}
     for folder, name in product(run.config.run.add_statistics, HALVES):
@@ -168,7 +179,7 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
     seconds = time.monotonic() - start
     rate = "" if run.config.run.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
     run.log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
-    for folder in run.config.run.add_statistics:
+    for folder in run.config.run.add_statistics if run.world.first else ():
         for path in sorted(folder.glob(statistics_name(name, "*"))):
             other = _added(path, subset)
             parts.append(other.equations())
@@ -176,7 +187,11 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
                 f"{name}: {other.particles:,} particles added from {path}, grey values "
                 f"{relative_gain(parts[0], parts[-1]):.3f} times these"
             )
-    return combined(parts)
+    equations = combined(parts)
+    if run.config.run.add_statistics:
+        run.world.spread_(equations.linear, equations.kernel)
+        equations = replace(equations, particles=int(run.world.told(str(equations.particles))))
+    return equations
 
 
 def _counted_from(before: int, update: Callable[[int, str], None]) -> Callable[[int], None]:
@@ -201,23 +216,35 @@ def _accumulate_part(
     run: Run[RunConfig], name: str, part: ParticleStack, saved: Path, update: Callable[[int], None]
 ) -> NormalEquations:
     """The sums over particles of one box and pixel size."""
+    world, options = run.world, run.config.run
     statistics = begin(part, run.stack.grid)
-    if run.config.run.resume and saved.is_file():
+    if world.first and options.resume and saved.is_file():
         statistics.load(saved)
-        done = f"{statistics.particles:,} of {len(part):,} particles were accumulated before"
-        if statistics.particles >= len(part):
-            run.log.line(f"resuming {name}: all {done}")
-            return statistics.equations()
-        run.log.line(f"resuming {name}: {done}")
-    start = time.monotonic()
-    with checkpoints(run.config.run.checkpoint_every) as moment:
-        for _ in accumulate(statistics, part, estimate_noise(part)):
-            update(min(statistics.particles, len(part)))
+        statistics.expect(len(part))
+        everything = "all " if statistics.particles >= len(part) else ""
+        run.log.line(
+            f"resuming {name}: {everything}{statistics.particles:,} of {len(part):,} particles were accumulated before"
+        )
+    statistics.expect(len(part))
+    statistics.collect(world)  # which are done
+    if statistics.particles >= len(part):
+        statistics.gather(world)
+        return statistics.equations()
+    start, before = time.monotonic(), statistics.particles
+    with checkpoints(options.checkpoint_every, world, options.time_limit) as moment:
+        together = particle_numbers(part.table.take(part.rows)) if world.size > 1 else None
+        for _ in accumulate(statistics, part, estimate_noise(part), world, together):
+            update(min(before + world.size * (statistics.particles - before), len(part)))
             if moment.due():
-                statistics.save(saved)
+                statistics.collect(world)
+                if world.first:
+                    statistics.save(saved)
+                before = statistics.particles
                 moment.saved(f"after {statistics.particles:,} particles of {saved.stem}; go on with --resume")
     # A run that is interrupted later finds them here; they go in the end.
-    if run.config.run.keep_statistics or time.monotonic() - start > 12 * statistics.weight.numel() / _DISK:
+    long = time.monotonic() - start > 12 * statistics.weight.numel() / _DISK
+    statistics.gather(world)
+    if world.first and (options.keep_statistics or long):
         statistics.save(saved)
     return statistics.equations()
 

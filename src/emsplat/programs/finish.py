@@ -17,6 +17,7 @@ from emsplat.device import device_name, peak_device_memory
 from emsplat.io.files import json_text
 from emsplat.io.mrc import write_map
 from emsplat.io.particles import count_stacks
+from emsplat.parallel import ALONE, World
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.copies import copies
 from emsplat.programs.classical import Classical
@@ -24,7 +25,17 @@ from emsplat.programs.opening import half_sets_from
 from emsplat.programs.run import Fits, Run
 from emsplat.report import verdict
 from emsplat.run.aliases import name_results
-from emsplat.run.files import FSC, FSC_FIGURE, FULL_MAP, HALF_MAPS, REPORT, SAMPLING, SUMMARY, statistics_name
+from emsplat.run.files import (
+    FSC,
+    FSC_FIGURE,
+    FULL_MAP,
+    HALF_MAPS,
+    REPORT,
+    SAMPLING,
+    SUMMARY,
+    course_name,
+    statistics_name,
+)
 from emsplat.run.folder import finished_summary, plain, write_text
 from emsplat.run.log import Log, peak_memory
 from emsplat.sums.equations import sampling
@@ -38,15 +49,20 @@ def exit_code(summary: dict[str, Any]) -> int:
     return int(symmetry is not None and symmetry["verdict"] == "wrong" and not summary["options"]["force"])
 
 
-def found_finished(config: RunConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
-    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do.
+def found_finished(
+    config: RunConfig, particles: Path, output: Path, log: Log, world: World = ALONE
+) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do; nothing in it for
+    processes that have no folder.
 
     Raises:
         InputError: the folder holds no such run.
     """
-    summary = finished_summary(config, particles, output)
-    if summary is None:
+    summary = finished_summary(config, particles, output) if world.first else None
+    if not world.agree(summary is not None):
         return None
+    if summary is None:
+        return {}
     log.line(
         f"{output}: this run is finished, nothing is left to resume and nothing was done; `emsplat report` draws its "
         "page again, --overwrite starts anew"
@@ -73,6 +89,8 @@ def finish(
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
         shared = None if refinement is None else refinement["shared_to"]
         measured = assess(folder, AssessConfig(), log, diameter=run.stack.diameter, shared=shared)
+    for path in folder.glob(course_name("*")):
+        path.unlink()
     if not run.config.run.keep_statistics:
         for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()

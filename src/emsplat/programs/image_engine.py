@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import tomllib
@@ -17,13 +18,14 @@ from torch import Tensor
 from emsplat.config import ReconstructConfig
 from emsplat.device import fits_memory
 from emsplat.errors import InputError
-from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint, spread_state
 from emsplat.fitting.growth import fit_doubling
 from emsplat.fitting.images import ImageObjective
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective, support_size
 from emsplat.models.gaussians import GaussianField
+from emsplat.parallel import ALONE, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.begin import start_model
@@ -36,8 +38,13 @@ from emsplat.run.history import History, write_tables
 from emsplat.run.stop import checkpoints
 
 
-def batch_before(output: Path) -> int | Literal["auto"]:
+def batch_before(output: Path, world: World = ALONE) -> int | Literal["auto"]:
     """The batch that an interrupted run with ``--batch auto`` found."""
+    batch = json.loads(world.told(json.dumps(_batch_in(output)) if world.first else ""))
+    return batch if isinstance(batch, int) else "auto"
+
+
+def _batch_in(output: Path) -> int | Literal["auto"]:
     try:
         batch = tomllib.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]["batch"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -57,6 +64,7 @@ def with_batch(run: Run[ReconstructConfig], settings: Settings, classical: Class
     recipe = recipe_of(run.config.fit).batch
     most = wanted if wanted != "auto" else recipe if recipe != "auto" else 1
     size = most if run.stack.device.type == "cpu" else _batch_that_fits(run.stack, settings, classical, most)
+    size = -run.world.turns(-size)  # of all processes the smallest
     if wanted != "auto" and size < most:
         raise InputError(
             f"--batch {most}: does not fit the memory of the GPU; {size} would, give --batch {size} or --batch auto"
@@ -65,7 +73,8 @@ def with_batch(run: Run[ReconstructConfig], settings: Settings, classical: Class
         found = f", since {2 * size} do not fit the memory" if size < most else ""
         run.log.line(f"batches of {size} images{found}")
         settings = replace(settings, batch=size)
-        write_config(run, settings)
+        if run.world.first:
+            write_config(run, settings)
     return settings
 
 
@@ -97,7 +106,8 @@ def _batch_that_fits(stack: ParticleStack, settings: Settings, classical: Classi
 
 
 def fit_images(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
-    """The image-domain engine: one fit after the other, each from its checkpoint where there is one.
+    """The image-domain engine: one fit after the other, each from its checkpoint where there is one. Several processes
+    share each mini-batch out.
 
     Raises:
         EmsplatError: a fit diverged.
@@ -111,16 +121,17 @@ def _fit(run: Run[ReconstructConfig], settings: Settings, classical: Classical, 
     """One fit, from the checkpoint if there is one, to its end."""
     start = time.monotonic()
     stack = run.stack.only(HALVES[name]) if name in HALVES else run.stack
-    objective = _objective(stack, settings)
-    state = _saved(run, name) or _begin(name, objective, settings, classical)
+    objective = _objective(stack, settings, run.world)
+    state = _saved(run, name) or _begin(name, objective, settings, classical, run.world)
     history = History(run.log.journal, name)
     history.rewind(state.step)
     before = _images_seen(state.step, objective)
     finished, checkpoint = _files(run, name)
     state = _trained(run, settings, objective, state, history)
-    save_checkpoint(finished, state)
-    write_tables(run.folder)
-    checkpoint.unlink(missing_ok=True)
+    if run.world.first:
+        save_checkpoint(finished, state)
+        write_tables(run.folder)
+        checkpoint.unlink(missing_ok=True)
     seconds, count = time.monotonic() - start, len(state.model)
     rate = (settings.epochs * len(stack) - before) / max(seconds, 1e-9)
     run.log.line(f"{name}: {len(stack):,} particles, {count:,} Gaussians, {seconds:.0f} s, {rate:,.0f} images/s")
@@ -135,12 +146,12 @@ def _fit(run: Run[ReconstructConfig], settings: Settings, classical: Classical, 
     return Fitted(state.model, about)
 
 
-def _objective(stack: ParticleStack, settings: Settings) -> ImageObjective:
+def _objective(stack: ParticleStack, settings: Settings, world: World) -> ImageObjective:
     noise = None if settings.weighting == "none" else estimate_noise(stack)
     if noise is not None and settings.weighting == "ramp":
         noise = noise / ramp(stack.grid.size).to(noise.device)
     assert settings.batch != "auto"  # noqa: S101 (`with_batch`)
-    return ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise)
+    return ImageObjective(stack, batch=settings.batch, seed=settings.seed, noise=noise, world=world)
 
 
 def _files(run: Run[ReconstructConfig], name: str) -> tuple[Path, Path]:
@@ -151,22 +162,28 @@ def _files(run: Run[ReconstructConfig], name: str) -> tuple[Path, Path]:
 def _saved(run: Run[ReconstructConfig], name: str) -> State[GaussianField] | None:
     """Where an interrupted run left a fit, if it is to be resumed."""
     finished, checkpoint = _files(run, name)
-    saved = next((path for path in (finished, checkpoint) if run.config.run.resume and path.is_file()), None)
-    if saved is None:
+    mine = (finished, checkpoint) if run.world.first and run.config.run.resume else ()
+    saved = next((path for path in mine if path.is_file()), None)
+    if not run.world.agree(saved is not None):
         return None
-    state = load_checkpoint(saved, run.stack.device)
-    where = "finished before" if saved == finished else f"goes on after step {state.step:,}"
-    run.log.line(f"resuming {name}: {where}")
-    return state
+    state: State[GaussianField] | None = None
+    if saved is not None:
+        state = load_checkpoint(saved, run.stack.device)
+        where = "finished before" if saved == finished else f"goes on after step {state.step:,}"
+        run.log.line(f"resuming {name}: {where}")
+    return spread_state(state, run.world, device=run.stack.device)
 
 
-def _begin(name: str, objective: ImageObjective, settings: Settings, classical: Classical) -> State[GaussianField]:
+def _begin(
+    name: str, objective: ImageObjective, settings: Settings, classical: Classical, world: World
+) -> State[GaussianField]:
     """The start, as bright as fits the sums of all its images."""
     grid = objective.stack.grid
     model = start_model(classical.raw[name], grid, settings, grid.pixel_size, name)
     model = model.to(classical.equations[name].linear.device)
     whole = VolumeObjective(classical.equations[name], support_size(grid.size, grid.size))
-    return State.begin(model.with_unit(whole.best_gain(model)))
+    start = State.begin(model.with_unit(whole.best_gain(model)))
+    return spread_state(start, world, device=model.mean.device)
 
 
 def _trained(
@@ -180,14 +197,19 @@ def _trained(
     name, steps = history.name, objective.steps_per_epoch
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     total, before = settings.epochs * len(objective.stack), _images_seen(state.step, objective)
-    with run.log.progress(name, total, before) as update, checkpoints(run.config.run.checkpoint_every) as moment:
-        for state in fit_doubling(state, objective, plan, settings.split_after):  # noqa: B020 (its last is the result)
+    options, fitted = run.config.run, fit_doubling(state, objective, plan, settings.split_after, run.world)
+    with (
+        run.log.progress(name, total, before) as update,
+        checkpoints(options.checkpoint_every, run.world, options.time_limit) as moment,
+    ):
+        for state in fitted:
             seen = _images_seen(state.step, objective)
             history.add(state.step, state.terms["loss"], steps, seen)
             update(seen, f"epoch {math.ceil(state.step / steps)}{history.loss}")
             if moment.due():
-                save_checkpoint(_files(run, name)[1], state)
-                write_tables(run.folder)
+                if run.world.first:
+                    save_checkpoint(_files(run, name)[1], state)
+                    write_tables(run.folder)
                 moment.saved(f"in {name} at step {state.step}; go on with --resume")
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,14 +12,16 @@ import torch
 from emsplat import __version__
 from emsplat.assessment.maps import given_mask
 from emsplat.assessment.symmetry import Finding, examine_symmetry
-from emsplat.config import RunConfig
+from emsplat.config import RunConfig, change
 from emsplat.device import choose_device, forget_peak_memory
+from emsplat.errors import InputError
 from emsplat.io.particles import count_stacks, write_used
 from emsplat.io.paths import say_folders
 from emsplat.io.table import ParticleTable
 from emsplat.models.start_files import LOWPASS, is_shared, read_start, start_remarks, starts_from_gaussians
+from emsplat.parallel import ALONE, World
 from emsplat.particles.choose import open_stack, with_boxes
-from emsplat.particles.copies import Copies, copies, mixed_classes
+from emsplat.particles.copies import Copies, copies, mixed_classes, particle_numbers
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import describe_threads
 from emsplat.programs.run import Run
@@ -27,6 +30,8 @@ from emsplat.run.files import HALVES, PARTICLES, SETTINGS
 from emsplat.run.folder import command_of, plain, prepare_folder, write_text
 from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
+from emsplat.run.stop import time_limit
+from emsplat.sums.statistics import fingerprint
 from emsplat.sums.window import PADDING
 
 C = TypeVar("C", bound=RunConfig)
@@ -41,10 +46,11 @@ def open_run(
     settings: Settings | None = None,
     program: str = "reconstruct",
     need_poses: bool = True,
+    world: World = ALONE,
 ) -> Run[C]:
     """The particles with half-sets, what is to be said of their symmetry, and the run folder with what is known before
     the work begins. ``settings`` are those of a fit, ``program`` the command; without ``need_poses`` particles may have
-    none, and nothing is asked of those that they have.
+    none, and nothing is asked of those that they have. Of a ``world`` the first process has the folder.
 
     Raises:
         InputError: the input or an option cannot be used; nothing was written yet.
@@ -52,20 +58,27 @@ def open_run(
     """
     device, device_said = choose_device(config.run.device)
     forget_peak_memory(device)
-    stack = open_stack(config, particles, need_poses=need_poses).on(device)
+    time_limit(config.run.time_limit)
+    stack = open_stack(_here(config, world), particles, need_poses=need_poses).on(device)
     _require_usable(stack, config, settings)
-    prepare_folder(config, particles, folder)
-    log.keep_in(folder)
+    _require_shared_out(stack, world)
+    if world.first:
+        prepare_folder(config, particles, folder)
+        log.keep_in(folder)
     log.journal.add(Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)
-    stack, skipped = _without_bad(stack, log) if config.run.skip_bad else (stack, ())
+    stack, skipped = _without_bad(stack, log, world) if config.run.skip_bad else (stack, ())
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
-    run = Run(config, particles, folder, log, stack, skipped, _look_for_symmetry(stack, log) if need_poses else None)
-    write_config(run, settings)
+    if world.size > 1:
+        log.line(f"  shared out over {world.size} processes on {counted(len(set(world.hosts)), 'machine')}")
+    finding = _look_for_symmetry(stack, log) if need_poses and world.first else None
+    run = Run(config, particles, folder, log, stack, skipped, finding, world)
+    if world.first:
+        write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
+        write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
     return run
 
@@ -84,9 +97,41 @@ def _require_usable(stack: ParticleStack, config: RunConfig, settings: Settings 
         read_start("map" if settings is None else settings.init, stack.grid, name)
 
 
-def _without_bad(stack: ParticleStack, log: Log) -> tuple[ParticleStack, tuple[int, ...]]:
+def _here(config: C, world: World) -> C:
+    """The options with the folder of images that this process has."""
+    datadir = config.choice.datadir
+    return config if datadir is None else change(config, datadir=Path(world.here(str(datadir))))
+
+
+def _require_shared_out(stack: ParticleStack, world: World) -> None:
+    """
+    Raises:
+        InputError: a process would have nothing to do, or has other particles, half-sets or images than the first.
+    """
+    if world.size == 1:
+        return
+    different = len(torch.unique(particle_numbers(stack.table.take(stack.rows))))
+    if world.size > different:
+        raise InputError(
+            f"{world.size} processes for {counted(different, 'particle')}: expected no more processes than particles; "
+            "start fewer with --nproc-per-node"
+        )
+    half = hashlib.sha256(stack.half.numpy().tobytes()).hexdigest()[:16]
+    used = torch.unique(stack.table.stack[stack.rows]).tolist()
+    sizes = sum(stack.table.stacks[number].stat().st_size for number in used)
+    world.require_same(
+        {
+            "list of particles": fingerprint(stack),
+            "division into half-sets": half,
+            "size of the image stacks": f"{sizes:,} bytes",
+            "kind of device": stack.device.type,
+        }
+    )
+
+
+def _without_bad(stack: ParticleStack, log: Log, world: World) -> tuple[ParticleStack, tuple[int, ...]]:
     """The images that can be used, and the rows (from 1) of the others."""
-    stack, bad = stack.without_bad()
+    stack, bad = stack.without_bad(world)
     skipped = tuple(row + 1 for row in stack.table.row[bad].tolist())
     if skipped:
         log.warn(f"left out {len(skipped)} bad images, rows {', '.join(map(str, skipped[:10]))}")

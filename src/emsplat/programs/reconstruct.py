@@ -22,6 +22,7 @@ from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import write_map
 from emsplat.io.ply import write_ply
 from emsplat.models.gaussians import GaussianField
+from emsplat.parallel import ALONE, World
 from emsplat.process import threads
 from emsplat.programs.classical import Classical, accumulate_all
 from emsplat.programs.finish import finish, found_finished
@@ -35,8 +36,11 @@ from emsplat.run.log import Log
 
 
 @within_memory()
-def backproject(config: BackprojectConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
-    """Classical half maps and a full map regularised by their SSNR, into ``output``; returns summary.json.
+def backproject(
+    config: BackprojectConfig, particles: Path, output: Path, log: Log | None = None, world: World = ALONE
+) -> dict[str, Any]:
+    """Classical half maps and a full map regularised by their SSNR, into ``output``; returns summary.json. Processes of
+    a ``world`` share the particles out; the first writes, and the others return nothing once their part is done.
 
     Raises:
         InputError: the input or an option cannot be used.
@@ -44,20 +48,29 @@ def backproject(config: BackprojectConfig, particles: Path, output: Path, log: L
         Interrupted: asked to stop; ``resume`` goes on from the sums so far.
     """
     log = log or Log()
-    if (finished := found_finished(config, particles, output, log)) is not None:
+    if (finished := found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end():
-        run = open_run(config, particles, output, log, program="backproject")
+        run = open_run(config, particles, output, log, program="backproject", world=world)
         classical = accumulate_all(run)
+        if not world.first:
+            return {}
         write_classical(run, classical)
         return finish(run, classical)
 
 
 @within_memory()
 def reconstruct(
-    config: ReconstructConfig, particles: Path, output: Path, log: Log | None = None, altered: str | None = None
+    config: ReconstructConfig,
+    particles: Path,
+    output: Path,
+    log: Log | None = None,
+    altered: str | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Runs a whole reconstruction into ``output`` and returns what was written to summary.json.
+
+    Processes of a ``world`` share the work out; the first writes, and the others return nothing once their part is done.
 
     ``altered`` is what a null test did to the particles, for the words of the report.
 
@@ -67,25 +80,31 @@ def reconstruct(
         Interrupted: asked to stop; ``resume`` goes on from the checkpoint.
     """
     log = log or Log()
-    if (finished := found_finished(config, particles, output, log)) is not None:
+    if (finished := found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end():
-        settings = _settled(config, output)
-        run = open_run(config, particles, output, log, settings)
+        settings = _settled(config, output, world)
+        run = open_run(config, particles, output, log, settings, world=world)
         introduce_fit(log, settings)
         classical = accumulate_all(run)
         if settings.engine == "one-pass":
             fits = fit_volumes(run, settings, classical)
         else:
             fits = fit_images(run, with_batch(run, settings, classical), classical)
+        if not world.first:
+            return {}
         write_fits(run, fits, classical)
         return finish(run, classical, compared_with_images(run, fits), altered)
 
 
-def _settled(config: ReconstructConfig, output: Path) -> Settings:
+def _settled(config: ReconstructConfig, output: Path, world: World) -> Settings:
     """What the options come to; a run that is resumed keeps the batch that it has found."""
     settings = settings_of(config)
-    return replace(settings, batch=batch_before(output)) if config.run.resume and settings.batch == "auto" else settings
+    return (
+        replace(settings, batch=batch_before(output, world))
+        if config.run.resume and settings.batch == "auto"
+        else settings
+    )
 
 
 def write_classical(run: Run[RunConfig], classical: Classical) -> None:

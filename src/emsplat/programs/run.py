@@ -10,6 +10,7 @@ from emsplat.assessment.symmetry import Finding
 from emsplat.config import RunConfig
 from emsplat.fitting.course import Stage
 from emsplat.models.gaussians import GaussianField
+from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
 from emsplat.run.log import Log
@@ -28,6 +29,7 @@ class Run(Generic[C_co]):
     stack: ParticleStack
     skipped: tuple[int, ...]  # rows of the file (from 1) that were left out as bad
     finding: Finding | None  # what a look at the particles says of their symmetry; None: none was asked for
+    world: World = ALONE  # the first process alone reads and writes the folder
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from emsplat.config import ReconstructConfig
-from emsplat.fitting.checkpoint import save_checkpoint
+from emsplat.fitting.checkpoint import save_checkpoint, spread_state
 from emsplat.fitting.course import (
     Score,
     Stage,
@@ -15,16 +17,19 @@ from emsplat.fitting.course import (
     coarse_steps,
     find_course,
     follow_course,
+    load_course,
+    save_course,
     stage_epochs,
 )
-from emsplat.fitting.state import Plan
+from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.measures.crossvalidate import CrossValidation
+from emsplat.parallel import ALONE, World
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
-from emsplat.run.files import HALVES, state_name
+from emsplat.run.files import HALVES, course_name, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import Judged, Scored
 from emsplat.run.log import Log
@@ -32,23 +37,29 @@ from emsplat.run.stop import checkpoints
 
 
 def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
-    """The one-pass engine: both halves in step, then all particles on the course that the halves found.
+    """The one-pass engine: both halves in step, then all particles on the course that the halves found; each from where
+    an interrupted run left it. Of several processes two take a half each, and the first takes all particles.
 
     Raises:
         EmsplatError: a fit diverged.
-        Interrupted: asked to stop.
+        Interrupted: asked to stop; the course so far is written.
     """
-    judge = _judge(settings, classical)
+    judge, world = _judge(settings, classical), run.world
     growth = settings.growth if judge is not None else 0
     planned = stage_epochs(settings.epochs, growth)
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     with run.log.part("fits"):
-        halves = [_begin(name, run, settings, classical) for name in HALVES]
+        halves = [_begin(name, run, settings, classical, world) for name in HALVES]
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
-        stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned))
-        full = [_begin("class001", run, settings, classical)]
+        before = _taken_up(run, halves, "halves", world)
+        course = find_course(halves, plan, growth, judge, before, world)
+        stages, fitted = _carry_out(run, halves, "halves", course, before, sum(planned), world)
+        if not world.first:
+            return Fits(settings, fitted, tuple(stages))
+        full = [_begin("class001", run, settings, classical, ALONE)]
+        _taken_up(run, full, "class001", ALONE)
         kept = sum(stage.epochs for stage in stages if stage.kept)
-        _, of_all = _carry_out(run, full, follow_course(full, plan, stages), kept)
+        _, of_all = _carry_out(run, full, "class001", follow_course(full, plan, stages), [], kept, ALONE)
         write_tables(run.folder)
         _say_stages(stages, run.log)
     return Fits(settings, fitted | of_all, tuple(stages))
@@ -61,8 +72,8 @@ def _judge(settings: Settings, classical: Classical) -> CrossValidation | None:
     return classical.validation
 
 
-def _begin(name: str, run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> VolumeFit:
-    """A fit before its first step."""
+def _begin(name: str, run: Run[ReconstructConfig], settings: Settings, classical: Classical, world: World) -> VolumeFit:
+    """A fit before its first step, as the first process begins it."""
     stack, grid = run.stack, run.stack.grid
     detail = grid.pixel_size
     if _judge(settings, classical) is not None and classical.resolution is not None:
@@ -70,7 +81,29 @@ def _begin(name: str, run: Run[ReconstructConfig], settings: Settings, classical
     coarse = coarse_steps(settings.epochs) if grid.size > 128 else 0
     objective = VolumeObjective(classical.equations[name], support_of(classical.mask), coarse_steps=coarse)
     model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
-    return VolumeFit(name, classical.equations[name], objective, model.with_unit(objective.best_gain(model)))
+    model = model.with_unit(objective.best_gain(model))
+    model = spread_state(State.begin(model), world, device=stack.device).model
+    return VolumeFit(
+        name, classical.equations[name], objective, model, list(HALVES).index(name) if name in HALVES else 0
+    )
+
+
+def _taken_up(run: Run[ReconstructConfig], fits: list[VolumeFit], label: str, world: World) -> list[Stage]:
+    """The stages that an interrupted run has behind it, the fits brought to where it left them."""
+    path = run.folder / course_name(label)
+    found = world.first and run.config.run.resume and path.is_file()
+    if not world.agree(found):
+        return []
+    stages = load_course(path, fits) if found else []
+    for one in fits:
+        one.state = spread_state(one.state, world, device=run.stack.device)
+        one.kept = spread_state(one.kept, world, device=run.stack.device)
+    run.log.line(f"resuming {_label(fits)}: goes on after step {fits[0].state.step}")
+    return [Stage(**stage) for stage in json.loads(world.told(json.dumps([asdict(stage) for stage in stages])))]
+
+
+def _label(fits: list[VolumeFit]) -> str:
+    return " and ".join(one.name for one in fits)
 
 
 def _announce(run: Run[ReconstructConfig], count: int, support: int, planned: Sequence[int]) -> None:
@@ -82,39 +115,62 @@ def _announce(run: Run[ReconstructConfig], count: int, support: int, planned: Se
 
 
 def _carry_out(
-    run: Run[ReconstructConfig], fits: list[VolumeFit], course: Iterable[VolumeFit | Score | Stage], epochs: int
+    run: Run[ReconstructConfig],
+    fits: list[VolumeFit],
+    name: str,
+    course: Iterable[VolumeFit | Score | Stage],
+    before: list[Stage],
+    epochs: int,
+    world: World,
 ) -> tuple[list[Stage], dict[str, Fitted]]:
-    """Goes through a course of at most so many ``epochs``: its stages, and what the fits have become.
+    """Goes through a course of at most so many ``epochs``, from the stages ``before`` on: all its stages, and what the
+    fits have become.
 
     Raises:
-        Interrupted: asked to stop. Nothing is saved on the way: a course takes less time than the pass before it.
+        Interrupted: asked to stop; the course so far is written.
     """
-    start, done, journal = time.monotonic(), 0, run.log.journal
-    label = " and ".join(one.name for one in fits)
+    start, journal, options = time.monotonic(), run.log.journal, run.config.run
+    label, path = _label(fits), run.folder / course_name(name)
     total = epochs * VolumeObjective.steps_per_epoch * len(fits)
-    stages: list[Stage] = []
-    journal.rewind(label, 0)  # an interrupted run may have come further
+    begun = done = fits[0].state.step * len(fits)
+    stages = list(before)
+    # An interrupted run may have come further; the epoch that it stands at the end of is judged once more.
+    journal.rewind(label, max(0, fits[0].state.step - 1))
     histories = {one.name: History(journal, one.name) for one in fits}
-    for history in histories.values():
-        history.rewind(0)
-    with run.log.progress(label, total, unit="steps") as update, checkpoints(math.inf) as moment:
+    for one in fits:
+        histories[one.name].rewind(one.state.step)
+
+    def save() -> None:
+        for one in fits:
+            one.spread(world)
+        if world.first:
+            save_course(path, fits, stages)
+
+    with (
+        run.log.progress(label, total, done, unit="steps") as update,
+        checkpoints(options.checkpoint_every, world, options.time_limit, together=1) as moment,
+    ):
         for happened in course:
             if isinstance(happened, VolumeFit):
                 done += 1
                 history = histories[happened.name]
                 _add_loss(history, happened)
                 update(done, f"{len(happened.state.model):,} Gaussians{history.loss}")
-                if moment.due():
-                    moment.saved(f"in {label}; go on with --resume (the fits begin anew)")
+                if happened is fits[-1] and moment.due():
+                    save()
+                    moment.saved(f"in {label} after step {happened.state.step}; go on with --resume")
             else:
                 journal.add(_row(happened, label, fits[0].state.step))
                 stages += [happened] if isinstance(happened, Stage) else []
     seconds = time.monotonic() - start
+    save()  # for a run that is interrupted in what follows
     for one in fits:
         histories[one.name].rewind(one.kept.step)
-        save_checkpoint(run.folder / state_name(one.name), one.kept)
+        if world.first:
+            save_checkpoint(run.folder / state_name(one.name), one.kept)
     run.log.line(f"{label}: {', '.join(f'{len(one.kept.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
-    return stages, {one.name: _fitted(one, seconds / len(fits), done / len(fits)) for one in fits}
+    steps = (done - begun) / len(fits)
+    return stages, {one.name: _fitted(one, seconds / len(fits), steps) for one in fits}
 
 
 def _add_loss(history: History, one: VolumeFit) -> None:

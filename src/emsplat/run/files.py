@@ -110,6 +110,11 @@ def checkpoint_name(fit: str) -> str:
     return f"run_{fit}.checkpoint.safetensors"
 
 
+def course_name(fits: str) -> str:
+    """The course of fits in step on its way."""
+    return f"course_{fits}.checkpoint.safetensors"
+
+
 def statistics_name(fit: str, part: int | str = "") -> str:
     """The sums over the images of a fit; of some kinds of images where there are several. A pattern with "*"."""
     return f"run_{fit}_statistics{part}.safetensors"

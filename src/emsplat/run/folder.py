@@ -61,7 +61,8 @@ def _contents(output: Path) -> list[Path]:
     return [path for path in output.iterdir() if not any(path.match(pattern) for pattern in _RELION_FILES)]
 
 
-_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir", "force"}
+OWN_OF_PROCESS = frozenset({"threads", "datadir", "device"})  # options that processes may differ in
+_MAY_CHANGE = OWN_OF_PROCESS | {"resume", "overwrite", "checkpoint_every", "time_limit", "force"}
 
 
 def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:

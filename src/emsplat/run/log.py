@@ -3,6 +3,7 @@ programs in the journal."""
 
 from __future__ import annotations
 
+import io
 import math
 import resource
 import sys
@@ -34,10 +35,12 @@ class Log:
     work takes.
 
     ``began`` (on the clock of `time.monotonic`) is when the user began to wait: for a command the start of its process.
+    A ``silent`` one says and writes nothing: that of a process beside another that does.
     """
 
-    def __init__(self, stream: Stream | None = None, began: float | None = None) -> None:
-        self.stream: Stream = sys.stdout if stream is None else stream
+    def __init__(self, stream: Stream | None = None, began: float | None = None, *, silent: bool = False) -> None:
+        self._silent = silent
+        self.stream: Stream = io.StringIO() if silent else sys.stdout if stream is None else stream
         self._file: Path | None = None
         self.journal = Journal()
         self._began = time.monotonic() if began is None else began
@@ -63,6 +66,8 @@ class Log:
 
     def keep_in(self, folder: Path) -> None:
         """Appends every further line to run.log of a folder, with the time, and what happens to its journal."""
+        if self._silent:
+            return
         self._file = folder / LOG
         self.journal = Journal(folder)
 
@@ -80,6 +85,8 @@ class Log:
             self.journal = Journal()
 
     def line(self, text: str) -> None:
+        if self._silent:
+            return
         print(text, file=self.stream, flush=True)
         if self._file is not None:
             # Names of files may hold bytes that are no letters.

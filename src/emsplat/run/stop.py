@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -9,20 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from emsplat.errors import Interrupted
+import torch
+
+from emsplat.errors import InputError, Interrupted
+from emsplat.parallel import ALONE, World
+from emsplat.process import started
+
+_TOGETHER = 8  # steps after which several processes ask each other
 
 
 class StopRequest:
     """Whether somebody has asked the work to end, and by which signal."""
 
     number: int | None = None
+    reason = ""
 
     def __bool__(self) -> bool:
         return self.number is not None
 
     def interruption(self, text: str) -> Interrupted:
         """The error to raise once what is needed to go on is written."""
-        return Interrupted(text, self.number or signal.SIGINT)
+        return Interrupted(f"{self.reason}{text}", self.number or signal.SIGINT)
 
 
 @contextmanager
@@ -41,7 +49,7 @@ def interruptible() -> Iterator[StopRequest]:
 
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             # One that was not set from Python cannot be put back.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, note)
@@ -52,21 +60,46 @@ def interruptible() -> Iterator[StopRequest]:
 
 
 class Checkpoints:
-    """When to save what is needed to go on: ``every`` so many seconds, and where the work is asked to stop.
+    """When to save what is needed to go on: ``every`` so many seconds, and where the work is asked to stop or has
+    reached its ``limit`` (on the clock of `time.monotonic`).
 
     The caller asks `due` once per step, and says `saved` when it has done so. Nothing else looks at the clock or at the
-    request: several processes have to agree on this one answer only.
+    request. Several processes agree on this one answer, each ``together`` steps: all have to ask equally often, and the
+    clock is that of the first.
     """
 
-    def __init__(self, every: float, stop: StopRequest) -> None:
-        self._every, self._stop = every, stop
+    def __init__(
+        self,
+        every: float,
+        stop: StopRequest,
+        world: World = ALONE,
+        limit: float = math.inf,
+        together: int = _TOGETHER,
+    ) -> None:
+        self._every, self._stop, self._limit = every, stop, limit
+        self._world, self._together = world, together
+        self._asked = 0
         self._stopping = False
         self._last = time.monotonic()
 
     def due(self) -> bool:
         """Whether to save now."""
+        now = time.monotonic()
+        if now > self._limit and not self._stop:
+            self._stop.number, self._stop.reason = signal.SIGUSR1, "--time-limit is reached: "
+        if self._world.size == 1:
+            self._stopping = bool(self._stop)
+            return self._stopping or now - self._last > self._every
+        self._asked += 1
+        if self._asked % self._together:
+            return False
+        late = self._world.first and now - self._last > self._every
+        said = torch.tensor([self._stop.number or 0, int(late)])
+        self._world.most_(said)
+        if number := int(said[0]):
+            self._stop.number = number
         self._stopping = bool(self._stop)
-        return self._stopping or time.monotonic() - self._last > self._every
+        return self._stopping or bool(said[1])
 
     def saved(self, where: str) -> None:
         """What was due is on disk; ``where`` the work stands, for the message.
@@ -74,13 +107,45 @@ class Checkpoints:
         Raises:
             Interrupted: the work was asked to stop.
         """
+        self._world.agree(False)  # none goes before it is written
         if self._stopping:
             raise self._stop.interruption(f"stopped {where}")
         self._last = time.monotonic()
 
 
 @contextmanager
-def checkpoints(every: float) -> Iterator[Checkpoints]:
-    """Steps that are not cut in two, and saved as `Checkpoints` says."""
+def checkpoints(
+    every: float, world: World = ALONE, limit: str | None = None, together: int = _TOGETHER
+) -> Iterator[Checkpoints]:
+    """Steps that are not cut in two, and saved as `Checkpoints` says; ``limit`` as `time_limit` reads it, since the
+    process began.
+
+    Raises:
+        InputError: the limit is no time.
+    """
+    end = started() + time_limit(limit)
     with interruptible() as stop:
-        yield Checkpoints(every, stop)
+        yield Checkpoints(every, stop, world, end, together)
+
+
+def time_limit(text: str | None) -> float:
+    """Seconds of a time as batch systems write it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
+
+    Raises:
+        InputError: it is none.
+    """
+    if text is None:
+        return math.inf
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isascii() and part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        raise InputError(f"--time-limit {text}: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    numbers = [int(part) for part in parts]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:  # minutes[:seconds], or all three
+        hours, minutes, seconds = numbers if len(numbers) == 3 else [0, *numbers, 0][:3]
+    total = ((int(days) if dash else 0) * 24 + hours) * 3600 + minutes * 60 + seconds
+    if not total:
+        raise InputError(f"--time-limit {text}: expected a time above 0")
+    return float(total)

@@ -53,8 +53,9 @@ class FourierStatistics:
 
     ``numerator`` and ``weight`` are (2R + 3, 2R + 3, R + 3), where ``side`` = 2R is ``PADDING`` times the box: plane z,
     row y and column x stand for the frequencies z - R - 1, y - R - 1 and x - 1 in units of 1 / (padded box length).
-    ``particles`` counts the rows in the sums; ``about`` says what they are sums of, in terms that `load` compares, and
-    ``images`` which images they will hold when they are complete (`copies.image_marks`).
+    ``particles`` counts the rows in the sums, ``done`` says which of the stack they are; ``about`` says what they are sums
+    of, in terms that `load` compares, and ``images`` which images they will hold when they are complete
+    (`copies.image_marks`).
     The sums are kept on ``device``.
     """
 
@@ -70,6 +71,7 @@ class FourierStatistics:
         self.grid = grid
         self.side = 2 * reach
         self.particles = 0
+        self.done = torch.zeros(0, dtype=torch.bool)
         self.images = torch.zeros(0, 3, dtype=torch.int64) if images is None else images
         self.about = {"box": str(grid.size), "pixel size": f"{grid.pixel_size:.4f}", **(about or {})}
         if device.type == "cpu":
@@ -127,11 +129,26 @@ class FourierStatistics:
 
     def gather(self, world: World) -> None:
         """The sums of all processes in each of them. They have read different particles of one stack."""
-        if world.size == 1:
-            return
-        count = torch.tensor(self.particles, device=self.weight.device)
-        world.sum_(self.numerator, self.weight, count)
-        self.particles = int(count)
+        world.sum_(self.numerator, self.weight)
+        self._know_all(world)
+
+    def collect(self, world: World) -> None:
+        """The sums of all processes in the first; the others go on from nothing, with which particles are done."""
+        world.collect_(self.numerator, self.weight)
+        self._know_all(world)
+
+    def _know_all(self, world: World) -> None:
+        if world.size > 1:
+            done = self.done.to(torch.uint8)
+            world.most_(done)
+            self.done = done.bool()
+            self.particles = int(self.done.sum())
+
+    def expect(self, particles: int) -> None:
+        """Sums of a stack of so many ``particles``, from where they stand; those that do not say which they hold hold
+        the first."""
+        if len(self.done) != particles:
+            self.done = torch.arange(particles) < self.particles
 
     def check_addable(self, other: FourierStatistics, name: str) -> None:
         """
@@ -156,7 +173,8 @@ class FourierStatistics:
         """Writes the sums as safetensors, under a temporary name until they are complete."""
         about = json.dumps({"particles": self.particles, "about": self.about})
         sums = {"numerator": torch.view_as_real(self.numerator).cpu(), "weight": self.weight.cpu()}
-        write_tensors(path, {**sums, "images": self.images}, {"emsplat.statistics": about})
+        partly = {} if bool(self.done.all()) else {"done": self.done.to(torch.uint8)}
+        write_tensors(path, {**sums, **partly, "images": self.images}, {"emsplat.statistics": about})
 
     def load(self, path: Path, *, but: set[str] | None = None) -> None:
         """Takes over saved sums.
@@ -175,13 +193,14 @@ class FourierStatistics:
                 self._check(found, str(path), but or set())
                 numerator, weight = file.get_tensor("numerator"), file.get_tensor("weight")
                 images = _images_of(file)
+                done = file.get_tensor("done").bool() if "done" in file.keys() else self.done[:0]  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not statistics of emsplat, or damaged ({error}); make them again") from error
         if numerator.shape != (*self.weight.shape, 2) or weight.shape != self.weight.shape:
             raise InputError(f"{path}: sums of {tuple(weight.shape)}; expected {tuple(self.weight.shape)}")
         torch.view_as_real(self.numerator).copy_(numerator)
         self.weight.copy_(weight)
-        self.particles, self.about, self.images = particles, found, images
+        self.particles, self.about, self.images, self.done = particles, found, images, done
 
     def equations(self) -> NormalEquations:
         """b and K, with the window divided out."""
@@ -255,25 +274,38 @@ def _images_of(file: Any) -> Int[Tensor, "i 3"]:
 
 
 def accumulate(
-    statistics: FourierStatistics, stack: Particles, noise: Float[Tensor, "o s"]
+    statistics: FourierStatistics,
+    stack: Particles,
+    noise: Float[Tensor, "o s"],
+    world: World = ALONE,
+    together: Int[Tensor, " p"] | None = None,
 ) -> Iterator[FourierStatistics]:
     """Adds particles, each under every element of the symmetry, and yields after each batch.
 
-    Goes on where the sums left off (``statistics.particles``). ``noise`` is `estimate_noise` of the stack.
+    Goes on where the sums left off (``statistics.done``). ``noise`` is `estimate_noise` of the stack. Processes of a
+    ``world`` share out what is left, rows of one number in ``together`` to one of them, and yield equally often; their
+    sums are to be brought together (`FourierStatistics.gather`).
 
     Raises:
         InputError: an image, CTF or pose is not finite.
     """
-    if statistics.particles >= len(stack):
+    statistics.expect(len(stack))
+    rest = (~statistics.done).nonzero()[:, 0]
+    if not len(rest):
         return
     grid = stack.grid
     device = statistics.weight.device
     shells = shell_index(grid.size, device=device)
     precision = (shells <= grid.size // 2) / noise[:, shells.clamp(max=grid.size // 2)] / grid.size**2
-    rest = torch.arange(statistics.particles, len(stack))
+    own = world.share(rest, None if together is None else together[rest])
     symmetry = stack.symmetry.elements.float().to(device)
     size = _BATCH if device.type == "cpu" else min(_BATCH_GPU, max(1, _PIXELS_GPU // grid.size**2))
-    for batch in stack.take(rest).sequential(size):
+    batches = stack.take(own).sequential(size) if len(own) else iter(())
+    for turn in range(world.turns(-(-len(own) // size))):
+        batch = next(batches, None)
+        if batch is None:  # others have more to do
+            yield statistics
+            continue
         seen = observe(batch, grid)
         weighted = seen.transfer * precision[batch.optics_group]
         if batch.share is not None:
@@ -282,6 +314,7 @@ def accumulate(
         weight = weighted.mul_(seen.transfer)
         statistics.insert(numerator, weight, in_image(batch.poses.rotation, batch.optics), grid, symmetry)
         statistics.particles += len(batch)
+        statistics.done[own[turn * size : turn * size + len(batch)]] = True
         yield statistics
 
 
@@ -293,8 +326,7 @@ def equations_of(stack: ParticleStack, size: int | None = None, world: World = A
     for part in stack.parts():
         statistics = begin(part, grid)
         # The spectrum of the whole part: weights must not depend on who reads an image.
-        own, noise = part.take(world.share(torch.arange(len(part)))), estimate_noise(part)
-        for _ in accumulate(statistics, own, noise):
+        for _ in accumulate(statistics, part, estimate_noise(part), world):
             pass
         statistics.gather(world)
         parts.append(statistics.equations())
