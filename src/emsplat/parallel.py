@@ -1,8 +1,8 @@
 """Several processes that share the particles out. Alone by default: the same code for one process and for many.
 
 The processes are PyTorch's own (`torch.distributed`), started by ``torchrun``; nothing here starts any. The first of
-them reads and writes the run folder and decides; the others compute their share. Whoever fails says so to all, and whoever
-falls silent is missed: nobody waits for what will not come.
+them reads and writes the run folder and decides; the others compute their share. Whoever fails says so to all, and
+whoever falls silent is missed: nobody waits for what will not come.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def joined(facts: Mapping[str, str] | None = None) -> Iterator[World]:
         watch.begin()
         world.require_same(facts or {})
         yield world
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 (whatever it is, the others have to know)
         _leave(world, watch, error)
     watch.end()
     watch.close()
@@ -477,6 +477,6 @@ class _Watch:
 
 def _silent(rank: int, size: int, hosts: tuple[str, ...], seconds: float) -> str:
     return (
-        f"{_name(rank, size, hosts)} has given no sign of life for {seconds:.0f} s: it was killed (by the queue, or for "
-        "want of memory?), or its machine or the network is gone"
+        f"{_name(rank, size, hosts)} has given no sign of life for {seconds:.0f} s: it was killed (by the queue, or "
+        "for want of memory?), or its machine or the network is gone"
     )

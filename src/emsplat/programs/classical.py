@@ -68,8 +68,7 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
 
 
 def _decided(world: World, classical: Classical) -> Classical:
-    """What follows from the maps as the first process has it: others may have another processor, which rounds in another
-    way."""
+    """What follows from the maps as the first process has it: other processors may round in another way."""
     world.spread_(classical.mask)
     evident, found = json.loads(world.told(json.dumps([classical.evident, classical.resolution])))
     return replace(classical, evident=evident, resolution=found)

@@ -52,7 +52,7 @@ def exit_code(summary: dict[str, Any]) -> int:
 def found_finished(
     config: RunConfig, particles: Path, output: Path, log: Log, world: World = ALONE
 ) -> dict[str, Any] | None:
-    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do; nothing in it for
+    """The summary of the run that ``resume`` asks for, with a word, where nothing is left of it to do; an empty one in
     processes that have no folder.
 
     Raises:

@@ -70,7 +70,7 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Runs a whole reconstruction into ``output`` and returns what was written to summary.json.
 
-    Processes of a ``world`` share the work out; the first writes, and the others return nothing once their part is done.
+    Processes of a ``world`` share the work out; the first writes, the others return nothing once their part is done.
 
     ``altered`` is what a null test did to the particles, for the words of the report.
 

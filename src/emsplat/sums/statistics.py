@@ -53,8 +53,8 @@ class FourierStatistics:
 
     ``numerator`` and ``weight`` are (2R + 3, 2R + 3, R + 3), where ``side`` = 2R is ``PADDING`` times the box: plane z,
     row y and column x stand for the frequencies z - R - 1, y - R - 1 and x - 1 in units of 1 / (padded box length).
-    ``particles`` counts the rows in the sums, ``done`` says which of the stack they are; ``about`` says what they are sums
-    of, in terms that `load` compares, and ``images`` which images they will hold when they are complete
+    ``particles`` counts the rows in the sums, ``done`` says which of the stack they are; ``about`` says what they are
+    sums of, in terms that `load` compares, and ``images`` which images they will hold when they are complete
     (`copies.image_marks`).
     The sums are kept on ``device``.
     """
