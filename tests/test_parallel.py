@@ -27,11 +27,15 @@ torch.set_num_threads(1)
 stack = open_particles(Path(sys.argv[1]), symmetry=cyclic(2))
 with joined() as world:
     assert world.agree(world.rank == 1) and not world.agree(False)
-    sums, own = begin(stack), stack.take(world.share(torch.arange(len(stack))))
-    for _ in accumulate(sums, own, estimate_noise(stack)):
-        pass
-    assert sums.particles == len(own) < len(stack)
+    sums, together = begin(stack), torch.arange(len(stack)) // 3
+    for _ in accumulate(sums, stack, estimate_noise(stack), world, together):
+        if world.agree(sums.particles > 10):  # as at a checkpoint
+            sums.collect(world)
+            assert world.first or not sums.numerator.any()
+    own = world.share(torch.arange(len(stack)), together)
+    assert len(torch.unique(together[own])) * 3 == len(own) < len(stack)
     sums.gather(world)
+    assert world.told(f"rank {world.rank}") == "rank 0" and world.texts(str(world.rank))[world.rank] == str(world.rank)
     equations = equations_of(stack, world=world)
     found = {"numerator": sums.numerator, "weight": sums.weight, "particles": sums.particles}
     found |= {"linear": equations.linear, "kernel": equations.kernel}

@@ -260,6 +260,7 @@ def _leave(world: World, watch: _Watch, error: BaseException) -> None:
 
         traceback.print_exception(error)
     if isinstance(error, Interrupted | SystemExit):
+        text = text if world.first else ""  # all have agreed on it
         watch.end()
     elif not isinstance(error, Lost):
         watch.fail(text)

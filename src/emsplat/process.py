@@ -269,6 +269,8 @@ def settle() -> None:
     os.environ["OMP_NUM_THREADS"] = str(granted_cores().cores)
     # A notebook's own back end, which `!emsplat` inherits, need not be installed here; figures go to files.
     os.environ["MPLBACKEND"] = "agg"
+    # What connections between processes say when they break: emsplat says who is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _find_caches()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # those of other libraries, about their own insides
