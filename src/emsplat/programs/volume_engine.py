@@ -134,8 +134,9 @@ def _carry_out(
     total = epochs * VolumeObjective.steps_per_epoch * len(fits)
     begun = done = fits[0].state.step * len(fits)
     stages = list(before)
-    # An interrupted run may have come further; the epoch that it stands at the end of is judged once more.
-    journal.rewind(label, max(0, fits[0].state.step - 1))
+    # An interrupted run may have come further; where it stands within a stage, the end of an epoch is judged once more.
+    within = fits[0].state.step > fits[0].kept.step and not (stages and not stages[-1].kept)
+    journal.rewind(label, fits[0].state.step - within)
     histories = {one.name: History(journal, one.name) for one in fits}
     for one in fits:
         histories[one.name].rewind(one.state.step)

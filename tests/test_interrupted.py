@@ -1,0 +1,347 @@
+"""Interrupted runs go on where they were, to the same bits at one thread; and several processes share a run out."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from emsplat.config import ReconstructConfig, change, configure
+from emsplat.errors import InputError, Interrupted
+from emsplat.fitting.checkpoint import load_states
+from emsplat.io.mrc import read_map
+from emsplat.programs.reconstruct import reconstruct
+from emsplat.run.folder import read_summary
+from emsplat.run.journal import Judged, Scored, read_journal
+from emsplat.run.stop import Checkpoints, StopRequest, time_limit
+from processes import SLOW, SLOW_FIT, ends, start, wait_for
+
+ONE_PASS = configure(ReconstructConfig, epochs=3, gaussians=200, growth=1, threads=1)
+IMAGES = configure(ReconstructConfig, engine="images", epochs=3, gaussians=100, batch=16, split_after=(1,), threads=1)
+MAPS = ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc", "run_class001.mrc")
+
+
+@pytest.fixture(scope="module")
+def particles(simulated):
+    return simulated(particles=60)
+
+
+@pytest.fixture(scope="module")
+def whole(particles, tmp_path_factory):
+    """Runs that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = {}
+
+    def give(config):
+        name = config.fit.engine or "one-pass"
+        if name not in made:
+            made[name] = folder / name
+            reconstruct(config, particles, made[name])
+        return made[name]
+
+    return give
+
+
+def stopped_at(monkeypatch, look):
+    """The work is asked to stop at its n-th look."""
+    due, asked = Checkpoints.due, []
+
+    def counted(self):
+        asked.append(None)
+        if len(asked) == look:
+            self._stop.number = signal.SIGTERM
+        return due(self)
+
+    monkeypatch.setattr(Checkpoints, "due", counted)
+
+
+# Looks: 1 and 2 are the sums, then 40 steps of the halves (two epochs, two more after growth), then those of all.
+@pytest.mark.parametrize("look", [1, 6, 22, 24, 42, 49, 82])
+def test_the_one_pass_engine_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
+    """Interrupted in the sums, within an epoch, at the end of a stage, right after growth, and in the fit of all."""
+    expected = whole(ONE_PASS)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, look)
+        with pytest.raises(Interrupted, match="go on with --resume"):
+            reconstruct(ONE_PASS, particles, tmp_path / "cut")
+    reconstruct(change(ONE_PASS, resume=True), particles, tmp_path / "cut")
+    for name in MAPS:
+        assert (tmp_path / "cut" / name).read_bytes() == (expected / name).read_bytes(), name
+    for kind in (Scored, Judged):
+        rows = [
+            [row.what for row in read_journal(one) if isinstance(row.what, kind)]
+            for one in (expected, tmp_path / "cut")
+        ]
+        assert len(rows[0]) == len(rows[1])
+        assert str(rows[0]) == str(rows[1])
+    assert read_summary(tmp_path / "cut")["course"] == read_summary(expected)["course"]
+    assert not list((tmp_path / "cut").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("look", [3, 5, 12])
+def test_the_engine_of_images_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
+    expected = whole(IMAGES)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, look)
+        with pytest.raises(Interrupted, match="go on with --resume"):
+            reconstruct(IMAGES, particles, tmp_path / "cut")
+    reconstruct(change(IMAGES, resume=True), particles, tmp_path / "cut")
+    for name in MAPS:
+        assert (tmp_path / "cut" / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("7:50:00", 28200), ("1-0", 86400), ("2-03:30", 185400), ("1-00:00:01", 86401)],
+)
+def test_time_limits_are_those_of_batch_systems(text, seconds):
+    assert time_limit(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "1:2:3:4", "0", "1-", "٣"])
+def test_what_is_no_time_limit_is_refused(text):
+    with pytest.raises(InputError, match="--time-limit"):
+        time_limit(text)
+
+
+def test_a_time_limit_is_a_request_to_stop(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    moment = Checkpoints(60.0, StopRequest(), limit=130.0)
+    assert not moment.due()
+    now[0] = 131.0
+    assert moment.due()
+    with pytest.raises(Interrupted, match="--time-limit is reached: stopped in half1") as caught:
+        moment.saved("in half1")
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+
+
+# Several processes. Each of these starts some, and takes more than 5 s.
+
+
+def the_same(volume, other, within):
+    a, b = read_map(volume)[0], read_map(other)[0]
+    return float((a - b).norm() / b.norm()) < within
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_a_back_projection_out(particles, tmp_path, size):
+    (alone,) = ends(start(1, "backproject", particles, "-o", tmp_path / "one", "--keep-statistics"))
+    assert alone[0] == 0
+    said = ends(start(size, "backproject", particles, "-o", tmp_path / "many", "--keep-statistics"))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * size
+    assert f"shared out over {size} processes on 1 machine" in said[0][1]
+    assert [text for _, text, _ in said[1:]] == [""] * (size - 1)
+    for name in MAPS:
+        assert the_same(tmp_path / "many" / name, tmp_path / "one" / name, 1e-5)
+    assert (tmp_path / "many" / "run_half1_statistics.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("engine", ["one-pass", "images"])
+def test_processes_share_a_reconstruction_out(particles, whole, tmp_path, engine, size):
+    config = {"one-pass": ONE_PASS, "images": IMAGES}[engine]
+    expected = whole(config)
+    words = ["--epochs", "3", "--threads", "1", "--gaussians"]
+    words += ["200", "--growth", "1"] if engine == "one-pass" else ["100", "--engine", "images", "--batch", "16"]
+    words += ["--split-after", "1"] if engine == "images" else []
+    said = ends(start(size, "reconstruct", particles, "-o", tmp_path / "many", *words))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * size
+    assert [text for _, text, _ in said[1:]] == [""] * (size - 1)
+    found, before = read_summary(tmp_path / "many"), read_summary(expected)
+    for name, fit in before["fits"].items():
+        assert found["fits"][name]["gaussians"] == fit["gaussians"]
+        assert found["fits"][name]["steps"] == fit["steps"]
+        assert found["fits"][name]["loss"] == pytest.approx(fit["loss"], rel=1e-3)
+    for name in MAPS:
+        # Adam divides by the size of a gradient: where that is rounding alone, so is the step.
+        assert the_same(tmp_path / "many" / name, expected / name, 2e-2)
+
+
+def ended_together(processes):
+    """What all have ended with, and how long that took."""
+    began = time.monotonic()
+    said = ends(processes)
+    assert time.monotonic() - began < 60
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_killed_process_ends_the_others_and_any_number_goes_on(particles, tmp_path, dying):
+    _, folder = ends(start(1, "backproject", particles, "-o", tmp_path / "whole")), tmp_path / "cut"
+    words = ["backproject", particles, "-o", folder, "--checkpoint-every", "0.2"]
+    saved = folder / "run_half1_statistics.safetensors"
+    running = start(3, *words, program=SLOW)
+    wait_for(saved.is_file, running)
+    running[dying].kill()
+    said = ended_together(running)
+    assert said[dying][0] == -signal.SIGKILL
+    for rank, (code, _, errors) in enumerate(said):
+        if rank != dying:
+            assert code == 1
+            assert re.fullmatch(rf"emsplat, rank {rank} of 3 \(.*\): rank {dying} of 3 \(.*--resume.*\n", errors)
+    (resumed,) = ends(start(1, *words, "--resume"))
+    assert resumed[0] == 0
+    assert "particles were accumulated before" in resumed[1]
+    for name in MAPS:
+        assert the_same(folder / name, tmp_path / "whole" / name, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_all_in_order(particles, tmp_path, number):
+    words = ["reconstruct", particles, "-o", tmp_path, "--epochs", "3", "--gaussians", "200", "--growth", "1"]
+    running = start(2, *words, "--checkpoint-every", "0.2", program=SLOW_FIT)
+    course = tmp_path / "course_halves.checkpoint.safetensors"
+    wait_for(course.is_file, running)
+    running[1].send_signal(number)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + number] * 2
+    assert re.fullmatch(r"emsplat: stopped in half1 and half2 after step \d+; go on with --resume\n", said[0][2])
+    assert said[1][1:] == ("", "")
+    states, _ = load_states(course)  # whole
+    assert states["half1.last"].step == states["half2.last"].step > 0
+    assert all(code == 0 for code, *_ in ends(start(3, *words, "--resume")))
+    assert read_summary(tmp_path)["fits"]["class001"]["steps"] > 0
+
+
+@pytest.mark.slow
+def test_a_time_limit_stops_all_processes(particles, tmp_path):
+    words = ["backproject", particles, "-o", tmp_path, "--time-limit", "0:20", "--checkpoint-every", "0.2"]
+    slower = SLOW.replace("sleep(0.1)", "sleep(4)")
+    said = ends(start(2, *words, program=slower))
+    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2
+    assert said[0][2].startswith("emsplat: --time-limit is reached: stopped after ")
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_process_ends_all(particles, tmp_path):
+    """No file may be larger than a limit, which the sums are."""
+
+    def limited(rank):
+        return ["prlimit", "--fsize=100000"] if rank == 0 else []
+
+    try:
+        subprocess.run(["prlimit", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no prlimit")
+    words = ["backproject", particles, "-o", tmp_path / "run", "--checkpoint-every", "0.2"]
+    ignoring = SLOW.replace(
+        "import sys, time", "import signal, sys, time\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    )
+    said = ended_together(start(2, *words, program=ignoring, before=limited))
+    assert said[0][0] == 2
+    assert said[0][2].startswith(f"emsplat: {tmp_path / 'run'}")
+    assert "cannot be written" in said[0][2]
+    assert said[1][0] == 1
+    assert re.match(r"emsplat, rank 1 of 2 \(.*\): rank 0 of 2 \(.*\) has ended: .*cannot be written", said[1][2])
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_ends_all_with_its_reason(particles, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = ended_together(start(2, "backproject", particles, "-o", tmp_path / "file" / "run"))
+    assert said[0][0] == 2
+    assert "cannot be made" in said[0][2]
+    assert said[1][0] == 1
+    assert "rank 0 of 2" in said[1][2]
+
+
+@pytest.mark.slow
+def test_more_processes_than_particles_are_refused(particles, tmp_path):
+    said = ended_together(start(5, "backproject", particles, "-o", tmp_path / "run", "--first", "4"))
+    assert [code for code, *_ in said] == [2] * 5
+    assert "5 processes for 4 particles" in said[0][2]
+    assert [errors for *_, errors in said[1:]] == [""] * 4
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_other_particles_or_options_are_named(particles, tmp_path):
+    def own(rank):
+        return ["--seed", str(rank)]
+
+    said = ended_together(start(2, "backproject", particles, "-o", tmp_path / "run", each=own))
+    assert [code for code, *_ in said] == [2, 2]
+    assert re.search(r"rank 1 of 2 \(.*\) has another --seed than rank 0 \(1; expected 0\)", said[0][2])
+    lists = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    for rank, path in enumerate(lists):
+        path.write_text("\n".join(map(str, range(rank, rank + 40))))
+    program = (
+        "import os, sys\nfrom pathlib import Path\n"
+        f"link = Path(r'{tmp_path}') / (os.environ['RANK'] + '.txt')\n"
+        "import emsplat.programs.opening as opening\n"
+        "plain = opening.open_stack\n"
+        "opening.open_stack = lambda config, *given, **named: plain(opening.change(config, subset=link), *given, **named)\n"
+        "from emsplat.__main__ import main\nsys.exit(main())\n"
+    )
+    said = ended_together(start(2, "backproject", particles, "-o", tmp_path / "run", program=program))
+    assert [code for code, *_ in said] == [2, 2]
+    assert "has another list of particles than rank 0" in said[0][2]
+
+
+@pytest.mark.slow
+def test_each_process_finds_its_own_copy_of_the_images(particles, tmp_path):
+    for rank in range(2):
+        (tmp_path / f"disk{rank}").mkdir()
+        (tmp_path / f"disk{rank}" / "particles.mrcs").write_bytes((particles.parent / "particles.mrcs").read_bytes())
+    (tmp_path / "star").mkdir()
+    star = tmp_path / "star" / "particles.star"
+    star.write_text(particles.read_text())
+    said = ends(start(2, "backproject", star, "-o", tmp_path / "run", "--datadir", tmp_path / "disk{rank}"))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * 2
+
+
+@pytest.mark.slow
+def test_a_cut_link_between_two_machines_ends_both(particles, tmp_path):
+    """Two network namespaces with a pair of virtual cards; one of these goes down."""
+    names = [f"emsplat{rank}_{time.time_ns() % 10**6}" for rank in range(2)]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add one netns {names[0]} type veth peer name two netns {names[1]}"]
+    for name, card, number in zip(names, ("one", "two"), (1, 2), strict=True):
+        commands += [f"ip -n {name} addr add 10.77.0.{number}/24 dev {card}"]
+        commands += [f"ip -n {name} link set {own} up" for own in (card, "lo")]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(command.split(), check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("no network namespaces here")
+
+        def inside(rank):
+            card = ("one", "two")[rank]
+            return ["ip", "netns", "exec", names[rank], "env", f"GLOO_SOCKET_IFNAME={card}"]
+
+        words = ["backproject", particles, "-o", tmp_path / "run", "--checkpoint-every", "0.2"]
+        slower = SLOW.replace("sleep(0.1)", "sleep(1)")
+        running = start(2, *words, program=slower, before=inside, MASTER_ADDR="10.77.0.1", MASTER_PORT="29500")
+        wait_for((tmp_path / "run" / "run_half1_statistics.safetensors").is_file, running)
+        subprocess.run(["ip", "-n", names[1], "link", "set", "two", "down"], check=True)
+        said = ended_together(running)
+        for rank, (code, _, errors) in enumerate(said):
+            assert code == 1
+            assert re.match(rf"emsplat, rank {rank} of 2 \(.*\): rank {1 - rank} of 2 \(.*no sign of life", errors)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(particles, tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "emsplat", "backproject", str(particles)]
+    environment = {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words, "-o", str(tmp_path / "run")],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("half1: 30 particles accumulated") == 1
