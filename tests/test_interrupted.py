@@ -279,7 +279,7 @@ def test_processes_with_other_particles_or_options_are_named(particles, tmp_path
         f"link = Path(r'{tmp_path}') / (os.environ['RANK'] + '.txt')\n"
         "import emsplat.programs.opening as opening\n"
         "plain = opening.open_stack\n"
-        "opening.open_stack = lambda config, *given, **named: plain(opening.change(config, subset=link), *given, **named)\n"
+        "opening.open_stack = lambda own, *given, **named: plain(opening.change(own, subset=link), *given, **named)\n"
         "from emsplat.__main__ import main\nsys.exit(main())\n"
     )
     said = ended_together(start(2, "backproject", particles, "-o", tmp_path / "run", program=program))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from emsplat.config import (
     RunOptions,
     ScoreStatesConfig,
     SimulateConfig,
+    SlurmConfig,
     StatesConfig,
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
@@ -572,6 +574,47 @@ def report(run: Path, /) -> None:
     print(f"report: {write_report(run)}")
 
 
+def slurm(
+    command: Literal["reconstruct", "backproject"],
+    words: str,
+    /,
+    config: SlurmConfig = SlurmConfig(),  # noqa: B008 (frozen)
+) -> None:
+    """Print a batch script for Slurm that runs a command, with the time, memory and cores that it is estimated to need.
+
+    The options of the job stand before the command, those of the command after it. A job that is submitted again goes
+    on where it was stopped.
+
+    Args:
+        command: reconstruct or backproject.
+        words: What follows it, as on the command line; -o names the run folder.
+
+    Examples:
+        # on one machine with 16 cores
+        emsplat slurm --threads 16 reconstruct particles.star -o run --symmetry D2 > job.sh
+        # two machines with four GPUs each
+        emsplat slurm --nodes 2 --processes 4 --gpu reconstruct particles.star -o run > job.sh
+        # parts of the particles as jobs of their own, whose sums are added
+        emsplat slurm --parts 20 reconstruct particles.star -o run > job.sh
+    """
+    from emsplat.commandline.parse import parse
+    from emsplat.config import configure, names
+    from emsplat.programs.slurm import script
+
+    kind = {"reconstruct": ReconstructConfig, "backproject": BackprojectConfig}[command]
+    own = shlex.split(words)
+    (particles,), given = parse(
+        command_of({"reconstruct": reconstruct, "backproject": backproject}[command], f"emsplat {command}"), own
+    )
+    output = given.pop("output", None)
+    if output is None:
+        raise InputError(
+            f"slurm {command}: give the run folder with -o, so that the job can go on when it is submitted again"
+        )
+    chosen: Any = configure(kind, **{name: value for name, value in given.items() if name in set(names(kind))})
+    print(script(command, own, particles, output, chosen, config), end="")
+
+
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     """Print a script with which a shell completes commands, options and their values.
 
@@ -675,7 +718,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Reconstruct": (abinitio, reconstruct, backproject, refine, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
     "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, compare_poses, voxelize, report),
-    "Shell": (completion,),
+    "Cluster and shell": (slurm, completion),
 }
 _SHARED = ("reconstruct", "backproject")
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
@@ -729,6 +772,9 @@ def _run(words: list[str]) -> Any:
             return 0 if words else 2
         case ["help", name, *_] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), ["--help"])
+        case ["slurm", *rest] if "--help" not in rest[:1] and set(rest) & set(_SHARED):
+            at = next(place for place, word in enumerate(rest) if word in _SHARED)
+            return call(command_of(slurm, "emsplat slurm"), [*rest[: at + 1], "--", shlex.join(rest[at + 1 :])])
         case [name, *_] if name in runs and name not in _SHARED and _is_one_of_many():
             raise InputError(f"{name}: is not shared out over processes; start it without torchrun")
         case [name, *rest] if name in runs:

@@ -76,6 +76,10 @@ class ChoiceOptions:
     first: int | None = None
     """Only the first so many particles (of those that the options above leave)."""
 
+    part: Annotated[str | None, "N/M"] = None
+    """Only the N-th of M parts of the particles (of those that the options above leave), all images of a particle in
+    one; their sums can be made apart and added (--keep-statistics, --add-statistics)."""
+
     flip_hand: bool = False
     """Reconstruct the mirror image. The images do not tell which hand is right."""
 
@@ -472,6 +476,37 @@ class StatesConfig:
 
     threads: int | None = None
     """Threads of the computation; without it as many as cores were granted."""
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """The job."""
+
+    nodes: int = 1
+    """Machines."""
+
+    processes: int = 1
+    """Processes on each machine, which share the particles out; with GPUs as many as these."""
+
+    threads: int = 8
+    """Threads, and cores, of each process."""
+
+    gpu: bool = False
+    """Ask for a GPU for each process."""
+
+    parts: int = 0
+    """No processes that talk to each other, but so many jobs that each make the sums of a part of the particles, and
+    one that adds them."""
+
+    time: Annotated[str | None, "D-HH:MM:SS"] = None
+    """Time of the job; without it from the estimate. The run stops in order before, and goes on when the job is
+    submitted again."""
+
+    partition: str | None = None
+    """Partition of the cluster."""
+
+    account: str | None = None
+    """Account that the time is booked on."""
 
 
 @dataclass(frozen=True)

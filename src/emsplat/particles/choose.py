@@ -19,7 +19,8 @@ from emsplat.io.paths import find_stacks, real_paths
 from emsplat.io.pickles import load_arrays
 from emsplat.io.table import ParticleTable, merge_tables
 from emsplat.maths.groups import Symmetry
-from emsplat.particles.copies import unique_rows
+from emsplat.parallel import World
+from emsplat.particles.copies import particle_numbers, unique_rows
 from emsplat.particles.open import open_table
 from emsplat.particles.stack import ParticleStack
 from emsplat.types import Poses
@@ -118,7 +119,8 @@ def open_stack(config: SourceConfig, particles: Path, *, need_poses: bool = True
 
 
 def _choose(choice: ChoiceOptions, table: ParticleTable) -> ParticleTable:
-    """A subset of all particles, of these one class, of these each image or particle once, of these the first."""
+    """A subset of all particles, of these one class, of these each image or particle once, of these the first, of
+    these one part."""
     if choice.subset is not None:
         rows, said = _listed(choice.subset, table, choice.datadir)
         table = replace(table.take(rows), warnings=(*table.warnings, *said))
@@ -137,7 +139,20 @@ def _choose(choice: ChoiceOptions, table: ParticleTable) -> ParticleTable:
         if choice.first < 1:
             raise InputError(f"--first {choice.first}: expected at least 1")
         table = table.take(torch.arange(min(choice.first, len(table))))
-    return table
+    return table if choice.part is None else table.take(_part(choice.part, table))
+
+
+def _part(text: str, table: ParticleTable) -> Int[Tensor, " q"]:
+    """The rows of a part, given as "2/8"."""
+    number, _, count = text.partition("/")
+    if not (
+        number.isascii() and number.isdigit() and count.isascii() and count.isdigit() and 0 < int(number) <= int(count)
+    ):
+        raise InputError(f"--part {text}: expected a part and how many there are, such as 2/8")
+    rows = World(int(number) - 1, int(count)).share(torch.arange(len(table)), particle_numbers(table))
+    if not len(rows):
+        raise InputError(f"--part {text}: nothing is left; {table.name} has {len(table):,} particles")
+    return rows
 
 
 def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int[Tensor, " q"], list[str]]:

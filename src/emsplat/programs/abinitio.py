@@ -184,7 +184,7 @@ def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Sp
     names = list(HALVES)
     steps = sum(own.steps for own in plan.stages())
     with (
-        checkpoints(math.inf) as moment,
+        checkpoints(math.inf, limit=run.config.run.time_limit) as moment,
         log.progress("starts", 2 * options.starts * steps, unit="steps") as update,
     ):
 

@@ -132,6 +132,8 @@ def circumstances(run: Run[RunConfig]) -> dict[str, Any]:
         "device": device_name(device),
         **({} if peak is None else {"peak_gpu_memory_mb": round(peak)}),
         "threads": torch.get_num_threads(),
+        "processes": run.world.size,
+        "estimated": None if run.estimate is None else asdict(run.estimate),
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
@@ -175,7 +177,8 @@ def _conclude(run: Run[RunConfig], summary: dict[str, Any]) -> None:
     log = run.log
     for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
-    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most")
+    expected = "" if run.estimate is None else f" (estimated: {run.estimate.text})"
+    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most{expected}")
     _say_results(log, run.folder)
     if run.config.run.naming != "relion":
         name_results(run.folder, run.config.run.naming, with_boxes(run.stack.table.take(run.stack.rows)), log)

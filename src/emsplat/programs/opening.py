@@ -24,6 +24,7 @@ from emsplat.particles.choose import open_stack, with_boxes
 from emsplat.particles.copies import Copies, copies, mixed_classes, particle_numbers
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import describe_threads
+from emsplat.programs.estimate import estimate, speed_of_core
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES, PARTICLES, SETTINGS
@@ -75,7 +76,18 @@ def open_run(
     if world.size > 1:
         log.line(f"  shared out over {world.size} processes on {counted(len(set(world.hosts)), 'machine')}")
     finding = _look_for_symmetry(stack, log) if need_poses and world.first else None
-    run = Run(config, particles, folder, log, stack, skipped, finding, world)
+    needed = None
+    if device.type == "cpu" and program in ("reconstruct", "backproject"):
+        needed = estimate(
+            stack,
+            settings,
+            threads=torch.get_num_threads(),
+            processes=world.size,
+            kept=config.run.keep_statistics,
+            speed=speed_of_core(),
+        )
+        log.line(f"  estimated: {needed.text}")
+    run = Run(config, particles, folder, log, stack, skipped, finding, world, needed)
     if world.first:
         write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
         write_config(run, settings)

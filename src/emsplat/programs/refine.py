@@ -200,7 +200,7 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
     """Rounds until the maps gain no more: the particles in their new poses, and the sums with these."""
     options, log, given = run.config.refinement, run.log, run.stack
     state = _resumed(run) or Refined(given, None, None, given.table.poses[given.rows])
-    with log.part("rounds"), checkpoints(math.inf) as moment:
+    with log.part("rounds"), checkpoints(math.inf, limit=run.config.run.time_limit) as moment:
         sums, classical, score = _judged(run, state.stack, moment)
         if not is_evident(_raw(classical), given.grid, given.diameter):
             log.warn(

@@ -12,6 +12,7 @@ from emsplat.fitting.course import Stage
 from emsplat.models.gaussians import GaussianField
 from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
+from emsplat.programs.estimate import Estimate
 from emsplat.programs.settings import Settings
 from emsplat.run.log import Log
 
@@ -30,6 +31,7 @@ class Run(Generic[C_co]):
     skipped: tuple[int, ...]  # rows of the file (from 1) that were left out as bad
     finding: Finding | None  # what a look at the particles says of their symmetry; None: none was asked for
     world: World = ALONE  # the first process alone reads and writes the folder
+    estimate: Estimate | None = None  # what it was expected to need
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,7 @@ def _fitted_images(
         before = 0 if state is None else state.step
         with (
             run.log.progress(name, total, before, unit="steps") as update,
-            checkpoints(run.config.run.checkpoint_every) as moment,
+            checkpoints(run.config.run.checkpoint_every, limit=run.config.run.time_limit) as moment,
         ):
             for state in follow_images(stack, options, start, state):  # noqa: B020 (its last is the result)
                 update(state.step, f"loss {float(state.terms['loss']):.4g}")
