@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from emsplat.fitting.course import stage_epochs
-from emsplat.fitting.volume import VolumeObjective, support_size
+from emsplat.fitting.volume import VolumeObjective
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
 from emsplat.run.log import data_size, duration
@@ -27,13 +27,14 @@ _VOXEL = (12e-9, 1e-15)  # for each point of its transforms, and more for each p
 _GAUSSIAN = 1.5e-6  # for each Gaussian
 _RENDERED = 9e-9  # to render and compare a pixel of an image, forward and back
 _JUDGED = 4.5e-6  # seconds of the assessment for a voxel
-_FIXED = 9.0  # seconds of imports, and of a report with figures
+_FIXED = 10.5  # seconds of imports, and of a report with figures
 _DISK = 3e8  # bytes per second that a disk gives
-_PROGRAM = 3.6e8  # bytes of Python, PyTorch and what they load
-_SUMS = 45  # bytes for each voxel of the padded box, at the peak
+_PROGRAM = 3.8e8  # bytes of Python, PyTorch and what they load
+_FITTING = 1.6e8  # bytes more that optimisers load
+_SUMS = 55  # bytes for each voxel of the padded box, at the peak
 _SPARED = 0.9  # of another thread's time that is not spent on waiting
-_USUAL = 0.62  # of the box, how wide a particle is
-_FILLED = 0.02  # of the box, where Gaussians start
+_USUAL = 0.52  # of the box, how wide a particle is
+_FILLED = 0.0015  # Gaussians at the start for each voxel of the box
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,13 @@ def estimate(
         shared = processes
     elif settings is not None:
         steps = VolumeObjective.steps_per_epoch * sum(stage_epochs(settings.epochs, settings.growth))
-        width = support_size(int(_USUAL * box), box) if box >= 8 else box
-        points, count = (1.5 * width) ** 3, settings.gaussians or min(max(_FILLED * voxels, 1000), 100_000)
+        points, count = (1.5 * _USUAL * box) ** 3, settings.gaussians or min(max(_FILLED * voxels, 1000), 100_000)
         step = _STEP + points * (_VOXEL[0] + _VOXEL[1] * points) + 1.6 * count * _GAUSSIAN
         fitting = steps * step * (3 if processes == 1 else 2)  # both halves at a time, then all
     cores = threads**_SPARED * speed
     judged = _FIXED / speed + voxels * _JUDGED / cores
     seconds = max(passing / cores, reading) / processes + fitting / cores / shared + judged
-    memory = _PROGRAM + _SUMS * padded + 128 * pixels * 4 * 4
+    memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _SUMS * padded + 128 * pixels * 4 * 4
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or passing / cores > 2 * 12 * padded / 2 / 2e8 else 0.0
     return Estimate(seconds, memory, 4 * voxels * maps + sums + 5e6)

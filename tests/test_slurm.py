@@ -1,0 +1,140 @@
+"""Batch scripts, parts of the particles, and what a run is expected to need."""
+
+import shlex
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from emsplat.cli import main
+from emsplat.config import BackprojectConfig, ReconstructConfig, configure
+from emsplat.errors import InputError
+from emsplat.io.mrc import read_map
+from emsplat.particles.choose import read_table
+from emsplat.particles.copies import particle_numbers
+from emsplat.particles.open import open_particles
+from emsplat.programs.estimate import estimate, speed_of_core
+from emsplat.programs.reconstruct import backproject
+from emsplat.programs.settings import settings_of
+from emsplat.run.folder import read_summary
+
+
+@pytest.fixture(scope="module")
+def particles(simulated):
+    return simulated(particles=60)
+
+
+def job(words, capsys):
+    assert main(["slurm", *map(str, words)]) == 0
+    text = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    settings = dict(line[len("#SBATCH --") :].split("=") for line in text.splitlines() if line.startswith("#SBATCH"))
+    return text, settings
+
+
+def test_a_job_of_one_process(particles, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--threads", 16, "--time", "1:00:00", "reconstruct", particles, "-o", "a run", "--symmetry", "D2"]
+    text, settings = job(words, capsys)
+    assert settings["nodes"] == settings["ntasks-per-node"] == "1"
+    assert settings["cpus-per-task"] == "16"
+    assert settings["time"] == "1:00:00"
+    assert "gpus-per-node" not in settings
+    last = text.splitlines()[-1]
+    assert last.startswith("exec srun python -m emsplat reconstruct ")
+    assert shlex.split(last)[7:11] == ["-o", "a run", "--symmetry", "D2"]
+    assert "--time-limit 55 $resume --threads 16" in last
+    assert f"cd {tmp_path}" in text
+    assert "if [ -f 'a run/config.toml' ]; then resume=--resume; fi" in text
+
+
+def test_a_job_of_many_processes(particles, capsys):
+    words = ["--nodes", 2, "--processes", 4, "--gpu", "--partition", "gpu", "--account", "lab"]
+    text, settings = job([*words, "backproject", particles, "-o", "run"], capsys)
+    wanted = {"nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "32", "gpus-per-node": "4"}
+    assert wanted.items() <= settings.items()
+    assert (settings["partition"], settings["account"]) == ("gpu", "lab")
+    assert "srun torchrun --nnodes 2 --nproc-per-node 4" in text
+
+
+def test_a_job_in_parts_runs_without_processes_that_talk(particles, tmp_path, capsys, monkeypatch):
+    """Its commands, run here one after the other, give the map of the whole."""
+    monkeypatch.chdir(tmp_path)
+    text, _ = job(["--parts", 3, "--threads", 1, "backproject", particles, "-o", "my run", "--diameter", 100], capsys)
+    (tmp_path / "job.sh").write_text(text)
+    assert "--array=2-3 job.sh" in text
+    ran = []
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > words\n')
+    (tmp_path / "srun").chmod(0o755)
+    for task in ("2", "3", ""):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": task}
+        subprocess.run(["bash", "job.sh"], env=environment, check=True, capture_output=True)
+        ran.append((tmp_path / "words").read_text().split("\0")[3:-1])
+        assert main(ran[-1]) == 0
+    assert "./my run_part2" in ran[0]
+    backproject(configure(BackprojectConfig, threads=1, diameter=100.0), particles, tmp_path / "whole")
+    for name in ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc"):
+        parts, whole = read_map(tmp_path / "my run" / name)[0], read_map(tmp_path / "whole" / name)[0]
+        # Noise is weighted by the spectrum that each part shows, which of 20 images is not the same.
+        assert float((parts * whole).sum() / parts.norm() / whole.norm()) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["reconstruct", "{}"], "give the run folder with -o"),
+        (["--parts", "1", "reconstruct", "{}", "-o", "run"], "expected at least 2"),
+        (["--parts", "3", "--nodes", "2", "reconstruct", "{}", "-o", "run"], "leave --nodes and --processes out"),
+        (["--parts", "3", "reconstruct", "{}", "-o", "run", "--engine", "images"], "needs all of them in one run"),
+        (["--time", "soon", "reconstruct", "{}", "-o", "run"], "--time-limit soon"),
+        (["reconstruct", "none.star", "-o", "run"], "none.star"),
+        (["reconstruct", "{}", "-o", "run", "--simmetry", "D2"], "no such option"),
+    ],
+)
+def test_jobs_that_cannot_run_are_refused(particles, capsys, words, text):
+    assert main(["slurm", *(word.format(particles) for word in words)]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_parts_are_all_particles_once_and_keep_images_of_a_particle_together(particles):
+    config = configure(BackprojectConfig)
+    whole = read_table(config.choice, particles)
+    copied = replace(whole, origin=torch.arange(len(whole)) // 2)
+    numbers = particle_numbers(copied)
+    rows = []
+    for number in range(1, 5):
+        part = read_table(replace(config.choice, part=f"{number}/4"), particles)
+        rows += part.row.tolist()
+    assert sorted(rows) == whole.row.tolist()
+    assert len(torch.unique(numbers)) == 30
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/3", "4/3", "a/b", "2/1000"])
+def test_what_is_no_part_is_refused(particles, text):
+    with pytest.raises(InputError, match="--part"):
+        read_table(configure(BackprojectConfig, part=text).choice, particles)
+
+
+def test_estimates_grow_with_the_work_and_shrink_with_who_shares_it(particles):
+    stack, settings = open_particles(particles), settings_of(configure(ReconstructConfig))
+    many = stack.take(torch.arange(60).repeat(100))
+    one = estimate(many, settings, threads=1)
+    assert one.seconds > estimate(stack, settings, threads=1).seconds
+    assert one.seconds > estimate(many, None, threads=1).seconds
+    assert one.seconds > estimate(many, settings, threads=2).seconds
+    assert one.seconds > estimate(many, settings, threads=1, processes=2).seconds
+    assert one.seconds > estimate(many, settings, threads=1, speed=2.0).seconds
+    assert one.disk <= estimate(many, settings, threads=1, kept=True).disk
+    assert 0 < speed_of_core() < 1000
+
+
+def test_a_run_says_what_it_needed_beside_what_was_expected(particles, tmp_path):
+    summary = backproject(configure(BackprojectConfig, threads=1), particles, tmp_path / "run")
+    assert summary["estimated"]["seconds"] > 0
+    text = (tmp_path / "run" / "run.log").read_text()
+    assert "  estimated: about " in text
+    assert "MB at most (estimated: about " in text
+    assert read_summary(tmp_path / "run")["processes"] == 1
+    shutil.rmtree(tmp_path / "run")
