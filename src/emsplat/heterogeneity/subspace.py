@@ -21,7 +21,7 @@ from torch import Tensor
 from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index, widen
 from emsplat.sums.equations import circulant
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import Spectra
+from emsplat.sums.spectra import AnySpectra
 
 _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-6  # share of the mean map's power below which a component has vanished
@@ -112,12 +112,12 @@ class _Seen:
         return Placement(min(brightness, _MOST_BRIGHTNESS), min(turn, _MOST_TURN), shift)
 
 
-def _look(subspace: Subspace, spectra: Spectra) -> _Seen:
+def _look(subspace: Subspace, spectra: AnySpectra) -> _Seen:
     products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
     return _Seen(products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:])
 
 
-def infer(subspace: Subspace, spectra: Spectra) -> Latents:
+def infer(subspace: Subspace, spectra: AnySpectra) -> Latents:
     """The E step: posteriors of all views.
 
     Brightness and pose of each view are integrated out, to first order in their errors: b and A are those of the data
@@ -199,7 +199,7 @@ def ball(size: int, diameter: float = 0.9, edge: float = 0.06) -> Float[Tensor, 
     return 0.5 + 0.5 * torch.cos(math.pi * ((radius - diameter / 2) / edge + 0.5).clamp(0, 1))
 
 
-def _equations(space: Space, spectra: Spectra, mean: Tensor, second: Tensor) -> _Equations:
+def _equations(space: Space, spectra: AnySpectra, mean: Tensor, second: Tensor) -> _Equations:
     """``mean`` is ⟨z̃⟩ and ``second`` ⟨z̃ z̃ᵀ⟩ of each view, z̃ = (1, z)."""
     size, count = space.lattice.size, mean.shape[1]
     upper = torch.triu_indices(count, count)
@@ -255,7 +255,7 @@ def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> 
 
 def maximise(
     space: Space,
-    spectra: Spectra,
+    spectra: AnySpectra,
     power: Float[Tensor, "c s"],
     latents: Latents | None,
     *,
@@ -309,7 +309,7 @@ def _principal(maps: Float[Tensor, "c z y x"]) -> Float[Tensor, "c c"]:
     return turn
 
 
-def consensus(space: Space, spectra: Spectra, steps: int = 3) -> Subspace:
+def consensus(space: Space, spectra: AnySpectra, steps: int = 3) -> Subspace:
     """The mean map alone."""
     power = torch.full((1, space.lattice.radius + 1), torch.inf)
     for _ in range(steps):
@@ -318,7 +318,7 @@ def consensus(space: Space, spectra: Spectra, steps: int = 3) -> Subspace:
     return found
 
 
-def begin(space: Space, spectra: Spectra, components: int, generator: torch.Generator) -> Subspace:
+def begin(space: Space, spectra: AnySpectra, components: int, generator: torch.Generator) -> Subspace:
     """Mean and components that random latents give."""
     power = consensus(space, spectra).power
     drawn = torch.randn(len(spectra), components, generator=generator, dtype=torch.float64)
@@ -349,7 +349,7 @@ def reseeded(subspace: Subspace, space: Space, components: int, generator: torch
 
 
 def fit_subspace(
-    spectra: Spectra,
+    spectra: AnySpectra,
     components: int,
     generator: torch.Generator,
     stages: Sequence[tuple[int, int]],
@@ -387,7 +387,7 @@ def space_of(radius: int, support: Float[Tensor, "z y x"] | None) -> Space:
     return Space(lattice, torch.from_numpy(map_coordinates(support.numpy(), places, order=1)))
 
 
-def _widened(subspace: Subspace, space: Space, spectra: Spectra) -> Subspace:
+def _widened(subspace: Subspace, space: Space, spectra: AnySpectra) -> Subspace:
     """The maps of a smaller lattice on that of a space, with the power of the mean map known beyond."""
     wide = subspace.on(space.lattice)
     mean = consensus(space, spectra)
