@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from emsplat.errors import InputError
@@ -52,8 +53,16 @@ _SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
 )
 
 
-def write_report(run: Path) -> Path:
-    """Draw the figures of a run folder and write ``report.html``; return its path.
+Timed = Callable[[str], AbstractContextManager[None]]  # notes what the work within takes, by its name
+
+
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def write_report(run: Path, timed: Timed = _untimed) -> Path:
+    """Draw the figures of a run folder and write ``report.html``; return its path. Each section is drawn within
+    ``timed(its anchor)``.
 
     A missing or damaged part of the folder is named in the page, whose other parts are written all the same.
 
@@ -66,11 +75,11 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise InputError(f"{run}: not a folder; expected a folder that emsplat wrote; check the path")
     kind = kind_of(read_summary_or_nothing(run))
-    sections = [
-        (anchor, title, "".join(_shown(run, part) for part in parts))
-        for anchor, title, parts, kinds in _SECTIONS
-        if kind in kinds
-    ]
+    sections = []
+    for anchor, title, parts, kinds in _SECTIONS:
+        if kind in kinds:
+            with timed(anchor):
+                sections.append((anchor, title, "".join(_shown(run, part) for part in parts)))
     target = run / REPORT
     # Listed last and with the page itself, so that the list shows what the reader finds.
     shown = (f.name for f in run.iterdir() if f.is_file() or f.name in (STATES, PARTS))
