@@ -255,7 +255,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
     write_text(run.folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the report"):
-        report.write_report(run.folder, log.step)
+        report.write_report(run.folder, log.step, torch.get_num_threads())
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")

@@ -47,6 +47,7 @@ class Spent:
     seconds: float
     processor: float  # seconds, of all threads and of processes that have ended
     peak_mb: float  # the most memory that the process has held until now
+    process: int
 
 
 @dataclass(frozen=True)

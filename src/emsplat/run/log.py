@@ -4,6 +4,7 @@ programs in the journal."""
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -201,9 +202,8 @@ class _Stopwatch:
 
     def read(self, name: str, depth: int) -> Spent:
         seconds, processor = time.monotonic() - self._start, processor_seconds() - self._processor
-        return Spent(
-            name, depth, round(self._began, 4), round(seconds, 4), round(processor, 4), round(peak_memory(), 1)
-        )
+        cost = round(seconds, 4), round(processor, 4), round(peak_memory(), 1)
+        return Spent(name, depth, round(self._began, 4), *cost, os.getpid())
 
 
 class _Noted:

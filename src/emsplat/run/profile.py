@@ -85,14 +85,14 @@ def trace(rows: Sequence[Row]) -> dict[str, Any]:
     for one in found:
         about = {"processor seconds": one.processor, "peak MB": one.peak_mb}
         times = {"ts": round(1e6 * (one.began - zero)), "dur": round(1e6 * one.seconds)}
-        events.append({"ph": "X", "name": one.name, "cat": "emsplat", **times, "args": about})
+        events.append({"ph": "X", "name": one.name, "tid": one.process, **times, "args": about})
     for row in rows:
         at = {"ts": round(1e6 * (row.time - zero))}
         if isinstance(row.what, Progress):
             events.append({"ph": "C", "name": row.what.name, **at, "args": {row.what.unit: row.what.done}})
         elif isinstance(row.what, Ended):
             events.append({"ph": "i", "s": "p", "name": row.what.how, **at})
-    return {"traceEvents": [{"pid": 1, "tid": 1, **event} for event in events], "displayTimeUnit": "ms"}
+    return {"traceEvents": [{"pid": 1, "tid": 0, **event} for event in events], "displayTimeUnit": "ms"}
 
 
 def write_trace(folder: Path) -> list[str]:
