@@ -329,8 +329,8 @@ class AbinitioOptions:
     starts: int = 4
     """Starts of each half-set at most. They end with the first two, one of each half, that agree."""
 
-    steps: int = 160
-    """Steps of a start without symmetry; a fifth as many follow with it."""
+    steps: int = 240
+    """Steps of a start at most, without symmetry; it ends where it has settled."""
 
     batch: Annotated[int, "IMAGES"] = 200
     """Images of a step."""

@@ -91,6 +91,7 @@ class Ascent:
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.zeros(0, dtype=torch.int64)
         self.shell = torch.linalg.vector_norm(images.frequency, dim=1).round().long()
+        self.diameter = diameter
         size = self.lattice.size
         self.mask = _sphere(size, diameter / images.length * size)
         self._away = shell_index(size, 3)

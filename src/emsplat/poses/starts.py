@@ -1,13 +1,16 @@
 """Starts on both half-sets, one after the other, until two that share nothing agree.
 
-A start climbs without symmetry, with several maps that compete for the images where that is asked for; the one that
-most images go to goes on, with these. Where the particle has a symmetry, its axes are found in the map, which is turned
-into RELION's setting, and the climb goes on with it. A pair of starts, one of each half, is compared (`verdict`); the
-first that agrees is taken. The worst that can happen is that many starts are made in vain.
+A start climbs without symmetry until it has settled, with several maps that compete for the images where that is asked
+for; the one that most images go to goes on, with these. Where the particle has a symmetry, its axes are found in the map,
+which is turned into RELION's setting, and the climb goes on with it. Where none is asked for, axes that the map seems to
+have are examined (`equivalents`): the climb goes on with those that it has, and with its symmetry broken where it only
+looks like it. A pair of starts, one of each half, is compared (`verdict`); the first that agrees is taken. The worst that
+can happen is that many starts are made in vain.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,11 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
-from emsplat.maths.groups import Symmetry
+from emsplat.maths.groups import C1, Symmetry, parse_symmetry
 from emsplat.poses.abinitio import Ascent, AscentStage
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
 from emsplat.poses.compare import PoseComparison, compare_poses
-from emsplat.poses.verdict import SHELLS, Verdict, agreement, brought_over, decide, last_shell, shell_correlation
+from emsplat.poses.equivalents import examine
+from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, shell_correlation
 from emsplat.sums.spectra import Spectra
 from emsplat.types import Poses
 
@@ -28,6 +32,10 @@ _BEGUN, _SEEN, _DONE = 5.6, 8.8, 10.6  # cycles per diameter of the particle: fi
 _SAMPLE = 100  # images of each half that poses are compared on
 _TURN = 12.0  # degrees between the rotations of that
 _SEEDS = 7919  # between starts
+_MARCH = 4  # of the steps of a climb one in so many goes to finer frequencies, the others stay there
+_BLOCK, _SETTLED = 25, 0.02  # steps, and the part of the likelihood that so many gain where a climb has settled
+_SEEMS = 0.4  # agreement of a map with itself turned from which on axes are worth an examination
+_LOOKS = 3  # for groups, larger each time
 
 
 @dataclass(frozen=True)
@@ -38,22 +46,23 @@ class StartPlan:
     spread: float  # standard deviation of shifts, Å, at first
     diameter: float  # of the mask, Å
     largest: int  # finest frequency that the images hold, cycles per box
-    steps: int = 160
+    steps: int = 240
     batch: int = 200
     classes: int = 1
 
-    def stages(self) -> tuple[AscentStage, AscentStage]:
-        """Climb without symmetry, and what follows with it."""
+    def stages(self) -> tuple[AscentStage, AscentStage, AscentStage]:
+        """Climb without symmetry, what is repeated until it has settled, and what follows with the symmetry."""
         begun, seen, done = (min(self.largest, self.radius * cycles) for cycles in (_BEGUN, _SEEN, _DONE))
         return (
-            AscentStage(self.steps, self.batch, (begun, seen)),
-            AscentStage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 12.0)),
+            AscentStage(max(2, self.steps // _MARCH), self.batch, (begun, seen)),
+            AscentStage(min(_BLOCK, max(2, self.steps // _MARCH)), self.batch, (seen, seen)),
+            AscentStage(max(2, self.steps // 12), self.batch, (seen, done), (0.6, 1.0), turn=(16.0, 12.0)),
         )
 
     @property
     def compared(self) -> float:
         """The frequency up to which starts are compared."""
-        return self.stages()[0].radius[1]
+        return min(self.largest, self.radius * _SEEN)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Start:
     spread: float
     likelihood: float  # mean of the last steps, nats per image
     axes: float  # agreement of the map with the axes of the symmetry, 1 without
+    group: str  # the symmetry that was asked for, or that the images support
+    steps: int  # until it had settled
     share: float  # of the images that went to this map and not to the others of its start
     others: Float[Tensor, "c z y x"]  # these
 
@@ -82,29 +93,83 @@ def make_start(
 ) -> Start:
     """One start on the images of a half."""
     own = seed + _SEEDS * (2 * number + half)
-    climb, settle = plan.stages()
-    total = climb.steps + settle.steps
+    total = plan.steps + plan.stages()[2].steps
     ascent = Ascent(images, plan.largest, plan.diameter, own, plan.spread, classes=plan.classes)
-    for step, _ in enumerate(ascent.climb(climb)):
-        told(step + 1, total)
+    steps = 0
+    for _ in _settling(ascent, plan):
+        steps += 1
+        told(steps, total)
     order = ascent.share.argsort(descending=True)
     share, maps = float(ascent.share[order[0]]), ascent.maps[order]
     if plan.classes > 1:
         rows = (kinds(images, maps, ascent.noise, ascent.spread, plan) == 0).nonzero()[:, 0]
         images = chosen(images, rows) if len(rows) >= plan.batch else images
-    axes, volume = 1.0, maps[0]
+        ascent = _going_on(ascent, images, plan, C1, maps[0], own + 1)
+    axes, likelihood = 1.0, 0.0
     if symmetry.order > 1:
-        frame = find_frame(turning_of(volume, images.length, plan), symmetry)
-        axes, volume = frame.agreement, in_frame(volume, frame)
-    if symmetry.order > 1 or plan.classes > 1:
-        args = (images, plan.largest, plan.diameter, own + 1, ascent.spread)
-        ascent = Ascent(*args, symmetry, volume[None], ascent.noise)
-    likelihood: list[float] = []
-    for step, status in enumerate(ascent.climb(settle)):
-        likelihood.append(status.likelihood)
-        told(climb.steps + step + 1, total)
-    last = sum(likelihood[-5:]) / len(likelihood[-5:])
-    return Start(half, number, ascent.volume, ascent.noise, ascent.spread, last, axes, share, maps[1:])
+        frame = find_frame(turning_of(ascent.volume, images.length, plan), symmetry)
+        axes = frame.agreement
+        ascent = _going_on(ascent, images, plan, symmetry, in_frame(ascent.volume, frame), own + 2)
+        likelihood = _settled(ascent, plan)
+    for look in range(0 if symmetry.order > 1 else _LOOKS):
+        frame = find_symmetry(turning_of(ascent.volume, images.length, plan), _SEEMS)
+        if frame.symmetry.order <= ascent.symmetry.order:
+            break
+        told(plan.steps, total)
+        examined = examine(ascent, frame, plan.compared, plan.largest, own + look)
+        if examined.symmetry.order == 1 and ascent.symmetry.order > 1:
+            break
+        axes = frame.agreement if examined.symmetry.order > 1 else 1.0
+        ascent = _going_on(ascent, images, plan, examined.symmetry, examined.volume, own + 3 + look)
+        likelihood = _settled(ascent, plan)
+        if examined.symmetry.order == 1:
+            break
+    likelihood = likelihood or _settled(ascent, plan)
+    told(total, total)
+    return Start(
+        half,
+        number,
+        ascent.volume,
+        ascent.noise,
+        ascent.spread,
+        likelihood,
+        axes,
+        ascent.symmetry.symbol,
+        steps,
+        share,
+        maps[1:],
+    )
+
+
+def _settling(ascent: Ascent, plan: StartPlan) -> Iterator[None]:
+    """A climb to the frequency that starts are compared at, and on until its likelihood grows no more."""
+    march, block, _ = plan.stages()
+    for _ in ascent.climb(march):
+        yield
+    before = -math.inf
+    for _ in range((plan.steps - march.steps) // block.steps):
+        seen = []
+        for status in ascent.climb(block):
+            seen.append(status.likelihood)
+            yield
+        mean = sum(seen) / len(seen)
+        if mean - before < _SETTLED * abs(mean):
+            return
+        before = mean
+
+
+def _going_on(
+    ascent: Ascent, images: Spectra, plan: StartPlan, symmetry: Symmetry, volume: Tensor, seed: int
+) -> Ascent:
+    """A climb from a map, with a symmetry."""
+    args = (images, plan.largest, plan.diameter, seed, ascent.spread)
+    return Ascent(*args, symmetry, volume[None], ascent.noise)
+
+
+def _settled(ascent: Ascent, plan: StartPlan) -> float:
+    """The last steps of a start; the likelihood at their end."""
+    seen = [status.likelihood for status in ascent.climb(plan.stages()[2])]
+    return sum(seen[-5:]) / len(seen[-5:])
 
 
 def kinds(
@@ -139,28 +204,26 @@ class Pair:
 def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: StartPlan, symmetry: Symmetry) -> Pair:
     """Poses of the same images against both maps, the maps where they lie on each other, and what each predicts of the
     other half's images."""
+    group = common_group(starts, symmetry)
     parts = _sampled(halves[0]), _sampled(halves[1])
     sample, split = _joined(*parts), len(parts[0].values)
     rows = torch.arange(len(sample.values))
-    found = [at_map(sample, own, plan, symmetry).judge(plan.compared, _TURN, rows) for own in starts]
+    found = [at_map(sample, own, plan, group).judge(plan.compared, _TURN, rows) for own in starts]
     first, other = (Poses(own.rotation.double(), own.shift.double()) for own in found)
-    comparison = compare_poses(first, other, symmetry)
+    comparison = compare_poses(first, other, group)
     second = brought_over(starts[1].volume, comparison, sample.length)
     curve = shell_correlation(starts[0].volume, second)[: int(plan.compared) + 1]
     seen = (found[0].likelihood[split:], found[1].likelihood[:split])  # of the other half's images
-    gains = torch.cat(
-        [own - _shapeless(parts[1 - half], starts[half], plan, symmetry) for half, own in enumerate(seen)]
-    )
+    gains = torch.cat([own - _shapeless(parts[1 - half], starts[half], plan, group) for half, own in enumerate(seen)])
     error = float(gains.std()) / len(gains) ** 0.5
     verdict = decide(agreement(comparison), last_shell(curve), float(gains.mean()), error)
-    if symmetry.order == 1 and verdict.word != "found" and verdict.shell >= SHELLS:
-        # Poses of a symmetric particle that nobody has named are spread over its equivalent ones.
-        frame = find_symmetry(turning_of((starts[0].volume + second) / 2, sample.length, plan))
-        if frame.symmetry.order > 1:
-            straight = Poses(first.rotation @ frame.rotation.T, first.shift)
-            modulo = agreement(compare_poses(straight, other, frame.symmetry))
-            verdict = decide(modulo, verdict.shell, verdict.gain, error)
     return Pair(starts, comparison, curve, verdict)
+
+
+def common_group(starts: tuple[Start, Start], symmetry: Symmetry) -> Symmetry:
+    """The symmetry that was asked for, or that both starts have found their half of the images to have."""
+    first, other = (own.group for own in starts)
+    return parse_symmetry(first) if symmetry.order == 1 and first == other else symmetry
 
 
 def _shapeless(images: Spectra, start: Start, plan: StartPlan, symmetry: Symmetry) -> Float[Tensor, " i"]:
