@@ -14,7 +14,7 @@ from emsplat.errors import InputError, Interrupted
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles, write_used
 from emsplat.maths.fourier import irfft, rfft
-from emsplat.maths.geometry import random_rotations
+from emsplat.maths.geometry import random_rotations, vector_to_matrix
 from emsplat.maths.groups import C1, dihedral
 from emsplat.measures.fsc import fsc_curve
 from emsplat.particles.open import open_particles
@@ -33,7 +33,7 @@ from emsplat.poses.local import (
 )
 from emsplat.poses.optics import refine_optics
 from emsplat.poses.prior import estimate_prior, turns
-from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, turned, unlike, within
+from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, unlike, within
 from emsplat.programs import compare_poses
 from emsplat.programs.refine import refine
 from emsplat.report import write_report
@@ -121,7 +121,7 @@ def test_likelihood_and_hessian_against_direct_sums(volume, reference):
         for axis in range(5):
             step = torch.zeros(5, dtype=torch.float64)
             step[axis] = 1e-4
-            turn = turned(step[None, :3])[0]
+            turn = vector_to_matrix(step[None, :3])[0]
             after = shown(volume, turn @ ROTATION[image], SHIFT[image] + step[3:], image)
             before = shown(volume, turn.T @ ROTATION[image], SHIFT[image] - step[3:], image)
             columns.append((after - before) / 2e-4)
@@ -134,7 +134,7 @@ def test_likelihood_and_hessian_against_direct_sums(volume, reference):
 
 def test_the_pose_of_a_clean_image_is_found(volume, reference):
     values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
-    start = turned(0.1 * normal(IMAGES, 3, seed=8)) @ ROTATION
+    start = vector_to_matrix(0.1 * normal(IMAGES, 3, seed=8)) @ ROTATION
     found = descend(reference, seen(values, start), NO_PRIOR, RADIUS, steps=40)
     assert (found.poses.rotation - ROTATION).abs().max() < 1e-3
     assert (found.poses.shift - SHIFT).abs().max() < 1e-2
@@ -153,7 +153,9 @@ def test_derivatives_are_those_of_what_is_searched(volume, reference):
         falls = []
         for sign in (1, -1):
             moved = sign * size * step
-            views = seen(values, turned(moved[:, :3]) @ found.poses.rotation, move=found.poses.shift + moved[:, 3:])
+            views = seen(
+                values, vector_to_matrix(moved[:, :3]) @ found.poses.rotation, move=found.poses.shift + moved[:, 3:]
+            )
             falls.append(found.after - descend(reference, views, NO_PRIOR, RADIUS, steps=0).before)
         for fall in falls:
             assert ((fall - 1).abs() < 0.15).all()
@@ -161,7 +163,7 @@ def test_derivatives_are_those_of_what_is_searched(volume, reference):
 
 def test_a_prior_holds_poses_where_they_were_given(volume, reference):
     values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
-    given = turned(torch.full((IMAGES, 3), 0.05, dtype=torch.float64)) @ ROTATION
+    given = vector_to_matrix(torch.full((IMAGES, 3), 0.05, dtype=torch.float64)) @ ROTATION
     free, held, firm = (
         descend(reference, seen(values, given), prior, RADIUS, steps=30)
         for prior in (NO_PRIOR, Prior(0.002, 0.05), Prior(1e-5, 1e-4))
@@ -198,7 +200,7 @@ def planted(count, turn, shift, seed):
     noise = torch.linalg.cholesky(torch.linalg.inv(2 * hessian)) @ normal(count, 5, 1, seed=seed + 4)
     found = true + noise[..., 0]
     nothing = torch.zeros(count, dtype=torch.float64)
-    poses = Poses(turned(found[:, :3]) @ given, found[:, 3:])
+    poses = Poses(vector_to_matrix(found[:, :3]) @ given, found[:, 3:])
     placed = Placed(poses, hessian, nothing, nothing, nothing, nothing.long(), nothing)
     return placed, Poses(given, torch.zeros(count, 2, dtype=torch.float64))
 
@@ -242,7 +244,9 @@ def test_orientations_cover_the_group_evenly():
 
 def test_poses_far_away_are_searched_for(volume, reference):
     values = torch.stack([shown(volume, ROTATION[i], 0 * SHIFT[i], i) for i in range(IMAGES)])
-    start = turned(torch.tensor([[0.5, 0, 0], [0, -0.5, 0.1], [0.3, 0.3, 0.3], [0, 0, 0.55]]).double()) @ ROTATION
+    start = (
+        vector_to_matrix(torch.tensor([[0.5, 0, 0], [0, -0.5, 0.1], [0.3, 0.3, 0.3], [0, 0, 0.55]]).double()) @ ROTATION
+    )
     views = seen(values, start)
     away = [
         torch.linalg.vector_norm(turns(search(reference, views, NO_PRIOR).poses.rotation, ROTATION), dim=1)
@@ -267,7 +271,7 @@ def wrong(simulated):
         stack = open_particles(star)
         poses = stack.table.poses
         moved = Poses(
-            turned(math.radians(turn) * normal(particles, 3, seed=1)) @ poses.rotation,
+            vector_to_matrix(math.radians(turn) * normal(particles, 3, seed=1)) @ poses.rotation,
             poses.shift + shift * normal(particles, 2, seed=2),
         )
         write_used(stack.with_poses(moved).table, star.parent / "wrong.star", stack.table.half)
@@ -510,7 +514,9 @@ def test_poses_that_are_far_off_are_searched_for(wrong, tmp_path, search):
     stack = open_particles(star)
     poses = stack.table.poses
     axis = normal(300, 3, seed=5)
-    far = turned(math.radians(45 if search == "50" else 110) * axis / torch.linalg.vector_norm(axis, dim=1)[:, None])
+    far = vector_to_matrix(
+        math.radians(45 if search == "50" else 110) * axis / torch.linalg.vector_norm(axis, dim=1)[:, None]
+    )
     rotation = poses.rotation.clone()
     rotation[::10] = (far @ rotation)[::10]
     lost = star.parent / "lost.star"

@@ -132,21 +132,6 @@ class Ascent:
             certainty = float(found.certainty.median())
             yield Status(radius, float(found.likelihood.mean()), certainty, self.spread)
 
-    def pass_over(self, radius: float, turn: float, batch: int = 500) -> Iterator[int]:
-        """The posterior of all images against the map as it is, and then the map that follows from them alone; yields
-        how many images are done. ``turn`` in degrees."""
-        trial = self.trial(radius, math.radians(turn))
-        noise = self.noise_at(trial)
-        self._numerator, self._weight = torch.zeros_like(self._numerator), torch.zeros_like(self._weight)
-        done = 0
-        for rows in torch.split(torch.arange(self.count), batch):
-            found = expect(self.images, rows, trial, noise)
-            self._learn(found)
-            self._add(found.numerator, found.weight, trial.rotation)
-            done += len(rows)
-            yield done
-        self.maps = self._solve(radius)
-
     def trial(self, radius: float, turn: float, generator: torch.Generator | None = None) -> Trial:
         """The poses of a random grid, and the map in them up to a frequency."""
         generator = generator or self._generator

@@ -33,7 +33,7 @@ _REFINED = 2  # of them, together with a second axis
 _TWISTS = 60  # places of the second axis about the first
 _OUTLINE = 3  # shells before this one show the outline of the particle
 _BATCH = 64
-_LOOKED_AT = 3000  # voxels of a map
+_LOOKED_AT = 1500  # voxels of a map
 _LARGE = 14  # elements of a group
 _TURNED, _ASIDE = 3.0, 2.0  # how far a frame is refined: tenths of a radian about each axis, voxels
 
@@ -123,10 +123,10 @@ def _likely_folds(turning: Turning, least: float) -> list[int]:
 def in_frame(volume: Float[Tensor, "z y x"], frame: GroupFrame) -> Float[Tensor, "z y x"]:
     """A map turned into RELION's setting, the mean over its group."""
     rotation = frame.rotation.T @ frame.symmetry.elements
-    return turned(volume, rotation, frame.centre).mean(0)
+    return map_turned(volume, rotation, frame.centre).mean(0)
 
 
-def turned(
+def map_turned(
     volume: Float[Tensor, "z y x"], rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"]
 ) -> Float[Tensor, "r z y x"]:
     """V(R x + c) for each rotation, c in voxels."""

@@ -1,12 +1,12 @@
 """Whether a particle has the axes that its map seems to have.
 
-At low resolution a trimer with one arm raised looks like a trimer: a climb ends in the mean of the three views of it, each
-image in one of three poses that fit alike. There every small asymmetry is outweighed by the two thirds of images that
-are turned away from it, so that more steps of the climb do not leave it.
+At low resolution a trimer with one arm raised looks like a trimer: a climb ends in the mean of the three views of it,
+each image in one of three poses that fit alike. There every small asymmetry is outweighed by the two thirds of images
+that are turned away from it, so that more steps of the climb do not leave it.
 
 What is unknown then is small: poses are right up to the group, and each image has one element of it. Expectation
-maximisation over the elements alone, from random ones, settles within a few steps. Images that were left out tell whether
-the map that has broken the symmetry is a better one, or has fitted noise.
+maximisation over the elements alone, from random ones, settles within a few steps. Images that were left out tell
+whether the map that has broken the symmetry is a better one, or has fitted noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from emsplat.sums.spectra import Spectra
 from emsplat.types import Grid, Poses
 
 _TURN = 12.0  # degrees between the rotations that images are placed at first
-_VIEWS = 4000  # images times elements
+_VIEWS = 3000  # images times elements
 _FEWEST = 400  # images, however large the group
 _LEFT_OUT = 4  # one of so many images
 _STEPS = 15
@@ -70,6 +70,14 @@ def examine(ascent: Ascent, frame: GroupFrame, coarse: float, radius: int, seed:
     return Examined(frame.symmetry, in_frame(ascent.volume, frame), loss, error)
 
 
+def remade(ascent: Ascent, coarse: float, radius: int) -> Float[Tensor, "z y x"]:
+    """The first map of an ascent made anew from all its images, each in its most likely pose, with its symmetry."""
+    rows, symmetry = torch.arange(ascent.count), ascent.symmetry
+    poses = _placed(ascent, ascent.volume, rows, symmetry, coarse, radius)
+    views = _Elements.of(ascent, rows, poses, symmetry, radius)
+    return views.solved(views.equal(torch.zeros(len(rows), dtype=torch.bool)))
+
+
 def _placed(
     ascent: Ascent,
     volume: Float[Tensor, "z y x"],
@@ -78,7 +86,7 @@ def _placed(
     coarse: float,
     radius: int,
 ) -> Poses:
-    """Images against a map: the best of a grid, then the nearest minimum."""
+    """Images of an ascent against another map: the best of a grid, then the nearest minimum."""
     images, size = ascent.images, len(volume)
     args = (images, radius, ascent.diameter, 0, ascent.spread, symmetry)
     best = Ascent(*args, volume[None], ascent.noise).judge(coarse, _TURN, rows)

@@ -1,11 +1,11 @@
 """Starts on both half-sets, one after the other, until two that share nothing agree.
 
-A start climbs without symmetry until it has settled, with several maps that compete for the images where that is asked
-for; the one that most images go to goes on, with these. Where the particle has a symmetry, its axes are found in the map,
-which is turned into RELION's setting, and the climb goes on with it. Where none is asked for, axes that the map seems to
-have are examined (`equivalents`): the climb goes on with those that it has, and with its symmetry broken where it only
-looks like it. A pair of starts, one of each half, is compared (`verdict`); the first that agrees is taken. The worst that
-can happen is that many starts are made in vain.
+A start climbs without symmetry until it has settled, with several maps that compete for the images where that is
+asked for; the one that most images go to goes on, with these. Where the particle has a symmetry, its axes are found in
+the map, which is turned into RELION's setting, and the climb goes on with it. Where none is asked for, axes that it
+seems to have are examined (`equivalents`): the climb goes on with those that it has, and with its symmetry broken where
+it only looks like it. A pair of starts, one of each half, is compared (`verdict`); the first that agrees is taken. The
+worst that can happen is that many starts are made in vain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
-from emsplat.maths.groups import C1, Symmetry, parse_symmetry
+from emsplat.maths.groups import C1, Symmetry
 from emsplat.poses.abinitio import Ascent, AscentStage
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
 from emsplat.poses.compare import PoseComparison, compare_poses
@@ -56,7 +56,7 @@ class StartPlan:
         return (
             AscentStage(max(2, self.steps // _MARCH), self.batch, (begun, seen)),
             AscentStage(min(_BLOCK, max(2, self.steps // _MARCH)), self.batch, (seen, seen)),
-            AscentStage(max(2, self.steps // 12), self.batch, (seen, done), (0.6, 1.0), turn=(16.0, 12.0)),
+            AscentStage(max(2, self.steps // 15), self.batch, (seen, done), (0.6, 1.0), turn=(18.0, 15.0)),
         )
 
     @property
@@ -76,7 +76,7 @@ class Start:
     spread: float
     likelihood: float  # mean of the last steps, nats per image
     axes: float  # agreement of the map with the axes of the symmetry, 1 without
-    group: str  # the symmetry that was asked for, or that the images support
+    group: Symmetry  # the symmetry that was asked for, or that the images support
     steps: int  # until it had settled
     share: float  # of the images that went to this map and not to the others of its start
     others: Float[Tensor, "c z y x"]  # these
@@ -134,7 +134,7 @@ def make_start(
         ascent.spread,
         likelihood,
         axes,
-        ascent.symmetry.symbol,
+        ascent.symmetry,
         steps,
         share,
         maps[1:],
@@ -223,7 +223,7 @@ def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: 
 def common_group(starts: tuple[Start, Start], symmetry: Symmetry) -> Symmetry:
     """The symmetry that was asked for, or that both starts have found their half of the images to have."""
     first, other = (own.group for own in starts)
-    return parse_symmetry(first) if symmetry.order == 1 and first == other else symmetry
+    return first if symmetry.order == 1 and first.symbol == other.symbol else symmetry
 
 
 def _shapeless(images: Spectra, start: Start, plan: StartPlan, symmetry: Symmetry) -> Float[Tensor, " i"]:

@@ -23,10 +23,10 @@ from emsplat.errors import InputError
 from emsplat.io.files import json_text
 from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
-from emsplat.maths.groups import C1, Symmetry
+from emsplat.maths.groups import Symmetry
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
-from emsplat.poses.abinitio import Ascent
+from emsplat.poses.equivalents import remade
 from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
 from emsplat.poses.starts import Pair, Start, StartPlan, at_map, chosen, common_group, find_pair, kinds
 from emsplat.poses.verdict import Verdict, brought_over
@@ -46,8 +46,7 @@ from emsplat.types import Grid, Poses
 _FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
 _FINEST = 11.5  # cycles per diameter: the finest that starts look at
 _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
-_PASSES = 1  # over all images of a half, once a pair was found
-_TURN = 10.0  # degrees between the rotations of these
+_TURN = 12.0  # degrees between the rotations that all images are looked for at, once a pair was found
 _LOOKED = 500  # images at once
 _TENSORS = ("volume", "noise", "others")  # of a start
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
@@ -195,7 +194,7 @@ def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Sp
             if isinstance(got, Start):
                 count += 1
                 _save(run, got)
-                axes = f", {got.group}, axes {got.axes:.2f}" if got.group != C1.symbol else ""
+                axes = f", {got.group.symbol}, axes {got.axes:.2f}" if got.group.order > 1 else ""
                 axes += f", {got.share:.0%} of the images in its first class" if plan.classes > 1 else ""
                 log.line(
                     f"  {names[got.half]}, start {got.number + 1}: log-likelihood {got.likelihood:.2f} per image{axes}"
@@ -225,7 +224,8 @@ def _save(run: Run[AbinitioConfig], start: Start) -> None:
         own: getattr(start, own)
         for own in ("half", "number", "spread", "likelihood", "axes", "group", "steps", "share")
     }
-    tensors = {own: getattr(start, own).contiguous() for own in _TENSORS}
+    tensors = {own: getattr(start, own).contiguous() for own in _TENSORS} | {"elements": start.group.elements}
+    about |= {"group": start.group.symbol}
     write_tensors(run.folder / start_name(name, start.number + 1), tensors, {"emsplat.start": json.dumps(about)})
 
 
@@ -246,6 +246,7 @@ def _made_before(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
             try:
                 with safe_open(path, framework="pt") as file:
                     about = json.loads(file.metadata()["emsplat.start"])
+                    about["group"] = Symmetry(about["group"], file.get_tensor("elements"))
                     found[half, number] = Start(**{own: file.get_tensor(own) for own in _TENSORS}, **about)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error
@@ -305,31 +306,26 @@ def _of_half(
     symmetry: Symmetry,
 ) -> list[_Found]:
     stack, log = run.stack.only(HALVES[name]), run.log
-    radius = plan.stages()[2].radius[1]
     maps = torch.cat([volume[None], start.others])
     if plan.classes > 1:
         rows = (kinds(images, maps, start.noise, start.spread, plan) == 0).nonzero()[:, 0]
         images = chosen(images, rows) if len(rows) else images
-    climbed = at_map(images, start, plan, symmetry, volume)
-    with log.progress(f"map of {name}", _PASSES * climbed.count) as update:
-        for number in range(_PASSES):
-            for done in climbed.pass_over(radius, _TURN):
-                update(number * climbed.count + done, "")
-    size = len(climbed.volume)
-    reference = make_reference(climbed.volume, Grid(size, stack.grid.length / size), plan.largest)
+    again = remade(at_map(images, start, plan, symmetry, volume), plan.compared, plan.largest)
+    size = len(again)
+    reference = make_reference(again, Grid(size, stack.grid.length / size), plan.largest)
     noise, found = noise_of(stack), []
     with log.progress(f"poses of {name}", len(stack)) as update:
         for part in torch.split(torch.arange(len(stack)), _LOOKED):
             some = stack.take(part)
             spectra = read_spectra(some.without_symmetry(), plan.largest)
-            args = (spectra, plan.largest, plan.diameter, 0, climbed.spread, symmetry)
-            best = Ascent(*args, climbed.maps, climbed.noise).judge(radius, _TURN, torch.arange(len(part)))
+            seen = at_map(spectra, start, plan, symmetry, again)
+            best = seen.judge(plan.compared, _TURN, torch.arange(len(part)))
             coarse = Poses(best.rotation.double(), best.shift.double())
             placed = place(reference, some.with_poses(coarse), coarse, NO_PRIOR, noise, nearest)
             kind = torch.zeros_like(part)
             if plan.classes > 1:
-                own = torch.cat([climbed.maps, start.others])
-                kind = kinds(spectra, own, climbed.noise, climbed.spread, plan)
+                own = torch.cat([again[None], start.others])
+                kind = kinds(spectra, own, start.noise, start.spread, plan)
             found.append(_Found(placed, kind))
             update(int(part[-1]) + 1, "")
     return found
