@@ -15,6 +15,7 @@ from emsplat.maths.groups import C1, parse_symmetry
 from emsplat.poses.abinitio import Ascent, AscentStage, centre_of_mass
 from emsplat.poses.axes import GroupFrame, Turning, find_frame, find_symmetry, in_frame, map_turned
 from emsplat.poses.compare import compare_poses
+from emsplat.poses.equivalents import examine, find_poses, remade
 from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
 from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
 from emsplat.poses.starts import StartPlan, kinds, spherical_mean
@@ -45,9 +46,9 @@ def blobs(size, seed, symmetry="C1", count=5, width=1.6):
     return volume.float()
 
 
-def as_strong_as(volume, signal):
+def as_strong_as(volume, signal, radius=6):
     """A map of so much power in the images that `views` makes of it, in units of their noise."""
-    images, _, _ = views(volume, 40, noise=0.0)
+    images, _, _ = views(volume, 40, radius=radius, noise=0.0)
     return volume * math.sqrt(signal / float(images.values.abs().square().sum(1).mean()))
 
 
@@ -269,6 +270,50 @@ def test_three_words():
 def test_the_last_shell_is_that_before_the_first_drop_beyond_the_outline():
     assert last_shell(torch.tensor([1.0, 0.2, 0.9, 0.8, 0.4, 0.9])) == 3
     assert last_shell(torch.tensor([1.0, 1.0, 0.9, 0.8])) == 3
+
+
+# Axes that a map seems to have
+
+
+def examined(volume, count=320):
+    """What is said of the C3 of a map that images of ``volume`` have been averaged to, whichever of its turns they
+    show."""
+    images, rotation, _ = views(volume, count, radius=9, spread=1.0)
+    symmetric = map_turned(volume, parse_symmetry("C3").elements, torch.zeros(3)).mean(0)
+    ascent = Ascent(images, 9, 90.0, 0, 2.0, maps=symmetric[None], noise=torch.ones(10))
+    frame = GroupFrame(parse_symmetry("C3"), torch.eye(3, dtype=torch.float64), torch.zeros(3), 0.98)
+    return examine(ascent, frame, 7.0, 9, 0), ascent, rotation
+
+
+def test_a_trimer_with_one_arm_raised_is_none():
+    """Its mean over three turns is what climbs come to; images tell that it is none, and which turn each shows."""
+    size = 20
+    trimer = blobs(size, 21, "C3", count=4)
+    raised = as_strong_as(trimer + 2 * blobs(size, 25, count=1), 300, 9)
+    found, ascent, rotation = examined(raised)
+    assert found.symmetry.order == 1
+    assert found.loss > 3 * found.loss_error
+    rows = torch.arange(100)
+    poses = find_poses(ascent, found.volume, rows, C1, 7.0, 9)
+    assert agree(rotation[rows], poses.rotation) > 0.8
+    before = find_poses(ascent, ascent.volume, rows, C1, 7.0, 9)
+    assert agree(rotation[rows], before.rotation) < 0.6
+
+
+def test_a_trimer_is_one():
+    found, _, _ = examined(as_strong_as(blobs(20, 21, "C3", count=4), 300, 9))
+    assert found.symmetry.symbol == "C3"
+    assert found.loss < 3 * found.loss_error
+
+
+def test_a_map_made_anew_is_that_which_the_images_show():
+    volume = as_strong_as(blobs(16, 12, count=8, width=1.0), 200)
+    images, _, _ = views(volume, 200, spread=1.0)
+    rough = volume + as_strong_as(blobs(16, 13, count=8, width=1.0), 60)
+    ascent = Ascent(images, 6, 90.0, 0, 2.0, maps=rough[None], noise=torch.ones(7))
+    again = remade(ascent, 6.0, 6)
+
+    assert float(shell_correlation(volume, again)[2:6].mean()) > float(shell_correlation(volume, rough)[2:6].mean())
 
 
 # The whole way

@@ -23,7 +23,7 @@ from emsplat.maths.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.maths.geometry import random_rotations
 from emsplat.maths.groups import C1, Symmetry
 from emsplat.poses.grids import half_grid, shift_grid
-from emsplat.poses.scores import Expected, MostLikely, Trial, expect, most_likely
+from emsplat.poses.scores import Expected, MostLikely, Trial, best_few, expect, most_likely
 from emsplat.sums.equations import circulant, mean_per_shell
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra
@@ -167,6 +167,13 @@ class Ascent:
         found = most_likely(self.images, rows, one, own)
         return replace(found, likelihood=found.likelihood + math.log(len(trial.rotation)))
 
+    def candidates(
+        self, radius: float, turn: float, rows: Int[Tensor, " i"], several: int
+    ) -> tuple[Float[Tensor, "i n 3 3"], Float[Tensor, "i n 2"]]:
+        """The best few poses of images on the grid of `judge`."""
+        trial = self.trial(radius, math.radians(turn), torch.Generator().manual_seed(0))
+        return best_few(self.images, rows, trial, self.noise_at(trial), several)
+
     def _next(self, batch: int) -> Int[Tensor, " b"]:
         """The next images in an order that is drawn anew once all were seen."""
         while len(self._order) < min(batch, self.count):
@@ -248,6 +255,20 @@ class Ascent:
         for number, volume in enumerate(self.maps):
             self._numerator[number] = moved(self._numerator[number], -(free @ centre_of_mass(volume)))
         self.maps = self._solve(radius)
+
+
+def chosen(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
+    """Some of the images."""
+    count = len(rows)
+    return replace(
+        images,
+        values=images.values[rows],
+        transfer=images.transfer[rows],
+        image=torch.arange(count, dtype=torch.int32),
+        rotation=images.rotation[rows],
+        share=images.share[rows],
+        row=images.row[rows],
+    )
 
 
 def centre_of_mass(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "3"]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index
 from emsplat.maths.groups import C1, Symmetry
-from emsplat.poses.abinitio import RIDGE, Ascent
+from emsplat.poses.abinitio import RIDGE, Ascent, chosen
 from emsplat.poses.axes import GroupFrame, in_frame
 from emsplat.poses.local import NO_PRIOR, PoseViews, descend, make_reference
 from emsplat.sums.equations import circulant, mean_per_shell
@@ -28,7 +28,7 @@ from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra
 from emsplat.types import Grid, Poses
 
-_TURN = 12.0  # degrees between the rotations that images are placed at first
+_TURN, _SEVERAL = 12.0, 6  # degrees between the rotations of a grid, and how many of them go on
 _VIEWS = 3000  # images times elements
 _FEWEST = 400  # images, however large the group
 _LEFT_OUT = 4  # one of so many images
@@ -55,8 +55,8 @@ def examine(ascent: Ascent, frame: GroupFrame, coarse: float, radius: int, seed:
     count = min(ascent.count, max(_FEWEST, _VIEWS // frame.symmetry.order))
     rows = torch.randperm(ascent.count, generator=generator)[:count]
     tested = torch.arange(count) % _LEFT_OUT == 0
-    symmetric = _placed(ascent, in_frame(ascent.volume, frame), rows, frame.symmetry, coarse, radius)
-    plain = _placed(ascent, in_frame(ascent.volume, replace(frame, symmetry=C1)), rows, C1, coarse, radius)
+    symmetric = find_poses(ascent, in_frame(ascent.volume, frame), rows, frame.symmetry, coarse, radius)
+    plain = find_poses(ascent, in_frame(ascent.volume, replace(frame, symmetry=C1)), rows, C1, coarse, radius)
     views = _Elements.of(ascent, rows, symmetric, frame.symmetry, radius)
     with_it = views.seen(views.solved(views.equal(tested)))
     found = [views.settled(views.random(tested, generator), tested)]
@@ -73,12 +73,12 @@ def examine(ascent: Ascent, frame: GroupFrame, coarse: float, radius: int, seed:
 def remade(ascent: Ascent, coarse: float, radius: int) -> Float[Tensor, "z y x"]:
     """The first map of an ascent made anew from all its images, each in its most likely pose, with its symmetry."""
     rows, symmetry = torch.arange(ascent.count), ascent.symmetry
-    poses = _placed(ascent, ascent.volume, rows, symmetry, coarse, radius)
+    poses = find_poses(ascent, ascent.volume, rows, symmetry, coarse, radius)
     views = _Elements.of(ascent, rows, poses, symmetry, radius)
     return views.solved(views.equal(torch.zeros(len(rows), dtype=torch.bool)))
 
 
-def _placed(
+def find_poses(
     ascent: Ascent,
     volume: Float[Tensor, "z y x"],
     rows: Int[Tensor, " i"],
@@ -86,24 +86,28 @@ def _placed(
     coarse: float,
     radius: int,
 ) -> Poses:
-    """Images of an ascent against another map: the best of a grid, then the nearest minimum."""
+    """Images of an ascent against another map: from the best few of a grid at ``coarse`` cycles per box to the nearest
+    minimum of each at ``radius``, and the best of these."""
     images, size = ascent.images, len(volume)
+    own = chosen(images, rows)
     args = (images, radius, ascent.diameter, 0, ascent.spread, symmetry)
-    best = Ascent(*args, volume[None], ascent.noise).judge(coarse, _TURN, rows)
+    rotation, shift = Ascent(*args, volume[None], ascent.noise).candidates(coarse, _TURN, rows, _SEVERAL)
+    rotation, shift = rotation.flatten(0, 1).double(), shift.flatten(0, 1).double()
     reference = make_reference(volume, Grid(size, images.length / size), radius)
     sigma = ascent.noise[ascent.shell].sqrt()
-    rotation, shift = best.rotation.double(), best.shift.double()
     views = PoseViews(
-        replace(images, values=images.values[rows] / sigma, transfer=(images.transfer[rows] / sigma).contiguous()),
+        replace(own, values=own.values / sigma, transfer=own.transfer / sigma),
         torch.eye(2).repeat(len(rows), 1, 1),
-        torch.arange(len(rows), dtype=torch.int32),
+        torch.arange(len(rows), dtype=torch.int32).repeat_interleave(_SEVERAL),
         rotation,
         shift,
         rotation,
         shift,
         images.length,
     )
-    return descend(reference, views, NO_PRIOR, radius).poses
+    found = descend(reference, views, NO_PRIOR, radius)
+    best = found.after.reshape(len(rows), _SEVERAL).argmax(1)
+    return found.poses[_SEVERAL * torch.arange(len(rows)) + best]
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
 from emsplat.maths.groups import C1, Symmetry
-from emsplat.poses.abinitio import Ascent, AscentStage
+from emsplat.poses.abinitio import Ascent, AscentStage, chosen
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
 from emsplat.poses.compare import PoseComparison, compare_poses
-from emsplat.poses.equivalents import examine
+from emsplat.poses.equivalents import examine, find_poses, remade
 from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, shell_correlation
 from emsplat.sums.spectra import Spectra
-from emsplat.types import Poses
 
 _BEGUN, _SEEN, _DONE = 5.6, 8.8, 10.6  # cycles per diameter of the particle: first, end of the climb, end of a start
 _SAMPLE = 100  # images of each half that poses are compared on
@@ -105,40 +104,59 @@ def make_start(
         rows = (kinds(images, maps, ascent.noise, ascent.spread, plan) == 0).nonzero()[:, 0]
         images = chosen(images, rows) if len(rows) >= plan.batch else images
         ascent = _going_on(ascent, images, plan, C1, maps[0], own + 1)
-    axes, likelihood = 1.0, 0.0
     if symmetry.order > 1:
-        frame = find_frame(turning_of(ascent.volume, images.length, plan), symmetry)
-        axes = frame.agreement
-        ascent = _going_on(ascent, images, plan, symmetry, in_frame(ascent.volume, frame), own + 2)
-        likelihood = _settled(ascent, plan)
-    for look in range(0 if symmetry.order > 1 else _LOOKS):
-        frame = find_symmetry(turning_of(ascent.volume, images.length, plan), _SEEMS)
-        if frame.symmetry.order <= ascent.symmetry.order:
-            break
-        told(plan.steps, total)
-        examined = examine(ascent, frame, plan.compared, plan.largest, own + look)
-        if examined.symmetry.order == 1 and ascent.symmetry.order > 1:
-            break
-        axes = frame.agreement if examined.symmetry.order > 1 else 1.0
-        ascent = _going_on(ascent, images, plan, examined.symmetry, examined.volume, own + 3 + look)
-        likelihood = _settled(ascent, plan)
-        if examined.symmetry.order == 1:
-            break
-    likelihood = likelihood or _settled(ascent, plan)
+        ascent, axes = _with_symmetry(ascent, images, plan, symmetry, own)
+    else:
+        ascent, axes = _examined(ascent, images, plan, own)
+    volume = remade(ascent, plan.compared, plan.largest)
     told(total, total)
+    ascent = _going_on(ascent, images, plan, ascent.symmetry, volume, own)
+    some = torch.linspace(0, ascent.count - 1, min(2 * _SAMPLE, ascent.count)).long()
     return Start(
         half,
         number,
-        ascent.volume,
+        volume,
         ascent.noise,
         ascent.spread,
-        likelihood,
+        float(ascent.judge(plan.compared, _TURN, some).likelihood.mean()),
         axes,
         ascent.symmetry,
         steps,
         share,
         maps[1:],
     )
+
+
+def _with_symmetry(
+    ascent: Ascent, images: Spectra, plan: StartPlan, symmetry: Symmetry, seed: int
+) -> tuple[Ascent, float]:
+    """The climb with a symmetry about the axes that fit best, and how well they did."""
+    frame = find_frame(turning_of(ascent.volume, images.length, plan), symmetry)
+    ascent = _going_on(ascent, images, plan, symmetry, in_frame(ascent.volume, frame), seed + 2)
+    _settle(ascent, plan)
+    return ascent, frame.agreement
+
+
+def _examined(ascent: Ascent, images: Spectra, plan: StartPlan, seed: int) -> tuple[Ascent, float]:
+    """The climb with the symmetry that images support, or without that which a map only seemed to have."""
+    axes = 1.0
+    for look in range(_LOOKS):
+        frame = find_symmetry(turning_of(ascent.volume, images.length, plan), _SEEMS)
+        if frame.symmetry.order <= ascent.symmetry.order:
+            break
+        examined = examine(ascent, frame, plan.compared, plan.largest, seed + look)
+        if examined.symmetry.order > 1:
+            axes = frame.agreement
+            ascent = _going_on(ascent, images, plan, examined.symmetry, examined.volume, seed + 3 + look)
+            _settle(ascent, plan)
+            continue
+        if ascent.symmetry.order == 1:
+            # No steps on a coarse grid, which would mix again what was told apart.
+            ascent = _going_on(ascent, images, plan, C1, examined.volume, seed + 3 + look)
+        return ascent, axes
+    if ascent.symmetry.order == 1:
+        _settle(ascent, plan)
+    return ascent, axes
 
 
 def _settling(ascent: Ascent, plan: StartPlan) -> Iterator[None]:
@@ -166,10 +184,10 @@ def _going_on(
     return Ascent(*args, symmetry, volume[None], ascent.noise)
 
 
-def _settled(ascent: Ascent, plan: StartPlan) -> float:
-    """The last steps of a start; the likelihood at their end."""
-    seen = [status.likelihood for status in ascent.climb(plan.stages()[2])]
-    return sum(seen[-5:]) / len(seen[-5:])
+def _settle(ascent: Ascent, plan: StartPlan) -> None:
+    """The last steps of a start."""
+    for _ in ascent.climb(plan.stages()[2]):
+        pass
 
 
 def kinds(
@@ -208,12 +226,13 @@ def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: 
     parts = _sampled(halves[0]), _sampled(halves[1])
     sample, split = _joined(*parts), len(parts[0].values)
     rows = torch.arange(len(sample.values))
-    found = [at_map(sample, own, plan, group).judge(plan.compared, _TURN, rows) for own in starts]
-    first, other = (Poses(own.rotation.double(), own.shift.double()) for own in found)
+    found = [at_map(sample, own, plan, group) for own in starts]
+    first, other = (find_poses(own, own.volume, rows, group, plan.compared, plan.largest) for own in found)
     comparison = compare_poses(first, other, group)
     second = brought_over(starts[1].volume, comparison, sample.length)
     curve = shell_correlation(starts[0].volume, second)[: int(plan.compared) + 1]
-    seen = (found[0].likelihood[split:], found[1].likelihood[:split])  # of the other half's images
+    of_other = (rows[split:], rows[:split])
+    seen = [own.judge(plan.compared, _TURN, its).likelihood for own, its in zip(found, of_other, strict=True)]
     gains = torch.cat([own - _shapeless(parts[1 - half], starts[half], plan, group) for half, own in enumerate(seen)])
     error = float(gains.std()) / len(gains) ** 0.5
     verdict = decide(agreement(comparison), last_shell(curve), float(gains.mean()), error)
@@ -280,20 +299,6 @@ def _sampled(images: Spectra) -> Spectra:
     count = len(images.values)
     rows = torch.linspace(0, count - 1, min(_SAMPLE, count)).long()
     return chosen(images, rows)
-
-
-def chosen(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
-    """Some of the images."""
-    count = len(rows)
-    return replace(
-        images,
-        values=images.values[rows],
-        transfer=images.transfer[rows],
-        image=torch.arange(count, dtype=torch.int32),
-        rotation=images.rotation[rows],
-        share=images.share[rows],
-        row=images.row[rows],
-    )
 
 
 def _joined(one: Spectra, other: Spectra) -> Spectra:

@@ -26,9 +26,10 @@ from emsplat.io.tensors import write_tensors
 from emsplat.maths.groups import Symmetry
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
-from emsplat.poses.equivalents import remade
+from emsplat.poses.abinitio import chosen
+from emsplat.poses.equivalents import find_poses, remade
 from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
-from emsplat.poses.starts import Pair, Start, StartPlan, at_map, chosen, common_group, find_pair, kinds
+from emsplat.poses.starts import Pair, Start, StartPlan, at_map, common_group, find_pair, kinds
 from emsplat.poses.verdict import Verdict, brought_over
 from emsplat.process import threads
 from emsplat.programs.classical import accumulate_all
@@ -46,7 +47,6 @@ from emsplat.types import Grid, Poses
 _FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
 _FINEST = 11.5  # cycles per diameter: the finest that starts look at
 _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
-_TURN = 12.0  # degrees between the rotations that all images are looked for at, once a pair was found
 _LOOKED = 500  # images at once
 _TENSORS = ("volume", "noise", "others")  # of a start
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
@@ -319,8 +319,7 @@ def _of_half(
             some = stack.take(part)
             spectra = read_spectra(some.without_symmetry(), plan.largest)
             seen = at_map(spectra, start, plan, symmetry, again)
-            best = seen.judge(plan.compared, _TURN, torch.arange(len(part)))
-            coarse = Poses(best.rotation.double(), best.shift.double())
+            coarse = find_poses(seen, again, torch.arange(len(part)), symmetry, plan.compared, plan.largest)
             placed = place(reference, some.with_poses(coarse), coarse, NO_PRIOR, noise, nearest)
             kind = torch.zeros_like(part)
             if plan.classes > 1:
