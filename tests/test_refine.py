@@ -34,6 +34,7 @@ from emsplat.poses.local import (
 from emsplat.poses.optics import refine_optics
 from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, unlike, within
+from emsplat.poses.tilt import PhaseSums, phase_likelihood, phase_sums, solve_tilt, tilted
 from emsplat.programs import compare_poses
 from emsplat.programs.refine import refine
 from emsplat.report import write_report
@@ -480,6 +481,54 @@ def test_defocus_and_grey_scale_of_each_particle(simulated):
     assert spread.scale == pytest.approx(0.3, rel=0.35)
     alone, _ = refine_optics(reference, wrong, noise_of(wrong), defocus=True, strength=False)
     assert torch.equal(alone.scale, told.scale)
+
+
+def test_the_likelihood_of_a_beam_tilt_has_its_own_derivatives():
+    cross = torch.complex(normal(50, seed=1), normal(50, seed=2))
+    sums = [PhaseSums(normal(4, 50, seed=3), cross), PhaseSums(normal(4, 50, seed=4), cross.conj())]
+    values = (0.3 * normal(4, seed=5)).requires_grad_()
+    direct = sum(2 * (own.cross * torch.exp(1j * (values @ own.basis))).real.sum() for own in sums)
+    found, slope, curve = phase_likelihood(sums, values.detach())
+    assert float(found) == pytest.approx(float(direct.detach()), rel=1e-12)
+    (first,) = torch.autograd.grad(direct, values, create_graph=True)
+    assert torch.allclose(slope, first.detach(), rtol=1e-10)
+    second = torch.stack([torch.autograd.grad(part, values, retain_graph=True)[0] for part in first])
+    assert torch.allclose(curve, -second, rtol=1e-10)
+
+
+def test_a_wrong_beam_tilt_is_found(simulated):
+    """The table says a tilt that the images have not."""
+    star = simulated(particles=200, box=48, pixel_size=3.0, snr=2.0)
+    stack = open_particles(star)
+    truth, grid = read_map(star.parent / "truth.mrc")
+    reference = make_reference(equations_of(stack).gain(truth) * truth, grid, 22)
+    said = torch.tensor([2.0, -1.2], dtype=torch.float64)
+    wrong = stack.with_aberrations(tilted(stack.table.optics, said.expand(200, 2)))
+    moved = wrong.with_poses(Poses(stack.table.poses.rotation, stack.table.poses.shift + 0.5))
+    for known, move in ((wrong, 0.0), (moved, -0.5)):
+        ((group, sums),) = phase_sums(reference, known, noise_of(known)).items()
+        found = solve_tilt(sums)
+        assert group == 0
+        assert bool((found.error < 0.2).all())
+        assert bool(((found.tilt + said).abs() < 4 * found.error).all())
+        assert found.move.tolist() == pytest.approx([move, move], abs=0.1)
+    again = wrong.with_aberrations(tilted(wrong.table.optics, found.tilt.expand(200, 2)))
+    left = solve_tilt(phase_sums(reference, again, noise_of(again))[0])
+    assert bool((left.tilt.abs() < 0.02).all())
+
+
+def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
+    star = simulated(particles=300, snr=2.0)
+    stack = open_particles(star)
+    wrong = stack.with_aberrations(tilted(stack.table.optics, torch.tensor([8.0, 0.0]).expand(300, 2)))
+    write_used(wrong.table, star.parent / "wrong.star", stack.table.half)
+    given = read_particles(star.parent / "wrong.star").optics.aberrations
+    assert torch.allclose(given.odd, wrong.table.optics.aberrations.odd, rtol=1e-6)
+    summary = run(star.parent / "wrong.star", tmp_path / "run", refine="poses,tilt", rounds=1)
+    ((x, _, *errors),) = summary["refinement"]["rounds"][0]["beam_tilt"].values()
+    assert x < -3 * errors[0]
+    after = read_particles(tmp_path / "run" / "run_data.star").optics.aberrations
+    assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
 def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):

@@ -291,7 +291,8 @@ class RefineOptions:
     """How poses are refined."""
 
     refine: Annotated[str, "WHAT,..."] = "poses"
-    """What of each particle is refined: poses, and with a comma defocus, and scale (grey scale and B factor)."""
+    """What is refined: poses, and with a comma defocus, scale (grey scale and B factor) of each particle, and tilt (the
+    beam tilt of each optics group)."""
 
     rounds: int = 3
     """Rounds at most. A round makes maps, fits Gaussians to each half and finds every particle's pose against those of

@@ -28,11 +28,12 @@ from emsplat.programs.opening import half_sets_from
 from emsplat.programs.pose_round import Refined, Round
 from emsplat.programs.run import Run
 from emsplat.run.files import PARTICLES, POSES, REFINEMENT
-from emsplat.types import Poses
+from emsplat.types import Aberrations, Poses
 
 _FAR_OUT = 0.25  # of the box: shifts beyond are said
 _KEPT = ("hessian", "before", "after", "given", "looks", "power")
 _OPTICS = ("defocus_u", "defocus_v", "scale", "b_factor")
+_BENT = ("magnification", "odd", "even")
 
 
 def about_poses(run: Run[RefineConfig], given: ParticleStack, refined: Refined) -> dict[str, Any]:
@@ -135,6 +136,9 @@ def save_rounds(run: Run[RefineConfig], state: Refined) -> None:
     if "ctf" in state.stack.table.changed:
         optics = state.stack.table.optics[state.stack.rows]
         tensors |= {name: getattr(optics, name) for name in _OPTICS}
+    bent = state.stack.table.optics.aberrations
+    if "aberrations" in state.stack.table.changed and bent is not None:
+        tensors |= {name: getattr(bent, name) for name in _BENT}
     priors = []
     if state.placed is not None and state.prior is not None:
         tensors |= {name: getattr(state.placed, name) for name in _KEPT}
@@ -163,6 +167,8 @@ def resumed_rounds(run: Run[RefineConfig]) -> Refined | None:
         if _OPTICS[0] in own:
             optics = stack.table.optics[stack.rows]
             stack = stack.with_optics(replace(optics, **{name: own[name] for name in _OPTICS}))
+        if _BENT[0] in own:
+            stack = stack.with_aberrations(Aberrations(*(own[name] for name in _BENT)))
         run.log.line(f"resuming after round {len(rounds)}")
         centre = Poses(own["centre_rotation"], own["centre_shift"])
         if not about["priors"]:

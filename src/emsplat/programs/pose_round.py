@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference
 from emsplat.poses.optics import Spread, refine_optics
 from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import everywhere, within
+from emsplat.poses.tilt import PhaseSums, Tilt, phase_sums, solve_tilt, tilted
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Run
@@ -35,8 +36,9 @@ _EPOCHS = 8  # of the Gaussians that are compared with: longer fits and more Gau
 _SAMPLE = 400  # particles of each half that tell the errors of the poses
 _WIDE = (math.radians(20), 0.1)  # a prior that hardly holds: rad, part of the box
 _ELSEWHERE = 5.0  # widths of the prior
-_DEFOCUS, _SCALE = "defocus", "scale"
-REFINED = ("poses", _DEFOCUS, _SCALE)
+_DEFOCUS, _SCALE, _TILT = "defocus", "scale", "tilt"
+REFINED = ("poses", _DEFOCUS, _SCALE, _TILT)
+_CERTAIN = 3.0  # standard errors of a beam tilt from which on it is believed
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Round:
     defocus_spread: list[float] | None = None  # Å, of the change that images ask for beyond noise, for each half
     scale_spread: list[float] | None = None  # of ln scale
     b_factor_spread: list[float] | None = None  # Å²
+    beam_tilt: dict[str, list[float]] | None = None  # of optics groups: x and y to be added, and their errors, mrad
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def make_round(
     priors: list[Prior] = []
     optics: list[Optics] = []
     spreads: list[Spread] = []
+    phases: dict[int, list[PhaseSums]] = {}
     rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
     for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
         own = stack.only(half)
@@ -99,7 +103,12 @@ def make_round(
             f"log-likelihood {float((placed.after - placed.before).mean()):+.2f} per particle in "
             f"{float(placed.looks.double().mean()):.1f} comparisons"
         )
-        if options.refine != "poses":
+        if _TILT in asked:
+            with log.progress(f"beam tilt of {name}", len(own)) as update:
+                told = partial(_told, update, moment)
+                for group, sums in phase_sums(reference, own.with_poses(placed.poses), noise, told).items():
+                    phases.setdefault(group, []).extend(sums)
+        if _DEFOCUS in asked or _SCALE in asked:
             moved = own.with_poses(placed.poses)
             with log.progress(f"optics of {name}", len(own)) as update:
                 changed, spread = refine_optics(
@@ -129,11 +138,50 @@ def make_round(
         scale_spread=[round(one.scale, 4) for one in spreads] if _SCALE in asked else None,
         b_factor_spread=[round(one.b_factor, 3) for one in spreads] if _SCALE in asked else None,
     )
+    tilts = {group: solve_tilt(sums) for group, sums in phases.items()}
+    done = replace(done, beam_tilt=_said_of(run, stack, tilts))
     stack = stack.with_poses(placed.poses)
     if optics:
         stack = stack.with_optics(joined_optics(optics)[order])
+    if tilts:
+        stack, placed, given = _tilted(stack, placed, given, tilts)
     centre = _recentred(given, placed, stack.half, priors) if search is not nearest else given
     return Refined(stack, placed, (priors[0], priors[1]), centre, (*before.rounds, done))
+
+
+def _said_of(run: Run[RefineConfig], stack: ParticleStack, tilts: dict[int, Tilt]) -> dict[str, list[float]] | None:
+    """What is to be added to the beam tilt of each optics group (x, y) with its standard errors, mrad."""
+    for group, own in tilts.items():
+        believed = "" if _is_certain(own) else ", which is none"
+        run.log.line(
+            f"  beam tilt of {stack.table.groups[group].name}: {own.tilt[0]:+.3f} ± {own.error[0]:.3f}, "
+            f"{own.tilt[1]:+.3f} ± {own.error[1]:.3f} mrad to be added{believed}"
+        )
+    found = {
+        stack.table.groups[group].name: [round(value, 4) for value in (*own.tilt.tolist(), *own.error.tolist())]
+        for group, own in tilts.items()
+    }
+    return found or None
+
+
+def _is_certain(tilt: Tilt) -> bool:
+    return bool((tilt.tilt.abs() > _CERTAIN * tilt.error).any())
+
+
+def _tilted(
+    stack: ParticleStack, placed: Placed, given: Poses, tilts: dict[int, Tilt]
+) -> tuple[ParticleStack, Placed, Poses]:
+    """Particles with the beam tilt of their groups, and with the move that goes with it; so are the poses that were
+    given, about which priors are."""
+    change, move = torch.zeros(2, len(stack.table.groups), 2, dtype=torch.float64)
+    for group, own in tilts.items():
+        if _is_certain(own):
+            change[group], move[group] = own.tilt, own.move
+    by = move[stack.table.optics_group[stack.rows]]
+    placed = replace(placed, poses=Poses(placed.poses.rotation, placed.poses.shift + by))
+    stack = stack.with_poses(placed.poses)
+    aberrations = tilted(stack.table.optics, change[stack.table.optics_group])
+    return stack.with_aberrations(aberrations), placed, Poses(given.rotation, given.shift + by)
 
 
 def _recentred(given: Poses, placed: Placed, half: Int[Tensor, " p"], priors: list[Prior]) -> Poses:
