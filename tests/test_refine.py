@@ -9,14 +9,18 @@ import torch
 
 import emsplat as em
 from emsplat.assessment.maps import sphere
-from emsplat.config import ComparePosesConfig, RefineConfig, configure
+from emsplat.config import ComparePosesConfig, RefineConfig, SimulateConfig, configure
 from emsplat.errors import InputError, Interrupted
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.frames import identity
+from emsplat.heterogeneity.half import HalfModel
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles, write_used
 from emsplat.maths.fourier import irfft, rfft
 from emsplat.maths.geometry import random_rotations, vector_to_matrix
 from emsplat.maths.groups import C1, dihedral
 from emsplat.measures.fsc import fsc_curve
+from emsplat.models.decoder import Decoder, Shape
 from emsplat.particles.open import open_particles
 from emsplat.poses.local import (
     NO_PRIOR,
@@ -37,8 +41,11 @@ from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, unli
 from emsplat.poses.tilt import PhaseSums, phase_likelihood, phase_sums, solve_tilt, tilted
 from emsplat.programs import compare_poses
 from emsplat.programs.refine import refine
+from emsplat.programs.simulate import simulate
 from emsplat.report import write_report
+from emsplat.run.files import half_model_name
 from emsplat.run.log import Log
+from emsplat.simulation.truth import read_truth
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, half_plane
 from emsplat.sums.statistics import equations_of
@@ -450,6 +457,81 @@ def test_particles_of_several_boxes(simulated, wrong, tmp_path):
     given = torch.linalg.vector_norm(turns(read_particles(star).poses.rotation, known.rotation), dim=1).median()
     assert away < 0.7 * given
     assert summary["refinement"]["moved"] is True
+
+
+# States
+
+
+def atoms(path, places):
+    """Carbon atoms of one chain."""
+    lines = [
+        f"ATOM  {i + 1:5d}  CA  ALA A{i + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           C\n"
+        for i, (x, y, z) in enumerate(places.tolist())
+    ]
+    path.write_text("".join(lines) + "END\n")
+    return path
+
+
+@pytest.fixture
+def moving(tmp_path):
+    """Particles with an arm in one of two places, in poses that are off; their true poses; and the folder of a run that
+    knows the states."""
+    body, arm = 9 * normal(300, 3, seed=40), 7 * normal(200, 3, seed=41) + torch.tensor([0.0, 0.0, 32.0])
+    turn = vector_to_matrix(torch.tensor([[1.4, 0.0, 0.0]], dtype=torch.float64))[0]
+    models = [atoms(tmp_path / f"{n}.pdb", torch.cat([body, own])) for n, own in enumerate((arm, arm @ turn.T))]
+    known = {"box": 32, "pixel_size": 4.0, "snr": 0.5, "seed": 3, "particles": 500, "states": tuple(models)}
+    true = simulate(configure(SimulateConfig, **known), None, tmp_path / "particles")
+    labels = read_truth(tmp_path / "particles" / "truth").state
+    stack = open_particles(true)
+    poses = stack.table.poses
+    error = math.radians(6) * normal(500, 3, seed=1)
+    moved = Poses(vector_to_matrix(error) @ poses.rotation, poses.shift + 3 * normal(500, 2, seed=2))
+    star = true.parent / "wrong.star"
+    write_used(stack.with_poses(moved).table, star, stack.table.half)
+    folder = tmp_path / "states"
+    folder.mkdir()
+    maps = torch.stack([read_map(true.parent / "truth" / f"{n:03d}.mrc")[0] for n in (0, 1)])
+    point = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    for half in (1, 2):
+        faint = Decoder(
+            torch.zeros(8, 3), torch.full((8,), 4.0), torch.full((8,), 1e-6), Shape(1, 1), generator=drawn(6)
+        )
+        density = Density(point, torch.tensor([0.5, 0.5]).double())
+        own = HalfModel(faint, density, torch.eye(1).double() * 50, maps, stack.grid, stack.grid, identity(1))
+        own.save(folder / half_model_name(half))
+    rows = [f"{row + 1},{stack.table.half[row]},{2 * int(labels[row]) - 1}" for row in range(500)]
+    (folder / "latents.csv").write_text("\n".join(["row,half,z1", *rows]) + "\n")
+    return star, true, folder
+
+
+def test_motion_is_not_mistaken_for_wrong_poses(moving, tmp_path):
+    """Against maps of their own states particles come nearer to their true poses than against one map of all."""
+    star, true, folder = moving
+    summary = run(star, tmp_path / "own", states=folder)
+    run(star, tmp_path / "one", rounds=1)
+    given = compare(true, star)
+    own, one = (compare(true, tmp_path / name / "run_data.star") for name in ("own", "one"))
+    assert own["median"] < 0.8 * one["median"]
+    assert own["median"] < 0.5 * given["median"]
+    assert own["shift_median"] < one["shift_median"]
+    assert len(summary["refinement"]["rounds"]) == 1
+
+
+def test_states_of_other_particles(moving, tmp_path):
+    star, _, folder = moving
+    with pytest.raises(InputError, match="with --states poses and tilt"):
+        run(star, tmp_path / "optics", states=folder, refine="poses,defocus")
+    text = (folder / "latents.csv").read_text()
+    (folder / "latents.csv").write_text(text.replace("\n1,1,", "\n1,2,").replace("\n1,2,", "\n1,1,"))
+    lines = text.splitlines()
+    (folder / "latents.csv").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(InputError, match="1 particles are not in it"):
+        run(star, tmp_path / "run", states=folder)
+    first = lines[1].split(",")
+    lines[1] = ",".join([first[0], str(3 - int(first[1])), first[2]])
+    (folder / "latents.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="half-sets are others"):
+        run(star, tmp_path / "other", states=folder)
 
 
 # Optics

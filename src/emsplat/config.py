@@ -311,6 +311,10 @@ class RefineOptions:
     shift_error: Angstrom | None = None
     """Standard deviation along x and y of the shifts that were given; without it from the data."""
 
+    states: Folder | None = None
+    """Run folder of `emsplat heterogeneity` with these particles: each is compared with the map of its own state, so
+    that motion is not mistaken for a wrong pose. One round."""
+
     shared_to: Angstrom | None = None
     """The poses that are given were found with one map of all particles, of this resolution: what is coarser both
     half-sets share, and no resolution counts it."""

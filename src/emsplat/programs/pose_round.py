@@ -26,6 +26,7 @@ from emsplat.poses.search import everywhere, within
 from emsplat.poses.tilt import PhaseSums, Tilt, phase_sums, solve_tilt, tilted
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
+from emsplat.programs.pose_states import KnownStates, Target, state_targets
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES
@@ -71,9 +72,14 @@ class Refined:
 
 
 def make_round(
-    run: Run[RefineConfig], settings: Settings, before: Refined, classical: Classical, moment: Checkpoints
+    run: Run[RefineConfig],
+    settings: Settings,
+    before: Refined,
+    classical: Classical,
+    moment: Checkpoints,
+    known: KnownStates | None = None,
 ) -> Refined:
-    """Every particle placed against the reference of its own half."""
+    """Every particle placed against the reference of its own half, or where states are known that of its state."""
     log, stack, grid = run.log, before.stack, run.stack.grid
     number = len(before.rounds) + 1
     cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
@@ -90,13 +96,18 @@ def make_round(
     rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
     for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
         own = stack.only(half)
-        reference = _reference(run, settings, classical, name, cut)
+        if known is None:
+            whole = Target(_reference(run, settings, classical, name, cut), torch.arange(len(own)))
+            targets = [whole]
+        else:
+            targets = state_targets(known, half, stack, classical.equations[name], cut)
+            log.line(f"  {name}: compared with maps of {len(targets)} states")
         noise = noise_of(own)
-        prior = _prior(run, reference, own, given[own_rows], noise, search)
+        prior = _prior(run, targets, own, given[own_rows], noise, search)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
             told = partial(_told, update, moment)
-            placed = place(reference, own, given[own_rows], prior, noise, search, told)
+            placed = _placed(targets, own, given[own_rows], prior, noise, search, told)
         found.append(placed)
         log.line(
             f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å per axis; "
@@ -106,13 +117,17 @@ def make_round(
         if _TILT in asked:
             with log.progress(f"beam tilt of {name}", len(own)) as update:
                 told = partial(_told, update, moment)
-                for group, sums in phase_sums(reference, own.with_poses(placed.poses), noise, told).items():
-                    phases.setdefault(group, []).extend(sums)
+                moved = own.with_poses(placed.poses)
+                for target in targets:
+                    some = moved.take(target.rows)
+                    sums = phase_sums(target.reference, some, _noise_for(some, own, noise), told)
+                    for group, its in sums.items():
+                        phases.setdefault(group, []).extend(its)
         if _DEFOCUS in asked or _SCALE in asked:
             moved = own.with_poses(placed.poses)
             with log.progress(f"optics of {name}", len(own)) as update:
                 changed, spread = refine_optics(
-                    reference,
+                    targets[0].reference,
                     moved,
                     noise,
                     defocus=_DEFOCUS in asked,
@@ -234,7 +249,7 @@ def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical,
 
 def _prior(
     run: Run[RefineConfig],
-    reference: Reference,
+    targets: list[Target],
     own: ParticleStack,
     given: Poses,
     noise: list[Tensor],
@@ -244,14 +259,44 @@ def _prior(
     options = run.config.refinement
     turn, shift = options.angle_error, options.shift_error
     if turn is None or shift is None:
-        some = torch.linspace(0, len(own) - 1, min(_SAMPLE, len(own))).long()
         wide = Prior(_WIDE[0], _WIDE[1] * own.grid.length)
-        sample = own.take(some)
-        placed = place(reference, sample, given[some], wide, _noise_for(sample, own, noise), search)
-        found = estimate_prior(placed, given[some])
+        part = min(1.0, _SAMPLE / len(own))
+        some = []
+        for target in targets:
+            chosen = torch.linspace(0, len(target.rows) - 1, max(1, round(part * len(target.rows)))).long()
+            some.append(Target(target.reference, target.rows[chosen]))
+        rows = torch.cat([target.rows for target in some]).sort().values
+        sample = own.take(rows)
+        inside = [Target(target.reference, torch.searchsorted(rows, target.rows)) for target in some]
+        placed = _placed(inside, sample, given[rows], wide, _noise_for(sample, own, noise), search)
+        found = estimate_prior(placed, given[rows])
         turn = math.degrees(found.turn) if turn is None else turn
         shift = found.shift if shift is None else shift
     return Prior(math.radians(turn), shift)
+
+
+def _placed(
+    targets: list[Target],
+    own: ParticleStack,
+    given: Poses,
+    prior: Prior,
+    noise: list[Tensor],
+    search: Search,
+    told: Callable[[int], None] = lambda _: None,
+) -> Placed:
+    """Every particle against its own target."""
+    found, done = [], 0
+    for target in targets:
+        some = own.take(target.rows)
+        before = done
+
+        def also(count: int, before: int = before) -> None:
+            told(before + count)
+
+        about = given[target.rows]
+        found.append(place(target.reference, some, about, prior, _noise_for(some, own, noise), search, also))
+        done += len(some)
+    return Placed.joined(found, torch.argsort(torch.cat([target.rows for target in targets])))
 
 
 def _noise_for(sample: ParticleStack, own: ParticleStack, noise: list[Tensor]) -> list[Tensor]:

@@ -27,6 +27,7 @@ from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.opening import half_sets_from, introduce_fit, open_run
 from emsplat.programs.pose_files import about_poses, resumed_rounds, save_rounds, write_particles
 from emsplat.programs.pose_round import REFINED, Refined, look_up, make_round
+from emsplat.programs.pose_states import read_known_states
 from emsplat.programs.reconstruct import compared_with_images, write_fits
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings, settings_of
@@ -89,6 +90,11 @@ def _settled(config: RefineConfig) -> Settings:
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0")
     _check_search(own.search)
+    if own.states is not None:
+        if own.reference != "gaussians":
+            raise InputError("--reference map: with --states particles are compared with maps of states; leave it out")
+        if {"defocus", "scale"} & set(own.refine.split(",")):
+            raise InputError(f"--refine {own.refine}: with --states poses and tilt are refined; leave the others out")
     if unknown := [name for name in own.refine.split(",") if name not in REFINED]:
         raise InputError(f"--refine {own.refine}: {unknown[0]!r} is none of {', '.join(REFINED)}")
     return settings
@@ -142,6 +148,8 @@ def _say_origin(run: Run[RefineConfig]) -> None:
 def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[str, NormalEquations]]:
     """Rounds until the maps gain no more: the particles in their new poses, and the sums with these."""
     options, log, given = run.config.refinement, run.log, run.stack
+    known = read_known_states(options.states, given) if options.states is not None else None
+    most = options.rounds if known is None else 1  # their maps are not made anew
     state = resumed_rounds(run) or Refined(given, None, None, given.table.poses[given.rows])
     with log.part("rounds"), checkpoints(math.inf) as moment:
         sums, classical, score = _judged(run, state.stack, moment)
@@ -152,10 +160,11 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
             )
             return state, sums
         log.line(f"poses as they are: mean correlation with the truth {score:.4f} (of the back-projections)")
-        while len(state.rounds) < options.rounds and not _has_stalled(state):
-            after = make_round(run, settings, state, classical, moment)
+        while len(state.rounds) < most and not _has_stalled(state):
+            after = make_round(run, settings, state, classical, moment, known)
             new_sums, new_classical, new_score = _judged(run, after.stack, moment)
-            kept = new_score > score - _HARM
+            # The map of all particles is sharpest in poses that make up for motion: it is no judge of states.
+            kept = known is not None or new_score > score - _HARM
             gained = new_score - score
             done = replace(after.rounds[-1], score=round(new_score, 5), gained=round(gained, 5), kept=kept)
             log.line(
