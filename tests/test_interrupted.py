@@ -8,11 +8,14 @@ import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from emsplat.config import ReconstructConfig, change, configure
-from emsplat.errors import InputError, Interrupted
+from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fitting.checkpoint import load_states
+from emsplat.io import tensors
 from emsplat.io.mrc import read_map
+from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Judged, Scored, read_journal
@@ -117,6 +120,18 @@ def test_a_time_limit_is_a_request_to_stop(monkeypatch):
     with pytest.raises(Interrupted, match="--time-limit is reached: stopped in half1") as caught:
         moment.saved("in half1")
     assert caught.value.exit_code == 128 + signal.SIGUSR1
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
+    """Also where the library that writes has errors of its own."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.raises(OutputError, match=r"sums.safetensors: cannot be written \(.*No space left.*; free some space"):
+        tensors.write_tensors(tmp_path / "sums.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 # Several processes. Each of these starts some, and takes more than 5 s.
@@ -236,7 +251,7 @@ def test_a_full_disk_of_the_first_process_ends_all(particles, tmp_path):
         "import sys, time", "import signal, sys, time\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     )
     said = ended_together(start(2, *words, program=ignoring, before=limited))
-    assert said[0][0] == 2
+    assert said[0][0] == 2, said
     assert said[0][2].startswith(f"emsplat: {tmp_path / 'run'}")
     assert "cannot be written" in said[0][2]
     assert said[1][0] == 1
@@ -256,7 +271,11 @@ def test_a_folder_that_cannot_be_written_ends_all_with_its_reason(particles, tmp
 
 @pytest.mark.slow
 def test_more_processes_than_particles_are_refused(particles, tmp_path):
-    said = ended_together(start(5, "backproject", particles, "-o", tmp_path / "run", "--first", "4"))
+    half = open_particles(particles).half
+    rows = [row for number in (1, 2) for row in (half == number).nonzero()[:2, 0].tolist()]
+    (tmp_path / "four.txt").write_text("\n".join(map(str, rows)))
+    words = ["backproject", particles, "-o", tmp_path / "run", "--subset", tmp_path / "four.txt"]
+    said = ended_together(start(5, *words))
     assert [code for code, *_ in said] == [2] * 5
     assert "5 processes for 4 particles" in said[0][2]
     assert [errors for *_, errors in said[1:]] == [""] * 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,5 +21,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str])
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files for their owner alone
-        save_file(tensors, temporary, about)
+        try:
+            save_file(tensors, temporary, about)
+        except SafetensorError as error:  # a full disk, which that library says in its own way
+            raise OSError(errno.EIO, str(error)) from error
         temporary.chmod(mode)

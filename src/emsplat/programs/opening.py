@@ -60,13 +60,13 @@ def open_run(
     device, device_said = choose_device(config.run.device)
     forget_peak_memory(device)
     time_limit(config.run.time_limit)
-    stack = open_stack(_here(config, world), particles, need_poses=need_poses).on(device)
-    _require_usable(stack, config, settings)
+    with log.step("particles"):
+        stack = open_stack(_here(config, world), particles, need_poses=need_poses).on(device)
+        _require_usable(stack, config, settings)
     _require_shared_out(stack, world)
     if world.first:
         prepare_folder(config, particles, folder)
-        log.keep_in(folder)
-    log.journal.add(Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
+        log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)
@@ -89,7 +89,8 @@ def open_run(
         log.line(f"  estimated: {needed.text}")
     run = Run(config, particles, folder, log, stack, skipped, finding, world, needed)
     if world.first:
-        write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
+        with log.step("particles written"):
+            write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
         write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
     return run
@@ -153,7 +154,8 @@ def _without_bad(stack: ParticleStack, log: Log, world: World) -> tuple[Particle
 def _look_for_symmetry(stack: ParticleStack, log: Log) -> Finding | None:
     if stack.symmetry.order == 1:
         return None
-    found = examine_symmetry(stack)
+    with log.step("symmetry"):
+        found = examine_symmetry(stack)
     if found is not None:
         (log.warn if found.verdict == "wrong" else log.line)(f"symmetry {found.text}")
     return found

@@ -50,7 +50,7 @@ def backproject(
     log = log or Log()
     if (finished := found_finished(config, particles, output, log, world)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="backproject", world=world)
         classical = accumulate_all(run)
         if not world.first:
@@ -82,7 +82,7 @@ def reconstruct(
     log = log or Log()
     if (finished := found_finished(config, particles, output, log, world)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         settings = _settled(config, output, world)
         run = open_run(config, particles, output, log, settings, world=world)
         introduce_fit(log, settings)

@@ -49,14 +49,16 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
     planned = stage_epochs(settings.epochs, growth)
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     with run.log.part("fits"):
-        halves = [_begin(name, run, settings, classical, world) for name in HALVES]
+        with run.log.step("starts of half1 and half2"):
+            halves = [_begin(name, run, settings, classical, world) for name in HALVES]
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
         before = _taken_up(run, halves, "halves", world)
         course = find_course(halves, plan, growth, judge, before, world)
         stages, fitted = _carry_out(run, halves, "halves", course, before, sum(planned), world)
         if not world.first:
             return Fits(settings, fitted, tuple(stages))
-        full = [_begin("class001", run, settings, classical, ALONE)]
+        with run.log.step("start of class001"):
+            full = [_begin("class001", run, settings, classical, ALONE)]
         _taken_up(run, full, "class001", ALONE)
         kept = sum(stage.epochs for stage in stages if stage.kept)
         _, of_all = _carry_out(run, full, "class001", follow_course(full, plan, stages), [], kept, ALONE)
@@ -148,8 +150,9 @@ def _carry_out(
             save_course(path, fits, stages)
 
     with (
+        run.log.step(label),
         run.log.progress(label, total, done, unit="steps") as update,
-        checkpoints(options.checkpoint_every, world, options.time_limit, together=1) as moment,
+        checkpoints(options.checkpoint_every, world, options.time_limit) as moment,
     ):
         for happened in course:
             if isinstance(happened, VolumeFit):

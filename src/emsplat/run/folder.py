@@ -62,7 +62,7 @@ def _contents(output: Path) -> list[Path]:
 
 
 OWN_OF_PROCESS = frozenset({"threads", "datadir", "device"})  # options that processes may differ in
-_MAY_CHANGE = OWN_OF_PROCESS | {"resume", "overwrite", "checkpoint_every", "time_limit", "force"}
+_MAY_CHANGE = OWN_OF_PROCESS | {"resume", "overwrite", "checkpoint_every", "time_limit", "force", "profile"}
 
 
 def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:

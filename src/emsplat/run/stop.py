@@ -16,8 +16,6 @@ from emsplat.errors import InputError, Interrupted
 from emsplat.parallel import ALONE, World
 from emsplat.process import started
 
-_TOGETHER = 8  # steps after which several processes ask each other
-
 
 class StopRequest:
     """Whether somebody has asked the work to end, and by which signal."""
@@ -64,21 +62,12 @@ class Checkpoints:
     reached its ``limit`` (on the clock of `time.monotonic`).
 
     The caller asks `due` once per step, and says `saved` when it has done so. Nothing else looks at the clock or at the
-    request. Several processes agree on this one answer, each ``together`` steps: all have to ask equally often, and the
-    clock is that of the first.
+    request. Several processes agree on this one answer: all have to ask equally often, and the clock is that of the
+    first.
     """
 
-    def __init__(
-        self,
-        every: float,
-        stop: StopRequest,
-        world: World = ALONE,
-        limit: float = math.inf,
-        together: int = _TOGETHER,
-    ) -> None:
-        self._every, self._stop, self._limit = every, stop, limit
-        self._world, self._together = world, together
-        self._asked = 0
+    def __init__(self, every: float, stop: StopRequest, world: World = ALONE, limit: float = math.inf) -> None:
+        self._every, self._stop, self._limit, self._world = every, stop, limit, world
         self._stopping = False
         self._last = time.monotonic()
 
@@ -90,9 +79,6 @@ class Checkpoints:
         if self._world.size == 1:
             self._stopping = bool(self._stop)
             return self._stopping or now - self._last > self._every
-        self._asked += 1
-        if self._asked % self._together:
-            return False
         late = self._world.first and now - self._last > self._every
         said = torch.tensor([self._stop.number or 0, int(late)])
         self._world.most_(said)
@@ -114,9 +100,7 @@ class Checkpoints:
 
 
 @contextmanager
-def checkpoints(
-    every: float, world: World = ALONE, limit: str | None = None, together: int = _TOGETHER
-) -> Iterator[Checkpoints]:
+def checkpoints(every: float, world: World = ALONE, limit: str | None = None) -> Iterator[Checkpoints]:
     """Steps that are not cut in two, and saved as `Checkpoints` says; ``limit`` as `time_limit` reads it, since the
     process began.
 
@@ -125,7 +109,7 @@ def checkpoints(
     """
     end = started() + time_limit(limit)
     with interruptible() as stop:
-        yield Checkpoints(every, stop, world, end, together)
+        yield Checkpoints(every, stop, world, end)
 
 
 def time_limit(text: str | None) -> float:
