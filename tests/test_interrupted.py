@@ -201,7 +201,9 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(particles, tmp_
         if rank != dying:
             assert code == 1
             assert re.fullmatch(rf"emsplat, rank {rank} of 3 \(.*\): rank {dying} of 3 \(.*--resume.*\n", errors)
+    (folder / ".run_half1_statistics.safetensors.77.part").write_bytes(b"half a file")
     (resumed,) = ends(start(1, *words, "--resume"))
+    assert not list(folder.glob(".*"))
     assert resumed[0] == 0
     assert "particles were accumulated before" in resumed[1]
     for name in MAPS:

@@ -13,6 +13,8 @@ from typing import Any
 
 from emsplat.errors import InputError, OutputError
 
+TEMPORARY = ".*.part"  # pattern of the names of `replacing`
+
 
 def require_file(path: Path, expected: str) -> None:
     """Refuses a path that is no file.

@@ -9,7 +9,7 @@ from typing import Any
 
 from emsplat.config import ReconstructConfig, RunConfig, flat
 from emsplat.errors import InputError, OutputError
-from emsplat.io.files import replacing
+from emsplat.io.files import TEMPORARY, replacing
 from emsplat.run.files import SETTINGS, SUMMARY
 
 
@@ -22,6 +22,8 @@ def prepare_folder(config: RunConfig, particles: Path, output: Path) -> None:
     """
     if config.run.resume:
         check_same_run(config, particles, output)
+        for path in output.glob(TEMPORARY):  # of a process that was killed while it wrote
+            path.unlink(missing_ok=True)
     elif output.exists() and (not output.is_dir() or _contents(output)):
         if not config.run.overwrite:
             raise OutputError(
