@@ -224,11 +224,11 @@ def test_found_course_can_be_followed_to_the_same_models(halves):
 
 
 def test_a_course_tells_what_happens_in_order(halves):
-    """Ten steps of one half, ten of the other, the score of the epoch; at its end the stage."""
+    """Ten steps of both halves by turns, the score of the epoch; at its end the stage."""
     _, equations, judge = halves
     fits = begin(equations)
     told = list(find_course(fits, Plan(3, 2e-2, 0.75), 1, Told(judge, (1e-3, 1e-3))))
-    epoch = ["half1"] * 10 + ["half2"] * 10 + [Score]
+    epoch = ["half1", "half2"] * 10 + [Score]
     names = [one.name if isinstance(one, VolumeFit) else type(one) for one in told]
     assert names == (epoch * 2 + [Stage]) * 2
     scores = [one for one in told if isinstance(one, Score)]

@@ -59,8 +59,9 @@ def test_a_job_of_many_processes(particles, capsys):
     assert "srun torchrun --nnodes 2 --nproc-per-node 4" in text
 
 
-def test_a_job_in_parts_runs_without_processes_that_talk(particles, tmp_path, capsys, monkeypatch):
+def test_a_job_in_parts_runs_without_processes_that_talk(simulated, tmp_path, capsys, monkeypatch):
     """Its commands, run here one after the other, give the map of the whole."""
+    particles = simulated(particles=300)
     monkeypatch.chdir(tmp_path)
     text, _ = job(["--parts", 3, "--threads", 1, "backproject", particles, "-o", "my run", "--diameter", 100], capsys)
     (tmp_path / "job.sh").write_text(text)
@@ -77,7 +78,7 @@ def test_a_job_in_parts_runs_without_processes_that_talk(particles, tmp_path, ca
     backproject(configure(BackprojectConfig, threads=1, diameter=100.0), particles, tmp_path / "whole")
     for name in ("run_half1_class001_unfil.mrc", "run_half2_class001_unfil.mrc"):
         parts, whole = read_map(tmp_path / "my run" / name)[0], read_map(tmp_path / "whole" / name)[0]
-        # Noise is weighted by the spectrum that each part shows, which of 20 images is not the same.
+        # Noise is weighted by the spectrum that each part shows, which of 50 images is not the same.
         assert float((parts * whole).sum() / parts.norm() / whole.norm()) > 0.95
 
 

@@ -586,7 +586,7 @@ def slurm(
     on where it was stopped.
 
     Args:
-        command: reconstruct or backproject.
+        command: Command that the job runs, reconstruct or backproject.
         words: What follows it, as on the command line; -o names the run folder.
 
     Examples:
@@ -733,6 +733,12 @@ def commands() -> dict[str, Command]:
     return {_name(run): command_of(run, f"emsplat {_name(run)}") for group in _COMMANDS.values() for run in group}
 
 
+def job_words(words: list[str]) -> list[str]:
+    """The words of a job with those of its command, which stand after it, as one."""
+    at = next(place for place, word in enumerate(words) if word in _SHARED)
+    return [*words[: at + 1], "--", shlex.join(words[at + 1 :])]
+
+
 def _is_one_of_many() -> bool:
     """Whether torchrun has started several processes (`parallel.started_together`, which loads torch)."""
     return "MASTER_ADDR" in os.environ and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
@@ -773,8 +779,7 @@ def _run(words: list[str]) -> Any:
         case ["help", name, *_] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), ["--help"])
         case ["slurm", *rest] if "--help" not in rest[:1] and set(rest) & set(_SHARED):
-            at = next(place for place, word in enumerate(rest) if word in _SHARED)
-            return call(command_of(slurm, "emsplat slurm"), [*rest[: at + 1], "--", shlex.join(rest[at + 1 :])])
+            return call(command_of(slurm, "emsplat slurm"), job_words(rest))
         case [name, *_] if name in runs and name not in _SHARED and _is_one_of_many():
             raise InputError(f"{name}: is not shared out over processes; start it without torchrun")
         case [name, *rest] if name in runs:

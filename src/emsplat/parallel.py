@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
+import platform
 import sys
 import threading
 import time
@@ -143,7 +143,7 @@ class World:
 
     def here(self, text: str) -> str:
         """A text in which {rank} and {host} stand for those of this process."""
-        return text.replace("{rank}", str(self.rank)).replace("{host}", socket.gethostname().partition(".")[0])
+        return text.replace("{rank}", str(self.rank)).replace("{host}", platform.node().partition(".")[0])
 
     def texts(self, text: str) -> list[str]:
         """What each process says."""
@@ -303,7 +303,7 @@ class _Watch:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._ours = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and rank == 0  # it goes when this process goes
-        self.hosts = tuple(self.all_say("host", socket.gethostname()))
+        self.hosts = tuple(self.all_say("host", platform.node()))
         self._lock = threading.Lock()
         self._state = ""  # of this process, in the place of a number of beats
         self._failure: str | None = None  # of this process

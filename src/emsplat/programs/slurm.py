@@ -14,6 +14,7 @@ from emsplat.errors import InputError
 from emsplat.particles.choose import open_stack
 from emsplat.programs.estimate import Estimate, estimate
 from emsplat.programs.settings import settings_of
+from emsplat.run.files import SETTINGS
 from emsplat.run.log import counted
 from emsplat.run.stop import time_limit
 
@@ -106,7 +107,7 @@ def _going_on(output: Path) -> list[str]:
     return [
         "# The same job again goes on where it was stopped.",
         "resume=",
-        f"if [ -f {shlex.quote(str(output / 'config.toml'))} ]; then resume=--resume; fi",
+        f"if [ -f {shlex.quote(str(output / SETTINGS))} ]; then resume=--resume; fi",
     ]
 
 
@@ -145,7 +146,7 @@ def _parts(
         "#   sbatch --dependency=afterok:$parts job.sh",
         "resume=",
         'if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then',
-        f"  if [ -f {folder}/config.toml ]; then resume=--resume; fi",
+        f"  if [ -f {folder}/{SETTINGS} ]; then resume=--resume; fi",
         f"  exec srun python -m emsplat {part} --part $SLURM_ARRAY_TASK_ID/{options.parts} -o {folder} "
         f"{stop} --threads {options.threads} $resume",
         "fi",
