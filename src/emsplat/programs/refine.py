@@ -43,7 +43,7 @@ from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import everywhere, within
 from emsplat.process import threads
 from emsplat.programs.begin import FINEST_DETAIL, start_model
-from emsplat.programs.classical import Classical, accumulate_all, judge, settle
+from emsplat.programs.classical import Classical, accumulate_all, judge, settle, show
 from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.opening import half_sets_from, introduce_fit, open_run
 from emsplat.programs.reconstruct import compared_with_images, write_fits
@@ -257,6 +257,7 @@ def _judged(
                 parts.append(statistics.equations())
         sums[name] = combined(parts)
     classical = judge(sums, stack, given_mask(run.config.mask, stack.grid))
+    show(classical, run)
     return sums, classical, _score(run, classical)
 
 

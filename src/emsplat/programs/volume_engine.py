@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from emsplat.config import ReconstructConfig
 from emsplat.fitting.checkpoint import save_checkpoint
 from emsplat.fitting.course import (
@@ -19,11 +21,13 @@ from emsplat.fitting.course import (
 )
 from emsplat.fitting.state import Plan
 from emsplat.fitting.volume import VolumeObjective, support_of
+from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
+from emsplat.programs.shown import note_curve, show_slices
 from emsplat.run.files import HALVES, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import Judged, Scored
@@ -45,7 +49,7 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
     with run.log.part("fits"):
         halves = [_begin(name, run, settings, classical) for name in HALVES]
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
-        stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned))
+        stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned), judge)
         full = [_begin("class001", run, settings, classical)]
         kept = sum(stage.epochs for stage in stages if stage.kept)
         _, of_all = _carry_out(run, full, follow_course(full, plan, stages), kept)
@@ -82,7 +86,11 @@ def _announce(run: Run[ReconstructConfig], count: int, support: int, planned: Se
 
 
 def _carry_out(
-    run: Run[ReconstructConfig], fits: list[VolumeFit], course: Iterable[VolumeFit | Score | Stage], epochs: int
+    run: Run[ReconstructConfig],
+    fits: list[VolumeFit],
+    course: Iterable[VolumeFit | Score | Stage],
+    epochs: int,
+    judge: CrossValidation | None = None,
 ) -> tuple[list[Stage], dict[str, Fitted]]:
     """Goes through a course of at most so many ``epochs``: its stages, and what the fits have become.
 
@@ -108,13 +116,29 @@ def _carry_out(
                     moment.saved(f"in {label}; go on with --resume (the fits begin anew)")
             else:
                 journal.add(_row(happened, label, fits[0].state.step))
-                stages += [happened] if isinstance(happened, Stage) else []
+                if isinstance(happened, Stage):
+                    stages.append(happened)
+                    if happened.kept:
+                        _show(run, fits, judge)
     seconds = time.monotonic() - start
     for one in fits:
         histories[one.name].rewind(one.kept.step)
         save_checkpoint(run.folder / state_name(one.name), one.kept)
     run.log.line(f"{label}: {', '.join(f'{len(one.kept.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
     return stages, {one.name: _fitted(one, seconds / len(fits), done / len(fits)) for one in fits}
+
+
+@torch.no_grad()
+def _show(run: Run[ReconstructConfig], fits: list[VolumeFit], judge: CrossValidation | None) -> None:
+    """The maps of a stage, for those who watch."""
+    grid = run.stack.grid
+    maps = {one.name: voxelize(one.state.model.gaussians(), grid) for one in fits}
+    if judge is not None:
+        first, second = maps.values()
+        label = " and ".join(maps)
+        curve = judge.curve((first, second))
+        note_curve(run.log.journal, label, fits[0].state.step, "cross_validated", curve, 0.5, grid)
+    show_slices(run.folder, maps, grid)
 
 
 def _add_loss(history: History, one: VolumeFit) -> None:
