@@ -73,10 +73,12 @@ class Page:
             self.problems.append(found["entry"]["text"])
         return message
 
-    def open(self, path: Path) -> None:
-        """Until its scripts have run and it was drawn."""
-        self.send("Page.navigate", url=path.as_uri())
-        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+    def open(self, path: Path | str) -> None:
+        """A file or an address, until its scripts have run and it was drawn."""
+        address = path if isinstance(path, str) else path.as_uri()
+        self.send("Page.navigate", url=address)
+        protocol = json.dumps(address.partition(":")[0] + ":")
+        self.wait(f"document.readyState === 'complete' && location.protocol === {protocol}")
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression, awaited where it is a promise."""
@@ -138,7 +140,11 @@ def browsing(profile: Path, width: int = 1400, height: int = 900) -> Iterator[Pa
     """A page in a browser of its own: offline, drawing in software."""
     browser = find_browser()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--no-first-run"]
-    options += ["--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars"]
+    options += [
+        "--remote-debugging-pipe",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "--hide-scrollbars",
+    ]
     options += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
     (read_commands, commands), (answers, write_answers) = os.pipe(), os.pipe()
     process = subprocess.Popen(

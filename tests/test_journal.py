@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import platform
 import subprocess
 import sys
 

@@ -1,0 +1,123 @@
+"""The runs below a folder: found by a walk that is bounded, and reached by a way that no link leads out of."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from emsplat.errors import InputError
+from emsplat.run.files import JOURNAL, PARTS, STATES, SUMMARIES
+
+_MARKS = frozenset({JOURNAL, *SUMMARIES})
+_WITHOUT_RUNS = frozenset({STATES, PARTS})
+_FOLDERS, _ENTRIES, _DEPTH = 20_000, 1_000_000, 12  # the most that a walk looks at
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Run folders relative to where it began ("" is that folder itself), and whether it was ended before it had seen
+    everything."""
+
+    runs: tuple[str, ...]
+    cut: bool
+
+
+def find_runs(root: Path, folders: int = _FOLDERS, entries: int = _ENTRIES, depth: int = _DEPTH) -> Walk:
+    """Every folder at or below ``root`` that holds a journal or a summary, the nearest first.
+
+    Links are not followed, hidden folders not entered, and what cannot be read is left out.
+    """
+    runs: list[str] = []
+    waiting, seen, looked_at = deque([("", 0)]), 0, 0
+    while waiting:
+        if seen >= folders or looked_at >= entries:
+            return Walk(tuple(runs), True)
+        folder, level = waiting.popleft()
+        seen += 1
+        below, is_run = [], False
+        for entry in _entries(root / folder):
+            looked_at += 1
+            if looked_at >= entries:
+                break
+            if entry.name in _MARKS and entry.is_file(follow_symlinks=False):
+                is_run = True
+            elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                below.append(entry.name)
+        if is_run:
+            runs.append(folder)
+        # Maps of states and masks of parts are many, and no runs.
+        below = [name for name in below if not (is_run and name in _WITHOUT_RUNS)]
+        if level < depth:
+            waiting.extend((f"{folder}/{name}" if folder else name, level + 1) for name in sorted(below))
+        elif below:
+            return Walk(tuple(runs), True)
+    return Walk(tuple(runs), False)
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with suppress(OSError), os.scandir(folder) as found:  # no permission, or gone meanwhile
+        yield from found
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """A regular file below ``root``, which is a resolved path: no link lies on the way to it, and it is none.
+
+    Raises:
+        InputError: there is no such file, or it lies elsewhere.
+    """
+    path = root.joinpath(*parts)
+    try:
+        way = path.resolve(strict=True)
+        if way == path and way.is_relative_to(root) and stat.S_ISREG(path.lstat().st_mode):
+            return path
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path.name}: no such file ({error}); expected one of a run") from error
+    raise InputError(f"{path.name}: lies behind a link, or is no file; expected a file of the run itself")
+
+
+def has_file(root: Path, *parts: str) -> bool:
+    """Whether `inside` gives a file."""
+    try:
+        inside(root, *parts)
+    except InputError:
+        return False
+    return True
+
+
+def read_file(root: Path, *parts: str, most: int = 2**26) -> bytes:
+    """What is in a file `inside` ``root``; of a longer one its last bytes.
+
+    Raises:
+        InputError: it is not there, lies elsewhere or cannot be read.
+    """
+    path = inside(root, *parts)
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+            return file.read(most)
+    except OSError as error:
+        raise InputError(
+            f"{path.name}: cannot be read ({error.strerror or error}); expected a file of a run"
+        ) from error
+
+
+class Paced:
+    """When something is due again: after ``every`` seconds, and never so often that it takes over 1 % of the time."""
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+        self._next = 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def done(self, since: float) -> None:
+        """It was begun at ``since`` (`time.monotonic`)."""
+        now = time.monotonic()
+        self._next = now + max(self._every, 100 * (now - since))
