@@ -32,7 +32,10 @@ from emsplat.run.files import HALVES, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import Judged, Scored
 from emsplat.run.log import Log
+from emsplat.run.pace import Paced
 from emsplat.run.stop import checkpoints
+
+_SHOWN_EVERY = 5.0  # seconds between slices of maps on their way
 
 
 def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
@@ -101,6 +104,7 @@ def _carry_out(
     label = " and ".join(one.name for one in fits)
     total = epochs * VolumeObjective.steps_per_epoch * len(fits)
     stages: list[Stage] = []
+    showing = Paced(_SHOWN_EVERY)
     journal.rewind(label, 0)  # an interrupted run may have come further
     histories = {one.name: History(journal, one.name) for one in fits}
     for history in histories.values():
@@ -112,6 +116,9 @@ def _carry_out(
                 history = histories[happened.name]
                 _add_loss(history, happened)
                 update(done, f"{len(happened.state.model):,} Gaussians{history.loss}")
+                if happened is fits[-1] and _is_epoch(happened) and showing.due():
+                    with showing.doing():
+                        _show(run, fits, judge)
                 if moment.due():
                     moment.saved(f"in {label}; go on with --resume (the fits begin anew)")
             else:
@@ -128,9 +135,15 @@ def _carry_out(
     return stages, {one.name: _fitted(one, seconds / len(fits), done / len(fits)) for one in fits}
 
 
+def _is_epoch(one: VolumeFit) -> bool:
+    """Whether an epoch has ended that knows fine voxels."""
+    step = one.state.step
+    return step % VolumeObjective.steps_per_epoch == 0 and step >= one.objective.coarse_steps
+
+
 @torch.no_grad()
 def _show(run: Run[ReconstructConfig], fits: list[VolumeFit], judge: CrossValidation | None) -> None:
-    """The maps of a stage, for those who watch."""
+    """The maps so far, for those who watch."""
     grid = run.stack.grid
     maps = {one.name: voxelize(one.state.model.gaussians(), grid) for one in fits}
     if judge is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -105,19 +104,3 @@ def read_file(root: Path, *parts: str, most: int = 2**26) -> bytes:
         raise InputError(
             f"{path.name}: cannot be read ({error.strerror or error}); expected a file of a run"
         ) from error
-
-
-class Paced:
-    """When something is due again: after ``every`` seconds, and never so often that it takes over 1 % of the time."""
-
-    def __init__(self, every: float) -> None:
-        self._every = every
-        self._next = 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() >= self._next
-
-    def done(self, since: float) -> None:
-        """It was begun at ``since`` (`time.monotonic`)."""
-        now = time.monotonic()
-        self._next = now + max(self._every, 100 * (now - since))

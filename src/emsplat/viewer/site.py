@@ -16,7 +16,6 @@ import ipaddress
 import json
 import platform
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files as resources
@@ -26,8 +25,9 @@ from urllib.parse import quote
 
 from emsplat.errors import InputError
 from emsplat.run import files
+from emsplat.run.pace import Paced
 from emsplat.viewer.compared import compare, difference
-from emsplat.viewer.folders import Paced, Walk, find_runs, read_file
+from emsplat.viewer.folders import Walk, find_runs, read_file
 from emsplat.viewer.pictures import Pictures
 from emsplat.viewer.watched import Watched, shown_name
 
@@ -228,19 +228,19 @@ class Site:
     def _look(self) -> None:
         """Looks for runs that are new or gone, and at those that are known."""
         if self._walking.due():
-            began = time.monotonic()
-            self._walk = find_runs(self.root)
-            known = {run.folder: run for run in self._runs.values()}
-            runs = [known.get(folder) or Watched(self.root, folder) for folder in self._walk.runs]
-            self._runs = {run.key: run for run in runs}
-            self._walking.done(began)
-        all_of_them = self._looking.due()
-        began = time.monotonic()
-        for run in self._runs.values():
-            if all_of_them or run.status == "running":
-                run.refresh()
-        if all_of_them:
-            self._looking.done(began)
+            with self._walking.doing():
+                self._walk = find_runs(self.root)
+                known = {run.folder: run for run in self._runs.values()}
+                runs = [known.get(folder) or Watched(self.root, folder) for folder in self._walk.runs]
+                self._runs = {run.key: run for run in runs}
+        if self._looking.due():
+            with self._looking.doing():
+                for run in self._runs.values():
+                    run.refresh()
+        else:
+            for run in self._runs.values():
+                if run.status == "running":
+                    run.refresh()
 
     def _list(self) -> dict[str, Any]:
         """The runs, those at work before the others and the latest first."""

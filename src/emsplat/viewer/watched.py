@@ -23,6 +23,7 @@ from emsplat.run.journal import (
     Begun,
     Ended,
     Following,
+    Judged,
     Loss,
     Part,
     Progress,
@@ -142,6 +143,13 @@ class Watched:
                 self._ended = what
             case Rewound():
                 self._of_fits = [one for one in self._of_fits if not takes_back(what, one)]
+            case Judged() if not what.kept:
+                # The fits are again what they were after the stage before.
+                kept = max((one.step for one in self._of_fits if isinstance(one, Judged)), default=0)
+                taken_back = Rewound(what.fit, kept)
+                self._of_fits = [
+                    one for one in self._of_fits if not (isinstance(one, Resolved) and takes_back(taken_back, one))
+                ]
             case _:
                 self._of_fits.append(what)
 

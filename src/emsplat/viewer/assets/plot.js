@@ -12,7 +12,7 @@ function element(tag, attributes = {}, ...children) {
     else if (name.startsWith("--")) made.style.setProperty(name, value);
     else made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return made;
 }
 
@@ -87,7 +87,7 @@ function plotOf(panel) {
     if (panel.threshold !== undefined) {
       const y = up(panel.threshold);
       svg.append(element("line", {class: "threshold", x1: edge.left, x2: width - edge.right, y1: y, y2: y}));
-      svg.append(element("text", {x: width - edge.right, y: y - 4, "text-anchor": "end"}, String(panel.threshold)));
+      svg.append(element("text", {x: edge.left + 5, y: y - 4}, String(panel.threshold)));
     }
     const clipped = (y) => Math.min(Math.max(y, y0), y1);
     if (panel.band && curves.includes(panel.curves[0])) {

@@ -17,7 +17,7 @@ function duration(seconds) {
 function moment(seconds) {
   if (!seconds) return "";
   const date = new Date(1000 * seconds), today = new Date().toDateString() === date.toDateString();
-  const time = date.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
+  const time = date.toLocaleTimeString([], {hour: "2-digit", minute: "2-digit", hourCycle: "h23"});
   return today ? time : `${date.toLocaleDateString([], {day: "numeric", month: "short", year: "numeric"})}, ${time}`;
 }
 
@@ -43,7 +43,7 @@ function fill(nodes) {
   wanted.forEach((node, i) => { if (main.children[i] !== node) main.insertBefore(node, main.children[i] ?? null); });
 }
 
-function section(name, heading, ...children) {
+function section(heading, ...children) {
   return element("section", {"aria-label": heading}, element("h2", {}, heading), ...children);
 }
 
@@ -81,12 +81,12 @@ function listOf(found) {
   const button = bar.querySelector("#compare");
   button.disabled = chosen.size !== 2;
   button.textContent = chosen.size === 2 ? "Compare the two" : "Tick two runs to compare";
-  const waits = found.runs.length ? null : part("waits", 0, () => section("waits", "No runs yet",
+  const waits = found.runs.length ? null : part("waits", 0, () => section("No runs yet",
     element("p", {}, "This page waits for a folder with a journal, which every run of emsplat begins with: reconstruct, backproject, " +
       "refine, abinitio, heterogeneity, nulltest. Runs that begin later appear here by themselves."),
     element("p", {class: "note"}, "Hidden folders and links are not followed.")));
-  const rows = part("rows", runs, (list) => section("runs", "Runs", list.length ? element("table", {class: "runs"},
-    element("thead", {}, element("tr", {}, [["", "Compare"], ["Run"], ["Program"], ["Status"], ["Resolution"], ["Began"], ["Took"]].map(
+  const rows = part("rows", runs, (list) => element("section", {"aria-label": "Runs"}, list.length ? element("table", {class: "runs"},
+    element("thead", {}, element("tr", {}, [["", "Compare"], ["Run"], ["Program"], ["Status"], ["Result"], ["Began"], ["Took"]].map(
       ([text, unseen]) => element("th", {scope: "col"}, unseen ? element("span", {class: "unseen"}, unseen) : text)))),
     element("tbody", {}, list.map(rowOf))) : element("p", {}, "No run has these words.")));
   const cut = found.cut || found.left_out ? part("cut", [found.cut, found.left_out], () => element("p", {class: "note"},
@@ -107,9 +107,9 @@ function rowOf(run) {
     element("td", {}, element("a", {href: `#/run/${run.key}`}, run.name),
       run.report ? element("div", {class: "small"}, element("a", {href: run.report}, "report")) : null,
       run.warnings ? element("div", {class: "small"}, `${run.warnings} warning${run.warnings > 1 ? "s" : ""}`) : null),
-    element("td", {"data-label": "Program"}, run.program),
+    element("td", {"data-label": "Program", class: "tight"}, run.program),
     element("td", {}, state(run), run.part ? element("span", {class: "small"}, ` ${run.part}`) : null, progress(run.progress)),
-    element("td", {"data-label": "Resolution"}, number ? [number.number, number.final ? null : element("div", {class: "small"}, number.measure)] : ""),
+    element("td", {"data-label": "Result"}, number ? [number.number, number.final ? null : element("div", {class: "small"}, number.measure)] : ""),
     element("td", {"data-label": "Began", class: "tight"}, moment(run.began)),
     element("td", {"data-label": "Took", class: "tight"}, duration(run.seconds)));
 }
@@ -138,7 +138,7 @@ function stateOf(run) {
   const number = run.headline;
   const first = number && element("div", {class: "headline"},
     element("div", {class: "number"}, number.number),
-    element("p", {}, `${number.measure[0].toUpperCase()}${number.measure.slice(1)}.`),
+    element("p", {}, `${number.measure[0].toUpperCase()}${number.measure.slice(1).replace(/\.$/, "")}.`),
     number.remarks?.length ? element("ul", {}, number.remarks.map((text) => element("li", {}, text))) : null);
   const last = run.status !== "running" && run.changed ? `, last heard of ${moment(run.changed)}` : "";
   const times = [run.began && `began ${moment(run.began)}`, run.seconds !== null && `took ${duration(run.seconds)}`,
@@ -159,11 +159,11 @@ function stateOf(run) {
 }
 
 function picturesOf(pictures) {
-  const holder = part("pictures", pictures.map((one) => one.name), () => section("slices", "Slices",
+  const holder = part("pictures", pictures.map((one) => one.name), () => section("Slices",
     element("div", {class: "pictures"}, pictures.map((one) => element("figure", {},
       element("img", {class: "slices", "data-map": one.name}), element("figcaption", {}, one.title)))),
     element("p", {class: "note"}, "Central slices xy, xz and yz, the first axis to the right, the second up; white is dense. " +
-      "Maps on their way change at the end of each stage.")));
+      "Maps on their way change now and then.")));
   for (const [i, one] of pictures.entries()) {
     const image = holder.querySelectorAll("img")[i];
     if (image.dataset.url === one.url) continue;
@@ -178,7 +178,7 @@ function picturesOf(pictures) {
 
 function curvesOf(panels) {
   const kinds = panels.map((panel) => `${panel.kind} ${panel.title}`);
-  const holder = part("curves", kinds, () => section("curves", "Curves",
+  const holder = part("curves", kinds, () => section("Curves",
     element("div", {class: "pair"}, kinds.map(() => element("div", {class: "place"}))),
     element("p", {class: "note"}, "Press a name to hide or show its curve. Values are read with the pointer or, in a plot, with the arrow keys.")));
   const places = holder.querySelectorAll(".place");
@@ -200,7 +200,7 @@ function hash(text) {
 }
 
 function logOf(lines) {
-  const holder = part("log", 0, () => section("log", "Log", element("pre", {tabindex: 0, "aria-label": "The last lines of run.log"})));
+  const holder = part("log", 0, () => section("Log", element("pre", {tabindex: 0, "aria-label": "The last lines of run.log"})));
   const pre = holder.querySelector("pre"), text = lines.join("\n");
   if (pre.textContent !== text) {
     const atEnd = pre.scrollTop + pre.clientHeight >= pre.scrollHeight - 8;
@@ -218,12 +218,12 @@ function comparisonOf(found, keys) {
   const row = (label, run) => [label, element("a", {href: `#/run/${run.key}`}, run.name), run.program, state(run),
     run.headline ? `${run.headline.number}${run.headline.final ? "" : " so far"}` : "", duration(run.seconds)];
   fill([
-    part("both", found.runs, () => section("both", "The two runs",
-      table(["", "Run", "Program", "Status", "Resolution", "Took"], [row("A", a), row("B", b)]))),
-    part("different", found.settings, (rows) => section("different", "Settings that differ",
+    part("both", found.runs, () => section("The two runs",
+      table(["", "Run", "Program", "Status", "Result", "Took"], [row("A", a), row("B", b)]))),
+    part("different", found.settings, (rows) => section("Settings that differ",
       rows.length ? table(["Setting", "A", "B"], rows) : element("p", {}, "None: both have the same settings."))),
     found.panels.length ? curvesOf(found.panels) : null,
-    part("maps", [found.maps, keys, a.changed, b.changed], () => section("maps", "Difference of the maps", differenceOf(found.maps, keys))),
+    part("maps", [found.maps, keys, a.changed, b.changed], () => section("Difference of the maps", differenceOf(found.maps, keys))),
   ]);
 }
 
