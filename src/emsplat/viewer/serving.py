@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tornado.httpserver import HTTPServer
+from tornado.iostream import StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
@@ -49,8 +50,8 @@ class _Handler(RequestHandler):
         self.set_status(answer.status)
         for name, value in answer.headers.items():
             self.set_header(name, value)
-        with suppress(Exception):  # the browser has gone
-            await self.finish(answer.body if answer.body or answer.status == 304 else None)
+        with suppress(StreamClosedError):  # the browser has gone
+            await self.finish(answer.body or None)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """What Tornado refuses by itself: unknown methods, and what is no HTTP."""

@@ -260,11 +260,12 @@ const answers = new Map(); // the last answer under each address
 async function ask() {
   clearTimeout(timer);
   const here = way(), number = ++asked, link = document.getElementById("link");
-  let wait = EVERY[here.kind];
+  let wait = EVERY[here.kind], answered = false;
   try {
     const before = answers.get(here.url);
     const answer = await fetch(here.url, {headers: before ? {"If-None-Match": before.mark} : {}, cache: "no-store"});
     if (number !== asked) return; // the page has moved on
+    answered = true;
     if (answer.status === 403) {
       fill([element("p", {class: "warnings"}, "emsplat view was started anew, or the cookie is gone: open the address that it has printed.")]);
       link.textContent = "";
@@ -287,7 +288,7 @@ async function ask() {
     if (rests) wait = 10000;
   } catch (error) {
     if (number !== asked) return;
-    if (!(error instanceof TypeError)) console.error(error);
+    if (answered) console.error(error);
     failures += 1;
     wait = Math.min(wait * 2 ** failures, 20000);
     link.classList.add("lost");
