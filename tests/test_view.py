@@ -40,7 +40,7 @@ from emsplat.run.journal import (
     read_journal,
 )
 from emsplat.viewer.compared import compare, difference, matched
-from emsplat.viewer.folders import find_runs, has_file, inside
+from emsplat.viewer.folders import Walk, has_file, inside
 from emsplat.viewer.pictures import Pictures, pictures_of
 from emsplat.viewer.serving import is_local, serve
 from emsplat.viewer.site import Request, Site
@@ -73,6 +73,13 @@ def watched(folder: Path) -> Watched:
     run = Watched(folder.parent.resolve(), folder.name)
     run.refresh()
     return run
+
+
+def find_runs(root: Path, **bounds: int) -> Walk:
+    walk = Walk(root, **bounds)
+    walk.go_on()
+    assert walk.ended
+    return walk
 
 
 def cookies(site: Site) -> dict[str, str]:
@@ -311,6 +318,12 @@ def test_the_walk_is_bounded(tmp_path):
     found = find_runs(tmp_path)
     assert len(found.runs) == 30
     assert not found.cut
+    by_steps = Walk(tmp_path)
+    while not by_steps.ended:
+        seen = len(by_steps.runs)
+        by_steps.go_on(0.0)
+        assert len(by_steps.runs) <= seen + 1
+    assert by_steps.runs == found.runs
 
 
 def test_a_run_that_begins_later_appears(tmp_path):
@@ -320,6 +333,9 @@ def test_a_run_that_begins_later_appears(tmp_path):
     site._walking._next = 0.0
     make_run(tmp_path / "later")
     assert set(listed(site)) == {"later"}
+    (tmp_path / "later").rename(tmp_path / "renamed")
+    site._walking._next = 0.0
+    assert set(listed(site)) == {"renamed"}
 
 
 def test_only_files_of_the_folder_itself_are_inside(tmp_path):
@@ -614,12 +630,13 @@ def test_an_address_that_is_not_local_is_warned_of(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("emsplat.viewer.serving._serve", lambda site, sockets: None)
     monkeypatch.setattr("asyncio.run", lambda serving: None)
+    monkeypatch.setattr("os.nice", lambda by: 0)
     serve(tmp_path, None, "0.0.0.0", said.append)
     assert any(line.startswith("Warning: 0.0.0.0 is not local") and "can read every run" in line for line in said)
     assert not any("ssh -N" in line for line in said)
     said.clear()
     serve(tmp_path, None, "127.0.0.1", said.append)
-    assert any("none yet" in line for line in said)
+    assert any("runs that begin later appear" in line for line in said)
     assert any(line.strip().startswith("ssh -N -L ") for line in said)
     assert [is_local(host) for host in ("127.0.0.2", "::1", "localhost", "0.0.0.0", "node17")] == [True] * 3 + [
         False

@@ -594,9 +594,8 @@ def view(
         # on a port that a tunnel is set up for
         emsplat view --port 9000
     """
-    from emsplat.viewer.serving import be_modest, serve
+    from emsplat.viewer.serving import serve
 
-    be_modest()
     serve(folder, port, host, lambda text: print(text, flush=True))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from emsplat.errors import InputError
@@ -18,45 +19,52 @@ _WITHOUT_RUNS = frozenset({STATES, PARTS})
 _FOLDERS, _ENTRIES, _DEPTH = 20_000, 1_000_000, 12  # the most that a walk looks at
 
 
-@dataclass(frozen=True)
 class Walk:
-    """Run folders relative to where it began ("" is that folder itself), and whether it was ended before it had seen
-    everything."""
+    """Looks for every folder at or below ``root`` that holds a journal or a summary, the nearest first, some time at a
+    time. Links are not followed, hidden folders not entered, and what cannot be read is left out.
 
-    runs: tuple[str, ...]
-    cut: bool
-
-
-def find_runs(root: Path, folders: int = _FOLDERS, entries: int = _ENTRIES, depth: int = _DEPTH) -> Walk:
-    """Every folder at or below ``root`` that holds a journal or a summary, the nearest first.
-
-    Links are not followed, hidden folders not entered, and what cannot be read is left out.
+    ``runs`` are relative to ``root`` ("" is that folder itself). ``cut``: there is more than a walk looks at.
     """
-    runs: list[str] = []
-    waiting, seen, looked_at = deque([("", 0)]), 0, 0
-    while waiting:
-        if seen >= folders or looked_at >= entries:
-            return Walk(tuple(runs), True)
-        folder, level = waiting.popleft()
-        seen += 1
+
+    def __init__(self, root: Path, folders: int = _FOLDERS, entries: int = _ENTRIES, depth: int = _DEPTH) -> None:
+        self.runs: list[str] = []
+        self.cut = self.ended = False
+        self._root, self._depth = root, depth
+        self._left = [folders, entries]
+        self._waiting = deque([("", 0)])
+
+    def go_on(self, seconds: float = math.inf) -> None:
+        """Looks further for about so long."""
+        end = time.monotonic() + seconds
+        while not self.ended:
+            if not self._waiting or min(self._left) <= 0:
+                self.cut |= bool(self._waiting)
+                self.ended = True
+                return
+            self._look_into(*self._waiting.popleft())
+            if time.monotonic() > end:
+                return
+
+    def _look_into(self, folder: str, level: int) -> None:
+        self._left[0] -= 1
         below, is_run = [], False
-        for entry in _entries(root / folder):
-            looked_at += 1
-            if looked_at >= entries:
+        for entry in _entries(self._root / folder):
+            self._left[1] -= 1
+            if self._left[1] <= 0:
+                self.cut = True
                 break
             if entry.name in _MARKS and entry.is_file(follow_symlinks=False):
                 is_run = True
             elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
                 below.append(entry.name)
         if is_run:
-            runs.append(folder)
+            self.runs.append(folder)
         # Maps of states and masks of parts are many, and no runs.
         below = [name for name in below if not (is_run and name in _WITHOUT_RUNS)]
-        if level < depth:
-            waiting.extend((f"{folder}/{name}" if folder else name, level + 1) for name in sorted(below))
-        elif below:
-            return Walk(tuple(runs), True)
-    return Walk(tuple(runs), False)
+        if level >= self._depth:
+            self.cut |= bool(below)
+            return
+        self._waiting.extend((f"{folder}/{name}" if folder else name, level + 1) for name in sorted(below))
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

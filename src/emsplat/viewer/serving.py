@@ -21,7 +21,8 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
 from emsplat.errors import InputError, OutputError
-from emsplat.viewer.folders import find_runs
+from emsplat.run.log import counted
+from emsplat.viewer.folders import Walk
 from emsplat.viewer.site import Request, Site
 
 _PORTS = range(8765, 8785)  # tried one after the other, then any that is free
@@ -88,10 +89,12 @@ def serve(folder: Path, port: int | None, host: str, say: Callable[[str], None])
     number = sockets[0].getsockname()[1]
     local = is_local(host)
     site = Site(folder, frozenset({host}), everywhere=not local)
-    walk = find_runs(site.root)
-    say(f"{len(walk.runs)} runs below {site.root}" + (" (not all were looked for: too many folders)" * walk.cut))
-    if not walk.runs:
-        say("  none yet: those that begin later appear by themselves")
+    walk = Walk(site.root)
+    walk.go_on(0.25)
+    many = "" if walk.ended else " so far; the page goes on looking"
+    say(f"{counted(len(walk.runs), 'run')} below {site.root}{many}")
+    if not walk.runs and walk.ended:
+        say("  it waits for a folder with a journal, as every run has; runs that begin later appear by themselves")
     if port is None and number != _PORTS[0]:
         say(f"port {_PORTS[0]} is in use; --port chooses another than {number}")
     shown = f"[{host}]" if ":" in host else platform.node() if host in ("0.0.0.0", "::") else host
@@ -106,6 +109,7 @@ def serve(folder: Path, port: int | None, host: str, say: Callable[[str], None])
         say("from another machine: open a tunnel there, then the address above there")
         say(f"  ssh -N -L {number}:127.0.0.1:{number} {_user()}{platform.node()}")
     say("Ctrl-C ends it")
+    _be_modest()
     asyncio.run(_serve(site, sockets))
 
 
@@ -155,7 +159,7 @@ async def _serve(site: Site, sockets: list[Any]) -> None:
         await asyncio.Event().wait()
 
 
-def be_modest() -> None:
+def _be_modest() -> None:
     """Those who compute come first."""
     with suppress(OSError):
         os.nice(10)

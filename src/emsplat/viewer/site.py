@@ -27,11 +27,12 @@ from emsplat.errors import InputError
 from emsplat.run import files
 from emsplat.run.pace import Paced
 from emsplat.viewer.compared import compare, difference
-from emsplat.viewer.folders import Walk, find_runs, read_file
+from emsplat.viewer.folders import Walk, read_file
 from emsplat.viewer.pictures import Pictures
 from emsplat.viewer.watched import Watched, shown_name
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+_STEP = 0.25  # seconds of a walk at a time
 _EVERY = 3.0  # seconds between walks, and between looks at runs that are not at work
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -90,7 +91,8 @@ class Site:
             self._names |= {platform.node().lower(), platform.node().lower().partition(".")[0]} - {""}
         self._everywhere = everywhere
         self._runs: dict[str, Watched] = {}
-        self._walk = Walk((), False)
+        self._walk = Walk(self.root)
+        self._walked = self._cut = False  # whether once to its end, and whether there is more than that
         self._walking, self._looking = Paced(_EVERY), Paced(_EVERY)
         self._pictures = Pictures()
         self._assets = {
@@ -227,12 +229,8 @@ class Site:
 
     def _look(self) -> None:
         """Looks for runs that are new or gone, and at those that are known."""
-        if self._walking.due():
-            with self._walking.doing():
-                self._walk = find_runs(self.root)
-                known = {run.folder: run for run in self._runs.values()}
-                runs = [known.get(folder) or Watched(self.root, folder) for folder in self._walk.runs]
-                self._runs = {run.key: run for run in runs}
+        if not self._walked or self._walking.due():
+            self._look_for_runs()
         if self._looking.due():
             with self._looking.doing():
                 for run in self._runs.values():
@@ -241,6 +239,19 @@ class Site:
             for run in self._runs.values():
                 if run.status == "running":
                     run.refresh()
+
+    def _look_for_runs(self) -> None:
+        """Some steps of a walk. What is new is there at once, what has gone is noticed at its end."""
+        with self._walking.doing():
+            if self._walk.ended:
+                self._walk = Walk(self.root)
+            self._walk.go_on(_STEP)
+            known = {run.folder: run for run in self._runs.values()}
+            found = dict.fromkeys(self._walk.runs if self._walk.ended else (*known, *self._walk.runs))
+            runs = [known.get(folder) or Watched(self.root, folder) for folder in found]
+            self._runs = {run.key: run for run in runs}
+            if self._walk.ended:
+                self._walked, self._cut = True, self._walk.cut
 
     def _list(self) -> dict[str, Any]:
         """The runs, those at work before the others and the latest first."""
@@ -251,7 +262,8 @@ class Site:
             "folder": shown_name(str(self.root)),
             "runs": rows[:_ROWS],
             "left_out": max(len(rows) - _ROWS, 0),
-            "cut": self._walk.cut,
+            "cut": self._cut,
+            "looking": not self._walked,
         }
 
 

@@ -81,7 +81,7 @@ function listOf(found) {
   const button = bar.querySelector("#compare");
   button.disabled = chosen.size !== 2;
   button.textContent = chosen.size === 2 ? "Compare the two" : "Tick two runs to compare";
-  const waits = found.runs.length ? null : part("waits", 0, () => section("No runs yet",
+  const waits = found.runs.length || found.looking ? null : part("waits", 0, () => section("No runs yet",
     element("p", {}, "This page waits for a folder with a journal, which every run of emsplat begins with: reconstruct, backproject, " +
       "refine, abinitio, heterogeneity, nulltest. Runs that begin later appear here by themselves."),
     element("p", {class: "note"}, "Hidden folders and links are not followed.")));
@@ -89,10 +89,11 @@ function listOf(found) {
     element("thead", {}, element("tr", {}, [["", "Compare"], ["Run"], ["Program"], ["Status"], ["Result"], ["Began"], ["Took"]].map(
       ([text, unseen]) => element("th", {scope: "col"}, unseen ? element("span", {class: "unseen"}, unseen) : text)))),
     element("tbody", {}, list.map(rowOf))) : element("p", {}, "No run has these words.")));
-  const cut = found.cut || found.left_out ? part("cut", [found.cut, found.left_out], () => element("p", {class: "note"},
+  const cut = found.cut || found.left_out || found.looking ? part("cut", [found.cut, found.left_out, found.looking], () => element("p", {class: "note"},
+    (found.looking ? "Still looking through the folders. " : "") +
     (found.left_out ? `${found.left_out} older runs are left out. ` : "") +
     (found.cut ? "There are too many folders to look at all of them: name one further down, emsplat view FOLDER/BELOW." : ""))) : null;
-  fill([found.runs.length > 1 ? bar : null, waits ?? rows, cut]);
+  fill([found.runs.length > 1 ? bar : null, waits ?? (found.runs.length ? rows : null), cut]);
 }
 
 function rowOf(run) {
