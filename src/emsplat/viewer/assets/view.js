@@ -5,7 +5,7 @@ const main = document.getElementById("main"), title = document.getElementById("t
 const chosen = new Set(); // keys of the runs that are to be compared
 let filter = "", sections = new Map(), marks = new Map(), said = "", timer = 0, failures = 0, asked = 0;
 
-const EVERY = {runs: 3000, run: 1500, compare: 3000}; // ms
+const EVERY = {runs: 3000, run: 2000, compare: 3000}; // ms
 
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "";
