@@ -52,18 +52,18 @@ def compare(first: Watched, second: Watched) -> dict[str, Any]:
 
 def _panels(both: Sequence[Watched]) -> list[dict[str, Any]]:
     panels = []
-    of_fsc = [{panel.title.removesuffix(", so far"): panel for panel in one.fsc_panels()} for one in both]
-    for title in dict.fromkeys(title for panels_ in of_fsc for title in panels_):
-        curves: list[dict[str, Any]] = []
-        shown = [found[title] for found in of_fsc if title in found]
-        for run, found in enumerate(of_fsc):
-            if title not in found:
-                continue
-            for curve in found[title].curves:
-                if not curve.hidden:
-                    name = f"{'AB'[run]}: {curve.label}"
-                    curves.append(curve_json(name, found[title].frequency, curve.values, run, curve.place))
-        plot = panel_json("fsc", title, "spatial frequency (1/Å), spacing (Å)", shown[0].quantity, curves)
+    of_fsc = [{panel.quantity: panel for panel in one.fsc_panels()} for one in both]
+    for quantity in dict.fromkeys(quantity for found in of_fsc for quantity in found):
+        shown = [found[quantity] for found in of_fsc if quantity in found]
+        curves = [
+            curve_json(f"{'AB'[run]}: {curve.label}", found[quantity].frequency, curve.values, run, curve.place)
+            for run, found in enumerate(of_fsc)
+            if quantity in found
+            for curve in found[quantity].curves
+            if not curve.hidden
+        ]
+        title = ", ".join(dict.fromkeys(panel.title.removesuffix(", so far") for panel in shown))
+        plot = panel_json("fsc", title, "spatial frequency (1/Å), spacing (Å)", quantity, curves)
         plot |= {"threshold": shown[0].threshold, "low": min(panel.lowest for panel in shown), "high": 1.04}
         panels.append(plot)
     for kind, title, across, up in (
@@ -150,7 +150,7 @@ def _difference(versions: tuple[tuple[Path, int, int], ...], limit: float | None
         + " Nothing is turned or moved: maps in other frames differ everywhere.",
         f"Correlation of the two: {likeness:.4f}. Standard deviation of the difference: "
         f"{float(gap.std() / max(float(one.std()), 1e-30)):.1%} of that of A.",
-        "Blue: more density in A; red: more in B; full colour at three standard deviations of A's map.",
+        "Blue: more density in A; orange: more in B; full colour at three standard deviations of A's map.",
     )
     return Difference(_drawn(one, other, gap), remarks)
 
@@ -188,7 +188,7 @@ def _drawn(one: NDArray[np.float32], other: NDArray[np.float32], gap: NDArray[np
 
     low, high = np.percentile(one, (0.5, 99.9))
     top = 3 * max(float(one.std()), 1e-30)
-    white, blue, red = np.ones(3), np.array([0, 0.447, 0.698]), np.array([0.835, 0.369, 0])
+    white, blue, orange = np.ones(3), np.array([0, 0.447, 0.698]), np.array([0.835, 0.369, 0])
     columns = []
     for volume in (one, other):
         planes = [volume.take(volume.shape[axis] // 2, axis) for axis in range(3)]
@@ -196,7 +196,7 @@ def _drawn(one: NDArray[np.float32], other: NDArray[np.float32], gap: NDArray[np
     planes = []
     for axis in range(3):
         ratio = np.clip(gap.take(gap.shape[axis] // 2, axis) / top, -1, 1)[..., None]
-        planes.append(white + np.maximum(ratio, 0) * (blue - white) + np.maximum(-ratio, 0) * (red - white))
+        planes.append(white + np.maximum(ratio, 0) * (blue - white) + np.maximum(-ratio, 0) * (orange - white))
     columns.append(planes)
     stacked = [np.concatenate([np.repeat(p[..., None], 3, 2) if p.ndim == 2 else p for p in c[::-1]]) for c in columns]
     return png(stacked)

@@ -52,13 +52,14 @@ _PARTS = {
     "heterogeneity": ("reading", "linear stage", "decoder", "latents", "states", "report"),
     "nulltest": ("unaltered", "noise", "phases", "poses"),
 }
+# How a run may stand, and what else is to be said of that.
 STATUS = {
-    "running": "running",
-    "finished": "finished",
-    "interrupted": "interrupted; --resume goes on with it",
-    "failed": "failed",
-    "stopped": "stopped: its process is gone; --resume goes on with it",
-    "quiet": "no sign of life for a while; its process cannot be asked from here",
+    "running": "",
+    "finished": "",
+    "interrupted": "--resume goes on with it",
+    "failed": "",
+    "stopped": "its process is gone; --resume goes on with it",
+    "quiet": "nothing was heard of it for a while, and its process cannot be asked from here",
 }
 _PAGES = {files.REPORT: "Report", files.EXPLORER: "Explorer of the states"}
 
@@ -422,7 +423,7 @@ class Watched:
         return [one for one in self._of_fits if isinstance(one, Resolved) and len(one.values) > 2]
 
     def _panels_so_far(self) -> list[FscPanel]:
-        """The last curve of each name, and of the cross-validated one also that of the stage before."""
+        """The last curve of each name, and where there are several also the first."""
         titles = {
             "cross_validated": ("against the truth, so far", "correlation with the truth (FSC)"),
             "backprojection": ("between classical half maps, so far", "FSC between half maps"),
@@ -437,12 +438,12 @@ class Watched:
             nyquist = 1 / frequency[-1]
             curves = [
                 FscCurve(
-                    f"{words.CURVE_NAMES[name]}{'' if one is last else ', before'}: "
+                    f"{words.CURVE_NAMES[name]}{'' if one is last else ', at first'}: "
                     f"{verdict.spacing(one.resolution, nyquist)}",
                     one.values[1:],
                     place,
                 )
-                for place, one in enumerate(reversed(own[-2:]))
+                for place, one in enumerate([last, *own[:1]] if len(own) > 1 else own)
                 if len(one.values) == len(last.values)
             ]
             panels.append(FscPanel(title, quantity, last.threshold, frequency, curves))

@@ -119,7 +119,7 @@ function rowOf(run) {
 
 function runOf(run) {
   heading(run.name, [element("a", {href: "#/"}, "All runs")],
-    [run.program && `emsplat ${run.program}`, ...run.facts, run.facts.length ? "" : run.particles].filter(Boolean).join(" · "));
+    [run.program && `emsplat ${run.program}`, ...run.facts, run.facts.length ? "" : run.particles.split("/").at(-1)].filter(Boolean).join(" · "));
   if (said && said !== `${run.status} ${run.part}`) document.getElementById("said").textContent = `${run.status}, ${run.part}`;
   said = `${run.status} ${run.part}`;
   const about = {...run, log: 0, panels: 0, pictures: 0, settings: 0, warned: 0, changed: run.status === "running" ? 0 : run.changed};
@@ -146,7 +146,7 @@ function stateOf(run) {
     run.resumed && "resumed", run.host && `on ${run.host}`].filter(Boolean).join(", ");
   const now = run.progress;
   return element("section", {"aria-label": "State"},
-    element("p", {}, state(run), run.status_text !== run.status ? ` (${run.status_text})` : "", run.why ? `: ${run.why}` : "",
+    element("p", {}, state(run), run.status_text ? ` (${run.status_text})` : "", run.why ? `: ${run.why}` : "",
       element("span", {class: "quiet"}, ` ${times}${run.status === "finished" ? "" : last}`)),
     progress(now),
     now ? element("p", {class: "small"}, [`${now.done.toLocaleString()} of ${now.total.toLocaleString()} ${now.unit}`,
