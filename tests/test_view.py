@@ -338,6 +338,22 @@ def test_a_run_that_begins_later_appears(tmp_path):
     assert set(listed(site)) == {"renamed"}
 
 
+def test_thousands_of_runs_keep_nobody_waiting(tmp_path, monkeypatch):
+    for i in range(40):
+        make_run(tmp_path / f"run{i}")
+    site = Site(tmp_path)
+    monkeypatch.setattr("emsplat.viewer.site._STEP", 0.0)
+    monkeypatch.setattr("emsplat.viewer.site._ROWS", 30)
+    monkeypatch.setattr(time, "monotonic", iter(range(10**6)).__next__)
+    counts, found = [], {"looking": True}
+    while found["looking"]:
+        found = json.loads(get(site, "/api/runs").body)
+        counts.append(len(found["runs"]) + found["left_out"])
+    assert counts == sorted(counts)
+    assert len(counts) >= 40
+    assert (counts[-1], found["left_out"], len(found["runs"])) == (40, 10, 30)
+
+
 def test_only_files_of_the_folder_itself_are_inside(tmp_path):
     root = (tmp_path / "root").resolve()
     (root / "run").mkdir(parents=True)

@@ -16,6 +16,8 @@ import ipaddress
 import json
 import platform
 import secrets
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files as resources
@@ -91,6 +93,9 @@ class Site:
             self._names |= {platform.node().lower(), platform.node().lower().partition(".")[0]} - {""}
         self._everywhere = everywhere
         self._runs: dict[str, Watched] = {}
+        self._rows: dict[str, dict[str, Any]] = {}  # of the list, of runs that are not at work
+        self._new: deque[Watched] = deque()
+        self._again: deque[Watched] = deque()
         self._walk = Walk(self.root)
         self._walked = self._cut = False  # whether once to its end, and whether there is more than that
         self._walking, self._looking = Paced(_EVERY), Paced(_EVERY)
@@ -228,17 +233,28 @@ class Site:
         return run
 
     def _look(self) -> None:
-        """Looks for runs that are new or gone, and at those that are known."""
+        """Looks for runs that are new or gone, and at those that are known: at what is new and at what is at work
+        always, at the others now and then; some time at a time, so that thousands of runs keep nobody waiting."""
         if not self._walked or self._walking.due():
             self._look_for_runs()
-        if self._looking.due():
+        if self._new or self._looking.due():
             with self._looking.doing():
-                for run in self._runs.values():
-                    run.refresh()
-        else:
-            for run in self._runs.values():
-                if run.status == "running":
-                    run.refresh()
+                self._look_at(self._new)
+                if not self._new:
+                    self._again = self._again or deque(run for run in self._runs.values() if not run.is_open)
+                    self._look_at(self._again)
+        for run in self._runs.values():
+            if run.is_open:
+                run.refresh()
+
+    def _look_at(self, waiting: deque[Watched]) -> None:
+        end = time.monotonic() + _STEP
+        while waiting:
+            run = waiting.popleft()
+            run.refresh()
+            self._rows[run.key] = run.row()
+            if time.monotonic() > end:
+                return
 
     def _look_for_runs(self) -> None:
         """Some steps of a walk. What is new is there at once, what has gone is noticed at its end."""
@@ -248,22 +264,24 @@ class Site:
             self._walk.go_on(_STEP)
             known = {run.folder: run for run in self._runs.values()}
             found = dict.fromkeys(self._walk.runs if self._walk.ended else (*known, *self._walk.runs))
-            runs = [known.get(folder) or Watched(self.root, folder) for folder in found]
-            self._runs = {run.key: run for run in runs}
+            self._new.extend(Watched(self.root, folder) for folder in found if folder not in known)
+            known |= {run.folder: run for run in self._new}
+            self._runs = {known[folder].key: known[folder] for folder in found}
             if self._walk.ended:
                 self._walked, self._cut = True, self._walk.cut
 
     def _list(self) -> dict[str, Any]:
         """The runs, those at work before the others and the latest first."""
         self._look()
-        rows = [run.row() for run in self._runs.values()]
-        rows.sort(key=lambda row: (row["status"] != "running", -(row["began"] or row["changed"] or 0), row["name"]))
+        rows = [run.row() if run.is_open else self._rows.get(run.key) for run in self._runs.values()]
+        seen = [row for row in rows if row is not None]
+        seen.sort(key=lambda row: (row["status"] != "running", -(row["began"] or row["changed"] or 0), row["name"]))
         return {
             "folder": shown_name(str(self.root)),
-            "runs": rows[:_ROWS],
-            "left_out": max(len(rows) - _ROWS, 0),
+            "runs": seen[:_ROWS],
+            "left_out": max(len(seen) - _ROWS, 0),
             "cut": self._cut,
-            "looking": not self._walked,
+            "looking": not self._walked or len(seen) < len(rows),
         }
 
 

@@ -41,6 +41,7 @@ from emsplat.viewer.pictures import Picture, pictures_of
 T = TypeVar("T")
 _FRESH = 10.0  # seconds since the last row in which a run is at work, whatever is known of its process
 _QUIET = 15 * 60.0  # seconds without a row after which one whose process cannot be asked is taken for stopped
+_DAY = 86400.0
 _POINTS = 500  # of a curve; more cannot be seen
 _LOG = 2**16  # bytes of run.log that are shown, and lines
 _LINES = 200
@@ -176,6 +177,11 @@ class Watched:
         if begun.process and begun.host == platform.node():
             return "running" if is_alive(begun.process, self._begun.time) else "stopped"
         return "running" if silent < _QUIET else "quiet"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may go on at any moment: it has begun and not ended, and was heard of within a day."""
+        return self._begun is not None and self._ended is None and time.time() - self.changed < _DAY
 
     @property
     def changed(self) -> float:

@@ -287,6 +287,7 @@ async function ask() {
     const rests = here.kind === "run" && found.status === "finished";
     link.textContent = rests ? "" : "live";
     if (rests) wait = 10000;
+    if (here.kind === "runs" && found.looking) wait = 300;
   } catch (error) {
     if (number !== asked) return;
     if (answered) console.error(error);
