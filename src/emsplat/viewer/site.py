@@ -131,8 +131,15 @@ class Site:
             return _refusal(405, "Nothing can be changed here: only GET and HEAD are known.", {"Allow": "GET, HEAD"})
         if "token" in request.query:
             return self._welcome(request.query["token"])
+        # Another server of this machine is the same site: the cookie comes with what its pages load, as from no other.
+        elsewhere = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        navigates = request.headers.get("sec-fetch-mode") == "navigate"
+        if elsewhere and not navigates:
+            return _refusal(403, "Pages of elsewhere may lead here, and load nothing from here.")
         if not _equal(request.cookies.get(self.cookie, ""), self._session):
-            return self._who_are_you(request)
+            # A link from elsewhere comes without the cookie at first, and with it where a page of ours leads on.
+            way = quote(request.path, errors="surrogateescape")
+            return _onward(way, 403) if elsewhere else _refusal(403, _LOST)
         try:
             return self._page(request)
         except InputError as error:
@@ -164,13 +171,6 @@ class Site:
             return _refusal(403, _LOST)
         cookie = f"{self.cookie}={self._session}; Path=/; HttpOnly; SameSite=Strict"
         return _onward("/", 200, {"Set-Cookie": cookie})
-
-    def _who_are_you(self, request: Request) -> Answer:
-        """A link from elsewhere comes without the cookie at first, and with it where a page of ours leads on."""
-        navigates = request.headers.get("sec-fetch-mode") == "navigate"
-        if navigates and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            return _onward(quote(request.path, errors="surrogateescape"), 403)
-        return _refusal(403, _LOST)
 
     def _page(self, request: Request) -> Answer:
         match request.path.split("/")[1:]:
