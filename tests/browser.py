@@ -32,6 +32,10 @@ def find_browser() -> str:
     return browser
 
 
+class Moved(AssertionError):
+    """The page went elsewhere before it could answer."""
+
+
 class Page:
     """One open page: commands in, answers and events out."""
 
@@ -54,6 +58,8 @@ class Page:
         while True:
             answer = self._next()
             if answer.get("id") == number:
+                if "navigated" in str(answer.get("error")):
+                    raise Moved(answer["error"])
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
 
@@ -87,8 +93,12 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        while not self.evaluate(condition):
-            self.evaluate("new Promise((done) => setTimeout(done, 20))")
+        """Until it holds, of this page or of one that it leads on to."""
+        while True:
+            with suppress(Moved):
+                if self.evaluate(condition):
+                    return
+                self.evaluate("new Promise((done) => setTimeout(done, 20))")
 
     def frames(self, count: int = 2) -> None:
         """Lets some frames be drawn."""

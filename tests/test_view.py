@@ -790,7 +790,7 @@ def test_the_page_shows_runs_and_only_text(tmp_path):
             page.wait(f"document.querySelectorAll('.runs input:checked').length === {number + 1}")
         page.wait("!document.querySelector('#compare').disabled")
         page.evaluate("document.querySelector('#compare').click()")
-        page.wait("document.body.textContent.includes('Settings that differ')")
+        page.wait("document.body?.textContent.includes('Settings that differ')")
         assert not page.problems
         # The report has scripts of its own, and no more rights than they.
         page.evaluate("location.hash = '#/'")
@@ -799,10 +799,10 @@ def test_the_page_shows_runs_and_only_text(tmp_path):
         page.wait("document.title === 'the report ran alone'")
         # From within it a link comes without the cookie, and is led on.
         page.evaluate("location.href = location.href.replace('report.html', 'missing.html')")
-        page.wait("document.body.textContent.includes('Only pages and figures')")
+        page.wait("document.body?.textContent.includes('Only pages and figures')")
         page.problems.clear()
         page.open(f"http://127.0.0.1:{port}/?token=wrong")
-        assert "needs the address with the token" in page.evaluate("document.body.textContent")
+        page.wait("document.body?.textContent.includes('needs the address with the token')")
 
 
 @pytest.mark.slow
@@ -811,7 +811,7 @@ def test_a_run_is_watched_from_its_beginning_to_its_report(tmp_path, simulated):
     (tmp_path / "root").mkdir()
     with serving(tmp_path / "root") as (_, port, token), browsing(tmp_path / "profile") as page:
         page.open(f"http://127.0.0.1:{port}/?token={token}")
-        page.wait("document.body.textContent.includes('No runs yet')")
+        page.wait("document.body?.textContent.includes('No runs yet')")
         command = [sys.executable, "-m", "emsplat", "reconstruct", str(particles), "-o", str(tmp_path / "root" / "run")]
         run = subprocess.Popen([*command, "--epochs", "60", "-j", "1"], stdout=subprocess.DEVNULL)
         try:

@@ -129,6 +129,8 @@ class Site:
             )
         if request.method not in ("GET", "HEAD"):
             return _refusal(405, "Nothing can be changed here: only GET and HEAD are known.", {"Allow": "GET, HEAD"})
+        if request.path == "/favicon.ico":  # browsers ask for it beside every page
+            return _sent("icon.svg", self._assets["icon.svg"])
         if "token" in request.query:
             return self._welcome(request.query["token"])
         # Another server of this machine is the same site: the cookie comes with what its pages load, as from no other.
