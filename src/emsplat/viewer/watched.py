@@ -152,7 +152,7 @@ class Watched:
                 self._of_fits = [
                     one for one in self._of_fits if not (isinstance(one, Resolved) and takes_back(taken_back, one))
                 ]
-            case _:
+            case Loss() | Scored() | Judged() | Resolved():
                 self._of_fits.append(what)
 
     def _progress(self, now: float, what: Progress) -> None:
