@@ -190,7 +190,6 @@ def test_progress_has_a_rate_and_a_time_left(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = watched(tmp_path / "run")
-    assert run.status == "stopped"  # this process began after 1970
     progress = run._progress_json()
     assert progress is not None
     assert (progress["rate"], progress["left"], progress["done"], progress["name"]) == (50.0, 6.0, 100, "half 1")
@@ -219,6 +218,7 @@ def test_how_a_run_stands(tmp_path):
     assert runs["running"].status == "running"
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say when a process began")
 def test_a_number_that_was_given_to_another_process_is_not_the_run():
     assert is_alive(os.getpid(), time.time())
     assert not is_alive(os.getpid(), 1e9)  # before this process was born
