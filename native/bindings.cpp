@@ -310,7 +310,9 @@ Result<T, 3> voxelize(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude,
     {
         nb::gil_scoped_release unlocked;
         const Columns<T> g(given);
-        const int stride = size + kernels<T>().lanes, slab = 4;
+        // Every voxel receives its terms in the order of the Gaussians, however slices are shared out. Few slabs: each
+        // works out anew what the Gaussians are that it has a part of.
+        const int stride = size + kernels<T>().lanes, slab = std::max(4, size / (4 * std::max(threads, 1)));
         share((size + slab - 1) / slab, threads, [&](int task) {
             const int z0 = task * slab, z1 = std::min(z0 + slab, size);
             std::vector<T> slices(size_t(z1 - z0) * size * stride);
