@@ -99,8 +99,8 @@ def _embedded(
     kept = weight > _EMPTY
     weight = weight[kept] / weight[kept].sum()
     own, other, point = own[:, kept] + weight.log(), other[:, kept] + weight.log(), point[kept]
-    membership = torch.softmax(own, 1)
-    placed = torch.softmax(other, 1) @ point
-    gain = torch.logsumexp(own, 1)
-    embedding = Embedding(Density(point, weight), membership, membership @ point, placed, gain, precision)
+    membership, others, gain = torch.softmax(own, 1), torch.softmax(other, 1), torch.logsumexp(own, 1)
+    embedding = Embedding(
+        Density(point, weight), membership, others, membership @ point, others @ point, gain, precision
+    )
     return embedding, torch.logsumexp(other, 1)
