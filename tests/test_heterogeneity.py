@@ -234,7 +234,14 @@ def test_what_opens_in_chimerax_is_there(run):
 def test_the_report_of_a_run_with_states(run):
     folder, _ = run
     page = write_report(folder).read_text(encoding="utf-8")
-    for said in ("nats per image", "Is there anything?", "classes of latents", "viewing direction", "part 1,", EXPLORER):
+    for said in (
+        "nats per image",
+        "Is there anything?",
+        "classes of latents",
+        "viewing direction",
+        "part 1,",
+        EXPLORER,
+    ):
         assert said in page
     assert "Not shown" not in page
     assert (folder / "states.png").stat().st_size > 10000
