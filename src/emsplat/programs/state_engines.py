@@ -46,7 +46,6 @@ from emsplat.heterogeneity.refresh import refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
-from emsplat.heterogeneity.subspace import Subspace
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
@@ -96,7 +95,7 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     for half, first in enumerate(firsts):
         known = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
         coarse = _coarse(run, half, first, window)
-        embedding, known = _placed_anew(run, half, coarse, first, known, searched.subspaces[half], between=between)
+        embedding, known = _placed_anew(run, searched, half, coarse, first, known, between=between)
         cells = gathered(run, half, embedding, window, fine=True)
         models.append(_fine(run, half, coarse, embedding, cells))
         kept.append(cells)
@@ -105,7 +104,10 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     models = _with_residuals(run, models, places, kept)
     embeddings, told = [], []
     for half, (model, before, known) in enumerate(zip(models, places, gains, strict=True)):
-        final, known = _placed_anew(run, half, model, before, known, searched.subspaces[half], between=between)
+        # Points that were spread once are not spread again.
+        final, known = _placed_anew(
+            run, searched, half, model, before, known, between=between and before is firsts[half]
+        )
         embeddings.append(final)
         told.append(mean_gain(known, torch.arange(len(known)) // run.stack.symmetry.order))
     kernels = [_kernel(embedding) for embedding in places]
@@ -174,21 +176,24 @@ def _fine(run: Run[HeterogeneityConfig], half: int, coarse: HalfModel, embedding
 
 def _placed_anew(
     run: Run[HeterogeneityConfig],
+    searched: Search,
     half: int,
     model: HalfModel,
     before: Embedding,
     known: Float[Tensor, " w"],
-    subspace: Subspace,
     *,
     between: bool,
 ) -> tuple[Embedding, Float[Tensor, " w"]]:
     """The latent space as a model has it; also with points ``between`` those that there are."""
+    if searched.found is None:
+        raise ValueError("nothing was found")
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
-    count = len(before.density)
+    latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
+    subspace, count = searched.subspaces[half], len(before.density)
     if between:
         count = max(count, min(_MOST_POINTS, len(before.own) // _PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
-        embedding, gains = refreshed(model, before, known, subspace, stacks, count, _generator(run, half))
+        embedding, gains = refreshed(model, before, known, subspace, latents, stacks, count, _generator(run, half))
     told = f"{len(embedding.density)} states, gain {float(gains.mean()):.2f} nats per image of the other half"
     run.log.line(f"  {'as before' if embedding is before else told}")
     return embedding, gains
