@@ -74,6 +74,7 @@ def test_states_that_one_half_set_makes_up_are_not_confirmed(seed):
         sum(true) / 3,
         GRID,
         everywhere,
+        10,
     )
     assert [one.confirmed for one in found] == [True, True, False]
     assert found[1].moving_resolution < 15
@@ -84,14 +85,14 @@ def test_a_rare_state_and_the_one_of_nearly_all_are_confirmed():
     body, arm = globule(0, 0, 0) + globule(3, -3, 2), globule(-5, 4, 0)
     true = [body + arm, body]
     latents, weight = torch.arange(2).double()[:, None], torch.tensor([0.97, 0.03])
-    found = proofs(fitted([true, true], true, 0.3), latents, weight, true[0], GRID, everywhere)
+    found = proofs(fitted([true, true], true, 0.3), latents, weight, true[0], GRID, everywhere, 10)
     assert all(one.confirmed for one in found)
 
 
 def test_one_state_alone_is_none():
     body = globule(0, 0, 0)
     (found,) = proofs(
-        fitted([[body]] * 2, [body], 0.3), torch.zeros(1, 1).double(), torch.ones(1), body, GRID, everywhere
+        fitted([[body]] * 2, [body], 0.3), torch.zeros(1, 1).double(), torch.ones(1), body, GRID, everywhere, 10
     )
     assert not found.confirmed
     assert found.resolution is not None

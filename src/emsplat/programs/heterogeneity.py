@@ -292,6 +292,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         consensus,
         grid,
         lambda volume: particle_mask(volume, grid, stack.diameter, True) if given is None else given,
+        finest(run),
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
     linear = searched.found if engine_of(run.config) == "cells" else None

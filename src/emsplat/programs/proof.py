@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from emsplat.types import Grid
 class Proof:
     """Of a state: cross-validated resolutions (Å) in the mask of the molecule and where it differs from the consensus;
     and how much ``better`` its map of one half-set tells the other's particles of that state than the mean of all other
-    states does (cross-validated FSC where these differ, mean over shells), with the standard error."""
+    states does (cross-validated FSC, mean over the shells by which particles were placed), with the standard error."""
 
     resolution: float | None
     moving_resolution: float | None
@@ -43,8 +44,10 @@ def proofs(
     consensus: Float[Tensor, "z y x"],
     grid: Grid,
     mask_of: Callable[[Float[Tensor, "z y x"]], Float[Tensor, "z y x"]],
+    last: int,
 ) -> list[Proof]:
-    """``weight`` says how many particles each state has, ``mask_of`` makes the mask of a state's map."""
+    """``weight`` says how many particles each state has, ``mask_of`` makes the mask of a state's map, ``last`` is the
+    finest frequency, in cycles per box, at which particles were placed."""
     total = [sum(w * model.map(z) for w, z in zip(weight.tolist(), latents, strict=True)) for model in fitted.models]
     rest = float(weight.sum()) - weight
     found = []
@@ -57,13 +60,16 @@ def proofs(
         raw = _raw(fitted, latent, grid)
         volume = (one + other) / 2
         seen = []
-        for mask in (mask_of(volume), moving_mask(volume - consensus, grid.pixel_size)):
+        molecule = mask_of(volume)
+        for mask in (molecule, moving_mask(volume - consensus, grid.pixel_size)):
             curve = None if mask is None else CrossValidation(raw, mask, grid).curve((one, other))
             seen.append(None if curve is None else resolution(curve, 0.5))
         better, error = math.nan, math.nan
         where = moving_mask(volume - (others[0] + others[1]) / 2, grid.pixel_size)
         if where is not None and float(rest[number]) > 0:
-            better, error = CrossValidation(raw, where, grid).gain((others[0], others[1]), (one, other))
+            # With the molecule, too: what a state lacks shows only beside what it has.
+            both = torch.maximum(molecule, where)
+            better, error = CrossValidation(raw, both, grid).gain((others[0], others[1]), (one, other), last)
         found.append(Proof(seen[0], seen[1], better, error))
     return found
 
