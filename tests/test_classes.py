@@ -55,11 +55,28 @@ def test_a_continuum_is_not_cut_into_classes(count):
 
 
 def test_agreement_beyond_chance():
+    both = torch.arange(2)
     # 20 + 15 of 50 alike; by chance 0.5 (Cohen's own measure, by hand).
-    assert kappa(torch.tensor([[20.0, 5.0], [10.0, 15.0]]).double() / 50) == pytest.approx(0.4)
-    assert kappa(torch.tensor([[0.9, 0.0], [0.0, 0.1]], dtype=torch.float64)) == pytest.approx(1)
-    assert kappa(torch.tensor([[0.81, 0.09], [0.09, 0.01]], dtype=torch.float64)) == pytest.approx(0, abs=1e-12)
-    assert kappa(torch.ones(1, 1).double()) == 0
+    assert kappa(torch.tensor([[20.0, 5.0], [10.0, 15.0]]).double() / 50, both, both) == pytest.approx(0.4)
+    assert kappa(torch.tensor([[0.0, 0.9], [0.1, 0.0]], dtype=torch.float64), both, both.flip(0)) == pytest.approx(1)
+    alike = torch.tensor([[0.81, 0.09], [0.09, 0.01]], dtype=torch.float64)
+    assert kappa(alike, both, both) == pytest.approx(0, abs=1e-12)
+    # A third group of one rater has no partner: 0.7 alike, by chance 0.4 · 0.6 + 0.3 · 0.4.
+    table = torch.tensor([[0.4, 0.0], [0.2, 0.1], [0.0, 0.3]], dtype=torch.float64)
+    assert kappa(table, torch.tensor([0, 2]), both) == pytest.approx((0.7 - 0.36) / 0.64)
+
+
+@pytest.mark.parametrize("points", [(18, 20), (30, 24)])
+def test_a_path_between_two_ends_is_not_cut_into_classes(points):
+    """Ends that are visited more, as of a trajectory; the half-sets find points in other places and other numbers."""
+    generator = torch.Generator().manual_seed(3)
+    latents = []
+    for _ in (1, 2):
+        place = torch.sin(math.pi * (torch.rand(VIEWS, generator=generator).double() - 0.5))
+        latents.append(torch.stack([2.5 * place, place.square()], 1))
+    found = common_classes(*halves(latents, 150.0, points))
+    assert not found.told
+    assert found.agreement < 0.85
 
 
 def test_merged_classes():

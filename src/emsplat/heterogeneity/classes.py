@@ -6,7 +6,9 @@ nothing to cut: there both agree.
 
 Two points of a half-set are one state where the data do not tell them apart: where the other half-set's model knows
 less than half of what there is to know about which of the two a particle belongs to (mutual information over entropy,
-Theil's uncertainty coefficient). They are joined, those first that are told apart least.
+Theil's uncertainty coefficient). They are joined, those first that are told apart least. What is left of both is
+matched one to one; in a continuum every group meets several of the other half-set. There have to be as many points as
+the images support: the ends of a path alone tell both half-sets where a few lie.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from emsplat.heterogeneity.embedding import Embedding
@@ -57,15 +58,16 @@ def common_classes(first: Embedding, second: Embedding) -> Classes:
     one = _joined(joint)
     other = _joined((one.T @ joint).T)
     told = one.T @ joint @ other
-    # Groups of one half and of the other are a class where most of what is in the one is in the other.
-    count, others = told.shape
-    rows = torch.cat([torch.arange(count), told.argmax(0)])
-    columns = torch.cat([told.argmax(1), torch.arange(others)]) + count
-    graph = coo_array((torch.ones(len(rows)).numpy(), (rows.numpy(), columns.numpy())), shape=(count + others,) * 2)
-    label = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-    found = Classes((label[:count][one.argmax(1)], label[count:][other.argmax(1)]), 0.0)
-    parts = found.parts()
-    return Classes(found.point, kappa(parts[0].T @ joint @ parts[1]))
+    # Each group is a class with one of the other half; in a continuum every group meets several.
+    rows, columns = (torch.from_numpy(own) for own in linear_sum_assignment(told.numpy(), maximize=True))
+    count = len(rows)
+    first_class, second_class = torch.full((len(told),), -1), torch.full((told.shape[1],), -1)
+    first_class[rows] = second_class[columns] = torch.arange(count)
+    # What has no partner goes with what most of it is in.
+    first_class = torch.where(first_class < 0, second_class[told.argmax(1)], first_class)
+    second_class = torch.where(second_class < 0, first_class[told.argmax(0)], second_class)
+    found = (first_class[one.argmax(1)], second_class[other.argmax(1)])
+    return Classes(found, kappa(told, rows, columns) if count > 1 else 0.0)
 
 
 def _joined(joint: Float[Tensor, "m n"]) -> Float[Tensor, "m g"]:
@@ -96,8 +98,8 @@ def _told_apart(joint: Float[Tensor, "g n"]) -> Float[Tensor, "g g"]:
     return known.fill_diagonal_(1.0)
 
 
-def kappa(joint: Float[Tensor, "s s"]) -> float:
-    """Agreement of two raters beyond chance, from the share of what they put into each pair of classes (Cohen 1960);
-    0 where there is but one class."""
-    chance = float(joint.sum(0) @ joint.sum(1))
-    return (float(torch.diagonal(joint).sum()) - chance) / (1 - chance) if chance < 1 - 1e-9 else 0.0
+def kappa(joint: Float[Tensor, "g h"], rows: Int[Tensor, " c"], columns: Int[Tensor, " c"]) -> float:
+    """Agreement of two raters beyond chance, from the share of what they put into each pair of groups (Cohen 1960); the
+    groups ``rows`` of the one are the groups ``columns`` of the other."""
+    chance = float(joint.sum(1)[rows] @ joint.sum(0)[columns])
+    return (float(joint[rows, columns].sum()) - chance) / (1 - chance)
