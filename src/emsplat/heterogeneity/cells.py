@@ -115,7 +115,7 @@ def gather_cells(
     ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours. ``support`` is
     in voxels of ``grid``, which covers the box, as fine as the images or coarser.
     """
-    noise = estimate_noise(stack)
+    noise = {part.grid: estimate_noise(part) for part in stack.parts()}
     own = membership.reshape(len(stack), stack.symmetry.order, -1)
     for number in range(membership.shape[1]):
         weight = own[:, :, number]
@@ -123,7 +123,9 @@ def gather_cells(
         yield _reduced(equations, support, point[number], weight)
 
 
-def _gather(stack: ParticleStack, grid: Grid, noise: Tensor, weight: Float[Tensor, "p s"]) -> NormalEquations:
+def _gather(
+    stack: ParticleStack, grid: Grid, noise: dict[Grid, Float[Tensor, "o n"]], weight: Float[Tensor, "p s"]
+) -> NormalEquations:
     statistics = begin(stack.without_symmetry(), grid)
     for number, element in enumerate(stack.symmetry.elements):
         rows = (weight[:, number] > 0).nonzero()[:, 0]
@@ -132,9 +134,10 @@ def _gather(stack: ParticleStack, grid: Grid, noise: Tensor, weight: Float[Tenso
         turned = part.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
         before = torch.ones(len(part.table)) if part.share is None else part.share
         share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
-        statistics.particles = 0
-        for _ in accumulate(statistics, replace(turned, share=share), noise):
-            pass
+        for some in replace(turned, share=share).parts():
+            statistics.particles = 0
+            for _ in accumulate(statistics, some, noise[some.grid]):
+                pass
     return statistics.equations()
 
 

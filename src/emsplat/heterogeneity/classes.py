@@ -87,7 +87,8 @@ def _told_apart(joint: Float[Tensor, "g n"]) -> Float[Tensor, "g g"]:
     """What the columns say of which of two rows it is, over the entropy of that; 1 on the diagonal."""
 
     def inner(share: Tensor) -> Tensor:
-        return torch.special.entr(share).sum(-1)
+        total: Tensor = torch.special.entr(share).sum(-1)
+        return total
 
     mass, own = joint.sum(1), inner(joint)
     both = mass[:, None] + mass

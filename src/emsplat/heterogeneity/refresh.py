@@ -7,6 +7,8 @@ not exclude, brightness and pose integrated out as there. The weights of the poi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +23,7 @@ from emsplat.maths.fourier import crop
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import read_spectra
+from emsplat.sums.spectra import Spectra, read_spectra
 
 _AT_ONCE = 10  # points whose inner products are made together: 32 numbers per voxel with all that goes with them
 _IMAGES = 32768  # that are read together
@@ -48,12 +50,9 @@ def evidence(
     ``known`` is what the linear stage says of that. Maps that are out of the question by it are not compared; they stay
     as far below the likeliest. Those next to each other should be in question for the same views.
     """
-    noise, lattice, order = estimate_noise(stack), subspace.lattice, stack.symmetry.order
-    mean, below = subspace.maps[:1], known - known.max(1, keepdim=True).values
-    asked, found = below > -_FAR, torch.full_like(below, -torch.inf)
-    for images in torch.split(torch.arange(len(stack)), _IMAGES):
-        spectra = read_spectra(stack.take(images), lattice.radius, noise=noise)
-        start = int(images[0]) * order
+    lattice, mean, below = subspace.lattice, subspace.maps[:1], known - known.max(1, keepdim=True).values
+    asked, found, start = below > -_FAR, torch.full_like(below, -torch.inf), 0
+    for spectra in _read(stack, lattice.radius):
         for some in torch.split(torch.arange(len(maps)), _AT_ONCE):
             views = asked[start : start + len(spectra)][:, some].any(1).nonzero()[:, 0]
             if not len(views):
@@ -63,7 +62,16 @@ def evidence(
             latents = infer(Subspace(lattice, shown, power, subspace.placement), spectra.take(views))
             told = latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2)
             found[(start + views)[:, None], some] = told
+        start += len(spectra)
     return torch.where(found.isinf(), below + found.max(1, keepdim=True).values, found)
+
+
+def _read(stack: ParticleStack, radius: int) -> Iterator[Spectra]:
+    """All images, some at a time."""
+    for part in stack.parts():
+        noise = estimate_noise(part)
+        for rows in torch.split(torch.arange(len(part)), _IMAGES):
+            yield read_spectra(part.take(rows), radius, stack.grid, noise)
 
 
 def _chain(point: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
