@@ -19,10 +19,10 @@ from emsplat.config import ComparePosesConfig, ReconstructConfig, RefineConfig, 
 from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import write_used
+from emsplat.maths.geometry import vector_to_matrix
 from emsplat.measures.mask import solvent_mask
 from emsplat.particles.open import open_particles
 from emsplat.poses.local import Prior, make_reference, noise_of, place
-from emsplat.poses.search import turned
 from emsplat.programs.compare_poses import compare
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
@@ -72,7 +72,8 @@ def wrong(star, true, turn, shift, seed):
     errors = math.radians(turn) * torch.randn(len(stack), 3, generator=rng, dtype=torch.float64)
     moved = poses.shift + shift * torch.randn(len(stack), 2, generator=rng, dtype=torch.float64)
     target = star.parent / f"{true.stem}_{turn:g}_{shift:g}_{seed}.star"
-    write_used(stack.with_poses(Poses(turned(errors) @ poses.rotation, moved)).table, target, stack.table.half)
+    given = Poses(vector_to_matrix(errors) @ poses.rotation, moved)
+    write_used(stack.with_poses(given).table, target, stack.table.half)
     return target
 
 

@@ -107,7 +107,7 @@ def short_report(request, monkeypatch):
     """Runs within a test have no report, which takes longer to draw than they do; the mark `report` draws it."""
     if request.node.get_closest_marker("report") is None:
         text = "left out; the test needs the mark report"
-        monkeypatch.setattr("emsplat.report.write_report", lambda run: (run / "report.html").write_text(text))
+        monkeypatch.setattr("emsplat.report.write_report", lambda run, *_: (run / "report.html").write_text(text))
 
 
 @pytest.fixture

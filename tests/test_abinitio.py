@@ -13,8 +13,9 @@ from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import axis_rotation, random_rotations
 from emsplat.maths.groups import C1, parse_symmetry
 from emsplat.poses.abinitio import Ascent, AscentStage, centre_of_mass
-from emsplat.poses.axes import GroupFrame, Turning, find_frame, find_symmetry, in_frame, turned
+from emsplat.poses.axes import GroupFrame, Turning, find_frame, find_symmetry, in_frame, map_turned
 from emsplat.poses.compare import compare_poses
+from emsplat.poses.equivalents import examine, find_poses, remade
 from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
 from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
 from emsplat.poses.starts import StartPlan, kinds, spherical_mean
@@ -45,9 +46,9 @@ def blobs(size, seed, symmetry="C1", count=5, width=1.6):
     return volume.float()
 
 
-def as_strong_as(volume, signal):
+def as_strong_as(volume, signal, radius=6):
     """A map of so much power in the images that `views` makes of it, in units of their noise."""
-    images, _, _ = views(volume, 40, noise=0.0)
+    images, _, _ = views(volume, 40, radius=radius, noise=0.0)
     return volume * math.sqrt(signal / float(images.values.abs().square().sum(1).mean()))
 
 
@@ -190,26 +191,26 @@ def test_the_axes_of_a_map_are_found_wherever_they_lie(symbol):
     symmetry = parse_symmetry(symbol)
     turn = random_rotations(1, drawn(5))
     centre = torch.tensor([0.6, -0.8, 0.5])
-    volume = turned(blobs(24, 6, symbol, count=4), turn, centre)[0]
+    volume = map_turned(blobs(24, 6, symbol, count=4), turn, centre)[0]
     turning = Turning(volume, 9, 22)
     frame = find_frame(turning, symmetry)
     assert frame.agreement > 0.93
     straight = in_frame(volume, replace(frame, symmetry=C1))
     for element in symmetry.elements[1:]:
-        again = turned(straight, element[None], torch.zeros(3))[0]
+        again = map_turned(straight, element[None], torch.zeros(3))[0]
         assert float(shell_correlation(straight, again)[2:7].min()) > 0.9
 
 
 @pytest.mark.parametrize(("symbol", "found"), [("C1", "C1"), ("D2", "D2")])
 def test_the_largest_group_of_a_map_is_found(symbol, found):
-    volume = turned(blobs(24, 7, symbol, count=4), random_rotations(1, drawn(8)), torch.zeros(3))[0]
+    volume = map_turned(blobs(24, 7, symbol, count=4), random_rotations(1, drawn(8)), torch.zeros(3))[0]
     assert find_symmetry(Turning(volume, 9, 22)).symmetry.symbol == found
 
 
 def test_a_map_that_is_turned_into_its_frame_is_the_mean_over_its_group():
     frame = GroupFrame(parse_symmetry("C2"), torch.from_numpy(axis_rotation([1.0, 0.0, 0.0], 0.3)), torch.zeros(3), 1.0)
     straight = in_frame(blobs(24, 9), frame)
-    again = turned(straight, frame.symmetry.elements[1:], torch.zeros(3))[0]
+    again = map_turned(straight, frame.symmetry.elements[1:], torch.zeros(3))[0]
     assert float((straight - again).abs().max()) < 0.05 * float(straight.max())
 
 
@@ -222,7 +223,7 @@ def test_a_second_map_is_brought_over(hand):
     size, voxel = 24, LENGTH / 24
     volume = blobs(size, 3)
     turn, centre = random_rotations(1, drawn(7))[0], torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64)
-    other = turned(volume, turn[None], centre)[0]  # V₂(p) = V₁(Q p + c)
+    other = map_turned(volume, turn[None], centre)[0]  # V₂(p) = V₁(Q p + c)
     first, shift = random_rotations(60, drawn(8)), 3 * torch.randn(60, 2, generator=drawn(9), dtype=torch.float64)
     second, second_shift = first @ turn, shift - voxel * (first @ centre)[:, :2]
     if hand:
@@ -271,6 +272,50 @@ def test_the_last_shell_is_that_before_the_first_drop_beyond_the_outline():
     assert last_shell(torch.tensor([1.0, 1.0, 0.9, 0.8])) == 3
 
 
+# Axes that a map seems to have
+
+
+def examined(volume, count=320):
+    """What is said of the C3 of a map that images of ``volume`` have been averaged to, whichever of its turns they
+    show."""
+    images, rotation, _ = views(volume, count, radius=9, spread=1.0)
+    symmetric = map_turned(volume, parse_symmetry("C3").elements, torch.zeros(3)).mean(0)
+    ascent = Ascent(images, 9, 90.0, 0, 2.0, maps=symmetric[None], noise=torch.ones(10))
+    frame = GroupFrame(parse_symmetry("C3"), torch.eye(3, dtype=torch.float64), torch.zeros(3), 0.98)
+    return examine(ascent, frame, 7.0, 9, 0), ascent, rotation
+
+
+def test_a_trimer_with_one_arm_raised_is_none():
+    """Its mean over three turns is what climbs come to; images tell that it is none, and which turn each shows."""
+    size = 20
+    trimer = blobs(size, 21, "C3", count=4)
+    raised = as_strong_as(trimer + 2 * blobs(size, 25, count=1), 300, 9)
+    found, ascent, rotation = examined(raised)
+    assert found.symmetry.order == 1
+    assert found.loss > 3 * found.loss_error
+    rows = torch.arange(100)
+    poses = find_poses(ascent, found.volume, rows, C1, 7.0, 9)
+    assert agree(rotation[rows], poses.rotation) > 0.8
+    before = find_poses(ascent, ascent.volume, rows, C1, 7.0, 9)
+    assert agree(rotation[rows], before.rotation) < 0.6
+
+
+def test_a_trimer_is_one():
+    found, _, _ = examined(as_strong_as(blobs(20, 21, "C3", count=4), 300, 9))
+    assert found.symmetry.symbol == "C3"
+    assert found.loss < 3 * found.loss_error
+
+
+def test_a_map_made_anew_is_that_which_the_images_show():
+    volume = as_strong_as(blobs(16, 12, count=8, width=1.0), 200)
+    images, _, _ = views(volume, 200, spread=1.0)
+    rough = volume + as_strong_as(blobs(16, 13, count=8, width=1.0), 60)
+    ascent = Ascent(images, 6, 90.0, 0, 2.0, maps=rough[None], noise=torch.ones(7))
+    again = remade(ascent, 6.0, 6)
+
+    assert float(shell_correlation(volume, again)[2:6].mean()) > float(shell_correlation(volume, rough)[2:6].mean())
+
+
 # The whole way
 
 
@@ -284,8 +329,6 @@ def test_a_rough_map_climbs_to_the_one_that_the_images_show():
     before = ascent.judge(6.0, 15.0, rows).likelihood.mean()
     for status in ascent.climb(AscentStage(12, 100, (5.0, 6.0))):
         assert math.isfinite(status.likelihood)
-    for done in ascent.pass_over(6.0, 15.0):
-        assert done <= ascent.count
     found = ascent.judge(6.0, 15.0, rows, torch.ones(7))
     assert float(found.likelihood.mean()) > float(before) + 5
     assert agree(rotation[rows], found.rotation) > 0.5

@@ -9,11 +9,10 @@ import torch
 from emsplat.cli import main
 from emsplat.errors import InputError
 from emsplat.io.particles import write_used
-from emsplat.maths.geometry import random_rotations
+from emsplat.maths.geometry import random_rotations, vector_to_matrix
 from emsplat.maths.groups import C1, cyclic, dihedral, octahedral
 from emsplat.particles.open import open_particles
 from emsplat.poses.compare import compare_poses
-from emsplat.poses.search import turned
 from emsplat.types import Poses
 
 COUNT = 500
@@ -38,7 +37,7 @@ def test_frame_hand_and_centre_are_found(group, mirrored):
     frame, centre = drawn(1, 5)[0], torch.tensor([4.0, -3.0, 6.0]).double()
     if group.order > 1:  # about the main axis, or nowhere at all
         centre = centre * torch.tensor([0.0, 0.0, float(group.symbol[0] == "C")])
-    rotation = turned(error) @ first.rotation @ group.elements[element]
+    rotation = vector_to_matrix(error) @ first.rotation @ group.elements[element]
     shift = first.shift - (rotation[:, :2] @ centre) + 0.5 * normal(COUNT, 2, seed=6)
     second = Poses(rotation @ frame.T, shift)
     if mirrored:
@@ -53,7 +52,7 @@ def test_frame_hand_and_centre_are_found(group, mirrored):
 
 def test_half_of_the_poses_may_be_wrong():
     first = Poses(drawn(COUNT, 1), torch.zeros(COUNT, 2).double())
-    rotation = turned(math.radians(1) * normal(COUNT, 3, seed=2)) @ first.rotation @ drawn(1, 3)[0]
+    rotation = vector_to_matrix(math.radians(1) * normal(COUNT, 3, seed=2)) @ first.rotation @ drawn(1, 3)[0]
     rotation[::2] = drawn(COUNT // 2, 4)
     numbers = compare_poses(first, Poses(rotation, first.shift), C1).numbers()
     assert numbers["within_5"] == pytest.approx(0.5, abs=0.02)

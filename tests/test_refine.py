@@ -9,14 +9,18 @@ import torch
 
 import emsplat as em
 from emsplat.assessment.maps import sphere
-from emsplat.config import ComparePosesConfig, RefineConfig, configure
+from emsplat.config import ComparePosesConfig, RefineConfig, SimulateConfig, configure
 from emsplat.errors import InputError, Interrupted
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.frames import identity
+from emsplat.heterogeneity.half import HalfModel
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles, write_used
 from emsplat.maths.fourier import irfft, rfft
-from emsplat.maths.geometry import random_rotations
+from emsplat.maths.geometry import random_rotations, vector_to_matrix
 from emsplat.maths.groups import C1, dihedral
 from emsplat.measures.fsc import fsc_curve
+from emsplat.models.decoder import Decoder, Shape
 from emsplat.particles.open import open_particles
 from emsplat.poses.local import (
     NO_PRIOR,
@@ -33,11 +37,15 @@ from emsplat.poses.local import (
 )
 from emsplat.poses.optics import refine_optics
 from emsplat.poses.prior import estimate_prior, turns
-from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, turned, unlike, within
+from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, unlike, within
+from emsplat.poses.tilt import PhaseSums, phase_likelihood, phase_sums, solve_tilt, tilted
 from emsplat.programs import compare_poses
 from emsplat.programs.refine import refine
+from emsplat.programs.simulate import simulate
 from emsplat.report import write_report
+from emsplat.run.files import half_model_name
 from emsplat.run.log import Log
+from emsplat.simulation.truth import read_truth
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, half_plane
 from emsplat.sums.statistics import equations_of
@@ -121,7 +129,7 @@ def test_likelihood_and_hessian_against_direct_sums(volume, reference):
         for axis in range(5):
             step = torch.zeros(5, dtype=torch.float64)
             step[axis] = 1e-4
-            turn = turned(step[None, :3])[0]
+            turn = vector_to_matrix(step[None, :3])[0]
             after = shown(volume, turn @ ROTATION[image], SHIFT[image] + step[3:], image)
             before = shown(volume, turn.T @ ROTATION[image], SHIFT[image] - step[3:], image)
             columns.append((after - before) / 2e-4)
@@ -134,7 +142,7 @@ def test_likelihood_and_hessian_against_direct_sums(volume, reference):
 
 def test_the_pose_of_a_clean_image_is_found(volume, reference):
     values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
-    start = turned(0.1 * normal(IMAGES, 3, seed=8)) @ ROTATION
+    start = vector_to_matrix(0.1 * normal(IMAGES, 3, seed=8)) @ ROTATION
     found = descend(reference, seen(values, start), NO_PRIOR, RADIUS, steps=40)
     assert (found.poses.rotation - ROTATION).abs().max() < 1e-3
     assert (found.poses.shift - SHIFT).abs().max() < 1e-2
@@ -153,7 +161,9 @@ def test_derivatives_are_those_of_what_is_searched(volume, reference):
         falls = []
         for sign in (1, -1):
             moved = sign * size * step
-            views = seen(values, turned(moved[:, :3]) @ found.poses.rotation, move=found.poses.shift + moved[:, 3:])
+            views = seen(
+                values, vector_to_matrix(moved[:, :3]) @ found.poses.rotation, move=found.poses.shift + moved[:, 3:]
+            )
             falls.append(found.after - descend(reference, views, NO_PRIOR, RADIUS, steps=0).before)
         for fall in falls:
             assert ((fall - 1).abs() < 0.15).all()
@@ -161,7 +171,7 @@ def test_derivatives_are_those_of_what_is_searched(volume, reference):
 
 def test_a_prior_holds_poses_where_they_were_given(volume, reference):
     values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
-    given = turned(torch.full((IMAGES, 3), 0.05, dtype=torch.float64)) @ ROTATION
+    given = vector_to_matrix(torch.full((IMAGES, 3), 0.05, dtype=torch.float64)) @ ROTATION
     free, held, firm = (
         descend(reference, seen(values, given), prior, RADIUS, steps=30)
         for prior in (NO_PRIOR, Prior(0.002, 0.05), Prior(1e-5, 1e-4))
@@ -198,7 +208,7 @@ def planted(count, turn, shift, seed):
     noise = torch.linalg.cholesky(torch.linalg.inv(2 * hessian)) @ normal(count, 5, 1, seed=seed + 4)
     found = true + noise[..., 0]
     nothing = torch.zeros(count, dtype=torch.float64)
-    poses = Poses(turned(found[:, :3]) @ given, found[:, 3:])
+    poses = Poses(vector_to_matrix(found[:, :3]) @ given, found[:, 3:])
     placed = Placed(poses, hessian, nothing, nothing, nothing, nothing.long(), nothing)
     return placed, Poses(given, torch.zeros(count, 2, dtype=torch.float64))
 
@@ -242,7 +252,9 @@ def test_orientations_cover_the_group_evenly():
 
 def test_poses_far_away_are_searched_for(volume, reference):
     values = torch.stack([shown(volume, ROTATION[i], 0 * SHIFT[i], i) for i in range(IMAGES)])
-    start = turned(torch.tensor([[0.5, 0, 0], [0, -0.5, 0.1], [0.3, 0.3, 0.3], [0, 0, 0.55]]).double()) @ ROTATION
+    start = (
+        vector_to_matrix(torch.tensor([[0.5, 0, 0], [0, -0.5, 0.1], [0.3, 0.3, 0.3], [0, 0, 0.55]]).double()) @ ROTATION
+    )
     views = seen(values, start)
     away = [
         torch.linalg.vector_norm(turns(search(reference, views, NO_PRIOR).poses.rotation, ROTATION), dim=1)
@@ -267,7 +279,7 @@ def wrong(simulated):
         stack = open_particles(star)
         poses = stack.table.poses
         moved = Poses(
-            turned(math.radians(turn) * normal(particles, 3, seed=1)) @ poses.rotation,
+            vector_to_matrix(math.radians(turn) * normal(particles, 3, seed=1)) @ poses.rotation,
             poses.shift + shift * normal(particles, 2, seed=2),
         )
         write_used(stack.with_poses(moved).table, star.parent / "wrong.star", stack.table.half)
@@ -447,6 +459,81 @@ def test_particles_of_several_boxes(simulated, wrong, tmp_path):
     assert summary["refinement"]["moved"] is True
 
 
+# States
+
+
+def atoms(path, places):
+    """Carbon atoms of one chain."""
+    lines = [
+        f"ATOM  {i + 1:5d}  CA  ALA A{i + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           C\n"
+        for i, (x, y, z) in enumerate(places.tolist())
+    ]
+    path.write_text("".join(lines) + "END\n")
+    return path
+
+
+@pytest.fixture
+def moving(tmp_path):
+    """Particles with an arm in one of two places, in poses that are off; their true poses; and the folder of a run that
+    knows the states."""
+    body, arm = 9 * normal(300, 3, seed=40), 7 * normal(200, 3, seed=41) + torch.tensor([0.0, 0.0, 32.0])
+    turn = vector_to_matrix(torch.tensor([[1.4, 0.0, 0.0]], dtype=torch.float64))[0]
+    models = [atoms(tmp_path / f"{n}.pdb", torch.cat([body, own])) for n, own in enumerate((arm, arm @ turn.T))]
+    known = {"box": 32, "pixel_size": 4.0, "snr": 0.5, "seed": 3, "particles": 500, "states": tuple(models)}
+    true = simulate(configure(SimulateConfig, **known), None, tmp_path / "particles")
+    labels = read_truth(tmp_path / "particles" / "truth").state
+    stack = open_particles(true)
+    poses = stack.table.poses
+    error = math.radians(6) * normal(500, 3, seed=1)
+    moved = Poses(vector_to_matrix(error) @ poses.rotation, poses.shift + 3 * normal(500, 2, seed=2))
+    star = true.parent / "wrong.star"
+    write_used(stack.with_poses(moved).table, star, stack.table.half)
+    folder = tmp_path / "states"
+    folder.mkdir()
+    maps = torch.stack([read_map(true.parent / "truth" / f"{n:03d}.mrc")[0] for n in (0, 1)])
+    point = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    for half in (1, 2):
+        faint = Decoder(
+            torch.zeros(8, 3), torch.full((8,), 4.0), torch.full((8,), 1e-6), Shape(1, 1), generator=drawn(6)
+        )
+        density = Density(point, torch.tensor([0.5, 0.5]).double())
+        own = HalfModel(faint, density, torch.eye(1).double() * 50, maps, stack.grid, stack.grid, identity(1))
+        own.save(folder / half_model_name(half))
+    rows = [f"{row + 1},{stack.table.half[row]},{2 * int(labels[row]) - 1}" for row in range(500)]
+    (folder / "latents.csv").write_text("\n".join(["row,half,z1", *rows]) + "\n")
+    return star, true, folder
+
+
+def test_motion_is_not_mistaken_for_wrong_poses(moving, tmp_path):
+    """Against maps of their own states particles come nearer to their true poses than against one map of all."""
+    star, true, folder = moving
+    summary = run(star, tmp_path / "own", states=folder)
+    run(star, tmp_path / "one", rounds=1)
+    given = compare(true, star)
+    own, one = (compare(true, tmp_path / name / "run_data.star") for name in ("own", "one"))
+    assert own["median"] < 0.8 * one["median"]
+    assert own["median"] < 0.5 * given["median"]
+    assert own["shift_median"] < one["shift_median"]
+    assert len(summary["refinement"]["rounds"]) == 1
+
+
+def test_states_of_other_particles(moving, tmp_path):
+    star, _, folder = moving
+    with pytest.raises(InputError, match="with --states poses and tilt"):
+        run(star, tmp_path / "optics", states=folder, refine="poses,defocus")
+    text = (folder / "latents.csv").read_text()
+    (folder / "latents.csv").write_text(text.replace("\n1,1,", "\n1,2,").replace("\n1,2,", "\n1,1,"))
+    lines = text.splitlines()
+    (folder / "latents.csv").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(InputError, match="1 particles are not in it"):
+        run(star, tmp_path / "run", states=folder)
+    first = lines[1].split(",")
+    lines[1] = ",".join([first[0], str(3 - int(first[1])), first[2]])
+    (folder / "latents.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="half-sets are others"):
+        run(star, tmp_path / "other", states=folder)
+
+
 # Optics
 
 
@@ -476,6 +563,54 @@ def test_defocus_and_grey_scale_of_each_particle(simulated):
     assert spread.scale == pytest.approx(0.3, rel=0.35)
     alone, _ = refine_optics(reference, wrong, noise_of(wrong), defocus=True, strength=False)
     assert torch.equal(alone.scale, told.scale)
+
+
+def test_the_likelihood_of_a_beam_tilt_has_its_own_derivatives():
+    cross = torch.complex(normal(50, seed=1), normal(50, seed=2))
+    sums = [PhaseSums(normal(4, 50, seed=3), cross), PhaseSums(normal(4, 50, seed=4), cross.conj())]
+    values = (0.3 * normal(4, seed=5)).requires_grad_()
+    direct = sum(2 * (own.cross * torch.exp(1j * (values @ own.basis))).real.sum() for own in sums)
+    found, slope, curve = phase_likelihood(sums, values.detach())
+    assert float(found) == pytest.approx(float(direct.detach()), rel=1e-12)
+    (first,) = torch.autograd.grad(direct, values, create_graph=True)
+    assert torch.allclose(slope, first.detach(), rtol=1e-10)
+    second = torch.stack([torch.autograd.grad(part, values, retain_graph=True)[0] for part in first])
+    assert torch.allclose(curve, -second, rtol=1e-10)
+
+
+def test_a_wrong_beam_tilt_is_found(simulated):
+    """The table says a tilt that the images have not."""
+    star = simulated(particles=200, box=48, pixel_size=3.0, snr=2.0)
+    stack = open_particles(star)
+    truth, grid = read_map(star.parent / "truth.mrc")
+    reference = make_reference(equations_of(stack).gain(truth) * truth, grid, 22)
+    said = torch.tensor([2.0, -1.2], dtype=torch.float64)
+    wrong = stack.with_aberrations(tilted(stack.table.optics, said.expand(200, 2)))
+    moved = wrong.with_poses(Poses(stack.table.poses.rotation, stack.table.poses.shift + 0.5))
+    for known, move in ((wrong, 0.0), (moved, -0.5)):
+        ((group, sums),) = phase_sums(reference, known, noise_of(known)).items()
+        found = solve_tilt(sums)
+        assert group == 0
+        assert bool((found.error < 0.2).all())
+        assert bool(((found.tilt + said).abs() < 4 * found.error).all())
+        assert found.move.tolist() == pytest.approx([move, move], abs=0.1)
+    again = wrong.with_aberrations(tilted(wrong.table.optics, found.tilt.expand(200, 2)))
+    left = solve_tilt(phase_sums(reference, again, noise_of(again))[0])
+    assert bool((left.tilt.abs() < 0.02).all())
+
+
+def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
+    star = simulated(particles=300, snr=2.0)
+    stack = open_particles(star)
+    wrong = stack.with_aberrations(tilted(stack.table.optics, torch.tensor([8.0, 0.0]).expand(300, 2)))
+    write_used(wrong.table, star.parent / "wrong.star", stack.table.half)
+    given = read_particles(star.parent / "wrong.star").optics.aberrations
+    assert torch.allclose(given.odd, wrong.table.optics.aberrations.odd, rtol=1e-6)
+    summary = run(star.parent / "wrong.star", tmp_path / "run", refine="poses,tilt", rounds=1)
+    ((x, _, *errors),) = summary["refinement"]["rounds"][0]["beam_tilt"].values()
+    assert x < -3 * errors[0]
+    after = read_particles(tmp_path / "run" / "run_data.star").optics.aberrations
+    assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
 def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
@@ -510,7 +645,9 @@ def test_poses_that_are_far_off_are_searched_for(wrong, tmp_path, search):
     stack = open_particles(star)
     poses = stack.table.poses
     axis = normal(300, 3, seed=5)
-    far = turned(math.radians(45 if search == "50" else 110) * axis / torch.linalg.vector_norm(axis, dim=1)[:, None])
+    far = vector_to_matrix(
+        math.radians(45 if search == "50" else 110) * axis / torch.linalg.vector_norm(axis, dim=1)[:, None]
+    )
     rotation = poses.rotation.clone()
     rotation[::10] = (far @ rotation)[::10]
     lost = star.parent / "lost.star"

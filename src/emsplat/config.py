@@ -236,6 +236,9 @@ class RunOptions:
     force: bool = False
     """Exit with 0 also where the particles do not have the symmetry that is asked for."""
 
+    profile: bool = False
+    """Print where the time went, and write it into the run folder as trace.json, for the profiler of a browser."""
+
 
 @runtime_checkable  # shapes and types are checked while tests run
 class SourceConfig(Protocol):
@@ -291,7 +294,8 @@ class RefineOptions:
     """How poses are refined."""
 
     refine: Annotated[str, "WHAT,..."] = "poses"
-    """What of each particle is refined: poses, and with a comma defocus, and scale (grey scale and B factor)."""
+    """What is refined: poses, and with a comma defocus, scale (grey scale and B factor) of each particle, and tilt (the
+    beam tilt of each optics group)."""
 
     rounds: int = 3
     """Rounds at most. A round makes maps, fits Gaussians to each half and finds every particle's pose against those of
@@ -309,6 +313,10 @@ class RefineOptions:
 
     shift_error: Angstrom | None = None
     """Standard deviation along x and y of the shifts that were given; without it from the data."""
+
+    states: Folder | None = None
+    """Run folder of `emsplat heterogeneity` with these particles: each is compared with the map of its own state, so
+    that motion is not mistaken for a wrong pose. One round."""
 
     shared_to: Angstrom | None = None
     """The poses that are given were found with one map of all particles, of this resolution: what is coarser both
@@ -329,8 +337,8 @@ class AbinitioOptions:
     starts: int = 4
     """Starts of each half-set at most. They end with the first two, one of each half, that agree."""
 
-    steps: int = 160
-    """Steps of a start without symmetry; a fifth as many follow with it."""
+    steps: int = 240
+    """Steps of a start at most, without symmetry; it ends where it has settled."""
 
     batch: Annotated[int, "IMAGES"] = 200
     """Images of a step."""

@@ -18,7 +18,16 @@ from jaxtyping import Float
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index, widen
+from emsplat.maths.fourier import (
+    cropped_volume,
+    hermitian_weight,
+    irfft,
+    is_smooth,
+    padded_spectrum,
+    rfft,
+    shell_index,
+    widen,
+)
 from emsplat.sums.equations import circulant
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
@@ -161,14 +170,13 @@ class _Equations:
     def misfit(self, maps: Float[Tensor, "c z y x"]) -> Float[Tensor, "c z y x"]:
         """b - K V."""
         count, size, side = len(maps), maps.shape[-1], self.response.shape[1]
-        spectrum = torch.fft.rfftn(maps, s=(side,) * 3, dim=(1, 2, 3))
+        spectrum = padded_spectrum(maps, side)
         applied = torch.zeros_like(spectrum)
         for (j, k), response in zip(torch.triu_indices(count, count).T.tolist(), self.response, strict=True):
             applied[j] += response * spectrum[k]
             if j != k:
                 applied[k] += response * spectrum[j]
-        moved: Tensor = torch.fft.irfftn(applied, s=(side,) * 3, dim=(1, 2, 3))[:, :size, :size, :size]
-        return self.linear - moved
+        return self.linear - cropped_volume(applied, size)
 
 
 class Space:

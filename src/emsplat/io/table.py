@@ -61,7 +61,7 @@ class ParticleTable:
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
     left_out: int = 0  # rows that repeated an image and were left out for it
-    changed: tuple[str, ...] = ()  # what is no longer that of the sources: "poses", "ctf" (defocus, scale, B factor)
+    changed: tuple[str, ...] = ()  # not as in the sources: poses, ctf (defocus, scale, B factor), aberrations
 
     def __len__(self) -> int:
         return len(self.poses)

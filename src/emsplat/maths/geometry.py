@@ -81,6 +81,14 @@ def matrix_to_quaternion(matrix: Float[Tensor, "g 3 3"]) -> Float[Tensor, "g 4"]
     return torch.from_numpy(xyzw[:, [3, 0, 1, 2]]).to(matrix.dtype)
 
 
+def vector_to_matrix(vector: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
+    """Rotation vectors (axis times angle, rad) to matrices exp([w]×)."""
+    cross = vector.new_zeros(len(vector), 3, 3)
+    cross[:, 0, 1], cross[:, 0, 2], cross[:, 1, 2] = -vector[:, 2], vector[:, 1], -vector[:, 0]
+    matrices: Tensor = torch.linalg.matrix_exp(cross - cross.mT)
+    return matrices
+
+
 def principal_axes(covariance: Float[Tensor, "g 3 3"]) -> tuple[Float[Tensor, "g 3"], Float[Tensor, "g 4"]]:
     """Standard deviations S and unit quaternions of axes R with R S² Rᵀ the covariance (positive definite).
 

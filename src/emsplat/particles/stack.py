@@ -22,7 +22,7 @@ from emsplat.particles.images import ImageFiles
 from emsplat.particles.prefetch import ahead
 from emsplat.particles.resample import resample
 from emsplat.run.log import counted
-from emsplat.types import PHASE_FLIPPED, Batch, Grid, Optics, Poses
+from emsplat.types import PHASE_FLIPPED, Aberrations, Batch, Grid, Optics, Poses
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,18 @@ class ParticleStack:
         columns = {name: getattr(old, name).index_copy(0, self.rows, getattr(optics, name)) for name in names}
         changed = tuple(dict.fromkeys([*self.table.changed, "ctf"]))
         return replace(self, table=replace(self.table, optics=replace(old, **columns), changed=changed))
+
+    def with_aberrations(self, aberrations: Aberrations) -> ParticleStack:
+        """The same particles with other aberrations, which are given for all rows of the table.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        if len(aberrations.odd) != len(self.table):
+            raise ValueError(f"{len(aberrations.odd)} aberrations for {len(self.table)} rows")
+        changed = tuple(dict.fromkeys([*self.table.changed, "aberrations"]))
+        optics = replace(self.table.optics, aberrations=aberrations)
+        return replace(self, table=replace(self.table, optics=optics, changed=changed))
 
     @property
     def half(self) -> Int[Tensor, " p"]:

@@ -23,7 +23,7 @@ from emsplat.maths.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.maths.geometry import random_rotations
 from emsplat.maths.groups import C1, Symmetry
 from emsplat.poses.grids import half_grid, shift_grid
-from emsplat.poses.scores import Expected, MostLikely, Trial, expect, most_likely
+from emsplat.poses.scores import Expected, MostLikely, Trial, best_few, expect, most_likely
 from emsplat.sums.equations import circulant, mean_per_shell
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra
@@ -91,6 +91,7 @@ class Ascent:
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.zeros(0, dtype=torch.int64)
         self.shell = torch.linalg.vector_norm(images.frequency, dim=1).round().long()
+        self.diameter = diameter
         size = self.lattice.size
         self.mask = _sphere(size, diameter / images.length * size)
         self._away = shell_index(size, 3)
@@ -131,21 +132,6 @@ class Ascent:
             certainty = float(found.certainty.median())
             yield Status(radius, float(found.likelihood.mean()), certainty, self.spread)
 
-    def pass_over(self, radius: float, turn: float, batch: int = 500) -> Iterator[int]:
-        """The posterior of all images against the map as it is, and then the map that follows from them alone; yields
-        how many images are done. ``turn`` in degrees."""
-        trial = self.trial(radius, math.radians(turn))
-        noise = self.noise_at(trial)
-        self._numerator, self._weight = torch.zeros_like(self._numerator), torch.zeros_like(self._weight)
-        done = 0
-        for rows in torch.split(torch.arange(self.count), batch):
-            found = expect(self.images, rows, trial, noise)
-            self._learn(found)
-            self._add(found.numerator, found.weight, trial.rotation)
-            done += len(rows)
-            yield done
-        self.maps = self._solve(radius)
-
     def trial(self, radius: float, turn: float, generator: torch.Generator | None = None) -> Trial:
         """The poses of a random grid, and the map in them up to a frequency."""
         generator = generator or self._generator
@@ -180,6 +166,13 @@ class Ascent:
         one = replace(trial, rotation=trial.rotation[:1], slices=trial.slices[:1])
         found = most_likely(self.images, rows, one, own)
         return replace(found, likelihood=found.likelihood + math.log(len(trial.rotation)))
+
+    def candidates(
+        self, radius: float, turn: float, rows: Int[Tensor, " i"], several: int
+    ) -> tuple[Float[Tensor, "i n 3 3"], Float[Tensor, "i n 2"]]:
+        """The best few poses of images on the grid of `judge`."""
+        trial = self.trial(radius, math.radians(turn), torch.Generator().manual_seed(0))
+        return best_few(self.images, rows, trial, self.noise_at(trial), several)
 
     def _next(self, batch: int) -> Int[Tensor, " b"]:
         """The next images in an order that is drawn anew once all were seen."""
@@ -262,6 +255,20 @@ class Ascent:
         for number, volume in enumerate(self.maps):
             self._numerator[number] = moved(self._numerator[number], -(free @ centre_of_mass(volume)))
         self.maps = self._solve(radius)
+
+
+def chosen(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
+    """Some of the images."""
+    count = len(rows)
+    return replace(
+        images,
+        values=images.values[rows],
+        transfer=images.transfer[rows],
+        image=torch.arange(count, dtype=torch.int32),
+        rotation=images.rotation[rows],
+        share=images.share[rows],
+        row=images.row[rows],
+    )
 
 
 def centre_of_mass(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "3"]:

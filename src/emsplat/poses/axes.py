@@ -33,7 +33,7 @@ _REFINED = 2  # of them, together with a second axis
 _TWISTS = 60  # places of the second axis about the first
 _OUTLINE = 3  # shells before this one show the outline of the particle
 _BATCH = 64
-_LOOKED_AT = 3000  # voxels of a map
+_LOOKED_AT, _ROUGHLY = 3000, 1000  # voxels of a map
 _LARGE = 14  # elements of a group
 _TURNED, _ASIDE = 3.0, 2.0  # how far a frame is refined: tenths of a radian about each axis, voxels
 
@@ -64,12 +64,13 @@ class Turning:
         self._points = inside[some]
 
     def agreement(
-        self, rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"] | None = None
+        self, rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"] | None = None, *, roughly: bool = False
     ) -> Float[Tensor, " r"]:
-        """Correlation of the map with itself turned about a centre by each rotation."""
+        """Correlation of the map with itself turned about a centre by each rotation; ``roughly`` at few points."""
         middle = torch.zeros(3) if centre is None else centre
-        plain = _sampled(self._fine, self._points, torch.eye(3)[None], middle)
-        turned = _sampled(self._fine, self._points, rotation, middle)
+        points = self._points[: _ROUGHLY if roughly else None]
+        plain = _sampled(self._fine, points, torch.eye(3)[None], middle)
+        turned = _sampled(self._fine, points, rotation, middle)
         norm = torch.linalg.vector_norm(turned, dim=1) * torch.linalg.vector_norm(plain)
         correlation: Tensor = (turned @ plain[0]) / norm.clamp(min=1e-30)
         return correlation
@@ -82,7 +83,7 @@ def find_frame(turning: Turning, symmetry: Symmetry) -> GroupFrame:
     first, *others = sorted(generators(symmetry.elements), key=_angle)
     axis, angle = _axis(first), _angle(first)
     direction = _half_sphere()
-    found = turning.agreement(_about(direction, angle))
+    found = turning.agreement(_about(direction, angle), roughly=True)
     starts = []
     for number in found.argsort(descending=True)[:_BEST].tolist():
         onto = _onto(direction[number].numpy(), axis)
@@ -115,7 +116,7 @@ def _likely_folds(turning: Turning, least: float) -> list[int]:
     do so about the long axis of any rod."""
     direction = _half_sphere()
     parts = {Fraction(k, fold) for fold in _FOLDS for k in range(1, fold // 2 + 1)}
-    found = {part: turning.agreement(_about(direction, 2 * math.pi * float(part))) for part in parts}
+    found = {part: turning.agreement(_about(direction, 2 * math.pi * float(part)), roughly=True) for part in parts}
     worst = {fold: torch.stack([found[Fraction(k, fold)] for k in range(1, fold // 2 + 1)]).amin(0) for fold in _FOLDS}
     return [fold for fold in _FOLDS if float(worst[fold].max()) >= least]
 
@@ -123,10 +124,10 @@ def _likely_folds(turning: Turning, least: float) -> list[int]:
 def in_frame(volume: Float[Tensor, "z y x"], frame: GroupFrame) -> Float[Tensor, "z y x"]:
     """A map turned into RELION's setting, the mean over its group."""
     rotation = frame.rotation.T @ frame.symmetry.elements
-    return turned(volume, rotation, frame.centre).mean(0)
+    return map_turned(volume, rotation, frame.centre).mean(0)
 
 
-def turned(
+def map_turned(
     volume: Float[Tensor, "z y x"], rotation: Float[Tensor, "r 3 3"], centre: Float[Tensor, "3"]
 ) -> Float[Tensor, "r z y x"]:
     """V(R x + c) for each rotation, c in voxels."""

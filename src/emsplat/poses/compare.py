@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emsplat.maths.geometry import vector_to_matrix
 from emsplat.maths.groups import Symmetry
 from emsplat.poses.prior import turns
-from emsplat.poses.search import turned
 from emsplat.types import Poses
 
 _GUESSES = 150  # particles that name a frame
@@ -93,7 +93,7 @@ def _in_one_frame(first: Poses, second: Poses, symmetry: Symmetry, mirrored: boo
         # In the frame of the object: frame exp([w]×) brings the second nearer.
         own = one[near] @ elements[element[near]].mT
         step = turns((other[near] @ frame).mT, own.mT).median(0).values
-        frame = frame @ turned(step[None])[0]
+        frame = frame @ vector_to_matrix(step[None])[0]
         if float(torch.linalg.vector_norm(step)) < 1e-7:
             break
     angle, _ = _angles(one, other @ frame, elements)

@@ -134,6 +134,18 @@ def most_likely(images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: F
     return MostLikely(rotation, shift, place[:, 2] // len(trial.rotation), torch.cat(likelihood), torch.cat(best))
 
 
+def best_few(
+    images: Spectra, rows: Int[Tensor, " i"], trial: Trial, noise: Float[Tensor, " k"], several: int
+) -> tuple[Float[Tensor, "i n 3 3"], Float[Tensor, "i n 2"]]:
+    """The poses of the trial that fit each image best, of any map."""
+    places = []
+    for part in _scored(images, rows, trial, noise, 1.0):
+        entry = part.scores.flatten(1).topk(several, 1).indices
+        places.append(torch.stack(_unravel(entry, len(trial.shift), len(trial.slices)), 2))
+    rotation, shift = trial.poses(torch.cat(places).flatten(0, 1))
+    return rotation.reshape(len(rows), several, 3, 3), shift.reshape(len(rows), several, 2)
+
+
 @dataclass(frozen=True)
 class _Scored:
     rows: Int[Tensor, " b"]
@@ -168,7 +180,7 @@ def _scored(
         yield _Scored(own, scores, real, imaginary, precision)
 
 
-def _unravel(entry: Int[Tensor, " e"], shifts: int, rotations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _unravel(entry: Int[Tensor, "*e"], shifts: int, rotations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Half turns, shift and rotation of entries of an image's scores."""
     return entry // (shifts * rotations), entry // rotations % shifts, entry % rotations
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emsplat.maths.geometry import quaternion_to_matrix
+from emsplat.maths.geometry import quaternion_to_matrix, vector_to_matrix
 from emsplat.poses.local import Placed, PoseViews, Prior, Reference, Search, descend, nearest
 
 _COARSE = 8  # cycles per box of the first comparison
@@ -104,7 +104,7 @@ def _from_starts(
     """The best of what is reached from each of some turns of the views' own poses."""
     count = len(views.image)
     kept_rotation, kept_move, kept_gain = [], [], []
-    turn = turned(starts)
+    turn = vector_to_matrix(starts)
     for some in torch.split(torch.arange(len(turn)), max(1, _AT_ONCE // max(count, 1))):
         every = views.take(torch.arange(count).repeat_interleave(len(some)))
         every = replace(every, rotation=(turn[some] @ views.rotation[:, None]).flatten(0, 1))
@@ -164,11 +164,3 @@ def _better(one: Placed, other: Placed, tried: int) -> Placed:
     that were tried."""
     rows = (other.after > one.after + math.log(tried)).nonzero()[:, 0]
     return one.with_rows(rows, other.take(rows))
-
-
-def turned(vectors: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
-    """Matrices of rotation vectors."""
-    cross = vectors.new_zeros(len(vectors), 3, 3)
-    cross[:, 0, 1], cross[:, 0, 2], cross[:, 1, 2] = -vectors[:, 2], vectors[:, 1], -vectors[:, 0]
-    matrices: Tensor = torch.linalg.matrix_exp(cross - cross.mT)
-    return matrices

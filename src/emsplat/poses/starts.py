@@ -1,13 +1,16 @@
 """Starts on both half-sets, one after the other, until two that share nothing agree.
 
-A start climbs without symmetry, with several maps that compete for the images where that is asked for; the one that
-most images go to goes on, with these. Where the particle has a symmetry, its axes are found in the map, which is turned
-into RELION's setting, and the climb goes on with it. A pair of starts, one of each half, is compared (`verdict`); the
-first that agrees is taken. The worst that can happen is that many starts are made in vain.
+A start climbs without symmetry until it has settled, with several maps that compete for the images where that is
+asked for; the one that most images go to goes on, with these. Where the particle has a symmetry, its axes are found in
+the map, which is turned into RELION's setting, and the climb goes on with it. Where none is asked for, axes that it
+seems to have are examined (`equivalents`): the climb goes on with those that it has, and with its symmetry broken where
+it only looks like it. A pair of starts, one of each half, is compared (`verdict`); the first that agrees is taken. The
+worst that can happen is that many starts are made in vain.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,18 +19,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
-from emsplat.maths.groups import Symmetry
-from emsplat.poses.abinitio import Ascent, AscentStage
+from emsplat.maths.groups import C1, Symmetry
+from emsplat.poses.abinitio import Ascent, AscentStage, chosen
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
 from emsplat.poses.compare import PoseComparison, compare_poses
-from emsplat.poses.verdict import SHELLS, Verdict, agreement, brought_over, decide, last_shell, shell_correlation
+from emsplat.poses.equivalents import examine, find_poses, remade
+from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, shell_correlation
 from emsplat.sums.spectra import Spectra
-from emsplat.types import Poses
 
 _BEGUN, _SEEN, _DONE = 5.6, 8.8, 10.6  # cycles per diameter of the particle: first, end of the climb, end of a start
 _SAMPLE = 100  # images of each half that poses are compared on
 _TURN = 12.0  # degrees between the rotations of that
 _SEEDS = 7919  # between starts
+_MARCH = 4  # of the steps of a climb one in so many goes to finer frequencies, the others stay there
+_BLOCK, _SETTLED = 25, 0.02  # steps, and the part of the likelihood that so many gain where a climb has settled
+_SEEMS = 0.4  # agreement of a map with itself turned from which on axes are worth an examination
+_LOOKS = 3  # for groups, larger each time
 
 
 @dataclass(frozen=True)
@@ -38,22 +45,23 @@ class StartPlan:
     spread: float  # standard deviation of shifts, Å, at first
     diameter: float  # of the mask, Å
     largest: int  # finest frequency that the images hold, cycles per box
-    steps: int = 160
+    steps: int = 240
     batch: int = 200
     classes: int = 1
 
-    def stages(self) -> tuple[AscentStage, AscentStage]:
-        """Climb without symmetry, and what follows with it."""
+    def stages(self) -> tuple[AscentStage, AscentStage, AscentStage]:
+        """Climb without symmetry, what is repeated until it has settled, and what follows with the symmetry."""
         begun, seen, done = (min(self.largest, self.radius * cycles) for cycles in (_BEGUN, _SEEN, _DONE))
         return (
-            AscentStage(self.steps, self.batch, (begun, seen)),
-            AscentStage(max(2, self.steps // 5), 3 * self.batch // 2, (seen, done), (0.6, 1.0), turn=(18.0, 12.0)),
+            AscentStage(max(2, self.steps // _MARCH), self.batch, (begun, seen)),
+            AscentStage(min(_BLOCK, max(2, self.steps // _MARCH)), self.batch, (seen, seen)),
+            AscentStage(max(2, self.steps // 15), self.batch, (seen, done), (0.6, 1.0), turn=(18.0, 15.0)),
         )
 
     @property
     def compared(self) -> float:
         """The frequency up to which starts are compared."""
-        return self.stages()[0].radius[1]
+        return min(self.largest, self.radius * _SEEN)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Start:
     spread: float
     likelihood: float  # mean of the last steps, nats per image
     axes: float  # agreement of the map with the axes of the symmetry, 1 without
+    group: Symmetry  # the symmetry that was asked for, or that the images support
+    steps: int  # until it had settled
     share: float  # of the images that went to this map and not to the others of its start
     others: Float[Tensor, "c z y x"]  # these
 
@@ -82,29 +92,102 @@ def make_start(
 ) -> Start:
     """One start on the images of a half."""
     own = seed + _SEEDS * (2 * number + half)
-    climb, settle = plan.stages()
-    total = climb.steps + settle.steps
+    total = plan.steps + plan.stages()[2].steps
     ascent = Ascent(images, plan.largest, plan.diameter, own, plan.spread, classes=plan.classes)
-    for step, _ in enumerate(ascent.climb(climb)):
-        told(step + 1, total)
+    steps = 0
+    for _ in _settling(ascent, plan):
+        steps += 1
+        told(steps, total)
     order = ascent.share.argsort(descending=True)
     share, maps = float(ascent.share[order[0]]), ascent.maps[order]
     if plan.classes > 1:
         rows = (kinds(images, maps, ascent.noise, ascent.spread, plan) == 0).nonzero()[:, 0]
         images = chosen(images, rows) if len(rows) >= plan.batch else images
-    axes, volume = 1.0, maps[0]
+        ascent = _going_on(ascent, images, plan, C1, maps[0], own + 1)
     if symmetry.order > 1:
-        frame = find_frame(turning_of(volume, images.length, plan), symmetry)
-        axes, volume = frame.agreement, in_frame(volume, frame)
-    if symmetry.order > 1 or plan.classes > 1:
-        args = (images, plan.largest, plan.diameter, own + 1, ascent.spread)
-        ascent = Ascent(*args, symmetry, volume[None], ascent.noise)
-    likelihood: list[float] = []
-    for step, status in enumerate(ascent.climb(settle)):
-        likelihood.append(status.likelihood)
-        told(climb.steps + step + 1, total)
-    last = sum(likelihood[-5:]) / len(likelihood[-5:])
-    return Start(half, number, ascent.volume, ascent.noise, ascent.spread, last, axes, share, maps[1:])
+        ascent, axes = _with_symmetry(ascent, images, plan, symmetry, own)
+    else:
+        ascent, axes = _examined(ascent, images, plan, own)
+    volume = remade(ascent, plan.compared, plan.largest)
+    told(total, total)
+    ascent = _going_on(ascent, images, plan, ascent.symmetry, volume, own)
+    some = torch.linspace(0, ascent.count - 1, min(2 * _SAMPLE, ascent.count)).long()
+    return Start(
+        half,
+        number,
+        volume,
+        ascent.noise,
+        ascent.spread,
+        float(ascent.judge(plan.compared, _TURN, some).likelihood.mean()),
+        axes,
+        ascent.symmetry,
+        steps,
+        share,
+        maps[1:],
+    )
+
+
+def _with_symmetry(
+    ascent: Ascent, images: Spectra, plan: StartPlan, symmetry: Symmetry, seed: int
+) -> tuple[Ascent, float]:
+    """The climb with a symmetry about the axes that fit best, and how well they did."""
+    frame = find_frame(turning_of(ascent.volume, images.length, plan), symmetry)
+    ascent = _going_on(ascent, images, plan, symmetry, in_frame(ascent.volume, frame), seed + 2)
+    _settle(ascent, plan)
+    return ascent, frame.agreement
+
+
+def _examined(ascent: Ascent, images: Spectra, plan: StartPlan, seed: int) -> tuple[Ascent, float]:
+    """The climb with the symmetry that images support, or without that which a map only seemed to have."""
+    axes = 1.0
+    for look in range(_LOOKS):
+        frame = find_symmetry(turning_of(ascent.volume, images.length, plan), _SEEMS)
+        if frame.symmetry.order <= ascent.symmetry.order:
+            break
+        examined = examine(ascent, frame, plan.compared, plan.largest, seed + look)
+        if examined.symmetry.order > 1:
+            axes = frame.agreement
+            ascent = _going_on(ascent, images, plan, examined.symmetry, examined.volume, seed + 3 + look)
+            _settle(ascent, plan)
+            continue
+        if ascent.symmetry.order == 1:
+            # No steps on a coarse grid, which would mix again what was told apart.
+            ascent = _going_on(ascent, images, plan, C1, examined.volume, seed + 3 + look)
+        return ascent, axes
+    if ascent.symmetry.order == 1:
+        _settle(ascent, plan)
+    return ascent, axes
+
+
+def _settling(ascent: Ascent, plan: StartPlan) -> Iterator[None]:
+    """A climb to the frequency that starts are compared at, and on until its likelihood grows no more."""
+    march, block, _ = plan.stages()
+    for _ in ascent.climb(march):
+        yield
+    before = -math.inf
+    for _ in range((plan.steps - march.steps) // block.steps):
+        seen = []
+        for status in ascent.climb(block):
+            seen.append(status.likelihood)
+            yield
+        mean = sum(seen) / len(seen)
+        if mean - before < _SETTLED * abs(mean):
+            return
+        before = mean
+
+
+def _going_on(
+    ascent: Ascent, images: Spectra, plan: StartPlan, symmetry: Symmetry, volume: Tensor, seed: int
+) -> Ascent:
+    """A climb from a map, with a symmetry."""
+    args = (images, plan.largest, plan.diameter, seed, ascent.spread)
+    return Ascent(*args, symmetry, volume[None], ascent.noise)
+
+
+def _settle(ascent: Ascent, plan: StartPlan) -> None:
+    """The last steps of a start."""
+    for _ in ascent.climb(plan.stages()[2]):
+        pass
 
 
 def kinds(
@@ -139,28 +222,27 @@ class Pair:
 def compare(halves: tuple[Spectra, Spectra], starts: tuple[Start, Start], plan: StartPlan, symmetry: Symmetry) -> Pair:
     """Poses of the same images against both maps, the maps where they lie on each other, and what each predicts of the
     other half's images."""
+    group = common_group(starts, symmetry)
     parts = _sampled(halves[0]), _sampled(halves[1])
     sample, split = _joined(*parts), len(parts[0].values)
     rows = torch.arange(len(sample.values))
-    found = [at_map(sample, own, plan, symmetry).judge(plan.compared, _TURN, rows) for own in starts]
-    first, other = (Poses(own.rotation.double(), own.shift.double()) for own in found)
-    comparison = compare_poses(first, other, symmetry)
+    found = [at_map(sample, own, plan, group) for own in starts]
+    first, other = (find_poses(own, own.volume, rows, group, plan.compared, plan.largest) for own in found)
+    comparison = compare_poses(first, other, group)
     second = brought_over(starts[1].volume, comparison, sample.length)
     curve = shell_correlation(starts[0].volume, second)[: int(plan.compared) + 1]
-    seen = (found[0].likelihood[split:], found[1].likelihood[:split])  # of the other half's images
-    gains = torch.cat(
-        [own - _shapeless(parts[1 - half], starts[half], plan, symmetry) for half, own in enumerate(seen)]
-    )
+    of_other = (rows[split:], rows[:split])
+    seen = [own.judge(plan.compared, _TURN, its).likelihood for own, its in zip(found, of_other, strict=True)]
+    gains = torch.cat([own - _shapeless(parts[1 - half], starts[half], plan, group) for half, own in enumerate(seen)])
     error = float(gains.std()) / len(gains) ** 0.5
     verdict = decide(agreement(comparison), last_shell(curve), float(gains.mean()), error)
-    if symmetry.order == 1 and verdict.word != "found" and verdict.shell >= SHELLS:
-        # Poses of a symmetric particle that nobody has named are spread over its equivalent ones.
-        frame = find_symmetry(turning_of((starts[0].volume + second) / 2, sample.length, plan))
-        if frame.symmetry.order > 1:
-            straight = Poses(first.rotation @ frame.rotation.T, first.shift)
-            modulo = agreement(compare_poses(straight, other, frame.symmetry))
-            verdict = decide(modulo, verdict.shell, verdict.gain, error)
     return Pair(starts, comparison, curve, verdict)
+
+
+def common_group(starts: tuple[Start, Start], symmetry: Symmetry) -> Symmetry:
+    """The symmetry that was asked for, or that both starts have found their half of the images to have."""
+    first, other = (own.group for own in starts)
+    return first if symmetry.order == 1 and first.symbol == other.symbol else symmetry
 
 
 def _shapeless(images: Spectra, start: Start, plan: StartPlan, symmetry: Symmetry) -> Float[Tensor, " i"]:
@@ -217,20 +299,6 @@ def _sampled(images: Spectra) -> Spectra:
     count = len(images.values)
     rows = torch.linspace(0, count - 1, min(_SAMPLE, count)).long()
     return chosen(images, rows)
-
-
-def chosen(images: Spectra, rows: Int[Tensor, " i"]) -> Spectra:
-    """Some of the images."""
-    count = len(rows)
-    return replace(
-        images,
-        values=images.values[rows],
-        transfer=images.transfer[rows],
-        image=torch.arange(count, dtype=torch.int32),
-        rotation=images.rotation[rows],
-        share=images.share[rows],
-        row=images.row[rows],
-    )
 
 
 def _joined(one: Spectra, other: Spectra) -> Spectra:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.maths.fourier import hermitian_weight, rfft, shell_index, sum_by_shell
-from emsplat.poses.axes import turned
+from emsplat.poses.axes import map_turned
 from emsplat.poses.compare import PoseComparison
 
 Word = Literal["found", "uncertain", "not found"]
@@ -34,7 +34,7 @@ def agreement(comparison: PoseComparison) -> float:
 def brought_over(volume: Float[Tensor, "z y x"], comparison: PoseComparison, length: float) -> Float[Tensor, "z y x"]:
     """A second map where the first lies, in a box of ``length`` Å; of its mirror image where hands differ."""
     own = mirror_image(volume) if comparison.mirrored else volume
-    return turned(own, comparison.frame[None], -comparison.centre * len(volume) / length)[0]
+    return map_turned(own, comparison.frame[None], -comparison.centre * len(volume) / length)[0]
 
 
 def mirror_image(volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:

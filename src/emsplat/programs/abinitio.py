@@ -23,13 +23,13 @@ from emsplat.errors import InputError
 from emsplat.io.files import json_text
 from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
-from emsplat.maths.groups import C1
+from emsplat.maths.groups import Symmetry
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
-from emsplat.poses.abinitio import Ascent
-from emsplat.poses.axes import GroupFrame, find_symmetry, in_frame
+from emsplat.poses.abinitio import chosen
+from emsplat.poses.equivalents import find_poses, remade
 from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
-from emsplat.poses.starts import Pair, Start, StartPlan, at_map, chosen, find_pair, kinds, turning_of
+from emsplat.poses.starts import Pair, Start, StartPlan, at_map, common_group, find_pair, kinds
 from emsplat.poses.verdict import Verdict, brought_over
 from emsplat.process import threads
 from emsplat.programs.classical import accumulate_all
@@ -47,8 +47,6 @@ from emsplat.types import Grid, Poses
 _FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
 _FINEST = 11.5  # cycles per diameter: the finest that starts look at
 _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
-_PASSES = 2  # over all images of a half, once a pair was found
-_TURN = 9.0  # degrees between the rotations of these
 _LOOKED = 500  # images at once
 _TENSORS = ("volume", "noise", "others")  # of a start
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
@@ -68,7 +66,7 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
     if (finished := _finished(config, particles, output, log)) is not None:
         return finished
     _refuse(config)
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="abinitio", need_poses=False)
         run = replace(run, stack=_unposed(run.stack))
         plan = _plan(run)
@@ -81,9 +79,9 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
         if best.verdict.word == "not found":
             return _conclude_without(run, about)
         with log.part("poses", "all particles against the map of their half"):
-            maps, frame = _turned(run, best, plan)
-            found = _found(run, best, plan, halves, maps)
-        about |= _symmetry_found(run, frame) | _spread(run, found.placed)
+            group = common_group(best.starts, run.stack.symmetry)
+            found = _found(run, best, plan, halves, group)
+        about |= _symmetry_found(run, best, group) | _spread(run, found.placed)
         run = replace(run, stack=run.stack.with_poses(found.placed.poses))
         _write_particles(run, found, plan)
         if plan.classes > 1:
@@ -176,13 +174,13 @@ def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Sp
     length = stack.grid.length
     log.line(
         f"  {length / climb[0]:.0f} to {length / climb[1]:.0f} Å, at most {options.starts} starts of each half, "
-        f"{options.steps} steps of {options.batch} images each"
+        f"of at most {options.steps} steps of {options.batch} images each"
     )
     before = _made_before(run)
     pairs: list[Pair] = []
     count = len(before)
     names = list(HALVES)
-    steps = sum(own.steps for own in plan.stages())
+    steps = plan.steps + plan.stages()[2].steps
     with (
         checkpoints(math.inf) as moment,
         log.progress("starts", 2 * options.starts * steps, unit="steps") as update,
@@ -196,7 +194,7 @@ def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Sp
             if isinstance(got, Start):
                 count += 1
                 _save(run, got)
-                axes = f", axes {got.axes:.2f}" if stack.symmetry.order > 1 else ""
+                axes = f", {got.group.symbol}, axes {got.axes:.2f}" if got.group.order > 1 else ""
                 axes += f", {got.share:.0%} of the images in its first class" if plan.classes > 1 else ""
                 log.line(
                     f"  {names[got.half]}, start {got.number + 1}: log-likelihood {got.likelihood:.2f} per image{axes}"
@@ -222,8 +220,12 @@ def _look_up(moment: Checkpoints) -> None:
 
 def _save(run: Run[AbinitioConfig], start: Start) -> None:
     name = list(HALVES)[start.half]
-    about = {own: getattr(start, own) for own in ("half", "number", "spread", "likelihood", "axes", "share")}
-    tensors = {own: getattr(start, own).contiguous() for own in _TENSORS}
+    about = {
+        own: getattr(start, own)
+        for own in ("half", "number", "spread", "likelihood", "axes", "group", "steps", "share")
+    }
+    tensors = {own: getattr(start, own).contiguous() for own in _TENSORS} | {"elements": start.group.elements}
+    about |= {"group": start.group.symbol}
     write_tensors(run.folder / start_name(name, start.number + 1), tensors, {"emsplat.start": json.dumps(about)})
 
 
@@ -244,6 +246,7 @@ def _made_before(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
             try:
                 with safe_open(path, framework="pt") as file:
                     about = json.loads(file.metadata()["emsplat.start"])
+                    about["group"] = Symmetry(about["group"], file.get_tensor("elements"))
                     found[half, number] = Start(**{own: file.get_tensor(own) for own in _TENSORS}, **about)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error
@@ -265,20 +268,6 @@ def _say(log: Log, verdict: Verdict, stack: ParticleStack) -> None:
         log.line("  the hand is not determined: images do not tell it (--flip-hand turns it)")
 
 
-def _turned(run: Run[AbinitioConfig], pair: Pair, plan: StartPlan) -> tuple[tuple[Tensor, Tensor], GroupFrame | None]:
-    """The second map where the first lies; without a symmetry that was asked for, both in RELION's setting of the
-    group that they are found to have together."""
-    first = pair.starts[0].volume
-    second = brought_over(pair.starts[1].volume, pair.comparison, run.stack.grid.length)
-    if run.stack.symmetry.order > 1:
-        return (first, second), None
-    frame = find_symmetry(turning_of((first + second) / 2, run.stack.grid.length, plan))
-    if frame.symmetry.order == 1:
-        return (first, second), frame
-    plain = replace(frame, symmetry=C1)
-    return (in_frame(first, plain), in_frame(second, plain)), frame
-
-
 @dataclass(frozen=True)
 class _Found:
     """Where particles were found, rows as in the stack."""
@@ -288,46 +277,54 @@ class _Found:
 
 
 def _found(
-    run: Run[AbinitioConfig], pair: Pair, plan: StartPlan, halves: tuple[Spectra, Spectra], maps: tuple[Tensor, Tensor]
+    run: Run[AbinitioConfig], pair: Pair, plan: StartPlan, halves: tuple[Spectra, Spectra], group: Symmetry
 ) -> _Found:
-    """Every particle against the map of its own half: the best of a grid, then the nearest minimum."""
+    """Every particle against the map of its own half: the best of a grid, then the nearest minimum. The second map is
+    turned to lie on the first. Of a group that nobody has asked for each particle has an element drawn at random: all
+    of them are as good, and what follows may know nothing of the group."""
+    second = brought_over(pair.starts[1].volume, pair.comparison, run.stack.grid.length)
     parts, rows = [], []
-    for half, name in enumerate(HALVES):
-        parts += _of_half(run, name, pair.starts[half], plan, halves[half], maps[half])
+    for half, (name, volume) in enumerate(zip(HALVES, (pair.starts[0].volume, second), strict=True)):
+        parts += _of_half(run, name, pair.starts[half], plan, halves[half], volume, group)
         rows.append((run.stack.half == half + 1).nonzero()[:, 0])
     order = torch.argsort(torch.cat(rows))
-    return _Found(Placed.joined([own.placed for own in parts], order), torch.cat([own.kind for own in parts])[order])
+    placed = Placed.joined([own.placed for own in parts], order)
+    if group.order > run.stack.symmetry.order:
+        generator = torch.Generator().manual_seed(run.config.halves.seed)
+        element = group.elements[torch.randint(0, group.order, (len(order),), generator=generator)]
+        placed = replace(placed, poses=Poses(placed.poses.rotation @ element, placed.poses.shift))
+    return _Found(placed, torch.cat([own.kind for own in parts])[order])
 
 
 def _of_half(
-    run: Run[AbinitioConfig], name: str, start: Start, plan: StartPlan, images: Spectra, volume: Float[Tensor, "z y x"]
+    run: Run[AbinitioConfig],
+    name: str,
+    start: Start,
+    plan: StartPlan,
+    images: Spectra,
+    volume: Float[Tensor, "z y x"],
+    symmetry: Symmetry,
 ) -> list[_Found]:
-    stack, log, symmetry = run.stack.only(HALVES[name]), run.log, run.stack.symmetry
-    radius = plan.stages()[1].radius[1]
+    stack, log = run.stack.only(HALVES[name]), run.log
     maps = torch.cat([volume[None], start.others])
     if plan.classes > 1:
         rows = (kinds(images, maps, start.noise, start.spread, plan) == 0).nonzero()[:, 0]
         images = chosen(images, rows) if len(rows) else images
-    climbed = at_map(images, start, plan, symmetry, volume)
-    with log.progress(f"map of {name}", _PASSES * climbed.count) as update:
-        for number in range(_PASSES):
-            for done in climbed.pass_over(radius, _TURN):
-                update(number * climbed.count + done, "")
-    size = len(climbed.volume)
-    reference = make_reference(climbed.volume, Grid(size, stack.grid.length / size), plan.largest)
+    again = remade(at_map(images, start, plan, symmetry, volume), plan.compared, plan.largest)
+    size = len(again)
+    reference = make_reference(again, Grid(size, stack.grid.length / size), plan.largest)
     noise, found = noise_of(stack), []
     with log.progress(f"poses of {name}", len(stack)) as update:
         for part in torch.split(torch.arange(len(stack)), _LOOKED):
             some = stack.take(part)
             spectra = read_spectra(some.without_symmetry(), plan.largest)
-            args = (spectra, plan.largest, plan.diameter, 0, climbed.spread, symmetry)
-            best = Ascent(*args, climbed.maps, climbed.noise).judge(radius, _TURN, torch.arange(len(part)))
-            coarse = Poses(best.rotation.double(), best.shift.double())
+            seen = at_map(spectra, start, plan, symmetry, again)
+            coarse = find_poses(seen, again, torch.arange(len(part)), symmetry, plan.compared, plan.largest)
             placed = place(reference, some.with_poses(coarse), coarse, NO_PRIOR, noise, nearest)
             kind = torch.zeros_like(part)
             if plan.classes > 1:
-                own = torch.cat([climbed.maps, start.others])
-                kind = kinds(spectra, own, climbed.noise, climbed.spread, plan)
+                own = torch.cat([again[None], start.others])
+                kind = kinds(spectra, own, start.noise, start.spread, plan)
             found.append(_Found(placed, kind))
             update(int(part[-1]) + 1, "")
     return found
@@ -342,22 +339,23 @@ def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: StartPlan) -
         "gain": round(own.gain, 3),
         "gain_error": round(own.gain_error, 3),
         "starts": starts,
-        "finest": round(run.stack.grid.length / plan.stages()[1].radius[1], 2),
+        "finest": round(run.stack.grid.length / plan.stages()[2].radius[1], 2),
         "fsc_of_starts": [round(value, 4) for value in pair.correlation.tolist()],
         "hand": "not determined",
     }
 
 
-def _symmetry_found(run: Run[AbinitioConfig], frame: GroupFrame | None) -> dict[str, Any]:
-    if frame is None:
+def _symmetry_found(run: Run[AbinitioConfig], pair: Pair, group: Symmetry) -> dict[str, Any]:
+    if run.stack.symmetry.order > 1:
         return {}
-    symbol = frame.symmetry.symbol
-    if frame.symmetry.order > 1:
+    if group.order > 1:
         run.log.line(
-            f"  the map has {symbol} (it agrees with itself by {frame.agreement:.2f}); its axes are turned into "
-            f"RELION's setting, and --symmetry {symbol} makes use of them"
+            f"  the particle has {group.symbol}: in both half-sets, images that were left out fit the symmetric map "
+            f"better than one without; its axes are turned into RELION's setting, and --symmetry {group.symbol} makes "
+            "use of them"
         )
-    return {"symmetry_found": symbol, "symmetry_agreement": round(frame.agreement, 3)}
+    agreement = min(own.axes for own in pair.starts)
+    return {"symmetry_found": group.symbol, "symmetry_agreement": round(agreement, 3)}
 
 
 def _spread(run: Run[AbinitioConfig], placed: Placed) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
     _refuse(config)
     if (finished := _found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="heterogeneity")
         if engine_of(config) == "images":
             run.stack.require_one_grid()
@@ -261,7 +261,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
     write_text(run.folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the report"):
-        report.write_report(run.folder)
+        report.write_report(run.folder, log.step, torch.get_num_threads())
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")

@@ -148,6 +148,15 @@ def rewrite_table(
         numbers = {"DefocusU": own.defocus_u, "DefocusV": own.defocus_v}
         numbers |= {"CtfBfactor": own.b_factor, "CtfScalefactor": own.scale}
         columns |= {name: [f"{value:.7f}" for value in values.tolist()] for name, values in numbers.items()}
+    if "aberrations" in table.changed and optics is not None and table.optics.aberrations is not None:
+        odd = table.optics.aberrations.odd[_first_of_groups(table)]
+        groups["OddZernike"] = [f"[{','.join(f'{value:.9g}' for value in row)}]" for row in odd.tolist()]
+        # A beam tilt is in the polynomials now.
+        for name in ("BeamTiltX", "BeamTiltY"):
+            if optics.has(name):
+                groups[name] = ["0"] * len(table.groups)
+            if particles.has(name):
+                columns[name] = ["0"] * len(table.row)
     if new_images or optics is None or moved:
         require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
@@ -178,7 +187,7 @@ def _new_names(target: Path, table: ParticleTable, folder: Path | None) -> list[
 
 def _missing_optics(table: ParticleTable, optics: Block) -> dict[str, list[str]]:
     """Columns that RELION 5 wants of an optics table and this one has not."""
-    particle = [int((table.optics_group == n).nonzero()[:1, 0].sum()) for n in range(len(table.groups))]  # or the first
+    particle = _first_of_groups(table)
     values = {
         "OpticsGroupName": [own.name for own in table.groups],
         "ImagePixelSize": [f"{own.pixel_size:.7f}" for own in table.groups],
@@ -190,6 +199,11 @@ def _missing_optics(table: ParticleTable, optics: Block) -> dict[str, list[str]]
     if all(own.box is not None for own in table.groups):
         values["ImageSize"] = [str(own.box) for own in table.groups]
     return {name: texts for name, texts in values.items() if not optics.has(name)}
+
+
+def _first_of_groups(table: ParticleTable) -> list[int]:
+    """The first particle of each optics group, that of the table for groups without any."""
+    return [int((table.optics_group == n).nonzero()[:1, 0].sum()) for n in range(len(table.groups))]
 
 
 def _flags_of_flipped(block: Block, rows: Tensor | None = None) -> dict[str, list[str]]:

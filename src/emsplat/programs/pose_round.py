@@ -1,0 +1,314 @@
+"""One round of refinement: the reference of each half, and every particle of it placed against that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from emsplat.assessment.maps import given_mask, particle_mask
+from emsplat.config import RefineConfig
+from emsplat.fitting.course import Stage, VolumeFit, follow_course
+from emsplat.fitting.state import Plan
+from emsplat.fitting.volume import VolumeObjective, support_of
+from emsplat.imaging.project import voxelize
+from emsplat.io.table import joined_optics
+from emsplat.particles.stack import ParticleStack
+from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference, nearest, noise_of, place, stay
+from emsplat.poses.optics import Spread, refine_optics
+from emsplat.poses.prior import estimate_prior, turns
+from emsplat.poses.search import everywhere, within
+from emsplat.poses.tilt import PhaseSums, Tilt, phase_sums, solve_tilt, tilted
+from emsplat.programs.begin import FINEST_DETAIL, start_model
+from emsplat.programs.classical import Classical
+from emsplat.programs.pose_states import KnownStates, Target, state_targets
+from emsplat.programs.run import Run
+from emsplat.programs.settings import Settings
+from emsplat.run.files import HALVES
+from emsplat.run.stop import Checkpoints
+from emsplat.types import Optics, Poses
+
+_EPOCHS = 8  # of the Gaussians that are compared with: longer fits and more Gaussians gain nothing (docs/log.md)
+_SAMPLE = 400  # particles of each half that tell the errors of the poses
+_WIDE = (math.radians(20), 0.1)  # a prior that hardly holds: rad, part of the box
+_ELSEWHERE = 5.0  # widths of the prior
+_DEFOCUS, _SCALE, _TILT = "defocus", "scale", "tilt"
+REFINED = ("poses", _DEFOCUS, _SCALE, _TILT)
+_CERTAIN = 3.0  # standard errors of a beam tilt from which on it is believed
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round did, for the summary."""
+
+    compared_to: float  # Å, where the references were cut
+    angle_error: list[float]  # degrees about each axis, of the poses that were given, for each half
+    shift_error: list[float]  # Å
+    looks: float  # comparisons per particle
+    gain: float  # of the log-likelihood, nats per particle
+    score: float  # afterwards: mean correlation of the back-projections with the truth, over all shells
+    gained: float = math.nan  # of the score
+    kept: bool = True
+    defocus_spread: list[float] | None = None  # Å, of the change that images ask for beyond noise, for each half
+    scale_spread: list[float] | None = None  # of ln scale
+    b_factor_spread: list[float] | None = None  # Å²
+    beam_tilt: dict[str, list[float]] | None = None  # of optics groups: x and y to be added, and their errors, mrad
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Particles with their poses, and what is known of these; rows as in the stack."""
+
+    stack: ParticleStack
+    placed: Placed | None  # None: nothing was moved
+    prior: tuple[Prior, Prior] | None
+    centre: Poses  # of the priors: the poses that were given, or found by a search far from these
+    rounds: tuple[Round, ...] = ()
+
+
+def make_round(
+    run: Run[RefineConfig],
+    settings: Settings,
+    before: Refined,
+    classical: Classical,
+    moment: Checkpoints,
+    known: KnownStates | None = None,
+) -> Refined:
+    """Every particle placed against the reference of its own half, or where states are known that of its state."""
+    log, stack, grid = run.log, before.stack, run.stack.grid
+    number = len(before.rounds) + 1
+    cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
+    options = run.config.refinement
+    asked = options.refine.split(",")
+    search = _search(run, number)
+    log.line(f"round {number}: compared down to {grid.length / cut:.2f} Å, where the halves agree")
+    given = before.centre
+    found: list[Placed] = []
+    priors: list[Prior] = []
+    optics: list[Optics] = []
+    spreads: list[Spread] = []
+    phases: dict[int, list[PhaseSums]] = {}
+    rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
+    for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
+        own = stack.only(half)
+        if known is None:
+            whole = Target(_reference(run, settings, classical, name, cut), torch.arange(len(own)))
+            targets = [whole]
+        else:
+            targets = state_targets(known, half, stack, classical.equations[name], cut)
+            log.line(f"  {name}: compared with maps of {len(targets)} states")
+        noise = noise_of(own)
+        prior = _prior(run, targets, own, given[own_rows], noise, search)
+        priors.append(prior)
+        with log.progress(f"poses of {name}", len(own)) as update:
+            told = partial(_told, update, moment)
+            placed = _placed(targets, own, given[own_rows], prior, noise, search, told)
+        found.append(placed)
+        log.line(
+            f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å per axis; "
+            f"log-likelihood {float((placed.after - placed.before).mean()):+.2f} per particle in "
+            f"{float(placed.looks.double().mean()):.1f} comparisons"
+        )
+        if _TILT in asked:
+            with log.progress(f"beam tilt of {name}", len(own)) as update:
+                told = partial(_told, update, moment)
+                moved = own.with_poses(placed.poses)
+                for target in targets:
+                    some = moved.take(target.rows)
+                    sums = phase_sums(target.reference, some, _noise_for(some, own, noise), told)
+                    for group, its in sums.items():
+                        phases.setdefault(group, []).extend(its)
+        if _DEFOCUS in asked or _SCALE in asked:
+            moved = own.with_poses(placed.poses)
+            with log.progress(f"optics of {name}", len(own)) as update:
+                changed, spread = refine_optics(
+                    targets[0].reference,
+                    moved,
+                    noise,
+                    defocus=_DEFOCUS in asked,
+                    strength=_SCALE in asked,
+                    told=partial(_told, update, moment),
+                )
+            optics.append(changed)
+            spreads.append(spread)
+            said = [f"defocus by {spread.defocus:.0f} Å"] * (_DEFOCUS in asked)
+            said += [f"scale by {spread.scale:.1%}, B factor by {spread.b_factor:.1f} Å²"] * (_SCALE in asked)
+            if said:
+                log.line(f"  {name}: changed with a spread of: {', '.join(said)}")
+    order = torch.argsort(torch.cat(rows))
+    placed = Placed.joined(found, order)
+    done = Round(
+        round(grid.length / cut, 3),
+        [round(math.degrees(prior.turn), 4) for prior in priors],
+        [round(prior.shift, 4) for prior in priors],
+        round(float(placed.looks.double().mean()), 2),
+        round(float((placed.after - placed.before).mean()), 4),
+        math.nan,
+        defocus_spread=[round(one.defocus, 2) for one in spreads] if _DEFOCUS in asked else None,
+        scale_spread=[round(one.scale, 4) for one in spreads] if _SCALE in asked else None,
+        b_factor_spread=[round(one.b_factor, 3) for one in spreads] if _SCALE in asked else None,
+    )
+    tilts = {group: solve_tilt(sums) for group, sums in phases.items()}
+    done = replace(done, beam_tilt=_said_of(run, stack, tilts))
+    stack = stack.with_poses(placed.poses)
+    if optics:
+        stack = stack.with_optics(joined_optics(optics)[order])
+    if tilts:
+        stack, placed, given = _tilted(stack, placed, given, tilts)
+    centre = _recentred(given, placed, stack.half, priors) if search is not nearest else given
+    return Refined(stack, placed, (priors[0], priors[1]), centre, (*before.rounds, done))
+
+
+def _said_of(run: Run[RefineConfig], stack: ParticleStack, tilts: dict[int, Tilt]) -> dict[str, list[float]] | None:
+    """What is to be added to the beam tilt of each optics group (x, y) with its standard errors, mrad."""
+    for group, own in tilts.items():
+        believed = "" if _is_certain(own) else ", which is none"
+        run.log.line(
+            f"  beam tilt of {stack.table.groups[group].name}: {own.tilt[0]:+.3f} ± {own.error[0]:.3f}, "
+            f"{own.tilt[1]:+.3f} ± {own.error[1]:.3f} mrad to be added{believed}"
+        )
+    found = {
+        stack.table.groups[group].name: [round(value, 4) for value in (*own.tilt.tolist(), *own.error.tolist())]
+        for group, own in tilts.items()
+    }
+    return found or None
+
+
+def _is_certain(tilt: Tilt) -> bool:
+    return bool((tilt.tilt.abs() > _CERTAIN * tilt.error).any())
+
+
+def _tilted(
+    stack: ParticleStack, placed: Placed, given: Poses, tilts: dict[int, Tilt]
+) -> tuple[ParticleStack, Placed, Poses]:
+    """Particles with the beam tilt of their groups, and with the move that goes with it; so are the poses that were
+    given, about which priors are."""
+    change, move = torch.zeros(2, len(stack.table.groups), 2, dtype=torch.float64)
+    for group, own in tilts.items():
+        if _is_certain(own):
+            change[group], move[group] = own.tilt, own.move
+    by = move[stack.table.optics_group[stack.rows]]
+    placed = replace(placed, poses=Poses(placed.poses.rotation, placed.poses.shift + by))
+    stack = stack.with_poses(placed.poses)
+    aberrations = tilted(stack.table.optics, change[stack.table.optics_group])
+    return stack.with_aberrations(aberrations), placed, Poses(given.rotation, given.shift + by)
+
+
+def _recentred(given: Poses, placed: Placed, half: Int[Tensor, " p"], priors: list[Prior]) -> Poses:
+    """Where priors are centred after a search: what was found far away says that the pose that was given is none."""
+    width = torch.tensor([prior.turn for prior in priors], dtype=torch.float64)[half - 1]
+    far = torch.linalg.vector_norm(turns(placed.poses.rotation, given.rotation), dim=1) > _ELSEWHERE * width
+    rotation = torch.where(far[:, None, None], placed.poses.rotation, given.rotation)
+    return Poses(rotation, torch.where(far[:, None], placed.poses.shift, given.shift))
+
+
+def _told(update: Callable[[int, str], None], moment: Checkpoints, done: int) -> None:
+    update(done, "")
+    look_up(moment)
+
+
+def _search(run: Run[RefineConfig], number: int) -> Search:
+    """How poses are looked for in a round."""
+    if "poses" not in run.config.refinement.refine.split(","):
+        return stay
+    asked = run.config.refinement.search
+    if asked is None or number > 1:
+        return nearest
+    if asked in ("global", "poor"):
+        return everywhere(run.stack.symmetry.elements, poor_alone=asked == "poor")
+    return within(math.radians(float(asked)))
+
+
+def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical, name: str, cut: int) -> Reference:
+    """What the particles of a half are compared with, from its own sums in its own mask."""
+    stack, grid = run.stack, run.stack.grid
+    mask = given_mask(run.config.mask, grid)
+    if mask is None:
+        mask = particle_mask(classical.raw[name], grid, stack.diameter, True)
+    equations = classical.equations[name]
+    if run.config.refinement.reference == "map":
+        fsc = classical.validation.raw.float().clamp(1e-3, 0.999)
+        volume = equations.solve(((1 - fsc) / fsc).to(equations.linear.device)).cpu()
+    else:
+        detail = max(grid.pixel_size, FINEST_DETAIL * (classical.resolution or 0.0))
+        objective = VolumeObjective(equations, support_of(mask))
+        model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
+        fitted = VolumeFit(name, equations, objective, model.with_unit(objective.best_gain(model)))
+        plan = Plan(_EPOCHS, settings.learning_rate, settings.decay)
+        for _ in follow_course([fitted], plan, [Stage(len(model), _EPOCHS)]):
+            pass
+        with torch.no_grad():
+            volume = voxelize(fitted.kept.model.gaussians(), grid).cpu()
+    return make_reference(volume * mask, grid, cut)
+
+
+def _prior(
+    run: Run[RefineConfig],
+    targets: list[Target],
+    own: ParticleStack,
+    given: Poses,
+    noise: list[Tensor],
+    search: Search,
+) -> Prior:
+    """How far the poses that were given are off: as the user says, or as a sample of a half shows."""
+    options = run.config.refinement
+    turn, shift = options.angle_error, options.shift_error
+    if turn is None or shift is None:
+        wide = Prior(_WIDE[0], _WIDE[1] * own.grid.length)
+        part = min(1.0, _SAMPLE / len(own))
+        some = []
+        for target in targets:
+            chosen = torch.linspace(0, len(target.rows) - 1, max(1, round(part * len(target.rows)))).long()
+            some.append(Target(target.reference, target.rows[chosen]))
+        rows = torch.cat([target.rows for target in some]).sort().values
+        sample = own.take(rows)
+        inside = [Target(target.reference, torch.searchsorted(rows, target.rows)) for target in some]
+        placed = _placed(inside, sample, given[rows], wide, _noise_for(sample, own, noise), search)
+        found = estimate_prior(placed, given[rows])
+        turn = math.degrees(found.turn) if turn is None else turn
+        shift = found.shift if shift is None else shift
+    return Prior(math.radians(turn), shift)
+
+
+def _placed(
+    targets: list[Target],
+    own: ParticleStack,
+    given: Poses,
+    prior: Prior,
+    noise: list[Tensor],
+    search: Search,
+    told: Callable[[int], None] = lambda _: None,
+) -> Placed:
+    """Every particle against its own target."""
+    found, done = [], 0
+    for target in targets:
+        some = own.take(target.rows)
+        before = done
+
+        def also(count: int, before: int = before) -> None:
+            told(before + count)
+
+        about = given[target.rows]
+        found.append(place(target.reference, some, about, prior, _noise_for(some, own, noise), search, also))
+        done += len(some)
+    return Placed.joined(found, torch.argsort(torch.cat([target.rows for target in targets])))
+
+
+def _noise_for(sample: ParticleStack, own: ParticleStack, noise: list[Tensor]) -> list[Tensor]:
+    """The spectra of the grids that a sample has."""
+    of_grid = {part.grid: spectrum for part, spectrum in zip(own.parts(), noise, strict=True)}
+    return [of_grid[part.grid] for part in sample.parts()]
+
+
+def look_up(moment: Checkpoints) -> None:
+    """
+    Raises:
+        Interrupted: asked to stop.
+    """
+    if moment.due():
+        moment.saved("between rounds; go on with --resume (the round begins anew)")
