@@ -175,7 +175,7 @@ def test_cells_and_evidence_of_several_grids(several_grids):
     torch.testing.assert_close(both.linear, one.linear + other.linear, rtol=1e-4, atol=1e-5 * float(both.linear.max()))
     subspace = consensus(Space(Lattice(8)), read_all_spectra(stack, 8))
     maps = subspace.maps * torch.tensor([0.9, 1.1])[:, None, None, None]
-    seen, alone = evidence(maps, subspace, stack), evidence(maps, subspace, first)
+    seen, alone = (evidence(maps, subspace, own, torch.zeros(len(own), 2).double()) for own in (stack, first))
     assert seen.shape == (len(stack), 2)
     torch.testing.assert_close(seen[: len(first)], alone)
     assert (seen[len(first) :].abs() > 0).all()
