@@ -24,6 +24,7 @@ from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
 from emsplat.heterogeneity.classes import Classes
 from emsplat.heterogeneity.corrected import corrected_maps
+from emsplat.heterogeneity.embedding import leading
 from emsplat.heterogeneity.extent import window_of
 from emsplat.heterogeneity.half import on_grid
 from emsplat.heterogeneity.parts import cluster
@@ -228,8 +229,10 @@ def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> Float[Tensor
     """Latents of the states to look at: of the classes, or of as many groups as were asked for."""
     latent = torch.cat(fitted.latent)
     if fitted.classes is not None:
-        own = torch.nn.functional.one_hot(_class_of_views(fitted, fitted.classes), len(fitted.classes)).double()
-        return own.T @ latent / own.sum(0).clamp(min=1)[:, None]
+        first, second = fitted.embeddings
+        point = torch.cat([first.density.point, leading(second, first)(second.density.point)])
+        weight = torch.cat([first.density.weight, second.density.weight])[:, None] * torch.cat(fitted.classes.parts())
+        return weight.T @ point / weight.sum(0)[:, None]
     count, generator = run.config.heterogeneity.states, torch.Generator().manual_seed(run.config.halves.seed)
     groups = cluster(latent, torch.ones(len(latent)), count, generator)
     # A centre may lie where no molecule is: the particle nearest to it stands for the group.
