@@ -27,7 +27,7 @@ from emsplat.sums.spectra import Spectra, read_spectra
 
 _AT_ONCE = 10  # points whose inner products are made together: 32 numbers per voxel with all that goes with them
 _IMAGES = 32768  # that are read together
-_FAR = 40.0  # nats below the likeliest point, by the linear stage, where a decoder need not be asked
+_FAR = 60.0  # nats below the likeliest point, by the linear stage, where a decoder need not be asked
 _STEPS = 50
 _EMPTY = 1e-3  # weight of a point that is left out
 
