@@ -263,6 +263,7 @@ def test_three_words():
     assert decide(0.8, 3, 5.0, 0.3).word == "uncertain"  # an outline alone
     assert decide(0.8, 10, 0.2, 0.3).word == "uncertain"
     assert decide(0.35, 10, 5.0, 0.3).word == "uncertain"
+    assert decide(0.61, 10, 50.0, 2.0).word == "uncertain"  # a quarter of the poses off by a turn
     assert decide(0.05, 10, 5.0, 0.3).word == "not found"
     assert decide(0.9, 10, -0.1, 0.3).word == "not found"
 
