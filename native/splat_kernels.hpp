@@ -93,8 +93,13 @@ struct FlushDenormals {
 #endif
 };
 
-inline int maximum(int a, int b) { return a > b ? a : b; }
-inline int minimum(int a, int b) { return a < b ? a : b; }
+// Not those of the library: fmax is a call there, before which every vector register is saved.
+template <class T>
+inline T maximum(T a, T b) { return a > b ? a : b; }
+template <class T>
+inline T minimum(T a, T b) { return a < b ? a : b; }
+template <class T>
+inline T magnitude(T a) { return a < 0 ? -a : a; }
 
 // floor and ceil of numbers that a pixel index can hold; anything further out is outside every image anyway.
 template <class T>
@@ -112,39 +117,59 @@ struct Splat {
     T x, y;     // centre in pixels
     T a, b, c;  // conic, 1/pixel²
     T hx, hy;   // half extents of the footprint in pixels
+    T decay;    // exp(-c)
+    T peak;     // logarithm of the value at the centre
 };
 
-// The values of a splat on `lanes` columns from `column`, row by row: visit(row, values). far_x is the largest |dx| of
-// the columns that lie in the footprint; the others may underflow to 0.
-template <class T, class Visit>
-inline void walk_block(const Splat<T>& s, T weight, int column, T far_x, int row0, int row1, Visit&& visit) {
+// The values of a splat on N times `lanes` columns from `column`, row by row: visit(row, values). far_x is the largest
+// |dx| of the columns that lie in the footprint; the others may underflow to 0. Two vectors side by side hide the time
+// that a multiplication takes to give its result to the next row's.
+template <class T, int N, class Visit>
+inline void walk_block(const Splat<T>& s, int column, T far_x, int row0, int row1, Visit&& visit) {
     using V = typename Simd<T>::vec;
     const T half = T(0.5);
-    const V dx = (T(column) - s.x) + Simd<T>::iota();
-    const V bdx = s.b * dx;
-    const V adx2 = s.a * dx * dx;
-    auto value = [&](T dy) { return weight * exponential(-half * (adx2 + T(2) * dy * bdx + s.c * dy * dy)); };
-    const T far_y = fmax(T(row1 - 1) - s.y, s.y - T(row0));
-    const T furthest = s.a * far_x * far_x + T(2) * fabs(s.b) * far_x * far_y + s.c * far_y * far_y;
+    V bdx[N], constant[N], g[N], step[N];
+    for (int k = 0; k < N; ++k) {
+        const V dx = (T(column + k * Simd<T>::lanes) - s.x) + Simd<T>::iota();
+        bdx[k] = s.b * dx;
+        constant[k] = s.peak - half * s.a * dx * dx;
+    }
+    auto values = [&](T dy) {
+        const T across = half * s.c * dy * dy;
+        for (int k = 0; k < N; ++k) g[k] = exponential(constant[k] - dy * bdx[k] - across);
+    };
+    const T far_y = maximum(T(row1 - 1) - s.y, s.y - T(row0));
+    const T furthest = s.a * far_x * far_x + T(2) * magnitude(s.b) * far_x * far_y + s.c * far_y * far_y;
     if (furthest > T(100)) {  // exp(-50): still far from underflow
-        for (int row = row0; row < row1; ++row) visit(row, value(T(row) - s.y));
+        for (int row = row0; row < row1; ++row) {
+            values(T(row) - s.y);
+            visit(row, g);
+        }
         return;
     }
-    const T decay = exponential(-s.c);
     for (int begin = row0; begin < row1; begin += RESTART) {
         const int end = minimum(begin + RESTART, row1);
         const T dy = T(begin) - s.y;
-        V g = value(dy);
-        V step = exponential(-s.c * (dy + half) - bdx);
+        values(dy);
+        const T first = -s.c * (dy + half);
+        for (int k = 0; k < N; ++k) step[k] = exponential(first - bdx[k]);
         for (int row = begin; row < end; ++row) {
             visit(row, g);
-            g *= step;
-            step *= decay;
+            for (int k = 0; k < N; ++k) {
+                g[k] *= step[k];
+                step[k] *= s.decay;
+            }
         }
     }
 }
 
-// All blocks of a splat: walk(column, far_x, row0, row1) with rows inside [clip0, clip1).
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+// All blocks of a splat: walk(vectors, column, far_x, row0, row1) with rows inside [clip0, clip1); vectors is Count<1>
+// or Count<2>.
 template <class T, class Walk>
 inline void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&& walk) {
     constexpr int lanes = Simd<T>::lanes;
@@ -152,31 +177,41 @@ inline void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&&
     const int y0 = maximum(ceil_index(s.y - s.hy), clip0), y1 = minimum(floor_index(s.y + s.hy) + 1, clip1);
     if (x1 < x0 || y1 <= y0) return;
     if (x1 - x0 < lanes) {
-        walk(x0, s.hx, y0, y1);
+        walk(Count<1>(), x0, s.hx, y0, y1);
+        return;
+    }
+    if (x1 - x0 < 2 * lanes) {
+        walk(Count<2>(), x0, s.hx, y0, y1);
         return;
     }
     // Rows of the ellipse above [d0, d1]: its upper edge is highest at dx = +peak, its lower edge lowest at -peak.
-    const T determinant = s.a * s.c - s.b * s.b;
+    const T determinant = s.a * s.c - s.b * s.b, inverse = T(1) / s.c;
     const T limit = s.hx * s.hx * determinant;  // c * cutoff²
     const T peak = -s.b * s.hy / s.a;
-    for (int column = x0; column <= x1; column += lanes) {
-        const T d0 = T(column) - s.x, d1 = T(minimum(column + lanes - 1, x1)) - s.x;
-        const T up = fmin(fmax(peak, d0), d1), low = fmin(fmax(-peak, d0), d1);
-        const T top = s.y + (-s.b * up + root(fmax(limit - determinant * up * up, T(0)))) / s.c;
-        const T bottom = s.y + (-s.b * low - root(fmax(limit - determinant * low * low, T(0)))) / s.c;
+    auto rows = [&](auto vectors, int column) {
+        const T d0 = T(column) - s.x, d1 = T(minimum(column + vectors.value * lanes - 1, x1)) - s.x;
+        const T up = minimum(maximum(peak, d0), d1), low = minimum(maximum(-peak, d0), d1);
+        const T top = s.y + (-s.b * up + root(maximum(limit - determinant * up * up, T(0)))) * inverse;
+        const T bottom = s.y + (-s.b * low - root(maximum(limit - determinant * low * low, T(0)))) * inverse;
         const int row0 = maximum(ceil_index(bottom), y0), row1 = minimum(floor_index(top) + 1, y1);
-        if (row1 > row0) walk(column, fmax(fabs(d0), fabs(d1)), row0, row1);
-    }
+        if (row1 > row0) walk(vectors, column, maximum(magnitude(d0), magnitude(d1)), row0, row1);
+    };
+    int column = x0;
+    for (; x1 - column >= lanes; column += 2 * lanes) rows(Count<2>(), column);
+    if (column <= x1) rows(Count<1>(), column);
 }
 
 // `image` points at row clip0.
 template <class T>
 inline void add_splat(const Splat<T>& s, T weight, T* image, int stride, int size, int clip0, int clip1) {
-    for_blocks(s, size, clip0, clip1, [&](int column, T far_x, int row0, int row1) {
+    for_blocks(s, size, clip0, clip1, [&](auto vectors, int column, T far_x, int row0, int row1) {
+        constexpr int N = decltype(vectors)::value;
+        using V = typename Simd<T>::vec;
         T* base = image + column;
-        walk_block(s, weight, column, far_x, row0, row1, [&](int row, typename Simd<T>::vec g) {
+        walk_block<T, N>(s, column, far_x, row0, row1, [&](int row, const V(&g)[N]) {
             T* p = base + long(row - clip0) * stride;
-            Simd<T>::store(p, Simd<T>::load(p) + g);
+            for (int k = 0; k < N; ++k)
+                Simd<T>::store(p + k * Simd<T>::lanes, Simd<T>::load(p + k * Simd<T>::lanes) + weight * g[k]);
         });
     });
 }
@@ -186,26 +221,32 @@ template <class T>
 inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int size, T* moments) {
     using V = typename Simd<T>::vec;
     V m0{}, mx{}, my{}, mxx{}, mxy{}, myy{};
-    for_blocks(s, size, 0, size, [&](int column, T far_x, int row0, int row1) {
+    for_blocks(s, size, 0, size, [&](auto vectors, int column, T far_x, int row0, int row1) {
+        constexpr int N = decltype(vectors)::value;
         const T* base = upstream + column;
         // Only dy changes down a column, so three sums per row are enough.
-        V s0{}, s1{}, s2{};
+        V s0[N] = {}, s1[N] = {}, s2[N] = {};
         V dy = V{} + (T(row0) - s.y);
-        walk_block(s, T(1), column, far_x, row0, row1, [&](int row, V g) {
-            V weighted = g * Simd<T>::load(base + long(row) * stride);
-            V first = weighted * dy;
-            s0 += weighted;
-            s1 += first;
-            s2 += first * dy;
+        walk_block<T, N>(s, column, far_x, row0, row1, [&](int row, const V(&g)[N]) {
+            const T* p = base + long(row) * stride;
+            for (int k = 0; k < N; ++k) {
+                const V weighted = g[k] * Simd<T>::load(p + k * Simd<T>::lanes);
+                const V first = weighted * dy;
+                s0[k] += weighted;
+                s1[k] += first;
+                s2[k] += first * dy;
+            }
             dy += T(1);
         });
-        const V dx = (T(column) - s.x) + Simd<T>::iota();
-        m0 += s0;
-        my += s1;
-        myy += s2;
-        mx += dx * s0;
-        mxy += dx * s1;
-        mxx += dx * dx * s0;
+        for (int k = 0; k < N; ++k) {
+            const V dx = (T(column + k * Simd<T>::lanes) - s.x) + Simd<T>::iota();
+            m0 += s0[k];
+            my += s1[k];
+            myy += s2[k];
+            mx += dx * s0[k];
+            mxy += dx * s1[k];
+            mxx += dx * dx * s0[k];
+        }
     });
     const V all[6] = {m0, mx, my, mxx, mxy, myy};
     for (int i = 0; i < 6; ++i) moments[i] = sum_lanes<T>(all[i]);
@@ -215,8 +256,9 @@ inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int 
 template <class T>
 struct Projected {
     T x[CHUNK], y[CHUNK], a[CHUNK], b[CHUNK], c[CHUNK], hx[CHUNK], hy[CHUNK];
+    T decay[CHUNK];
     T norm[CHUNK];  // 1 / (2π √det)
-    Splat<T> splat(int i) const { return {x[i], y[i], a[i], b[i], c[i], hx[i], hy[i]}; }
+    Splat<T> splat(int i) const { return {x[i], y[i], a[i], b[i], c[i], hx[i], hy[i], decay[i], T(0)}; }
 };
 
 template <class T>
@@ -252,6 +294,8 @@ inline void project_geometry(const Mixture<T>& m, const View<T>& view, int first
         out.hy[i] = view.cutoff * root(cyy);
         out.norm[i] = root(inverse) * T(0.15915494309189535);
     }
+    for (int i = 0; i < last - first; i += Simd<T>::lanes)
+        Simd<T>::store(out.decay + i, exponential(-Simd<T>::load(out.c + i)));
 }
 
 template <class T>
@@ -283,13 +327,17 @@ void project_gradient(const Mixture<T>& m, const View<T>& view, const T* upstrea
             splat_moments(g.splat(i), upstream, stride, view.size, of_one);
             for (int k = 0; k < 6; ++k) moments[k][i] = of_one[k];
         }
+        // What pose needs is kept, so that this loop is one of vectors.
+        T gx[CHUNK], gy[CHUNK], qu[3][CHUNK], qv[3][CHUNK];
+#pragma GCC ivdep
         for (int i = 0; i < last - first; ++i) {
             const int j = first + i;
             const T a = g.a[i], b = g.b[i], c = g.c[i], w = m.column[AMPLITUDE][j] * g.norm[i];
             const T m0 = moments[0][i], mx = moments[1][i], my = moments[2][i];
             const T mxx = moments[3][i], mxy = moments[4][i], myy = moments[5][i];
             // With P the conic and M the second moments: dL/dcentre = w P m, dL/dS = ½ w (P M P - m0 P).
-            const T gx = w * (a * mx + b * my) * scale, gy = w * (b * mx + c * my) * scale;
+            gx[i] = w * (a * mx + b * my) * scale;
+            gy[i] = w * (b * mx + c * my) * scale;
             const T pxx = a * mxx + b * mxy, pxy = a * mxy + b * myy;
             const T pyx = b * mxx + c * mxy, pyy = b * mxy + c * myy;
             const T half = T(0.5) * w * scale2;
@@ -297,32 +345,35 @@ void project_gradient(const Mixture<T>& m, const View<T>& view, const T* upstrea
             const T dxy = half * (pxx * b + pxy * c - m0 * b);
             const T dyy = half * (pyx * b + pyy * c - m0 * c);
             gradient[AMPLITUDE][j] += g.norm[i] * m0;
-            gradient[MX][j] += u[0] * gx + v[0] * gy;
-            gradient[MY][j] += u[1] * gx + v[1] * gy;
-            gradient[MZ][j] += u[2] * gx + v[2] * gy;
+            gradient[MX][j] += u[0] * gx[i] + v[0] * gy[i];
+            gradient[MY][j] += u[1] * gx[i] + v[1] * gy[i];
+            gradient[MZ][j] += u[2] * gx[i] + v[2] * gy[i];
             // Uᵀ D U
-            const T qu0 = dxx * u[0] + dxy * v[0], qu1 = dxx * u[1] + dxy * v[1], qu2 = dxx * u[2] + dxy * v[2];
-            const T qv0 = dxy * u[0] + dyy * v[0], qv1 = dxy * u[1] + dyy * v[1], qv2 = dxy * u[2] + dyy * v[2];
-            gradient[SXX][j] += u[0] * qu0 + v[0] * qv0;
-            gradient[SXY][j] += u[0] * qu1 + v[0] * qv1;
-            gradient[SXZ][j] += u[0] * qu2 + v[0] * qv2;
-            gradient[SYY][j] += u[1] * qu1 + v[1] * qv1;
-            gradient[SYZ][j] += u[1] * qu2 + v[1] * qv2;
-            gradient[SZZ][j] += u[2] * qu2 + v[2] * qv2;
-            if (pose) {
-                const T px = m.column[MX][j], py = m.column[MY][j], pz = m.column[MZ][j];
-                const T sxx = m.column[SXX][j], sxy = m.column[SXY][j], sxz = m.column[SXZ][j];
-                const T syy = m.column[SYY][j], syz = m.column[SYZ][j], szz = m.column[SZZ][j];
-                // dL/dU = g pᵀ + 2 D U Σ
-                pose[0] += gx * px + 2 * (qu0 * sxx + qu1 * sxy + qu2 * sxz);
-                pose[1] += gx * py + 2 * (qu0 * sxy + qu1 * syy + qu2 * syz);
-                pose[2] += gx * pz + 2 * (qu0 * sxz + qu1 * syz + qu2 * szz);
-                pose[3] += gy * px + 2 * (qv0 * sxx + qv1 * sxy + qv2 * sxz);
-                pose[4] += gy * py + 2 * (qv0 * sxy + qv1 * syy + qv2 * syz);
-                pose[5] += gy * pz + 2 * (qv0 * sxz + qv1 * syz + qv2 * szz);
-                pose[6] -= gx;
-                pose[7] -= gy;
+            for (int k = 0; k < 3; ++k) {
+                qu[k][i] = dxx * u[k] + dxy * v[k];
+                qv[k][i] = dxy * u[k] + dyy * v[k];
             }
+            gradient[SXX][j] += u[0] * qu[0][i] + v[0] * qv[0][i];
+            gradient[SXY][j] += u[0] * qu[1][i] + v[0] * qv[1][i];
+            gradient[SXZ][j] += u[0] * qu[2][i] + v[0] * qv[2][i];
+            gradient[SYY][j] += u[1] * qu[1][i] + v[1] * qv[1][i];
+            gradient[SYZ][j] += u[1] * qu[2][i] + v[1] * qv[2][i];
+            gradient[SZZ][j] += u[2] * qu[2][i] + v[2] * qv[2][i];
+        }
+        for (int i = 0; pose && i < last - first; ++i) {
+            const int j = first + i;
+            const T px = m.column[MX][j], py = m.column[MY][j], pz = m.column[MZ][j];
+            const T sxx = m.column[SXX][j], sxy = m.column[SXY][j], sxz = m.column[SXZ][j];
+            const T syy = m.column[SYY][j], syz = m.column[SYZ][j], szz = m.column[SZZ][j];
+            // dL/dU = g pᵀ + 2 D U Σ
+            pose[0] += gx[i] * px + 2 * (qu[0][i] * sxx + qu[1][i] * sxy + qu[2][i] * sxz);
+            pose[1] += gx[i] * py + 2 * (qu[0][i] * sxy + qu[1][i] * syy + qu[2][i] * syz);
+            pose[2] += gx[i] * pz + 2 * (qu[0][i] * sxz + qu[1][i] * syz + qu[2][i] * szz);
+            pose[3] += gy[i] * px + 2 * (qv[0][i] * sxx + qv[1][i] * sxy + qv[2][i] * sxz);
+            pose[4] += gy[i] * py + 2 * (qv[0][i] * sxy + qv[1][i] * syy + qv[2][i] * syz);
+            pose[5] += gy[i] * pz + 2 * (qv[0][i] * sxz + qv[1][i] * syz + qv[2][i] * szz);
+            pose[6] -= gx[i];
+            pose[7] -= gy[i];
         }
     }
 }
@@ -335,6 +386,7 @@ struct Solid {
     T slope_x, slope_y;      // how the slice's centre moves with z
     T cxx, cyy;              // covariance of the slice, for its extent
     T szz, norm, cutoff2;    // norm = 1 / ((2π)^1.5 √det Σ)
+    T decay;                 // exp(-c)
     T inverse[6];            // Σ⁻¹: xx xy xz yy yz zz
 
     Solid(const Mixture<T>& m, int j, T scale, int size, T cutoff) {
@@ -354,6 +406,7 @@ struct Solid {
         a = cyy * reciprocal;
         b = -cxy * reciprocal;
         c = cxx * reciprocal;
+        decay = exponential(-c);
         norm = root(reciprocal / szz) * T(0.06349363593424097);
         cutoff2 = cutoff * cutoff;
         const T xz = -(a * slope_x + b * slope_y), yz = -(b * slope_x + c * slope_y);
@@ -363,13 +416,12 @@ struct Solid {
 
     T half_depth() const { return root(cutoff2 * szz); }
 
-    // The splat of slice `slice`; weight is its value at the slice's centre.
-    bool cut(int slice, Splat<T>& s, T& weight) const {
-        const T dz = T(slice) - z;
-        const T left = cutoff2 - dz * dz / szz;
+    // The splat of slice `slice`.
+    bool cut(int slice, Splat<T>& s) const {
+        const T dz = T(slice) - z, depth = dz * dz / szz;
+        const T left = cutoff2 - depth;
         if (left <= 0) return false;
-        s = {x + slope_x * dz, y + slope_y * dz, a, b, c, root(left * cxx), root(left * cyy)};
-        weight = exponential(T(-0.5) * dz * dz / szz);
+        s = {x + slope_x * dz, y + slope_y * dz, a, b, c, root(left * cxx), root(left * cyy), decay, T(-0.5) * depth};
         return true;
     }
 };
@@ -385,10 +437,9 @@ void voxelize(const Mixture<T>& m, T pixel_size, int size, T cutoff, T* volume, 
         if (end <= begin) continue;
         const Solid<T> solid(m, j, scale, size, cutoff);
         Splat<T> s;
-        T weight;
         for (int slice = begin; slice < end; ++slice)
-            if (solid.cut(slice, s, weight))
-                add_splat(s, m.column[AMPLITUDE][j] * solid.norm * weight,
+            if (solid.cut(slice, s))
+                add_splat(s, m.column[AMPLITUDE][j] * solid.norm,
                           volume + long(slice - z0) * size * stride, stride, size, 0, size);
     }
 }
@@ -406,10 +457,9 @@ void voxelize_gradient(const Mixture<T>& m, T pixel_size, int size, T cutoff, co
         T t0 = 0, t[3] = {0, 0, 0}, tt[6] = {0, 0, 0, 0, 0, 0};
         for (int slice = begin; slice < end; ++slice) {
             Splat<T> s;
-            T weight, mom[6];
-            if (!solid.cut(slice, s, weight)) continue;
+            T mom[6];
+            if (!solid.cut(slice, s)) continue;
             splat_moments(s, upstream + long(slice) * size * stride, stride, size, mom);
-            for (int k = 0; k < 6; ++k) mom[k] *= weight;
             // From the slice's centre to the Gaussian's.
             const T dz = T(slice) - solid.z, ex = solid.slope_x * dz, ey = solid.slope_y * dz;
             const T mx = mom[1] + ex * mom[0], my = mom[2] + ey * mom[0];

@@ -86,12 +86,28 @@ def simulated(tmp_path_factory):
     return give
 
 
+def together(star: Path, other: Path, output: Path) -> Path:
+    """Both sets of particles in one STAR file, as two optics groups; ``other`` names its images from that folder."""
+    from gemmi import cif
+
+    document, second = (cif.read_file(str(path)) for path in (star, other))
+    for name, tag in (("optics", "_rlnOpticsGroupName"), ("particles", "_rlnImageName")):
+        loop, more = (read.find_block(name).find_loop(tag).get_loop() for read in (document, second))
+        group = loop.tags.index("_rlnOpticsGroup")
+        for row in range(more.length()):
+            values = [more[row, column] for column in range(more.width())]
+            values[group] = "2"
+            loop.add_row(values)
+    document.write_file(str(output))
+    return output
+
+
 @pytest.fixture(autouse=True)
 def short_report(request, monkeypatch):
     """Runs within a test have no report, which takes longer to draw than they do; the mark `report` draws it."""
     if request.node.get_closest_marker("report") is None:
         text = "left out; the test needs the mark report"
-        monkeypatch.setattr("emsplat.report.write_report", lambda run: (run / "report.html").write_text(text))
+        monkeypatch.setattr("emsplat.report.write_report", lambda run, *_: (run / "report.html").write_text(text))
 
 
 @pytest.fixture

@@ -5,7 +5,17 @@ from itertools import product
 import pytest
 import torch
 
-from emsplat.maths.fourier import crop, frequencies, hermitian_weight, irfft, rfft, shell_index, shift_phase, widen
+from emsplat.maths.fourier import (
+    convolve,
+    crop,
+    frequencies,
+    hermitian_weight,
+    irfft,
+    rfft,
+    shell_index,
+    shift_phase,
+    widen,
+)
 from emsplat.types import Grid
 
 
@@ -99,3 +109,14 @@ def test_a_spectrum_on_more_voxels_and_back(size, larger):
     assert wide.shape == (2, larger, larger, larger // 2 + 1)
     assert torch.equal(crop(wide, size, 3), band)
     assert torch.count_nonzero(wide) == torch.count_nonzero(band)
+
+
+@pytest.mark.parametrize(("size", "side", "before"), [(8, 12, ()), (7, 12, (2,)), (12, 12, ())])
+def test_convolving_is_multiplying_the_padded_transform(size, side, before):
+    """Against whole transforms, and adjoint: <K v, u> = <v, K u> for a real response."""
+    volume, other = noise(*before, size, size, size), noise(*before, size, size, size) + 1
+    response = torch.fft.rfftn(noise(side, side, side)).abs()  # even, as the transform of a symmetric kernel
+    whole = torch.fft.irfftn(torch.fft.rfftn(volume, s=(side,) * 3, dim=(-3, -2, -1)) * response, s=(side,) * 3)
+    torch.testing.assert_close(convolve(volume, response), whole[..., :size, :size, :size])
+    first, second = (convolve(volume, response) * other).sum(), (volume * convolve(other, response)).sum()
+    torch.testing.assert_close(first, second)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.conftest import together
 
 from emsplat.cli import main
 from emsplat.config import HeterogeneityConfig, ReconstructConfig, SimulateConfig, StatesConfig, configure
@@ -17,7 +18,10 @@ from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.half import HalfModel, on_grid, read_half
 from emsplat.heterogeneity.paths import along
+from emsplat.heterogeneity.refresh import evidence
+from emsplat.heterogeneity.search import search
 from emsplat.heterogeneity.states import DecoderStage, orders
+from emsplat.heterogeneity.subspace import Space, consensus
 from emsplat.imaging.project import voxelize
 from emsplat.io.columns import read_columns
 from emsplat.io.gaussians import read_gaussians
@@ -27,6 +31,7 @@ from emsplat.io.pickles import load_arrays
 from emsplat.io.relion.read import find_tables
 from emsplat.io.star import read_star_file
 from emsplat.models.decoder import Decoder, Shape, read_decoder
+from emsplat.parallel import ALONE
 from emsplat.particles.choose import open_stack
 from emsplat.programs.heterogeneity import _warn_of_empty_halves, _warn_of_unproven, heterogeneity
 from emsplat.programs.simulate import simulate
@@ -35,7 +40,10 @@ from emsplat.programs.states import read_models, states
 from emsplat.report import write_report
 from emsplat.run.files import EXPLORER
 from emsplat.run.log import Log
-from emsplat.sums.statistics import equations_of
+from emsplat.sums.equations import relative_gain
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import read_all_spectra
+from emsplat.sums.statistics import _equations_by_grid, equations_of, in_one_grey
 from emsplat.types import Grid
 
 GRID = Grid(32, 3.0)
@@ -122,6 +130,55 @@ def test_maps_of_the_states_are_like_the_truth(run, particles):
         assert torch.allclose((halves[0] + halves[1]) / 2, maps[row["state"] - 1], atol=1e-5)
     assert (folder / "consensus.mrc").is_file()
     assert (folder / "heterogeneity.html").stat().st_size > 1e5
+
+
+@pytest.fixture(scope="module")
+def several_grids(particles):
+    """The particles with 300 of the same molecule in a larger box of finer pixels."""
+    folder = particles.parent
+    config = configure(
+        SimulateConfig, particles=300, box=48, pixel_size=2.5, snr=0.1, shift=1.0, missing=("chain B",), seed=4
+    )
+    finer = simulate(config, folder.parent / "model.pdb", folder / "finer")
+    return together(particles, finer, folder / "mixed.star")
+
+
+def test_several_boxes_and_pixel_sizes(several_grids, particles):
+    stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0))
+    halves = [stack.only(half) for half in (1, 2)]
+    coarse = Grid(32, stack.grid.length / 32)
+    for half in halves:
+        assert [part.grid for part in half.parts()] == [Grid(32, 3.0), Grid(48, 2.5)]
+        assert torch.equal(half.rows, torch.cat([part.rows for part in half.parts()]))
+        one, other = _equations_by_grid(half, coarse, ALONE)
+        assert relative_gain(one, other) == pytest.approx(1, abs=2e-3)
+    spectra = (read_all_spectra(halves[0], 10), read_all_spectra(halves[1], 10))
+    searched = search(spectra, 2, 10, None, 0, None, lambda text: None)
+    assert searched.found is not None
+    assert searched.found.count == 1
+    truth = torch.cat([labels(particles), labels(several_grids.parent / "finer" / "particles.star")])
+    for half, own in enumerate(halves):
+        latent, state = searched.found.latents[half][half].mean[:, 0], truth[own.rows].double()
+        parts = torch.tensor_split(torch.stack([latent, state]), [len(own.parts()[0])], dim=1)
+        likeness = [torch.corrcoef(part)[0, 1] for part in parts]
+        assert min(map(abs, likeness)) > 0.6
+        assert likeness[0] * likeness[1] > 0  # one sign in both boxes
+
+
+def test_cells_and_evidence_of_several_grids(several_grids):
+    stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0)).only(1)
+    coarse, (first, second) = Grid(32, stack.grid.length / 32), stack.parts()
+    one, other, both = (
+        next(gather_cells(own, torch.ones(len(own), 1), torch.zeros(1, 1), 32, coarse))
+        for own in (first, second, stack)
+    )
+    torch.testing.assert_close(both.linear, one.linear + other.linear, rtol=1e-4, atol=1e-5 * float(both.linear.max()))
+    subspace = consensus(Space(Lattice(8)), read_all_spectra(stack, 8))
+    maps = subspace.maps * torch.tensor([0.9, 1.1])[:, None, None, None]
+    seen, alone = evidence(maps, subspace, stack), evidence(maps, subspace, first)
+    assert seen.shape == (len(stack), 2)
+    torch.testing.assert_close(seen[: len(first)], alone)
+    assert (seen[len(first) :].abs() > 0).all()
 
 
 def test_scores_of_the_run(run, particles, capsys):

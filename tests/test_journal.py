@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from emsplat.programs import image_engine
 from emsplat.programs.reconstruct import backproject, reconstruct
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.report.read import read_convergence, read_scores
-from emsplat.run.files import JOURNAL
+from emsplat.run.files import JOURNAL, TRACE
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import (
     Begun,
@@ -28,15 +30,19 @@ from emsplat.run.journal import (
     Progress,
     Rewound,
     Scored,
+    Spent,
     Warned,
     read_journal,
 )
 from emsplat.run.log import Log
+from emsplat.run.profile import last_session, time_line
 from emsplat.run.stop import Checkpoints, StopRequest
 
+BEGUN = Begun("emsplat reconstruct", "0.1.0", "Å/\udcffparticles.star", False)
 ONE_OF_EACH = (
-    Begun("emsplat reconstruct", "0.1.0", "Å/\udcffparticles.star", False),
+    BEGUN,
     Part("fits", ""),
+    Spent("fits", 0, 1.75e9, 2.5, 4.0, 300.0, 12),
     Progress("half1", 3, 12, "images", "epoch 1"),
     Loss("half1", 20, 1, 100, 0.1 + 0.2),
     Loss("half1", 40, 2, 200, math.nan),
@@ -62,8 +68,8 @@ def test_rows_come_back_as_they_were(tmp_path):
     # For programs that are not emsplat: JSON without words of its own for undefined numbers, one object per line.
     lines = (tmp_path / JOURNAL).read_text(encoding="ascii").splitlines()
     objects = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    assert [one["kind"] for one in objects][:4] == ["begun", "part", "progress", "loss"]
-    assert objects[4]["loss"] is None
+    assert [one["kind"] for one in objects][:4] == ["begun", "part", "spent", "progress"]
+    assert objects[5]["loss"] is None
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -147,14 +153,15 @@ def test_reading_needs_no_pytorch():
 def test_the_log_keeps_progress_warnings_and_the_end(tmp_path):
     log = Log(io.StringIO())
     log.warn("before there is a folder")
-    log.keep_in(tmp_path)
+    log.keep_in(tmp_path, BEGUN)
     with log.to_the_end(), log.part("fits", "fitting"):
         log.warn("assumed")
         with log.progress("half1", 100, 20) as update:
             for done in range(21, 100):
                 update(done, "")
-    first, *_, last, ended = what(tmp_path)
-    assert first == Part("fits", "fitting")
+    begun, first, *_, last, spent, ended = what(tmp_path)
+    assert (begun, first) == (BEGUN, Part("fits", "fitting"))
+    assert (spent.name, spent.depth) == ("fits", 0)
     assert what(tmp_path, Warned) == [Warned("assumed")]
     progress = what(tmp_path, Progress)
     assert progress[0] == Progress("half1", 20, 100, "images", "")
@@ -175,11 +182,53 @@ def test_the_log_keeps_progress_warnings_and_the_end(tmp_path):
 )
 def test_the_end_says_how(tmp_path, error, how):
     log = Log(io.StringIO())
-    log.keep_in(tmp_path)
+    log.keep_in(tmp_path, BEGUN)
     with pytest.raises(type(error)), log.to_the_end():
         raise error
-    [ended] = what(tmp_path)
+    [_, ended] = what(tmp_path)
     assert (ended.how, ended.text) == (how, str(error) or type(error).__name__)
+
+
+def test_the_time_line_follows_the_parts(tmp_path):
+    """The table adds up what has one name in one place; the trace nests as the steps did, by its times."""
+    log = Log(io.StringIO(), began=time.monotonic() - 2.0)
+    with log.step("particles"):
+        pass  # before there is a folder
+    log.keep_in(tmp_path, BEGUN)
+    with log.to_the_end(profile=True):
+        with log.part("fits"):
+            for _ in range(3):
+                with log.step("stage"):
+                    time.sleep(0.002)
+        with log.step("stage"), log.progress("half1", 4) as update:
+            update(4, "")
+    rows = read_journal(tmp_path)
+    lines = time_line(rows)
+    assert [(one.name, one.depth, one.times) for one in lines] == [
+        ("imports", 0, 1),
+        ("particles", 0, 1),
+        ("fits", 0, 1),
+        ("stage", 1, 3),
+        ("stage", 0, 1),
+    ]
+    imports, _, fits, stages, _ = lines
+    assert imports.seconds == pytest.approx(2.0, abs=0.5)
+    assert 0.006 <= stages.seconds <= fits.seconds
+    assert "    stage (3 times)" in log.stream.getvalue()
+    text = (tmp_path / TRACE).read_text(encoding="utf-8")
+    events = json.loads(text, parse_constant=pytest.fail)["traceEvents"]
+    assert {one["tid"] for one in events if one["ph"] == "X"} == {os.getpid()}
+    spans = [(one["name"], one["ts"], one["ts"] + one["dur"]) for one in events if one["ph"] == "X"]
+    assert [name for name, *_ in spans] == ["imports", "particles", "fits", "stage", "stage", "stage", "stage"]
+    (_, start, end), *within = spans[2:6]
+    assert all(start <= own_start and own_end <= end + 200 for _, own_start, own_end in within)  # rounded to 1e-4 s
+    assert [one["args"] for one in events if one["ph"] == "C"] == [{"images": 0}, {"images": 4}]
+    # A run that goes on has a time line of its own.
+    log = Log(io.StringIO())
+    log.keep_in(tmp_path, BEGUN)
+    with log.to_the_end(), log.part("report"):
+        pass
+    assert [one.name for one in time_line(last_session(read_journal(tmp_path)))] == ["report"]
 
 
 def test_history_goes_on_where_the_fit_does(tmp_path):

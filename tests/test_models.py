@@ -1,5 +1,8 @@
 """The seam of models, by its smallest second user: every particle shows one mixture, shifted by a latent of its own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -167,6 +170,50 @@ def test_groups_have_rates_of_their_own():
     optimiser.step(0.1)
     torch.testing.assert_close(fast.detach(), torch.full((3,), -0.3))
     torch.testing.assert_close(slow.detach(), torch.full((3,), -0.1))
+
+
+def test_the_optimiser_is_that_of_pytorch():
+    """Bit for bit: dense and sparse Adam, also where a parameter has no gradient at first."""
+    generator = torch.Generator().manual_seed(0)
+    model = ball(5, GRID, Bounds(12.0, 1.0, 1.0), 0)
+    start, rows = torch.randn(4, 3, generator=generator), torch.randn(6, 2, generator=generator)
+    own, theirs = ([nn.Parameter(start.clone()), nn.Parameter(rows.clone())] for _ in range(2))
+    late, late_twin = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    dense, sparse = ParameterGroup({"a": own[0], "late": late}), ParameterGroup({"b": own[1]}, rate=2.0, sparse=True)
+    model.groups = lambda: [dense, sparse]
+    optimiser = Optimiser(model)
+    twins = [torch.optim.Adam([theirs[0], late_twin], lr=0.1, fused=True), torch.optim.SparseAdam([theirs[1]], lr=0.2)]
+    for step in range(4):
+        weight, index = torch.randn(4, 3, generator=generator), torch.tensor([step, 1, 5, 1])
+        optimiser.forget()
+        for one, more in ((own, late), (theirs, late_twin)):
+            loss = (one[0].square() * weight).sum() + nn.functional.embedding(index, one[1], sparse=True).square().sum()
+            (loss + (more.square().sum() if step else 0)).backward()
+        optimiser.step(0.1)
+        for twin in twins:
+            twin.step()
+            twin.zero_grad()
+    assert torch.equal(own[0], theirs[0])
+    assert torch.equal(own[1], theirs[1])
+    assert torch.equal(late, late_twin)
+
+
+def test_a_fit_does_not_import_the_compiler():
+    """Which takes longer than many fits, and 120 MB; classes of torch.optim do."""
+    code = """
+import sys
+import torch
+from emsplat.fitting.state import Optimiser
+from emsplat.models.gaussians import Bounds
+from emsplat.models.starts import ball
+from emsplat.types import Grid
+model = ball(5, Grid(8, 1.0), Bounds(12.0, 1.0, 1.0), 0)
+optimiser = Optimiser(model)
+sum(p.sum() for p in model.parameters()).backward()
+optimiser.step(0.1)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_mixture_is_read_from_what_it_saved():

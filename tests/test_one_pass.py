@@ -13,7 +13,7 @@ from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective, support_size
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map
-from emsplat.maths.fourier import rfft, shell_index
+from emsplat.maths.fourier import convolve, rfft, shell_index
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.mask import solvent_mask
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus
@@ -154,7 +154,7 @@ def test_missing_detail_is_found_where_it_is(stack):
         truth = voxelize(whole.gaussians(), stack.grid)
     objective = VolumeObjective(equations, 32)
     # Noise-free data of exactly this mixture.
-    applied, _ = objective._fine._filtered(truth, objective._fine._response), None
+    applied = convolve(truth, objective._fine._response)
     clean = dataclasses.replace(equations, linear=applied * equations.particles)
     objective = VolumeObjective(clean, 32)
     lacking = whole.copy()

@@ -17,7 +17,7 @@ import torch
 from emsplat import process
 from emsplat.config import AssessConfig, BackprojectConfig, configure
 from emsplat.errors import InputError, Interrupted
-from emsplat.process import Granted, granted_cores, run, started
+from emsplat.process import Granted, granted_cores, run, shared_out, started
 from emsplat.programs.assess import reassess
 from emsplat.programs.finish import exit_code
 from emsplat.programs.reconstruct import backproject
@@ -350,3 +350,31 @@ def test_sizes_and_times_are_never_nothing():
     assert {count: data_size(count) for count in sizes} == sizes
     times = {0.2: "less than a second", 12.3: "12 s", 119: "119 s", 210: "3.5 min", 7560: "2.1 h"}
     assert {seconds: duration(seconds) for seconds in times} == times
+
+
+@pytest.mark.parametrize("processes", [1, 3, 9])
+def test_tasks_are_shared_out(processes):
+    tasks = [lambda number=number: f"{number}: {'å' * number}" for number in range(5)]
+    assert shared_out(tasks, processes) == [task() for task in tasks]
+    assert shared_out([], processes) == []
+
+
+def test_what_a_copy_fails_at_is_done_here():
+    """An error of a task is the caller's, whichever process has met it; one that only a copy meets is nobody's."""
+    here = os.getpid()
+
+    def only_here():
+        time.sleep(0.02)
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+
+    def wrong():
+        time.sleep(0.02)
+        raise InputError("no map")
+
+    assert shared_out([only_here] * 4, 3) == ["done"] * 4
+    with pytest.raises(InputError, match="no map"):
+        shared_out([only_here, only_here, wrong, only_here], 2)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # nobody is left behind

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from gemmi import cif
+from tests.conftest import together
 
 from emsplat.cli import main
 from emsplat.config import BackprojectConfig, ReconstructConfig, SimulateConfig, change, configure, names
@@ -263,17 +264,8 @@ def several_grids(particles):
     """150 of the particles with others of the same molecule in a finer, larger box, as two optics groups."""
     folder = particles.parent
     config = SimulateConfig(box=48, pixel_size=3.0, particles=120, snr=0.5, atoms=1500, seed=9)
-    finer = cif.read_file(str(simulate(config, None, folder / "finer")))  # its images are finer/particles.mrcs
-    document = cif.read_file(str(particles))
-    for name, tag in (("optics", "_rlnOpticsGroupName"), ("particles", "_rlnImageName")):
-        loop, other = (d[name].find_loop(tag).get_loop() for d in (document, finer))
-        group = loop.tags.index("_rlnOpticsGroup")
-        for row in range(other.length()):
-            values = [other[row, column] for column in range(other.width())]
-            values[group] = "2"
-            loop.add_row(values)
-    document.write_file(str(folder / "mixed.star"))
-    return folder / "mixed.star"
+    finer = simulate(config, None, folder / "finer")  # its images are finer/particles.mrcs
+    return together(particles, finer, folder / "mixed.star")
 
 
 def test_several_boxes_and_pixel_sizes_make_one_map(several_grids, particles, tmp_path):

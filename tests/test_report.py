@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from scipy.ndimage import gaussian_filter
 from emsplat.errors import InputError
 from emsplat.io.ply import read_ply, write_ply
 from emsplat.report import figures, page, plots, read, surface, verdict, write_report
+from emsplat.report.resample import resample
 from emsplat.report.words import CURVE_NAMES
 from emsplat.run.fsc_star import _COLUMNS as COLUMNS
 from emsplat.types import Grid
@@ -275,6 +278,34 @@ def read_page(path: Path) -> tuple[Checker, str]:
 
 def traces(checker: Checker) -> list[dict[str, Any]]:
     return [trace for plot in checker.plots for trace in plot["data"]]
+
+
+@pytest.mark.parametrize("size", [(40, 25), (41, 24), (40, 40)])
+def test_fewer_samples_are_those_of_scipy(size: tuple[int, int]) -> None:
+    from scipy import signal
+
+    old, new = size
+    values = np.random.default_rng(0).normal(size=(5, old, 6))
+    np.testing.assert_allclose(resample(values, new, 1), signal.resample(values, new, axis=1), atol=1e-12)
+
+
+def test_processes_draw_the_same_page(run: Path, tmp_path: Path) -> None:
+    """Everything but names that matplotlib draws by lot for the clip paths of an SVG."""
+    alone = tmp_path / "alone" / run.name
+    shutil.copytree(run, alone)
+    noted = []
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        noted.append(name)
+        yield
+
+    write_report(alone)
+    write_report(run, timed, processes=3)
+    assert noted[0] == "matplotlib"
+    assert (run / "report.html").read_bytes() == (alone / "report.html").read_bytes()
+    assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
+    assert (run / "directions.png").read_bytes() == (alone / "directions.png").read_bytes()
 
 
 def test_whole_folder(run: Path) -> None:

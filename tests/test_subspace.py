@@ -211,6 +211,15 @@ def test_nothing_is_found_where_nothing_is():
     assert gains[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_hardly_more_images_than_components(seed):
+    """What a few views say of a coefficient is no positive matrix, and the circulant ones are far off."""
+    spectra, _ = planted(6, 0.5, seed)
+    for subspace in fit_subspace(spectra, 4, drawn(seed), ((4, 8), (6, 8))):
+        assert subspace.maps.isfinite().all()
+        assert subspace.maps.abs().max() < 1  # of 0.15 for what is there
+
+
 def test_the_mean_map_of_noiseless_images():
     spectra, _ = planted(800, 0.0, 10, noise=0.0)
     found = consensus(Space(Lattice(6)), spectra)

@@ -36,7 +36,7 @@ from emsplat.config import (
     StatesConfig,
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
-from emsplat.process import started
+from emsplat.process import granted_cores, started
 from emsplat.process import threads as with_threads
 from emsplat.run.files import REPORT
 from emsplat.run.log import Log
@@ -565,7 +565,7 @@ def report(run: Path, /) -> None:
     """
     from emsplat.report import write_report
 
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(run, processes=granted_cores().cores)}")
 
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:

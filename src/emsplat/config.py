@@ -236,6 +236,9 @@ class RunOptions:
     force: bool = False
     """Exit with 0 also where the particles do not have the symmetry that is asked for."""
 
+    profile: bool = False
+    """Print where the time went, and write it into the run folder as trace.json, for the profiler of a browser."""
+
 
 @runtime_checkable  # shapes and types are checked while tests run
 class SourceConfig(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import codecs
 import io
+import json
 import logging
 import math
 import os
@@ -20,11 +21,11 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from emsplat.errors import EmsplatError, InputError, OutputError
 
@@ -148,6 +149,53 @@ def threads(wanted: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def shared_out(tasks: Sequence[Callable[[], str]], processes: int) -> list[str]:
+    """What each task gives, with so many processes at work on them; tasks are few (at most 255) and take long.
+
+    The others are copies of this one (fork), so that nothing is imported or read again; where the system cannot do
+    that safely, and for what a copy has failed at, the tasks are done here.
+    """
+    done: dict[int, str] = {}
+    helpers = min(processes, len(tasks)) - 1 if sys.platform == "linux" else 0
+    with ExitStack() as open_files:
+        # Who wants a task reads its number; at the end of the pipe there is none left.
+        give, take = os.pipe()
+        open_files.callback(os.close, give)
+        os.write(take, bytes(range(len(tasks))))
+        os.close(take)
+
+        def work() -> Iterator[tuple[int, str]]:
+            while number := os.read(give, 1):
+                yield number[0], tasks[number[0]]()
+
+        results = [open_files.enter_context(tempfile.TemporaryFile()) for _ in range(max(helpers, 0))]
+        children = [_copied(work, result) for result in results]
+        try:
+            done |= dict(work())
+        finally:
+            for child in children:
+                os.waitpid(child, 0)
+        for result in results:
+            result.seek(0)
+            done |= dict(map(json.loads, result))
+    return [done[number] if number in done else task() for number, task in enumerate(tasks)]
+
+
+def _copied(work: Callable[[], Iterator[tuple[int, str]]], result: IO[bytes]) -> int:
+    """A copy of this process that works and writes what it has done as lines; returns its number."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        for number, text in work():
+            result.write(json.dumps([number, text]).encode() + b"\n")
+            result.flush()
+    finally:
+        os._exit(0)  # nothing of the other process is to be ended here
 
 
 def describe_threads(wanted: int | None) -> str:

@@ -56,7 +56,8 @@ def assess(
         maps = replace(maps, mask=mask)
         write_map(run / MASK, mask, grid.pixel_size)
     evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length, shared)
-    curves, found, with_data, masking = measure_shells(maps, config, log)
+    with log.step("curves"):
+        curves, found, with_data, masking = measure_shells(maps, config, log)
     found = _beyond(found, grid, shared)
     if not evident:
         found, with_data = dict.fromkeys(found), False
@@ -79,13 +80,15 @@ def assess(
     for stale in (LOCAL_RESOLUTION, LOCAL_RESOLUTION_HALF_MAPS, DIRECTIONS):
         (run / stale).unlink(missing_ok=True)
     if evident:
-        result["local_resolution"] = _local(run, maps, found, config)
+        with log.step("local resolution"):
+            result["local_resolution"] = _local(run, maps, found, config)
         fine = found["cross_validated"] or found["backprojection_masked"] or grid.nyquist
         star = run / PARTICLES
         rotation = read_rotations(star) if star.is_file() else None
-        result["directional"] = directions(
-            run, maps.masked(maps.halves), maps.raw and maps.masked(maps.raw), grid, fine, rotation, maps.symmetry
-        )
+        with log.step("directions"):
+            result["directional"] = directions(
+                run, maps.masked(maps.halves), maps.raw and maps.masked(maps.raw), grid, fine, rotation, maps.symmetry
+            )
     return result
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim._functional import sparse_adam
+from torch.optim.adam import adam
 
 from emsplat.errors import EmsplatError
 from emsplat.models.base import Model
@@ -32,44 +34,49 @@ class Plan:
 
 class Optimiser:
     """Adam for the parameter groups of a model, each at its own multiple of the rate. Sparse groups have their own kind
-    of it, which looks only at the rows that a gradient names."""
+    of it, which looks only at the rows that a gradient names.
+
+    The arithmetic is PyTorch's. Its classes are not used: the first of them to be made imports the compiler, which
+    takes longer than many fits, and 120 MB.
+    """
 
     def __init__(self, model: Model) -> None:
-        groups = model.groups()
-        self.parameters = {name: own for group in groups for name, own in group.parameters.items()}
-        self._rates = [group.rate for sparse in (False, True) for group in groups if group.sparse == sparse]
-        dense, rows = (
-            [{"params": [*group.parameters.values()]} for group in groups if group.sparse == sparse]
-            for sparse in (False, True)
-        )
-        self._kinds: list[torch.optim.Optimizer] = []
-        if dense:
-            self._kinds.append(torch.optim.Adam(dense, lr=0.0, fused=True))
-        if rows:
-            self._kinds.append(torch.optim.SparseAdam(rows))
+        self._groups = model.groups()
+        self.parameters = {name: own for group in self._groups for name, own in group.parameters.items()}
+        self._held: dict[str, dict[str, Tensor]] = {}
 
     def forget(self) -> None:
         """Throws gradients away."""
-        for kind in self._kinds:
-            kind.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
+    @torch.no_grad()
     def step(self, rate: float) -> None:
         """Moves every parameter that has a gradient."""
-        groups = (group for kind in self._kinds for group in kind.param_groups)
-        for own, group in zip(self._rates, groups, strict=True):
-            group["lr"] = own * rate
-        for kind in self._kinds:
-            kind.step()
+        for group in self._groups:
+            moved = {name: own for name, own in group.parameters.items() if own.grad is not None}
+            held = [self._moments_of(name, group.sparse) for name in moved]
+            averages, squares, steps = ([moments[which] for moments in held] for which in _MOMENTS)
+            gradients = [own.grad for own in moved.values() if own.grad is not None]
+            numbers: dict[str, Any] = {"lr": group.rate * rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+            if group.sparse:
+                counts = [int(count.add_(1)) for count in steps]
+                sparse_adam([*moved.values()], gradients, averages, squares, counts, maximize=False, **numbers)
+            else:
+                numbers |= {"fused": True, "amsgrad": False, "weight_decay": 0.0, "maximize": False}
+                adam([*moved.values()], gradients, averages, squares, [], steps, **numbers)
+
+    def _moments_of(self, name: str, sparse: bool) -> dict[str, Tensor]:
+        if name not in self._held:
+            parameter = self.parameters[name]
+            count = torch.zeros((), dtype=torch.int64) if sparse else torch.zeros((), device=parameter.device)
+            values = [torch.zeros_like(parameter), torch.zeros_like(parameter), count]
+            self._held[name] = dict(zip(_MOMENTS, values, strict=True))
+        return self._held[name]
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's memory by name, e.g. ``mean.exp_avg``."""
-        held = {parameter: state for kind in self._kinds for parameter, state in kind.state.items()}
-        return {
-            f"{name}.{moment}": torch.as_tensor(held[parameter][moment])
-            for name, parameter in self.parameters.items()
-            if held.get(parameter)
-            for moment in _MOMENTS
-        }
+        return {f"{name}.{which}": value for name, held in self._held.items() for which, value in held.items()}
 
     def remember(self, moments: dict[str, Tensor]) -> None:
         """Takes over what `moments` gave.
@@ -77,15 +84,9 @@ class Optimiser:
         Raises:
             KeyError: some moments of a parameter are missing.
         """
-        for name, parameter in self.parameters.items():
-            if f"{name}.step" not in moments:
-                continue
-            for kind in self._kinds:
-                if any(parameter is own for group in kind.param_groups for own in group["params"]):
-                    state = {moment: moments[f"{name}.{moment}"] for moment in _MOMENTS}
-                    if isinstance(kind, torch.optim.SparseAdam):
-                        state["step"] = int(state["step"])  # type: ignore[assignment]
-                    kind.state[parameter] = state
+        for name in self.parameters:
+            if f"{name}.step" in moments:
+                self._held[name] = {which: moments[f"{name}.{which}"] for which in _MOMENTS}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.fitting.objective import KnownGradient
 from emsplat.imaging.project import CUTOFF, voxelize
-from emsplat.maths.fourier import crop, frequencies, is_smooth, shell_index
+from emsplat.maths.fourier import convolve, crop, frequencies, is_smooth, shell_index
 from emsplat.models.base import Model
 from emsplat.sums.equations import NormalEquations, mean_per_shell
 from emsplat.types import Gaussians, Grid
@@ -106,7 +106,7 @@ class _Level:
         return voxelize(gaussians, self.grid, cutoff=self.cutoff)
 
     def error_and_gradient(self, volume: Float[Tensor, "z y x"]) -> tuple[Float[Tensor, ""], Float[Tensor, "z y x"]]:
-        applied = self._filtered(volume, self._response)
+        applied = convolve(volume, self._response)
         power, product = (torch.dot(volume.flatten(), other.flatten()) for other in (applied, self._linear))
         return 0.5 * power - product, applied.sub_(self._linear)
 
@@ -115,13 +115,7 @@ class _Level:
         side = len(self._response)
         shells = shell_index(side, 3, self._device).clamp(max=side // 2)
         floor = 0.1 * mean_per_shell(self._response)[shells] + 1e-6 * self._response.max()
-        return self._filtered(-gradient, 1 / (self._response + floor))
-
-    def _filtered(self, volume: Tensor, response: Tensor) -> Float[Tensor, "z y x"]:
-        size, side = self.grid.size, len(response)
-        spectrum = torch.fft.rfftn(volume, s=(side,) * 3).mul_(response)
-        filtered: Tensor = torch.fft.irfftn(spectrum, s=(side,) * 3)[:size, :size, :size]
-        return filtered.contiguous()
+        return convolve(-gradient, 1 / (self._response + floor))
 
 
 def support_size(extent: int, box: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.extent import Window
-from emsplat.maths.fourier import crop, frequencies, shell_index
+from emsplat.maths.fourier import convolve, crop, frequencies, shell_index
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell
@@ -64,7 +64,7 @@ class Cells:
         self, cell: int, volume: Float[Tensor, "z y x"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "z y x"]]:
         """½ VᵀKV - bᵀV and KV - b of one cell."""
-        applied = self._filtered(volume, self.response[cell])
+        applied = convolve(volume, self.response[cell])
         linear = self.linear[cell]
         error = 0.5 * torch.dot(volume.flatten(), applied.flatten()) - torch.dot(volume.flatten(), linear.flatten())
         return error, applied - linear
@@ -72,12 +72,6 @@ class Cells:
     def spectrum(self, cell: int) -> tuple[Complex[Tensor, "z y k"], Float[Tensor, "z y k"]]:
         """The transform of b of one cell, and the circulant matrix nearest to its K."""
         return torch.fft.rfftn(self.linear[cell]), _information(self.response[cell], self.grid.size)
-
-    def _filtered(self, volume: Float[Tensor, "z y x"], response: Float[Tensor, "w v k"]) -> Float[Tensor, "z y x"]:
-        size, side = len(volume), len(response)
-        spectrum = torch.fft.rfftn(volume, s=(side,) * 3).mul_(response)
-        filtered: Tensor = torch.fft.irfftn(spectrum, s=(side,) * 3)[:size, :size, :size]
-        return filtered.contiguous()
 
 
 def _sharpening(side: int, pixel_size: float, blur: float) -> Float[Tensor, "z y k"]:
@@ -115,7 +109,7 @@ def gather_cells(
     ``membership`` has a row for each view, the elements of the symmetry of a particle being neighbours. ``support`` is
     in voxels of ``grid``, which covers the box, as fine as the images or coarser.
     """
-    noise = estimate_noise(stack)
+    noise = {part.grid: estimate_noise(part) for part in stack.parts()}
     own = membership.reshape(len(stack), stack.symmetry.order, -1)
     for number in range(membership.shape[1]):
         weight = own[:, :, number]
@@ -123,7 +117,9 @@ def gather_cells(
         yield _reduced(equations, support, point[number], weight)
 
 
-def _gather(stack: ParticleStack, grid: Grid, noise: Tensor, weight: Float[Tensor, "p s"]) -> NormalEquations:
+def _gather(
+    stack: ParticleStack, grid: Grid, noise: dict[Grid, Float[Tensor, "o n"]], weight: Float[Tensor, "p s"]
+) -> NormalEquations:
     statistics = begin(stack.without_symmetry(), grid)
     for number, element in enumerate(stack.symmetry.elements):
         rows = (weight[:, number] > 0).nonzero()[:, 0]
@@ -132,9 +128,10 @@ def _gather(stack: ParticleStack, grid: Grid, noise: Tensor, weight: Float[Tenso
         turned = part.with_poses(Poses(poses.rotation @ element, poses.shift)).without_symmetry()
         before = torch.ones(len(part.table)) if part.share is None else part.share
         share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
-        statistics.particles = 0
-        for _ in accumulate(statistics, replace(turned, share=share), noise):
-            pass
+        for some in replace(turned, share=share).parts():
+            statistics.particles = 0
+            for _ in accumulate(statistics, some, noise[some.grid]):
+                pass
     return statistics.equations()
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.heterogeneity.subspace import Subspace
-from emsplat.sums.spectra import Spectra
+from emsplat.sums.spectra import AnySpectra
 
 SHUFFLES = 999
 LEVEL = 0.01  # of the p value, over the number of tests
@@ -231,7 +231,7 @@ _REMEDIES = {
 }
 
 
-def brightness(subspace: Subspace, spectra: Spectra) -> Float[Tensor, " v"]:
+def brightness(subspace: Subspace, spectra: AnySpectra) -> Float[Tensor, " v"]:
     """How bright each view is, relative to what the mean map would show."""
     products = subspace.lattice.products(subspace.maps[:1], spectra).double()
     return products[:, 0, 1] / products[:, 1, 1].clamp(min=1e-30)

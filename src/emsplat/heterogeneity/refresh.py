@@ -7,6 +7,8 @@ of views are means over the points.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +23,7 @@ from emsplat.maths.fourier import crop
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import read_spectra
+from emsplat.sums.spectra import Spectra, read_spectra
 
 _AT_ONCE = 8  # points whose inner products are made together
 _IMAGES = 8192  # that are read together
@@ -41,18 +43,24 @@ def drawn(model: HalfModel, point: Float[Tensor, "m q"], lattice: Lattice) -> Fl
 
 def evidence(maps: Float[Tensor, "m z y x"], subspace: Subspace, stack: ParticleStack) -> Float[Tensor, "v m"]:
     """log p(y|map) - log p(y|mean of the subspace) of each view, brightness and pose integrated out to first order."""
-    noise, lattice, parts = estimate_noise(stack), subspace.lattice, []
-    mean = subspace.maps[:1]
-    for rows in torch.split(torch.arange(len(stack)), _IMAGES):
-        spectra = read_spectra(stack.take(rows), lattice.radius, noise=noise)
+    lattice, mean, found = subspace.lattice, subspace.maps[:1], []
+    for spectra in _read(stack, lattice.radius):
         seen = []
         for few in torch.split(maps, _AT_ONCE):
             shown = torch.cat([mean, few - mean])
             power = torch.ones(len(shown), lattice.radius + 1)  # asked by nobody here
             latents = infer(Subspace(lattice, shown, power, subspace.placement), spectra)
             seen.append(latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2))
-        parts.append(torch.cat(seen, 1))
-    return torch.cat(parts)
+        found.append(torch.cat(seen, 1))
+    return torch.cat(found)
+
+
+def _read(stack: ParticleStack, radius: int) -> Iterator[Spectra]:
+    """All images, some at a time."""
+    for part in stack.parts():
+        noise = estimate_noise(part)
+        for rows in torch.split(torch.arange(len(part)), _IMAGES):
+            yield read_spectra(part.take(rows), radius, stack.grid, noise)
 
 
 def refreshed(

@@ -22,7 +22,7 @@ from emsplat.heterogeneity.evidence import (
     point_gains,
 )
 from emsplat.heterogeneity.subspace import Latents, Subspace, fit_subspace, infer
-from emsplat.sums.spectra import Spectra
+from emsplat.sums.spectra import AnySpectra
 
 _RADII = (0.4, 0.7, 1.0)  # of the finest frequency
 _ITERATIONS = (8, 8, 8)
@@ -73,7 +73,7 @@ def stages(radius: int) -> tuple[tuple[int, int], ...]:
 
 
 def search(
-    spectra: tuple[Spectra, Spectra],
+    spectra: tuple[AnySpectra, AnySpectra],
     components: int,
     radius: int,
     points: int | None,

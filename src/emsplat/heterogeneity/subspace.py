@@ -18,10 +18,19 @@ from jaxtyping import Float
 from scipy.ndimage import map_coordinates
 from torch import Tensor
 
-from emsplat.maths.fourier import hermitian_weight, irfft, is_smooth, rfft, shell_index, widen
+from emsplat.maths.fourier import (
+    cropped_volume,
+    hermitian_weight,
+    irfft,
+    is_smooth,
+    padded_spectrum,
+    rfft,
+    shell_index,
+    widen,
+)
 from emsplat.sums.equations import circulant
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import Spectra
+from emsplat.sums.spectra import AnySpectra
 
 _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-6  # share of the mean map's power below which a component has vanished
@@ -30,6 +39,7 @@ _CORRECTIONS = 2
 _MOST_BRIGHTNESS, _MOST_TURN = 0.5**2, 0.06**2  # beyond, first order is no approximation
 _PATIENCE = 3  # iterations at each radius before components are pruned
 _LEAST_DETERMINED, _NOTHING = 1e-2, 1e-12
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class _Seen:
     def latents(self, placement: Placement) -> Latents:
         """Posteriors of the latents, brightness and pose integrated out."""
         linear, quadratic = self.linear, self.quadratic
-        root = torch.linalg.cholesky(quadratic[:, :6, :6] + torch.diag(1 / placement.variances()))
+        root = root_of(quadratic[:, :6, :6] + torch.diag(1 / placement.variances()))
         known = torch.cholesky_solve(torch.cat([linear[:, :6, None], quadratic[:, :6, 6:]], 2), root)
         across = quadratic[:, 6:, :6]
         return posterior(
@@ -112,12 +122,12 @@ class _Seen:
         return Placement(min(brightness, _MOST_BRIGHTNESS), min(turn, _MOST_TURN), shift)
 
 
-def _look(subspace: Subspace, spectra: Spectra) -> _Seen:
+def _look(subspace: Subspace, spectra: AnySpectra) -> _Seen:
     products = 2 * subspace.lattice.products(subspace.maps, spectra, with_pose=True).double()
     return _Seen(products[:, 1:, 0] - products[:, 1:, 1], products[:, 1:, 1:])
 
 
-def infer(subspace: Subspace, spectra: Spectra) -> Latents:
+def infer(subspace: Subspace, spectra: AnySpectra) -> Latents:
     """The E step: posteriors of all views.
 
     Brightness and pose of each view are integrated out, to first order in their errors: b and A are those of the data
@@ -126,10 +136,20 @@ def infer(subspace: Subspace, spectra: Spectra) -> Latents:
     return _look(subspace, spectra).latents(subspace.placement)
 
 
+def root_of(matrix: Float[Tensor, "n c c"]) -> Float[Tensor, "n c c"]:
+    """Cholesky factors of matrices that are positive but for the rounding of single precision."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    if (bad := failed > 0).any():
+        value, vector = torch.linalg.eigh(matrix[bad])
+        value = torch.maximum(value, _ROUNDING * value[:, -1:])
+        root[bad] = torch.linalg.cholesky(vector @ (value[:, :, None] * vector.mT))
+    return root
+
+
 def posterior(linear: Float[Tensor, "v q"], quadratic: Float[Tensor, "v q q"]) -> Latents:
     """Posteriors under z ~ N(0, 1)."""
     precision = quadratic + torch.eye(linear.shape[1], dtype=linear.dtype)
-    root = torch.linalg.cholesky(precision)
+    root = root_of(precision)
     covariance = torch.cholesky_inverse(root)
     mean = (covariance @ linear[..., None]).squeeze(-1)
     determinant = 2 * torch.log(torch.diagonal(root, dim1=-2, dim2=-1)).sum(-1)
@@ -149,14 +169,13 @@ class _Equations:
     def misfit(self, maps: Float[Tensor, "c z y x"]) -> Float[Tensor, "c z y x"]:
         """b - K V."""
         count, size, side = len(maps), maps.shape[-1], self.response.shape[1]
-        spectrum = torch.fft.rfftn(maps, s=(side,) * 3, dim=(1, 2, 3))
+        spectrum = padded_spectrum(maps, side)
         applied = torch.zeros_like(spectrum)
         for (j, k), response in zip(torch.triu_indices(count, count).T.tolist(), self.response, strict=True):
             applied[j] += response * spectrum[k]
             if j != k:
                 applied[k] += response * spectrum[j]
-        moved: Tensor = torch.fft.irfftn(applied, s=(side,) * 3, dim=(1, 2, 3))[:, :size, :size, :size]
-        return self.linear - moved
+        return self.linear - cropped_volume(applied, size)
 
 
 class Space:
@@ -199,7 +218,7 @@ def ball(size: int, diameter: float = 0.9, edge: float = 0.06) -> Float[Tensor, 
     return 0.5 + 0.5 * torch.cos(math.pi * ((radius - diameter / 2) / edge + 0.5).clamp(0, 1))
 
 
-def _equations(space: Space, spectra: Spectra, mean: Tensor, second: Tensor) -> _Equations:
+def _equations(space: Space, spectra: AnySpectra, mean: Tensor, second: Tensor) -> _Equations:
     """``mean`` is ⟨z̃⟩ and ``second`` ⟨z̃ z̃ᵀ⟩ of each view, z̃ = (1, z)."""
     size, count = space.lattice.size, mean.shape[1]
     upper = torch.triu_indices(count, count)
@@ -232,30 +251,52 @@ def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> 
     The circulant matrix gives both; what its mean then leaves of b - K V is solved for again (within the support): it
     errs by some percent where the density of views changes from one coefficient to the next.
     """
-    count, voxels = len(power), space.lattice.size**3
+    voxels = space.lattice.size**3
     prior = (1 / power.clamp(min=1e-30)).T[space.shells].double()
-    matrix = equations.quadratic.double() + torch.diag_embed(prior)
-    # Tapering keeps the matrix positive; rounding may not where a component is all but gone.
-    scale = 1 / torch.diagonal(matrix, dim1=1, dim2=2).sqrt()
-    matrix = matrix * scale[:, :, None] * scale[:, None, :] + 1e-6 * torch.eye(count, dtype=torch.float64)
-    root = torch.linalg.cholesky(matrix)
+    root, scale = _factors(equations.quadratic.double(), prior)
 
     def solved(linear: Float[Tensor, "k c 2"]) -> Float[Tensor, "k c 2"]:
         return torch.cholesky_solve(linear.double() * scale[:, :, None], root) * scale[:, :, None]
 
-    solution = solved(space.coefficients(equations.linear) / voxels)
+    solution = before = solved(space.coefficients(equations.linear) / voxels)
+    left = math.inf
     for _ in range(_CORRECTIONS):
         maps = space.maps(solution)
         solution = space.coefficients(maps).double()
         rest = space.coefficients(equations.misfit(maps)) / voxels - prior[:, :, None] * solution
-        solution = solution + solved(rest)
+        correction = solved(rest)
+        if (now := float((rest * correction).sum())) > left:  # the views are too few: the circulant matrix is far off
+            solution = before
+            break
+        left, before, solution = now, solution, solution + correction
     covariance = torch.cholesky_inverse(root) * scale[:, :, None] * scale[:, None, :]
     return solution, covariance
 
 
+def _factors(quadratic: Float[Tensor, "k c c"], prior: Float[Tensor, "k c"]) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of quadratic + prior in units in which the diagonal is 1, and one over these units."""
+
+    def tried(quadratic: Tensor, prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        matrix = quadratic + torch.diag_embed(prior)
+        scale = 1 / torch.diagonal(matrix, dim1=1, dim2=2).sqrt()
+        # Tapering keeps the matrix positive; rounding may not where a component is all but gone.
+        unit = matrix * scale[:, :, None] * scale[:, None, :] + 1e-6 * torch.eye(prior.shape[1], dtype=torch.float64)
+        root, failed = torch.linalg.cholesky_ex(unit)
+        return root, scale, (failed > 0) | ~scale.isfinite().all(1)
+
+    root, scale, failed = tried(quadratic, prior)
+    if failed.any():
+        # Few views: lags beyond `REACH` that would make it positive are missing.
+        value, vector = torch.linalg.eigh(quadratic[failed])
+        least = _ROUNDING * float(quadratic.diagonal(dim1=1, dim2=2).max())
+        positive = vector @ (value.clamp(min=least)[:, :, None] * vector.mT)
+        root[failed], scale[failed], _ = tried(positive, prior[failed])
+    return root, scale
+
+
 def maximise(
     space: Space,
-    spectra: Spectra,
+    spectra: AnySpectra,
     power: Float[Tensor, "c s"],
     latents: Latents | None,
     *,
@@ -309,7 +350,7 @@ def _principal(maps: Float[Tensor, "c z y x"]) -> Float[Tensor, "c c"]:
     return turn
 
 
-def consensus(space: Space, spectra: Spectra, steps: int = 3) -> Subspace:
+def consensus(space: Space, spectra: AnySpectra, steps: int = 3) -> Subspace:
     """The mean map alone."""
     power = torch.full((1, space.lattice.radius + 1), torch.inf)
     for _ in range(steps):
@@ -318,7 +359,7 @@ def consensus(space: Space, spectra: Spectra, steps: int = 3) -> Subspace:
     return found
 
 
-def begin(space: Space, spectra: Spectra, components: int, generator: torch.Generator) -> Subspace:
+def begin(space: Space, spectra: AnySpectra, components: int, generator: torch.Generator) -> Subspace:
     """Mean and components that random latents give."""
     power = consensus(space, spectra).power
     drawn = torch.randn(len(spectra), components, generator=generator, dtype=torch.float64)
@@ -349,7 +390,7 @@ def reseeded(subspace: Subspace, space: Space, components: int, generator: torch
 
 
 def fit_subspace(
-    spectra: Spectra,
+    spectra: AnySpectra,
     components: int,
     generator: torch.Generator,
     stages: Sequence[tuple[int, int]],
@@ -387,7 +428,7 @@ def space_of(radius: int, support: Float[Tensor, "z y x"] | None) -> Space:
     return Space(lattice, torch.from_numpy(map_coordinates(support.numpy(), places, order=1)))
 
 
-def _widened(subspace: Subspace, space: Space, spectra: Spectra) -> Subspace:
+def _widened(subspace: Subspace, space: Space, spectra: AnySpectra) -> Subspace:
     """The maps of a smaller lattice on that of a space, with the power of the mean map known beyond."""
     wide = subspace.on(space.lattice)
     mean = consensus(space, spectra)

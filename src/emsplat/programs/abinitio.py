@@ -66,7 +66,7 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
     if (finished := _finished(config, particles, output, log)) is not None:
         return finished
     _refuse(config)
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="abinitio", need_poses=False)
         run = replace(run, stack=_unposed(run.stack))
         plan = _plan(run)

@@ -9,7 +9,7 @@ from emsplat import report
 from emsplat.assessment.assess import assess
 from emsplat.config import AssessConfig
 from emsplat.io.files import json_text
-from emsplat.process import threads
+from emsplat.process import granted_cores, threads
 from emsplat.report import verdict
 from emsplat.run.aliases import link_results
 from emsplat.run.files import FSC, REPORT, SUMMARY
@@ -38,7 +38,7 @@ def _reassess(run: Path, config: AssessConfig, log: Log) -> dict[str, Any]:
     summary = summary | measured | {"assessment": assessment, "warnings": kept + log.warnings}
     write_text(run / SUMMARY, json_text(summary))
     log.line("drawing the figures and the report")
-    report.write_report(run)
+    report.write_report(run, log.step, config.threads or granted_cores().cores)
     link_results(run)
     for text in verdict.lines(summary):
         log.line(text)

@@ -62,7 +62,9 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
     """
     with run.log.part("accumulation"):
         _check_added(run)
-        return settle(run, {name: _accumulate_half(run, name) for name in HALVES})
+        sums = {name: _accumulate_half(run, name) for name in HALVES}
+        with run.log.step("classical maps"):
+            return settle(run, sums)
 
 
 def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
@@ -159,7 +161,7 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
     subset = run.stack.only(HALVES[name])
     start = time.monotonic()
     parts: list[NormalEquations] = []
-    with run.log.progress(name, len(subset)) as update:
+    with run.log.step(name), run.log.progress(name, len(subset)) as update:
         done = 0
         for number, part in enumerate(subset.parts()):
             saved = run.folder / statistics_name(name, number or "")

@@ -82,7 +82,7 @@ def finish(
     summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
     write_text(folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the figures and the report"):
-        report.write_report(folder)
+        report.write_report(folder, log.step, torch.get_num_threads())
     # That of the whole nobody knows before the page is drawn.
     summary["seconds"] = round(log.seconds, 1)
     write_text(folder / SUMMARY, json_text(summary))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ from emsplat.run.files import (
 )
 from emsplat.run.folder import finished_summary, write_text
 from emsplat.run.log import Log
-from emsplat.sums.spectra import read_spectra
-from emsplat.sums.statistics import fingerprint
+from emsplat.sums.spectra import read_all_spectra
+from emsplat.sums.statistics import fingerprint, in_one_grey
 from emsplat.types import Grid
 
 
@@ -89,8 +89,11 @@ def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, lo
     _refuse(config)
     if (finished := _found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="heterogeneity")
+        if engine_of(config) == "images":
+            run.stack.require_one_grid()
+        run = replace(run, stack=in_one_grey(run.stack))
         searched = _search(run)
         _say_gains(run.log, searched)
         if searched.found is None:
@@ -164,7 +167,6 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
     if options.from_run is not None:
         run.log.line(f"linear stage of {options.from_run}")
         return read_search(options.from_run / SEARCH, mark)
-    stack.require_one_grid()
     radius = finest(run)
     halves = [stack.only(half) for half in (1, 2)]
     for half, own in enumerate(halves):
@@ -175,7 +177,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             )
     support = _focus(run)
     with run.log.part("reading", "reading the low frequencies of all images"):
-        spectra = (read_spectra(halves[0], radius), read_spectra(halves[1], radius))
+        spectra = (read_all_spectra(halves[0], radius), read_all_spectra(halves[1], radius))
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
         searched = search(
             spectra,
@@ -255,7 +257,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
     write_text(run.folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the report"):
-        report.write_report(run.folder)
+        report.write_report(run.folder, log.step, torch.get_num_threads())
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
     log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")

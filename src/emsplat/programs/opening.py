@@ -52,18 +52,19 @@ def open_run(
     """
     device, device_said = choose_device(config.run.device)
     forget_peak_memory(device)
-    stack = open_stack(config, particles, need_poses=need_poses).on(device)
-    _require_usable(stack, config, settings)
+    with log.step("particles"):
+        stack = open_stack(config, particles, need_poses=need_poses).on(device)
+        _require_usable(stack, config, settings)
     prepare_folder(config, particles, folder)
-    log.keep_in(folder)
-    log.journal.add(Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
+    log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)
     stack, skipped = _without_bad(stack, log) if config.run.skip_bad else (stack, ())
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
-    write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
+    with log.step("particles written"):
+        write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
     run = Run(config, particles, folder, log, stack, skipped, _look_for_symmetry(stack, log) if need_poses else None)
     write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
@@ -96,7 +97,8 @@ def _without_bad(stack: ParticleStack, log: Log) -> tuple[ParticleStack, tuple[i
 def _look_for_symmetry(stack: ParticleStack, log: Log) -> Finding | None:
     if stack.symmetry.order == 1:
         return None
-    found = examine_symmetry(stack)
+    with log.step("symmetry"):
+        found = examine_symmetry(stack)
     if found is not None:
         (log.warn if found.verdict == "wrong" else log.line)(f"symmetry {found.text}")
     return found

@@ -46,7 +46,7 @@ def backproject(config: BackprojectConfig, particles: Path, output: Path, log: L
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="backproject")
         classical = accumulate_all(run)
         write_classical(run, classical)
@@ -69,7 +69,7 @@ def reconstruct(
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         settings = _settled(config, output)
         run = open_run(config, particles, output, log, settings)
         introduce_fit(log, settings)

@@ -54,7 +54,7 @@ def refine(config: RefineConfig, particles: Path, output: Path, log: Log | None 
     log = log or Log()
     if (finished := found_finished(config, particles, output, log)) is not None:
         return finished
-    with threads(config.run.threads), log.to_the_end():
+    with threads(config.run.threads), log.to_the_end(config.run.profile):
         settings = _settled(config)
         run = open_run(config, particles, output, log, settings, program="refine")
         _require_poses(run.stack)

@@ -43,10 +43,12 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
     planned = stage_epochs(settings.epochs, growth)
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     with run.log.part("fits"):
-        halves = [_begin(name, run, settings, classical) for name in HALVES]
+        with run.log.step("starts of half1 and half2"):
+            halves = [_begin(name, run, settings, classical) for name in HALVES]
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
         stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned))
-        full = [_begin("class001", run, settings, classical)]
+        with run.log.step("start of class001"):
+            full = [_begin("class001", run, settings, classical)]
         kept = sum(stage.epochs for stage in stages if stage.kept)
         _, of_all = _carry_out(run, full, follow_course(full, plan, stages), kept)
         write_tables(run.folder)
@@ -97,7 +99,11 @@ def _carry_out(
     histories = {one.name: History(journal, one.name) for one in fits}
     for history in histories.values():
         history.rewind(0)
-    with run.log.progress(label, total, unit="steps") as update, checkpoints(math.inf) as moment:
+    with (
+        run.log.step(label),
+        run.log.progress(label, total, unit="steps") as update,
+        checkpoints(math.inf) as moment,
+    ):
         for happened in course:
             if isinstance(happened, VolumeFit):
                 done += 1

@@ -12,12 +12,15 @@ they look like. `explorer` writes the page of a heterogeneous run, whose parts a
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from emsplat.errors import InputError
 from emsplat.io.files import replacing
-from emsplat.report import page
+from emsplat.process import shared_out
+from emsplat.report import figures, page
 from emsplat.report.read import read_summary_or_nothing
 from emsplat.report.style import CSS, PAGE, SCRIPT
 from emsplat.report.verdict import Kind, kind_of
@@ -52,8 +55,16 @@ _SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
 )
 
 
-def write_report(run: Path) -> Path:
-    """Draw the figures of a run folder and write ``report.html``; return its path.
+Timed = Callable[[str], AbstractContextManager[None]]  # notes what the work within takes, by its name
+
+
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def write_report(run: Path, timed: Timed = _untimed, processes: int = 1) -> Path:
+    """Draw the figures of a run folder and write ``report.html``; return its path. Each section is drawn within
+    ``timed(its anchor)``, and ``processes`` share them out.
 
     A missing or damaged part of the folder is named in the page, whose other parts are written all the same.
 
@@ -66,11 +77,12 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise InputError(f"{run}: not a folder; expected a folder that emsplat wrote; check the path")
     kind = kind_of(read_summary_or_nothing(run))
-    sections = [
-        (anchor, title, "".join(_shown(run, part) for part in parts))
-        for anchor, title, parts, kinds in _SECTIONS
-        if kind in kinds
-    ]
+    wanted = [(anchor, title, parts) for anchor, title, parts, kinds in _SECTIONS if kind in kinds]
+    if processes > 1:
+        with timed("matplotlib"):
+            figures.load_back_ends()  # once for all
+    drawn = shared_out([partial(_drawn, run, anchor, parts, timed) for anchor, _, parts in wanted], processes)
+    sections = [(anchor, title, text) for (anchor, title, _), text in zip(wanted, drawn, strict=True)]
     target = run / REPORT
     # Listed last and with the page itself, so that the list shows what the reader finds.
     shown = (f.name for f in run.iterdir() if f.is_file() or f.name in (STATES, PARTS))
@@ -93,5 +105,6 @@ def write_report(run: Path) -> Path:
     return target
 
 
-def _shown(run: Path, part: _Part) -> str:
-    return page.part(lambda: part(run))
+def _drawn(run: Path, anchor: str, parts: Sequence[_Part], timed: Timed) -> str:
+    with timed(anchor):
+        return "".join(page.part(partial(part, run)) for part in parts)

@@ -559,6 +559,14 @@ def load_matplotlib() -> None:
             mpl.rcParams["backend"] = wanted  # as matplotlib does
 
 
+def load_back_ends() -> None:
+    """Imports matplotlib with what PNG and SVG take."""
+    load_matplotlib()
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+
+
 def draw_states(run: Path) -> Path:
     """Draw gains, populations and, where there are any, free energies of a heterogeneous run; return ``states.png``.
 

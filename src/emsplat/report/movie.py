@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emsplat.io.files import replacing
+from emsplat.report.resample import resample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,6 @@ def draw_frame(volume: NDArray[np.float32], level: float, reach: float = 1.0) ->
     """
     import numpy as np
     from scipy.ndimage import gaussian_filter
-    from scipy.signal import resample
 
     size = len(volume)
     edge = max(0, round(size * (1 - min(1.0, reach)) / 2))

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from emsplat.errors import InputError
 from emsplat.report import figures, plots, read, verdict, words
+from emsplat.report.resample import resample
 from emsplat.report.surface import make_surface
 from emsplat.report.verdict import Kind
 from emsplat.run import files
@@ -731,7 +732,6 @@ def _grey(image: NDArray[np.float32], limits: tuple[float, float], name: str) ->
     """A grey image of a few kilobytes."""
     figures.load_matplotlib()
     from matplotlib.image import imsave
-    from scipy.signal import resample
 
     reduced = image
     for axis, size in enumerate(image.shape):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from emsplat.errors import InputError
 from emsplat.report import read
+from emsplat.report.resample import resample
 from emsplat.run.files import FULL_MAP
 
 if TYPE_CHECKING:
@@ -133,7 +134,6 @@ def _bounding_box(mask: NDArray[np.bool_] | None, shape: Sequence[int]) -> tuple
 def _reduce(part: NDArray[np.float32], size: int) -> tuple[NDArray[np.float32], list[float]]:
     """The map with at most ``size`` voxels along its longest axis, and the old voxels per new one along each."""
     import numpy as np
-    from scipy.signal import resample
 
     factor = min(1.0, size / max(part.shape))
     reduced = part

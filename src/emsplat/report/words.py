@@ -208,6 +208,7 @@ _FILES = (
     (files.CHECK, "what was understood of the input"),
     (files.SETTINGS, "the settings of the run"),
     (files.JOURNAL, "what happened and when, one JSON object per line"),
+    (files.TRACE, "where the time went, for the profiler of a browser"),
     (files.CONVERGENCE, "loss at each step of each fit"),
     (files.SCORES, "mean cross-validated FSC after each epoch"),
     (files.DIRECTIONS, "resolution, sampling and particles by direction"),

@@ -19,6 +19,7 @@ def backprojection_name(fit: str) -> str:
 SETTINGS = "config.toml"
 LOG = "run.log"
 JOURNAL = "journal.jsonl"
+TRACE = "trace.json"  # where the time went, for the profiler of a browser
 PARTICLES = "run_data.star"
 REFINEMENT = "refinement.safetensors"  # poses after the last round
 POSES = "poses.csv"  # how far each particle moved, and from which direction it is seen

@@ -61,7 +61,7 @@ def _contents(output: Path) -> list[Path]:
     return [path for path in output.iterdir() if not any(path.match(pattern) for pattern in _RELION_FILES)]
 
 
-_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir", "force"}
+_MAY_CHANGE = {"resume", "overwrite", "threads", "device", "checkpoint_every", "datadir", "force", "profile"}
 
 
 def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:

@@ -38,6 +38,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """A part of the work, or a step within one, is over."""
+
+    name: str
+    depth: int  # of how many others it is a part
+    began: float  # seconds since 1970, UTC
+    seconds: float
+    processor: float  # seconds, of all threads and of processes that have ended
+    peak_mb: float  # the most memory that the process has held until now
+    process: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a pass or a fit has come."""
 
@@ -108,9 +121,9 @@ class Ended:
     seconds: float  # since the user began to wait
 
 
-What = Begun | Part | Progress | Loss | Scored | Judged | Rewound | Warned | Ended
+What = Begun | Part | Spent | Progress | Loss | Scored | Judged | Rewound | Warned | Ended
 _KINDS: dict[str, type[What]] = {
-    kind.__name__.lower(): kind for kind in (Begun, Part, Progress, Loss, Scored, Judged, Rewound, Warned, Ended)
+    kind.__name__.lower(): kind for kind in (Begun, Part, Spent, Progress, Loss, Scored, Judged, Rewound, Warned, Ended)
 }
 _OF_A_FIT = (Loss, Scored, Judged)
 

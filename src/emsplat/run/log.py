@@ -4,6 +4,7 @@ programs in the journal."""
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -14,8 +15,10 @@ from typing import IO, Protocol, cast, runtime_checkable
 
 from emsplat.errors import OutputError
 from emsplat.run.files import LOG
-from emsplat.run.journal import Ended, Journal, Part, Progress, Warned, how_it_ended
+from emsplat.run.journal import Begun, Ended, Journal, Part, Progress, Spent, Warned, how_it_ended
+from emsplat.run.profile import write_trace
 
+IMPORTS = "imports"  # what passes before a command begins to work
 _PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
 _ROW_EVERY = 1.0  # seconds between rows of progress in the journal
 
@@ -43,6 +46,10 @@ class Log:
         self._began = time.monotonic() if began is None else began
         self.warnings: list[str] = []
         self.parts: dict[str, float] = {}  # seconds of each part of the work that `part` has timed
+        self._early: list[Spent] = []  # what was over before there was a journal
+        self._depth = 0
+        if began is not None:
+            self._early.append(_Stopwatch(self.seconds, processor=0.0).read(IMPORTS, 0))
 
     @property
     def seconds(self) -> float:
@@ -57,21 +64,46 @@ class Log:
         self.journal.add(Part(name, text or ""))
         start = time.monotonic()
         try:
-            yield
+            with self.step(name):
+                yield
         finally:
             self.parts[name] = round(self.parts.get(name, 0.0) + time.monotonic() - start, 2)
 
-    def keep_in(self, folder: Path) -> None:
-        """Appends every further line to run.log of a folder, with the time, and what happens to its journal."""
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """A step within a part: what it takes goes into the journal."""
+        watch = _Stopwatch()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            self._note(watch.read(name, self._depth))
+
+    def _note(self, spent: Spent) -> None:
+        if self._file is None:
+            self._early.append(spent)
+        else:
+            self.journal.add(spent)
+
+    def keep_in(self, folder: Path, begun: Begun) -> None:
+        """Appends every further line to run.log of a folder, with the time, and what happens to its journal, from
+        ``begun`` on."""
         self._file = folder / LOG
         self.journal = Journal(folder)
+        self.journal.add(begun)
+        for spent in self._early:
+            self.journal.add(spent)
 
     @contextmanager
-    def to_the_end(self) -> Iterator[None]:
-        """Work whose end, and how it ended, is the last row of the journal."""
+    def to_the_end(self, profile: bool = False) -> Iterator[None]:
+        """Work whose end, and how it ended, is the last row of the journal; ``profile`` says where its time went."""
         try:
             yield
             self.journal.add(Ended("finished", "", round(self.seconds, 2)))
+            if profile and self._file is not None:
+                for text in write_trace(self._file.parent):
+                    self.line(text)
         except BaseException as error:
             with suppress(OutputError):  # the error that ended it is the one to tell
                 self.journal.add(Ended(*how_it_ended(error), round(self.seconds, 2)))
@@ -160,6 +192,20 @@ class Log:
         return update
 
 
+class _Stopwatch:
+    """What has been spent since it was made, or since ``seconds`` before that, when ``processor`` seconds were."""
+
+    def __init__(self, seconds: float = 0.0, processor: float | None = None) -> None:
+        self._began = time.time() - seconds
+        self._start = time.monotonic() - seconds
+        self._processor = processor_seconds() if processor is None else processor
+
+    def read(self, name: str, depth: int) -> Spent:
+        seconds, processor = time.monotonic() - self._start, processor_seconds() - self._processor
+        cost = round(seconds, 4), round(processor, 4), round(peak_memory(), 1)
+        return Spent(name, depth, round(self._began, 4), *cost, os.getpid())
+
+
 class _Noted:
     """Progress in the journal: the first, the last, and between them one in `_ROW_EVERY`."""
 
@@ -201,6 +247,12 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def processor_seconds() -> float:
+    """Seconds of processors that all threads of this process have taken so far, and processes of it that have ended."""
+    own, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
 
 
 def peak_memory() -> float:

@@ -19,7 +19,7 @@ from emsplat import _native
 from emsplat.device import CPU
 from emsplat.maths.fourier import is_smooth
 from emsplat.sums.equations import kernel_size
-from emsplat.sums.spectra import Spectra
+from emsplat.sums.spectra import AnySpectra, Spectra
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 
 _LANES = 8
@@ -98,22 +98,19 @@ class Lattice:
         return half
 
     def products(
-        self, maps: Float[Tensor, "c z y x"], spectra: Spectra, *, with_pose: bool = False
+        self, maps: Float[Tensor, "c z y x"], spectra: AnySpectra, *, with_pose: bool = False
     ) -> Float[Tensor, "v k k"]:
         """Inner products Σ Re x̄ y of what each view shows: its image, the first map through its CTF, with
         ``with_pose`` the derivatives of that by turns about x, y, z of the image (radians) and by shifts along x, y (in
         units of the box over 2π), and the other maps."""
-        channels = len(maps) + 3 * with_pose
-        products = torch.from_numpy(
+        channels, field = len(maps) + 3 * with_pose, self.field(maps, with_pose=with_pose).numpy()
+        parts = [
             _native.view_products(
-                self.field(maps, with_pose=with_pose).numpy(),
-                channels,
-                with_pose,
-                spectra.values.numpy(),
-                spectra.transfer.numpy(),
-                *self._views(spectra),
+                field, channels, with_pose, part.values.numpy(), part.transfer.numpy(), *self._views(part)
             )
-        )
+            for part in spectra.parts
+        ]
+        products = torch.cat([torch.from_numpy(part) for part in parts])
         if with_pose:
             # The kernel counts frequencies in voxels.
             products[:, 5:7] /= self.step
@@ -129,7 +126,7 @@ class Lattice:
         return torch.from_numpy(_native.view_slices(known.numpy(), len(maps), frequency, *rest))
 
     def insert(
-        self, first: Float[Tensor, "v a"], second: Float[Tensor, "v b"], spectra: Spectra
+        self, first: Float[Tensor, "v a"], second: Float[Tensor, "v b"], spectra: AnySpectra
     ) -> tuple[Float[Tensor, "a z y x"], Float[Tensor, "b w t s"]]:
         """Σ first Sᵀ c y as maps, and Σ second Sᵀ c² S as kernels of convolutions at lags up to `REACH` of the box, lag
         0 in the centre (`NormalEquations`); each coefficient counts with its Hermitian mirror."""
@@ -139,8 +136,9 @@ class Lattice:
         moments[:, 2 * means : numbers] = second
         side = 2 * self.reach
         field = np.zeros((side + 3, side + 3, self.reach + 3, moments.shape[1]), np.float32)
-        views = self._views(spectra)
-        _native.insert_views(field, means, moments.numpy(), spectra.values.numpy(), spectra.transfer.numpy(), *views)
+        for part, own in zip(spectra.parts, torch.split(moments, list(map(len, spectra.parts))), strict=True):
+            views = self._views(part)
+            _native.insert_views(field, means, own.numpy(), part.values.numpy(), part.transfer.numpy(), *views)
         folded = self._folded(torch.from_numpy(field)[..., :numbers], means)
         linear = torch.view_as_complex(folded[..., : 2 * means].reshape(*folded.shape[:3], means, 2).contiguous())
         return (

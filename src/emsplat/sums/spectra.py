@@ -40,6 +40,11 @@ class Spectra:
         """How many views there are."""
         return len(self.image)
 
+    @property
+    def parts(self) -> tuple[Spectra, ...]:
+        """As of images of several grids."""
+        return (self,)
+
     def within(self, radius: float) -> Float[Tensor, "k 2"]:
         """The frequencies of up to ``radius`` cycles per box, which are the first ones."""
         inside = torch.linalg.vector_norm(self.frequency, dim=1) <= radius
@@ -48,6 +53,33 @@ class Spectra:
     def take(self, views: Int[Tensor, " w"]) -> Spectra:
         """Some of the views."""
         return replace(self, image=self.image[views], rotation=self.rotation[views], share=self.share[views])
+
+
+@dataclass(frozen=True)
+class SpectraOfGrids:
+    """Spectra of images of several boxes or pixel sizes, one part for each; views are counted through."""
+
+    parts: tuple[Spectra, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def image(self) -> Int[Tensor, " v"]:
+        """Of each view, int32."""
+        before, images = 0, []
+        for part in self.parts:
+            images.append(part.image + before)
+            before += len(part.row)
+        return torch.cat(images)
+
+    @property
+    def share(self) -> Float[Tensor, " v"]:
+        """Weight of each view among the copies of an image."""
+        return torch.cat([part.share for part in self.parts])
+
+
+AnySpectra = Spectra | SpectraOfGrids
 
 
 def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
@@ -72,6 +104,16 @@ def whitening(
     shell = torch.linalg.vector_norm(frequency / ratio, dim=1).round().long()
     whitened: Tensor = 1 / (noise[:, shell].sqrt() * size)
     return whitened
+
+
+def read_all_spectra(stack: ParticleStack, radius: float) -> AnySpectra:
+    """`read_spectra` of a stack of any grids (`in_one_grey`), up to ``radius`` cycles per box of its grid.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    parts = tuple(read_spectra(part, radius, stack.grid) for part in stack.parts())
+    return parts[0] if len(parts) == 1 else SpectraOfGrids(parts)
 
 
 def read_spectra(

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,13 @@ from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import Particles, ParticleStack
-from emsplat.sums.equations import NormalEquations, centre, combined, kernel_size, synthesis
+from emsplat.sums.equations import NormalEquations, centre, combined, kernel_size, relative_gain, synthesis
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 from emsplat.types import Grid, Optics
 
 _BATCH = 64  # images; on a GPU as many as fill it
 _BATCH_GPU, _PIXELS_GPU = 256, 2**25
+_COARSE = 32  # voxels across maps whose grey values are compared
 
 
 class FourierStatistics:
@@ -289,7 +290,12 @@ def equations_of(stack: ParticleStack, size: int | None = None, world: World = A
     """The normal equations of a stack in one go; ``size`` < box gives the same box length at a coarser pixel. The
     processes of a ``world`` share the particles out, and each has the equations of all."""
     grid = stack.grid if size is None else Grid(size, stack.grid.length / size)
-    parts = []
+    return combined(_equations_by_grid(stack, grid, world))
+
+
+def _equations_by_grid(stack: ParticleStack, grid: Grid, world: World) -> list[NormalEquations]:
+    """Those of each of the stack's `parts`, in its own grey scale."""
+    equations = []
     for part in stack.parts():
         statistics = begin(part, grid)
         # The spectrum of the whole part: weights must not depend on who reads an image.
@@ -297,5 +303,25 @@ def equations_of(stack: ParticleStack, size: int | None = None, world: World = A
         for _ in accumulate(statistics, own, noise):
             pass
         statistics.gather(world)
-        parts.append(statistics.equations())
-    return combined(parts)
+        equations.append(statistics.equations())
+    return equations
+
+
+def in_one_grey(stack: ParticleStack) -> ParticleStack:
+    """The particles of all grids, those of one beside each other, with the CTF's factor such that one map fits all.
+
+    Each half-set is compared with itself (`relative_gain`). The factors are not for files: columns of the table stay
+    those that were read.
+    """
+    parts = stack.parts()
+    if len(parts) == 1:
+        return stack
+    grid, scale = Grid(_COARSE, stack.grid.length / _COARSE), stack.table.optics.scale.clone()
+    for half in (1, 2):
+        own = stack.only(half)
+        equations = _equations_by_grid(own.without_symmetry(), grid, ALONE)
+        for part, one in zip(own.parts(), equations, strict=True):
+            # A thousandth is enough, and the same in every run.
+            scale[part.rows] *= round(relative_gain(equations[0], one), 3)
+    table = replace(stack.table, optics=replace(stack.table.optics, scale=scale))
+    return replace(stack, table=table, rows=torch.cat([part.rows for part in parts]))
