@@ -400,6 +400,7 @@ def test_what_is_written_of_poses_that_may_be_right(simulated, tmp_path, monkeyp
     star = without_poses(simulated(particles=240, snr=1.0, shift=2.0))
     given = Verdict("uncertain", 0.4, 8, 1.0, 0.1)
     monkeypatch.setattr("emsplat.poses.starts.decide", lambda *_: given)
+    monkeypatch.setattr("emsplat.poses.starts._LOOKS", 0)  # a map of two steps seems to have all axes
     config = options(steps=2, classes=2)
     summary = abinitio(config, star, tmp_path / "run")
     assert summary["abinitio"]["verdict"] == "uncertain"
@@ -428,6 +429,7 @@ def test_noise_is_not_found_and_leaves_no_map(simulated, tmp_path):
 
 @pytest.mark.slow
 def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypatch):
+    monkeypatch.setattr("emsplat.poses.starts._LOOKS", 0)
     star = simulated(particles=240, noise_only=True)
     config = options(steps=2)
     abinitio(config, star, tmp_path / "run")
