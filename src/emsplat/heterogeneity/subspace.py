@@ -138,6 +138,7 @@ def infer(subspace: Subspace, spectra: AnySpectra) -> Latents:
 
 def root_of(matrix: Float[Tensor, "n c c"]) -> Float[Tensor, "n c c"]:
     """Cholesky factors of matrices that are positive but for the rounding of single precision."""
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrix)
     if (bad := failed > 0).any():
         value, vector = torch.linalg.eigh(matrix[bad])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,7 +68,8 @@ def open_run(
     _require_shared_out(stack, world)
     if world.first:
         prepare_folder(config, particles, folder)
-        log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
+        process = platform.node(), os.getpid()
+        log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume, *process))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
+import torch
+
 from emsplat.config import ReconstructConfig
 from emsplat.fitting.checkpoint import save_checkpoint, spread_state
 from emsplat.fitting.course import (
@@ -23,17 +25,22 @@ from emsplat.fitting.course import (
 )
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective, support_of
+from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.parallel import ALONE, World
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
+from emsplat.programs.shown import note_curve, show_slices
 from emsplat.run.files import HALVES, course_name, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import Judged, Scored
 from emsplat.run.log import Log
+from emsplat.run.pace import Paced
 from emsplat.run.stop import checkpoints
+
+_SHOWN_EVERY = 5.0  # seconds between slices of maps on their way
 
 
 def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
@@ -54,7 +61,7 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
         before = _taken_up(run, halves, "halves", world)
         course = find_course(halves, plan, growth, judge, before, world)
-        stages, fitted = _carry_out(run, halves, "halves", course, before, sum(planned), world)
+        stages, fitted = _carry_out(run, halves, "halves", course, before, sum(planned), world, judge)
         if not world.first:
             return Fits(settings, fitted, tuple(stages))
         with run.log.step("start of class001"):
@@ -124,6 +131,7 @@ def _carry_out(
     before: list[Stage],
     epochs: int,
     world: World,
+    judge: CrossValidation | None = None,
 ) -> tuple[list[Stage], dict[str, Fitted]]:
     """Goes through a course of at most so many ``epochs``, from the stages ``before`` on: all its stages, and what the
     fits have become.
@@ -136,6 +144,7 @@ def _carry_out(
     total = epochs * VolumeObjective.steps_per_epoch * len(fits)
     begun = done = fits[0].state.step * len(fits)
     stages = list(before)
+    showing = Paced(_SHOWN_EVERY)
     # An interrupted run may have come further; where it stands within a stage, the end of an epoch is judged once more.
     within = fits[0].state.step > fits[0].kept.step and not (stages and not stages[-1].kept)
     journal.rewind(label, fits[0].state.step - within)
@@ -160,12 +169,18 @@ def _carry_out(
                 history = histories[happened.name]
                 _add_loss(history, happened)
                 update(done, f"{len(happened.state.model):,} Gaussians{history.loss}")
+                if world.size == 1 and happened is fits[-1] and _is_epoch(happened) and showing.due():
+                    with showing.doing():
+                        _show(run, fits, judge)
                 if happened is fits[-1] and moment.due():
                     save()
                     moment.saved(f"in {label} after step {happened.state.step}; go on with --resume")
             else:
                 journal.add(_row(happened, label, fits[0].state.step))
-                stages += [happened] if isinstance(happened, Stage) else []
+                if isinstance(happened, Stage):
+                    stages.append(happened)
+                    if happened.kept and world.first:
+                        _show(run, fits, judge)
     seconds = time.monotonic() - start
     save()  # for a run that is interrupted in what follows
     for one in fits:
@@ -175,6 +190,25 @@ def _carry_out(
     run.log.line(f"{label}: {', '.join(f'{len(one.kept.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
     steps = (done - begun) / len(fits)
     return stages, {one.name: _fitted(one, seconds / len(fits), steps) for one in fits}
+
+
+def _is_epoch(one: VolumeFit) -> bool:
+    """Whether an epoch has ended that knows fine voxels."""
+    step = one.state.step
+    return step % VolumeObjective.steps_per_epoch == 0 and step >= one.objective.coarse_steps
+
+
+@torch.no_grad()
+def _show(run: Run[ReconstructConfig], fits: list[VolumeFit], judge: CrossValidation | None) -> None:
+    """The maps so far, for those who watch."""
+    grid = run.stack.grid
+    maps = {one.name: voxelize(one.state.model.gaussians(), grid) for one in fits}
+    if judge is not None:
+        first, second = maps.values()
+        label = " and ".join(maps)
+        curve = judge.curve((first, second))
+        note_curve(run.log.journal, label, fits[0].state.step, "cross_validated", curve, 0.5, grid)
+    show_slices(run.folder, maps, grid)
 
 
 def _add_loss(history: History, one: VolumeFit) -> None:
