@@ -7,30 +7,34 @@ For each set: what was found, CryoBench's scores (AUC per conformation) and the 
 beside the consensus; the processor time of the whole command and its memory. ``--recipe cryospire`` runs the paper's
 engine on the same images beside the default. A rival that was run elsewhere is scored from its folder (``--rival
 NAME=FOLDER``): maps 000.mrc, 001.mrc, ... in the order of the true states. Null sets have nothing to score: what
-counts is that nothing is found. Results go to results/heterogeneity.json.
+counts is that nothing is found. Any folder of DATA with particles.star is a set. Results go to
+results/heterogeneity.json; rows of other sets, engines and numbers of particles stay there.
 """
 
 import argparse
 import csv
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
-from common import save
+from common import RESULTS, save
 
 SETS = ("igg", "igg5", "assembly", "rl", "spike", "adk", "mixture", "grey", "null", "null_pose", "null_noise")
+_FURTHER = ("states_gain", "states_gain_error", "states_tried", "states_confirmed", "classes")
 
 
 def measured(*arguments):
-    """A whole command: processor seconds and peak memory (MB) of it."""
+    """A whole command: its processor seconds, and what it said."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    subprocess.run([sys.executable, "-m", "emsplat", *map(str, arguments)], check=True, env=environment)
+    command = [sys.executable, "-m", "emsplat", *map(str, arguments)]
+    said = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, said
 
 
 def scores(table):
@@ -48,7 +52,7 @@ def scores(table):
 
 def run(data, output, name, recipe, options):
     folder = output / f"{name}_{recipe}"
-    seconds = measured(
+    seconds, _ = measured(
         "heterogeneity", data / name / "particles.star", "-o", folder, "--overwrite", "--recipe", recipe, *options
     )
     summary = json.loads((folder / "summary.json").read_text())
@@ -60,13 +64,26 @@ def run(data, output, name, recipe, options):
         "cpu_seconds": round(seconds),
         "peak_memory_mb": summary["peak_memory_mb"],
         **{key: own[key] for key in ("found", "gain", "gain_error", "components", "points")},
-        **{key: own[key] for key in ("states_gain", "states_gain_error") if key in own},
+        **{key: own[key] for key in _FURTHER if key in own},
+        "warned": [test["what"] for test in own.get("follows", []) if test["warns"]],
     }
     if own["found"] and not name.startswith("null"):
         partial = ["--partial"] if "--first" in options else []
-        measured("score-states", folder, "--truth", data / name, "--images", "0", *partial)
+        _, said = measured("score-states", folder, "--truth", data / name, "--images", "0", *partial)
         row |= scores(folder / "scores.csv")
+        for key, pattern in (("neighbours", r"by latent ([\d.]+)"), ("rand_index", r"true states (-?[\d.]+)")):
+            if found := re.search(pattern, said):
+                row[key] = float(found[1])
     return row
+
+
+def kept(rows):
+    """These rows, and those that an earlier run has left of others."""
+    path = RESULTS / "heterogeneity.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    names = ("set", "engine", "particles")
+    new = {tuple(row.get(name) for name in names) for row in rows}
+    return [row for row in before if tuple(row.get(name) for name in names) not in new] + rows
 
 
 def main():
@@ -84,6 +101,7 @@ def main():
         for recipe in ("default", *given.recipe):
             rows.append(run(given.data, given.output, name, recipe, options))
             print(rows[-1], flush=True)
+            save("heterogeneity", kept(rows))
         for rival in given.rival:
             engine, _, folder = rival.partition("=")
             scored = given.output / f"{name}_{engine}"
@@ -91,7 +109,7 @@ def main():
             measured("score-states", folder, "--truth", given.data / name, "--images", "0", "-o", scored)
             rows.append({"set": name, "engine": engine, **scores(scored / "scores.csv")})
             print(rows[-1], flush=True)
-    save("heterogeneity", rows)
+    save("heterogeneity", kept(rows))
 
 
 if __name__ == "__main__":

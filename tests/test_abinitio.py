@@ -263,6 +263,7 @@ def test_three_words():
     assert decide(0.8, 3, 5.0, 0.3).word == "uncertain"  # an outline alone
     assert decide(0.8, 10, 0.2, 0.3).word == "uncertain"
     assert decide(0.35, 10, 5.0, 0.3).word == "uncertain"
+    assert decide(0.61, 10, 50.0, 2.0).word == "uncertain"  # a quarter of the poses off by a turn
     assert decide(0.05, 10, 5.0, 0.3).word == "not found"
     assert decide(0.9, 10, -0.1, 0.3).word == "not found"
 
@@ -399,6 +400,7 @@ def test_what_is_written_of_poses_that_may_be_right(simulated, tmp_path, monkeyp
     star = without_poses(simulated(particles=240, snr=1.0, shift=2.0))
     given = Verdict("uncertain", 0.4, 8, 1.0, 0.1)
     monkeypatch.setattr("emsplat.poses.starts.decide", lambda *_: given)
+    monkeypatch.setattr("emsplat.poses.starts._LOOKS", 0)  # a map of two steps seems to have all axes
     config = options(steps=2, classes=2)
     summary = abinitio(config, star, tmp_path / "run")
     assert summary["abinitio"]["verdict"] == "uncertain"
@@ -427,6 +429,7 @@ def test_noise_is_not_found_and_leaves_no_map(simulated, tmp_path):
 
 @pytest.mark.slow
 def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypatch):
+    monkeypatch.setattr("emsplat.poses.starts._LOOKS", 0)
     star = simulated(particles=240, noise_only=True)
     config = options(steps=2)
     abinitio(config, star, tmp_path / "run")

@@ -33,7 +33,7 @@ from emsplat.io.star import read_star_file
 from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.parallel import ALONE
 from emsplat.particles.choose import open_stack
-from emsplat.programs.heterogeneity import _warn_of_empty_halves, _warn_of_unproven, heterogeneity
+from emsplat.programs.heterogeneity import _warn_of_empty_halves, heterogeneity
 from emsplat.programs.simulate import simulate
 from emsplat.programs.state_particles import Views
 from emsplat.programs.states import read_models, states
@@ -175,7 +175,7 @@ def test_cells_and_evidence_of_several_grids(several_grids):
     torch.testing.assert_close(both.linear, one.linear + other.linear, rtol=1e-4, atol=1e-5 * float(both.linear.max()))
     subspace = consensus(Space(Lattice(8)), read_all_spectra(stack, 8))
     maps = subspace.maps * torch.tensor([0.9, 1.1])[:, None, None, None]
-    seen, alone = evidence(maps, subspace, stack), evidence(maps, subspace, first)
+    seen, alone = (evidence(maps, subspace, own, torch.zeros(len(own), 2).double()) for own in (stack, first))
     assert seen.shape == (len(stack), 2)
     torch.testing.assert_close(seen[: len(first)], alone)
     assert (seen[len(first) :].abs() > 0).all()
@@ -291,7 +291,14 @@ def test_what_opens_in_chimerax_is_there(run):
 def test_the_report_of_a_run_with_states(run):
     folder, _ = run
     page = write_report(folder).read_text(encoding="utf-8")
-    for said in ("nats per image", "Is there anything?", "Free energy", "viewing direction", "part 1,", EXPLORER):
+    for said in (
+        "nats per image",
+        "Is there anything?",
+        "classes of latents",
+        "viewing direction",
+        "part 1,",
+        EXPLORER,
+    ):
         assert said in page
     assert "Not shown" not in page
     assert (folder / "states.png").stat().st_size > 10000
@@ -690,14 +697,3 @@ def test_cells_join_from_the_reference_on(count):
     assert all(len(step) <= 4 for step in steps)
     assert len(steps) >= 48  # fewer than 64 while cells join
     assert max(int(step.max()) for step in steps[:4]) <= 4
-
-
-@pytest.mark.parametrize(
-    ("resolutions", "said"),
-    [([8.0, 11.0], []), ([8.0, 113.0, None], ["states 2, 3: "]), ([40.0, 30.0], ["all states: "])],
-)
-def test_states_on_which_half_sets_do_not_agree(resolutions, said):
-    log = Log()
-    rows = [{"state": number + 1, "resolution": value} for number, value in enumerate(resolutions)]
-    _warn_of_unproven(log, rows, 11.0)
-    assert [text[: len(start)] for text, start in zip(log.warnings, said, strict=True)] == said

@@ -1,5 +1,6 @@
 """Parts of a decoder as rigid motions and masks, ways through the density, movies."""
 
+import copy
 import math
 
 import numpy as np
@@ -60,7 +61,7 @@ def turned(degrees):
 
 
 def test_a_turning_part_is_described(model):
-    found = motions(model, turned([-20.0, 0.0, 25.0, 70.0]), 1)
+    found = motions((model, model), turned([-20.0, 0.0, 25.0, 70.0]), 1)
     body, arm, block = found
     assert arm.against is not None
     assert not arm.whole_turn
@@ -82,7 +83,7 @@ def test_a_turning_part_is_described(model):
 
 
 def test_a_whole_turn_is_called_one(model):
-    arm = motions(model, turned(torch.arange(0, 360, 30.0)), 0)[1]
+    arm = motions((model, model), turned(torch.arange(0, 360, 30.0)), 0)[1]
     assert arm.whole_turn
     assert arm.turn == pytest.approx(180, abs=1)
     assert "turns all the way round" in arm.words
@@ -92,7 +93,7 @@ def test_a_motion_of_all_is_none_of_the_parts(model):
     """Where everything turns but one small part, that is the one that moves."""
     model.decoder.logits.data[:100] = torch.tensor([0.0, 40.0, 0.0])
     try:
-        found = motions(model, turned([0.0, 60.0]), 0)
+        found = motions((model, model), turned([0.0, 60.0]), 0)
     finally:
         model.decoder.logits.data[:100] = torch.tensor([40.0, 0.0, 0.0])
     assert found[1].against is None
@@ -101,7 +102,7 @@ def test_a_motion_of_all_is_none_of_the_parts(model):
 
 def test_a_part_that_comes_and_goes(model):
     gone = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    found = motions(model, gone, 0)
+    found = motions((model, model), gone, 0)
     assert [part.changes for part in found] == [False, False, True]
     # softplus(x) at the amplitude of 1, and three below it
     raw = math.log(math.expm1(1.0))
@@ -239,3 +240,25 @@ def test_the_level_of_a_surface():
     volume = ball(8.0) * 2 + 0.01 * torch.randn(40, 40, 40, generator=torch.Generator().manual_seed(0))
     assert 0.5 < surface_level(volume) <= 2.1
     assert surface_level(torch.zeros(4, 4, 4)) == 0
+
+
+def test_motions_that_the_other_half_set_does_not_have_are_not_told(model):
+    """It turns the arm the other way, and keeps the block."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        own = other.decoder.weights[2][:, -3:]
+        own[9 + 1, 1], own[9 + 3, 1] = -own[9 + 1, 1], -own[9 + 3, 1]
+        own[27 + 1, 2] = 0.0
+    states = turned([-20.0, 0.0, 25.0, 70.0])
+    states[:, 2] = torch.tensor([0.0, 0.0, 1.0, 2.0]).double()
+    _, arm, block = motions((model, model), states, 1)
+    assert arm.confirmed == pytest.approx(1)
+    assert block.mass_confirmed == pytest.approx(1)
+    assert "it comes and goes" in block.words
+    _, arm, block = motions((model, other), states, 1)
+    assert arm.turn == pytest.approx(90, abs=0.1)
+    assert arm.confirmed < 0
+    assert arm.words.endswith(f"moves against part {arm.against} in no way that the other half-set confirms")
+    assert block.changes
+    assert block.mass_confirmed == pytest.approx(0, abs=1e-6)
+    assert "comes and goes" not in block.words

@@ -52,7 +52,9 @@ def truth(place):
 
 
 def test_shares_are_right_within_their_intervals(weighed):
-    shares = weighed[0].shares(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), 0)
+    states, generator = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.Generator().manual_seed(0)
+    one, other = (cloud.shares(states, generator) for cloud in weighed[0].clouds)
+    shares = weighed[0].shares((one, other))
     assert sum(share.value for share in shares) == pytest.approx(1)
     for share, right in zip(shares, (SHARE, 1 - SHARE), strict=True):
         assert abs(share.value - right) < 4 * share.error
@@ -87,17 +89,6 @@ def test_free_energies_are_shown_where_images_support_them(weighed):
     assert not shown[right > 6].any()  # the middle of the barrier, where no molecule is
     assert float(energy.value.min()) == pytest.approx(0, abs=1e-12)
     assert (energy.error[shown] <= 1).all()
-
-
-def test_weights_of_given_points():
-    """What two half-sets say of the same states, though neither has its points there."""
-    generator = torch.Generator().manual_seed(4)
-    state = torch.rand(2000, generator=generator) < 0.2
-    latents = seen(torch.where(state[:, None], 1.5, -1.5).double(), generator)
-    found = Cloud(torch.tensor([[-1.4], [1.6]]).double(), torch.ones(2).double(), torch.zeros(1, 1).double())
-    weighted = found.weighted(latents)
-    assert float(weighted.weight[1]) == pytest.approx(float(state.double().mean()), abs=0.03)
-    assert float(weighted.weight.sum()) == pytest.approx(1)
 
 
 def test_errors_grow_where_micrographs_differ():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.test_heterogeneity import labels, particles  # noqa: F401 (a fixture)
+from tests.test_proof import confirming
 
 from emsplat.config import HeterogeneityConfig, configure
 from emsplat.errors import InputError, Interrupted
@@ -109,7 +110,8 @@ def test_states_from_images(particles, tmp_path, monkeypatch):  # noqa: F811
     same_results(tmp_path / "run", folder)
 
 
-def test_the_papers_networks(particles, tmp_path):  # noqa: F811
+def test_the_papers_networks(particles, tmp_path, monkeypatch):  # noqa: F811
+    confirming(monkeypatch, range(10))  # after one epoch nothing is
     options = SHORT | {"recipe": "cryospire", "epochs": (1, 1), "gaussians": 256}
     summary = heterogeneity(configure(HeterogeneityConfig, **options), particles, tmp_path / "run")
     assert summary["heterogeneity"]["found"]

@@ -20,25 +20,22 @@ class Embedding:
 
     density: Density
     membership: Float[Tensor, "v m"]  # of the own views, in the points of the density
+    others: Float[Tensor, "w m"]  # of those of the other half
     own: Float[Tensor, "v q"]
     other: Float[Tensor, "w q"]
     gain: Float[Tensor, " v"]  # of the own views, nats
     precision: Float[Tensor, "q q"]  # what an average view says of its latent
 
-    @property
-    def crispness(self) -> float:
-        """How sure the views are of their point: mean of the largest membership."""
-        return float(self.membership.max(1).values.mean())
-
 
 def embedded(density: Density, own: Latents, other: Latents) -> Embedding:
     """By what the linear stage says of all views."""
-    membership = density.membership(own)
+    membership, others = density.membership(own), density.membership(other)
     return Embedding(
         density,
         membership,
+        others,
         membership @ density.point,
-        density.embed(other),
+        others @ density.point,
         density.gain(own),
         own.quadratic.mean(0),
     )
@@ -54,11 +51,13 @@ def hard_embedding(
     share = membership.mean(0)
     kept = share > 0
     density = Density(groups.centroid[kept].double(), share[kept])
+    nearest = torch.cdist(other.double(), density.point).argmin(1)
     away = own.double() - own.double().mean(0)
     precision = torch.linalg.pinv(away.T @ away / len(own)) * len(groups)
     return Embedding(
         density,
         membership[:, kept],
+        torch.nn.functional.one_hot(nearest, len(density)).double(),
         own.double(),
         other.double(),
         torch.zeros(len(own), dtype=torch.float64),

@@ -1,4 +1,8 @@
-"""What the parts of a decoder do: rigid motions and occupancies over the states, in numbers and in words."""
+"""What the parts of a decoder do: rigid motions and occupancies over the states, in numbers and in words.
+
+A decoder moves its parts where no image holds them, too. Words are therefore of what the other half-set's model does in
+the same place as well: where it has at least half of the motion, by its variance over states and Gaussians.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
@@ -17,6 +22,7 @@ from emsplat.types import Gaussians
 _STILL_ANGLE, _STILL_SHIFT = 2.0, 1.0  # degrees and Å below which a part stands still
 _ROUND = 60.0  # degrees: largest gap between the angles of a full turn
 _CHANGING = 0.25  # of a part's mass, that comes and goes
+_CONFIRMED = 0.5  # of the variance of a motion, that the other half-set has too
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class PartMotion:
 
     ``angles`` are signed turns about ``axis`` from the reference state, which the state of most particles is;
     ``through`` a point of the axis and ``slide`` the shift along it of the widest turn; ``shift`` is how far the centre
-    of the part gets. ``mass`` is what it weighs in each state, relative to its largest.
+    of the part gets. ``mass`` is what it weighs in each state, relative to its largest. ``confirmed`` is how much of
+    the variance of the motion the other half-set's model has, ``mass_confirmed`` of that of the mass.
     """
 
     number: int  # from 1
@@ -42,6 +49,8 @@ class PartMotion:
     shifts: tuple[float, ...]
     mass: tuple[float, ...]
     against: int | None
+    confirmed: float
+    mass_confirmed: float
 
     @property
     def moves(self) -> bool:
@@ -59,6 +68,8 @@ class PartMotion:
             does = "is what the others are seen from"
         elif not self.moves:
             does = f"stands still against part {self.against}"
+        elif self.confirmed < _CONFIRMED:
+            does = f"moves against part {self.against} in no way that the other half-set confirms"
         else:
             axis = ", ".join(f"{value:.2f}" for value in self.axis)
             through = ", ".join(f"{value:.0f}" for value in self.through)
@@ -69,7 +80,8 @@ class PartMotion:
             )
             if self.turn < _STILL_ANGLE:
                 does = f"moves by up to {self.shift:.0f} Å against part {self.against}"
-        comes = f"; it comes and goes: {min(self.mass):.0%} to 100 % of its density" if self.changes else ""
+        said = self.changes and self.mass_confirmed >= _CONFIRMED
+        comes = f"; it comes and goes: {min(self.mass):.0%} to 100 % of its density" if said else ""
         return f"{what}, {does}{comes}"
 
 
@@ -85,35 +97,72 @@ def separable(model: HalfModel) -> Decoder:
 
 
 @torch.no_grad()
-def motions(model: HalfModel, states: Float[Tensor, "s q"], reference: int) -> list[PartMotion]:
-    """The parts of a half-set's decoder over some latents of the run, ``reference`` being one of these."""
-    latent = model.frame(states.double()).float()
-    position, amplitude = (one.double() for one in model.decoder(latent))
-    weight = separable(model).parts().double()
-    mass = torch.einsum("sg,gp->sp", amplitude, weight)
-    typical = (amplitude.mean(0)[:, None] * weight).clamp(min=0)
-    moved = [_rigid(position[reference], position, typical[:, p]) for p in range(weight.shape[1])]
+def motions(models: tuple[HalfModel, HalfModel], states: Float[Tensor, "s q"], reference: int) -> list[PartMotion]:
+    """The parts of the first half-set's decoder over some latents of the run, ``reference`` being one of these, and
+    whether the second's confirms what they do."""
+    (position, amplitude), (others, other_amplitude) = (
+        (one.double() for one in model.decoder(model.frame(states.double()).float())) for model in models
+    )
+    weight = separable(models[0]).parts().double()
+    # A Gaussian of the second belongs where the one of the first that is nearest to it does.
+    nearest = cKDTree(position[reference].numpy()).query(others[reference].numpy())[1]
+    moved, mass, typical = _parts(position, amplitude, weight, reference)
+    again, other_mass, _ = _parts(others, other_amplitude, weight[torch.from_numpy(nearest)], reference)
     still = _stillest(moved, mass.mean(0))
-    base_rotation, base_shift = moved[still]
     found = []
-    for p, (rotation, shift) in enumerate(moved):
-        centre = typical[:, p] @ position[reference] / typical[:, p].sum()
-        # What is left when the base is put back where it is in the reference.
-        own = base_rotation.mT @ rotation
-        rest = (base_rotation.mT @ (shift - base_shift)[..., None]).squeeze(-1)
+    for p in range(weight.shape[1]):
+        rotation, shift = _against(moved[p], moved[still])
+        place = position[reference]
+        field, other = (_field(place, *motion) for motion in ((rotation, shift), _against(again[p], again[still])))
+        share = typical[:, p] / typical[:, p].sum()
+        masses, other_masses = (own[:, p] / own[:, p].max() for own in (mass, other_mass))
         found.append(
             _describe(
                 p,
                 round(float(weight[:, p].sum())),
                 float(mass[:, p].mean() / mass.sum(1).mean()),
-                centre,
-                own,
-                rest,
-                mass[:, p] / mass[:, p].max(),
+                share @ place,
+                rotation,
+                shift,
+                masses,
                 None if p == still else still + 1,
+                (
+                    _had(field, other, share[None, :, None].expand(len(states), -1, 3)),
+                    _had(masses, other_masses, torch.ones_like(masses)),
+                ),
             )
         )
     return found
+
+
+_Motion = tuple[Float[Tensor, "s 3 3"], Float[Tensor, "s 3"]]
+
+
+def _parts(
+    position: Float[Tensor, "s g 3"], amplitude: Float[Tensor, "s g"], weight: Float[Tensor, "g p"], reference: int
+) -> tuple[list[_Motion], Float[Tensor, "s p"], Float[Tensor, "g p"]]:
+    """Motions of the parts from the reference, their mass in each state, and what they have of each Gaussian."""
+    typical = (amplitude.mean(0)[:, None] * weight).clamp(min=1e-30)
+    return [_rigid(position[reference], position, own) for own in typical.T], amplitude @ weight, typical
+
+
+def _against(motion: _Motion, base: _Motion) -> _Motion:
+    """What is left of a motion when the base is put back where it is in the reference."""
+    (rotation, shift), (base_rotation, base_shift) = motion, base
+    return base_rotation.mT @ rotation, (base_rotation.mT @ (shift - base_shift)[..., None]).squeeze(-1)
+
+
+def _field(place: Float[Tensor, "g 3"], rotation: Tensor, shift: Tensor) -> Float[Tensor, "s g 3"]:
+    """Where a motion brings places."""
+    return torch.einsum("sxy,gy->sgx", rotation, place) + shift[:, None]
+
+
+def _had(own: Float[Tensor, "s *n"], other: Float[Tensor, "s *n"], weight: Float[Tensor, "s *n"]) -> float:
+    """How much of the variance of something over states is in something else as well; below 0 where that differs by
+    more than this varies."""
+    centred = own - own.mean(0)
+    left = centred - (other - other.mean(0))
+    return 1 - float((weight * left.square()).sum() / (weight * centred.square()).sum().clamp(min=1e-30))
 
 
 @torch.no_grad()
@@ -163,6 +212,7 @@ def _describe(
     shift: Float[Tensor, "s 3"],
     mass: Tensor,
     against: int | None,
+    confirmed: tuple[float, float],
 ) -> PartMotion:
     apart = _angle(rotation[:, None] @ rotation.mT)
     one, other = divmod(int(apart.argmax()), len(rotation))
@@ -193,6 +243,7 @@ def _describe(
         tuple(torch.linalg.vector_norm(places - centre, dim=1).tolist()),
         tuple(mass.tolist()),
         against,
+        *confirmed,
     )
 
 

@@ -85,14 +85,6 @@ class Cloud:
             cloud = Cloud(place / mass.clamp(min=1e-12)[:, None], mass / mass.sum(), self.root)
         return cloud
 
-    def weighted(self, latents: Latents, steps: int = 5 * _STEPS) -> Cloud:
-        """The weights that make these views likeliest; the points stay."""
-        likely = self.likelihood(latents)
-        weight = torch.full_like(self.weight, 1 / len(self.weight))
-        for _ in range(steps):
-            weight = weight * (likely.T @ (1 / (likely @ weight).clamp(min=1e-300))) / len(likely)
-        return Cloud(self.point, weight / weight.sum(), self.root)
-
     def within(self, frame: Frame) -> Cloud:
         """In another latent space."""
         return Cloud(frame(self.point), self.weight, frame.turn @ self.root)
@@ -190,11 +182,10 @@ class Weighed:
     draws: tuple[Float[Tensor, "m d"], Float[Tensor, "n d"]]
     members: tuple[Float[Tensor, "v m"], Float[Tensor, "w n"]]
 
-    def shares(self, states: Float[Tensor, "s q"], seed: int) -> list[Share]:
-        """Of each state, those parts of the density that lie nearest to it."""
+    def shares(self, parts: tuple[Float[Tensor, "m s"], Float[Tensor, "n s"]]) -> list[Share]:
+        """Of each state, ``parts`` being what it has of each half's points."""
         own, drawn = [], []
-        for cloud, weights in zip(self.clouds, self.draws, strict=True):
-            part = cloud.shares(states, torch.Generator().manual_seed(seed))
+        for cloud, weights, part in zip(self.clouds, self.draws, parts, strict=True):
             own.append(cloud.weight @ part)
             drawn.append(part.T @ weights)
         value, draws = self._both(own), self._both(drawn)
@@ -213,7 +204,7 @@ class Weighed:
                 (float(low[s]), float(high[s])),
                 (float(own[0][s]), float(own[1][s])),
             )
-            for s in range(len(states))
+            for s in range(len(value))
         ]
 
     def _both(self, halves: Sequence[Tensor]) -> Tensor:

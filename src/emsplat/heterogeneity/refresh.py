@@ -1,8 +1,8 @@
 """Where particles lie, asked of a decoder: its states are sharper than a linear subspace can show them.
 
-A state is drawn at each of many points of latent space, and each view is compared with all of them, brightness and
-pose integrated out as in the linear stage. The weights of the points are the likeliest ones, as in `density`; latents
-of views are means over the points.
+A state is drawn at each of many points of latent space, and each view is compared with all that the linear stage does
+not exclude, brightness and pose integrated out as there. The weights of the points are the likeliest ones, as in
+`density`; latents of views are means over the points.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.evidence import fewest
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.parts import cluster
-from emsplat.heterogeneity.subspace import Subspace, infer
+from emsplat.heterogeneity.subspace import Latents, Subspace, infer
 from emsplat.maths.fourier import crop
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, read_spectra
 
-_AT_ONCE = 8  # points whose inner products are made together
-_IMAGES = 8192  # that are read together
+_AT_ONCE = 10  # points whose inner products are made together: 32 numbers per voxel with all that goes with them
+_IMAGES = 32768  # that are read together
+_FAR = 60.0  # nats below the likeliest point, by the linear stage, where a decoder need not be asked
 _STEPS = 50
 _EMPTY = 1e-3  # weight of a point that is left out
 
@@ -41,18 +42,28 @@ def drawn(model: HalfModel, point: Float[Tensor, "m q"], lattice: Lattice) -> Fl
     return torch.stack(maps)
 
 
-def evidence(maps: Float[Tensor, "m z y x"], subspace: Subspace, stack: ParticleStack) -> Float[Tensor, "v m"]:
-    """log p(y|map) - log p(y|mean of the subspace) of each view, brightness and pose integrated out to first order."""
-    lattice, mean, found = subspace.lattice, subspace.maps[:1], []
+def evidence(
+    maps: Float[Tensor, "m z y x"], subspace: Subspace, stack: ParticleStack, known: Float[Tensor, "v m"]
+) -> Float[Tensor, "v m"]:
+    """log p(y|map) - log p(y|mean of the subspace) of each view, brightness and pose integrated out to first order.
+
+    ``known`` is what the linear stage says of that. Maps that are out of the question by it are not compared; they stay
+    as far below the likeliest. Those next to each other should be in question for the same views.
+    """
+    lattice, mean, below = subspace.lattice, subspace.maps[:1], known - known.max(1, keepdim=True).values
+    asked, found, start = below > -_FAR, torch.full_like(below, -torch.inf), 0
     for spectra in _read(stack, lattice.radius):
-        seen = []
-        for few in torch.split(maps, _AT_ONCE):
-            shown = torch.cat([mean, few - mean])
+        for some in torch.split(torch.arange(len(maps)), _AT_ONCE):
+            views = asked[start : start + len(spectra)][:, some].any(1).nonzero()[:, 0]
+            if not len(views):
+                continue
+            shown = torch.cat([mean, maps[some] - mean])
             power = torch.ones(len(shown), lattice.radius + 1)  # asked by nobody here
-            latents = infer(Subspace(lattice, shown, power, subspace.placement), spectra)
-            seen.append(latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2))
-        found.append(torch.cat(seen, 1))
-    return torch.cat(found)
+            latents = infer(Subspace(lattice, shown, power, subspace.placement), spectra.take(views))
+            told = latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2)
+            found[(start + views)[:, None], some] = told
+        start += len(spectra)
+    return torch.where(found.isinf(), below + found.max(1, keepdim=True).values, found)
 
 
 def _read(stack: ParticleStack, radius: int) -> Iterator[Spectra]:
@@ -63,11 +74,23 @@ def _read(stack: ParticleStack, radius: int) -> Iterator[Spectra]:
             yield read_spectra(part.take(rows), radius, stack.grid, noise)
 
 
+def _chain(point: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
+    """Points in an order in which neighbours follow each other: each the nearest that is left."""
+    left, order = set(range(1, len(point))), [0]
+    distance = torch.cdist(point, point)
+    while left:
+        own = distance[order[-1]].tolist()
+        order.append(min(left, key=own.__getitem__))
+        left.remove(order[-1])
+    return point[order]
+
+
 def refreshed(
     model: HalfModel,
     before: Embedding,
     gain: Float[Tensor, " w"],
     subspace: Subspace,
+    latents: tuple[Latents, Latents],
     stacks: tuple[ParticleStack, ParticleStack],
     count: int,
     generator: torch.Generator,
@@ -76,14 +99,19 @@ def refreshed(
     of the other half over the mean map of ``subspace``.
 
     Tried are the points of ``before`` and up to ``count`` between them. What predicts the images of the other half best
-    is taken, and ``before``, with its ``gain``, where that is not less. ``stacks`` are the own half and the other one.
+    is taken, and ``before``, with its ``gain``, where that is not less. ``stacks`` are the own half and the other one,
+    ``latents`` what the linear stage says of them.
     """
-    spread = cluster(before.own, torch.ones(len(before.own)), count, generator).centroid
-    tried = [before.density.point, *([spread] if count > len(before.density) else [])]
+    tried = [before.density.point]
+    if count > len(before.density):
+        tried.append(_chain(cluster(before.own, torch.ones(len(before.own)), count, generator).centroid))
     found, gains = [before], [gain]
     maps = drawn(model, torch.cat(tried), subspace.lattice)
     sizes = [len(point) for point in tried]
-    own, other = (torch.split(evidence(maps, subspace, stack), sizes, 1) for stack in stacks)
+    own, other = (
+        torch.split(evidence(maps, subspace, stack, _linear(torch.cat(tried), seen)), sizes, 1)
+        for stack, seen in zip(stacks, latents, strict=True)
+    )
     for point, own_part, other_part in zip(tried, own, other, strict=True):
         weight = torch.cdist(before.own, point).argmin(1).bincount(minlength=len(point)).double() / len(before.own)
         embedding, seen = _embedded(point, weight, own_part, other_part, before.precision)
@@ -92,6 +120,11 @@ def refreshed(
     image = torch.arange(len(before.other)) // stacks[1].symmetry.order
     best = fewest(gains, image)
     return found[best], gains[best]
+
+
+def _linear(point: Float[Tensor, "m q"], latents: Latents) -> Float[Tensor, "v m"]:
+    """What the linear stage says of points."""
+    return Density(point, torch.ones(len(point), dtype=point.dtype)).evidence(latents)
 
 
 def _embedded(
@@ -107,8 +140,8 @@ def _embedded(
     kept = weight > _EMPTY
     weight = weight[kept] / weight[kept].sum()
     own, other, point = own[:, kept] + weight.log(), other[:, kept] + weight.log(), point[kept]
-    membership = torch.softmax(own, 1)
-    placed = torch.softmax(other, 1) @ point
-    gain = torch.logsumexp(own, 1)
-    embedding = Embedding(Density(point, weight), membership, membership @ point, placed, gain, precision)
+    membership, others, gain = torch.softmax(own, 1), torch.softmax(other, 1), torch.logsumexp(own, 1)
+    embedding = Embedding(
+        Density(point, weight), membership, others, membership @ point, others @ point, gain, precision
+    )
     return embedding, torch.logsumexp(other, 1)

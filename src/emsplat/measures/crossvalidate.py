@@ -138,8 +138,10 @@ class CrossValidation:
         self,
         before: tuple[Float[Tensor, "z y x"], Float[Tensor, "z y x"]],
         after: tuple[Float[Tensor, "z y x"], Float[Tensor, "z y x"]],
+        last: int | None = None,
     ) -> tuple[float, float]:
-        """How much the score of ``after`` exceeds that of ``before``, and the standard error of this difference.
+        """How much the score of ``after`` exceeds that of ``before``, and the standard error of this difference; over
+        all defined shells or those up to the ``last`` one.
 
         Both are compared with the same back-projections, whose noise counts only where the models differ: with
         both scaled to power 1, the difference D_A = M'_A - M_A has power 2 (1 - ρ), ρ being their correlation, and
@@ -154,6 +156,8 @@ class CrossValidation:
         alike = [self._correlation(*pair) for pair in zip(*spectra, *power, strict=True)]
         variance = (1 - torch.stack(alike).mean(0)).clamp(min=0) * self._noise / (2 * self.together)
         counted = self._counted()
+        if last is not None:
+            counted = counted & (torch.arange(len(counted)) <= last)
         error = variance[counted].sum().sqrt() / counted.sum()
         return float((second - first)[counted].mean()), float(error)
 

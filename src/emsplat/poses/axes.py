@@ -26,6 +26,7 @@ from emsplat.poses.grids import sphere
 
 HOLDS = 0.8  # correlation of a map with itself turned from which on it has an axis
 _FOLDS = range(2, 13)
+_FOLDS_TRIED = 4  # of them; a map without shape agrees about all
 _LIKELY = 0.6  # of that, for directions that are some degrees beside the axis
 _DIRECTIONS = 1200  # over the sphere, 6 degrees apart
 _BEST = 6  # axes of a fold that are looked at closely
@@ -118,7 +119,8 @@ def _likely_folds(turning: Turning, least: float) -> list[int]:
     parts = {Fraction(k, fold) for fold in _FOLDS for k in range(1, fold // 2 + 1)}
     found = {part: turning.agreement(_about(direction, 2 * math.pi * float(part)), roughly=True) for part in parts}
     worst = {fold: torch.stack([found[Fraction(k, fold)] for k in range(1, fold // 2 + 1)]).amin(0) for fold in _FOLDS}
-    return [fold for fold in _FOLDS if float(worst[fold].max()) >= least]
+    best = sorted(_FOLDS, key=lambda fold: -float(worst[fold].max()))[:_FOLDS_TRIED]
+    return sorted(fold for fold in best if float(worst[fold].max()) >= least)
 
 
 def in_frame(volume: Float[Tensor, "z y x"], frame: GroupFrame) -> Float[Tensor, "z y x"]:

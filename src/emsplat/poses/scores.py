@@ -26,7 +26,7 @@ from torch import Tensor
 from emsplat.poses.grids import HALF_TURN
 from emsplat.sums.spectra import Spectra
 
-_SCORES = 8_000_000  # in memory at once
+_SCORES = 2_000_000  # at once: little more than the caches hold
 _LEAST = math.log(1e-3)  # weights below this part of the largest count as none where few are above it
 _FEW = 0.004
 

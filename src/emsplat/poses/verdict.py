@@ -21,7 +21,7 @@ from emsplat.poses.compare import PoseComparison
 Word = Literal["found", "uncertain", "not found"]
 
 NEAR = math.radians(15)  # poses of coarse grids that agree
-FOUND, FAILED = 0.5, 0.2  # share of poses that agree, from which on a map was found, below which it was not
+FOUND, FAILED = 0.7, 0.2  # share of poses that agree, from which on a map was found, below which it was not
 CORRELATED = 0.5  # FSC of the aligned maps up to which they agree
 SHELLS = 6  # that they have to agree to, in shells of the box, beyond an outline
 

@@ -197,7 +197,8 @@ def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Sp
                 axes = f", {got.group.symbol}, axes {got.axes:.2f}" if got.group.order > 1 else ""
                 axes += f", {got.share:.0%} of the images in its first class" if plan.classes > 1 else ""
                 log.line(
-                    f"  {names[got.half]}, start {got.number + 1}: log-likelihood {got.likelihood:.2f} per image{axes}"
+                    f"  {names[got.half]}, start {got.number + 1}: log-likelihood {got.likelihood:.2f} per image after "
+                    f"{got.steps} steps{axes}"
                 )
                 continue
             pairs.append(got)

@@ -22,10 +22,12 @@ from emsplat.config import HeterogeneityConfig, HeterogeneityOptions
 from emsplat.device import within_memory
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
+from emsplat.heterogeneity.classes import Classes
 from emsplat.heterogeneity.corrected import corrected_maps
-from emsplat.heterogeneity.density import start_points
+from emsplat.heterogeneity.embedding import leading
 from emsplat.heterogeneity.extent import window_of
 from emsplat.heterogeneity.half import on_grid
+from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.saved import read_search, save_search
 from emsplat.heterogeneity.search import Search, search
@@ -43,6 +45,7 @@ from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
+from emsplat.programs.proof import proofs
 from emsplat.programs.run import Run
 from emsplat.programs.state_engines import (
     StatesFitted,
@@ -67,6 +70,7 @@ from emsplat.run.files import (
     SUMMARY,
     cells_name,
     coarse_model_name,
+    half_model_name,
     state_map_name,
     state_name,
 )
@@ -74,7 +78,8 @@ from emsplat.run.folder import finished_summary, write_text
 from emsplat.run.log import Log
 from emsplat.sums.spectra import read_all_spectra
 from emsplat.sums.statistics import fingerprint, in_one_grey
-from emsplat.types import Grid
+
+_FEWEST = 2  # states: one alone is no heterogeneity
 
 
 @within_memory()
@@ -220,22 +225,24 @@ def _say_gains(log: Log, searched: Search) -> None:
     log.line(f"heterogeneity: {gain.value:.2f} ± {gain.error:.2f} nats per image on images that no model has seen")
 
 
-def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> tuple[Tensor, Tensor | None]:
-    """Latents of the states to show, and the state of each view (None: latents form no classes)."""
+def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> Float[Tensor, "s q"]:
+    """Latents of the states to look at: of the classes, or of as many groups as were asked for."""
     latent = torch.cat(fitted.latent)
-    if fitted.crisp:
-        point = fitted.models[0].density.point
-        return point, torch.cdist(latent, point).argmin(1)
-    count = min(run.config.heterogeneity.states, len(latent))
-    generator = torch.Generator().manual_seed(run.config.halves.seed)
-    centre = start_points(latent, count, generator)
-    for _ in range(30):
-        nearest = torch.cdist(latent, centre).argmin(1)
-        sums = torch.zeros_like(centre).index_add_(0, nearest, latent)
-        counts = torch.bincount(nearest, minlength=count)
-        centre = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centre)
+    if fitted.classes is not None:
+        first, second = fitted.embeddings
+        point = torch.cat([first.density.point, leading(second, first)(second.density.point)])
+        weight = torch.cat([first.density.weight, second.density.weight])[:, None] * torch.cat(fitted.classes.parts())
+        return weight.T @ point / weight.sum(0)[:, None]
+    count, generator = run.config.heterogeneity.states, torch.Generator().manual_seed(run.config.halves.seed)
+    groups = cluster(latent, torch.ones(len(latent)), count, generator)
     # A centre may lie where no molecule is: the particle nearest to it stands for the group.
-    return latent[torch.cdist(centre, latent).argmin(1)], None
+    return latent[torch.cdist(groups.centroid, latent).argmin(1)]
+
+
+def _class_of_views(fitted: StatesFitted, classes: Classes) -> Int[Tensor, " v"]:
+    """By the model of their own half."""
+    members = [own.membership @ part for own, part in zip(fitted.embeddings, classes.parts(), strict=True)]
+    return torch.cat(members).argmax(1)
 
 
 def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFitted | None) -> dict[str, Any]:
@@ -253,7 +260,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
         about |= {"states_gain": round(fitted.gain.value, 4), "states_gain_error": round(fitted.gain.error, 4)}
         with log.part("states", "maps of the states"):
             about |= _write_states(run, searched, fitted)
-    _clear(run)
+    _clear(run, found=about["found"])
     summary = {"heterogeneity": about, "input": describe(run)} | circumstances(run)
     write_text(run.folder / SUMMARY, json_text(summary))
     with log.part("report", "drawing the report"):
@@ -264,50 +271,80 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
     return summary
 
 
-def _clear(run: Run[HeterogeneityConfig]) -> None:
-    """Takes away what was kept to go on from, unless it is to be used again."""
+def _clear(run: Run[HeterogeneityConfig], *, found: bool) -> None:
+    """Takes away what was kept to go on from, unless it is to be used again, and models whose states are not
+    confirmed."""
     for name, half in HALVES.items():
         passing = [state_name(name), coarse_model_name(half), cells_name(half, fine=True)]
         passing += [] if run.config.run.keep_statistics else [cells_name(half)]
+        passing += [] if found else [half_model_name(half)]
         for one in passing:
             (run.folder / one).unlink(missing_ok=True)
 
 
 def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFitted) -> dict[str, Any]:
+    """The states that both half-sets confirm with all that belongs to them; nothing where there are not two."""
     stack, folder, grid, log, seed = run.stack, run.folder, run.stack.grid, run.log, run.config.halves.seed
-    latents, classes = _states(run, fitted)
-    whole = torch.cat(fitted.latent)
-    nearest = torch.cdist(whole, latents).argmin(1) if classes is None else classes
-    found = searched.found if engine_of(run.config) == "cells" else None
-    shared = populations(stack, fitted.embeddings, found, latents, classes is not None, seed)
-    views = _views(run, searched, fitted, nearest, classes is not None, shared.membership)
-    _write_latents(run, views)
+    tried, whole = _states(run, fitted), torch.cat(fitted.latent)
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
+    given = given_mask(run.config.mask, grid, log)
+    weight = torch.cdist(whole, tried).argmin(1).bincount(minlength=len(tried)).double()
+    found = proofs(
+        fitted,
+        tried,
+        weight,
+        consensus,
+        grid,
+        lambda volume: particle_mask(volume, grid, stack.diameter, True) if given is None else given,
+        finest(run),
+    )
+    kept = [number for number, proof in enumerate(found) if proof.confirmed]
+    linear = searched.found if engine_of(run.config) == "cells" else None
+    about: dict[str, Any] = {"states_tried": len(tried), "states_confirmed": len(kept)}
+    if len(kept) < _FEWEST:
+        log.line(
+            f"no states: of {len(tried)} that were tried the half-sets confirm {len(kept)}. Particles differ, but not "
+            "in a way that one half-set could tell the other; nothing is written of it"
+        )
+        about |= {"found": False, "components": 0, "points": 0}
+        return about | {"follows": follows(stack, searched, whole, linear is not None, seed, log)}
+    if len(kept) < len(tried):
+        log.line(
+            f"of {len(tried)} states that were tried the half-sets confirm {len(kept)}; the particles of the others "
+            "count with the nearest of these"
+        )
+    latents, classes = tried[kept], fitted.classes
+    if classes is not None:
+        classes = classes.merged(torch.cdist(tried, latents).argmin(1))
+        nearest = _class_of_views(fitted, classes)
+    else:
+        nearest = torch.cdist(whole, latents).argmin(1)
+    shared = populations(stack, fitted.embeddings, linear, latents, classes, seed)
+    views = _views(run, searched, fitted, nearest, classes is not None, shared.membership)
+    _write_latents(run, views)
     write_map(folder / CONSENSUS, consensus, grid.pixel_size)
-    mask = given_mask(run.config.mask, grid, log)
     (folder / STATES).mkdir(exist_ok=True)
     rows = []
-    for number, (latent, share) in enumerate(zip(latents, shared.shares, strict=True)):
+    for number, (latent, share, proof) in enumerate(
+        zip(latents, shared.shares, (found[number] for number in kept), strict=True)
+    ):
         halves = [model.map(latent) for model in fitted.models]
-        volume = (halves[0] + halves[1]) / 2
         path = folder / STATES / state_map_name(number)
-        write_map(path, volume, grid.pixel_size)
+        write_map(path, (halves[0] + halves[1]) / 2, grid.pixel_size)
         for half, own in enumerate(halves):
             write_map(folder / STATES / state_map_name(number, half + 1), own, grid.pixel_size)
         write_state_gaussians(fitted.models, latent, path.with_suffix(".ply"))
-        own = particle_mask(volume, grid, stack.diameter, True) if mask is None else mask
-        rows.append(_judge(fitted, number, latent, own, volume - consensus, grid) | _population(share, shared.shares))
+        rows.append({"state": number + 1} | asdict(proof) | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)
     say_shares(log, shared.shares, shared.resampled)
-    _warn_of_unproven(log, rows, grid.length / finest(run))
     _warn_of_empty_halves(log, views, len(latents))
     write_populations(folder, shared)
     write_particles(stack, views, folder)
-    about: dict[str, Any] = {"classes": classes is not None, "states": rows} | shared.about
-    about["follows"] = follows(stack, searched, whole, found is not None, seed, log)
+    about |= {"classes": classes is not None, "states": rows} | shared.about
+    about["follows"] = follows(stack, searched, whole, linear is not None, seed, log)
     parts = list[int]()
     if all(isinstance(model.decoder, Decoder) for model in fitted.models):
         parts = write_parts(fitted.models, latents, [row["population"] for row in rows], folder, log)
@@ -398,17 +435,6 @@ def _population(share: Share, shares: list[Share]) -> dict[str, Any]:
     }
 
 
-def _warn_of_unproven(log: Log, rows: list[dict[str, Any]], seen: float) -> None:
-    """Where the half-sets do not agree on a state as far as they were looked at (``seen``, Å), it is not believed."""
-    weak = [row["state"] for row in rows if row["resolution"] is None or row["resolution"] > 1.01 * seen]
-    if weak:
-        which = "all states" if len(weak) == len(rows) else f"states {', '.join(map(str, weak))}"
-        log.warn(
-            f"{which}: the maps that the half-sets make of them do not agree to {seen:.0f} Å, as far as was looked for "
-            "states; do not interpret them"
-        )
-
-
 def _warn_of_empty_halves(log: Log, views: Views, states: int) -> None:
     """Where a half-set has none of a state's particles, its half map is what its model makes of others."""
     for half in (1, 2):
@@ -427,22 +453,6 @@ def _spacing(value: float | None) -> str:
 
 def _consensus(cells: Cells) -> Tensor:
     return empirical_map(cells, torch.ones(len(cells)))
-
-
-def _judge(
-    fitted: StatesFitted, number: int, latent: Tensor, mask: Tensor, difference: Tensor, grid: Grid
-) -> dict[str, Any]:
-    """Cross-validated resolution of a state in its mask, and where it differs from the consensus."""
-    raw = []
-    for model, cells, kernel in zip(fitted.models, fitted.cells, fitted.kernels, strict=True):
-        cell = int((model.density.point - model.frame(latent[None])).square().sum(1).argmin())
-        raw.append(on_grid(raw_map(cells, kernel[cell]), cells.grid, grid))
-    models = [model.map(latent) for model in fitted.models]
-    found: dict[str, Any] = {"state": number + 1}
-    for name, own in (("resolution", mask), ("moving_resolution", moving_mask(difference, grid.pixel_size))):
-        curve = None if own is None else CrossValidation((raw[0], raw[1]), own, grid).curve((models[0], models[1]))
-        found[name] = None if curve is None else resolution(curve, 0.5)
-    return found
 
 
 def _views(

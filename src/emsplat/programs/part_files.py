@@ -44,7 +44,7 @@ def write_parts(
     """Masks of the parts of half 1's model as they stand in the state of most particles, and what they do over the
     states, as parts.json and parts.txt; returns the numbers of the parts that have a mask."""
     model, reference = models[0], max(range(len(states)), key=lambda s: populations[s])
-    found = motions(model, states, reference)
+    found = motions(models, states, reference)
     made = []
     whole = _density(model.mixture(states[reference]), model.box)
     inside = whole > _LEVEL * whole.max()

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emsplat.heterogeneity.classes import Classes
 from emsplat.heterogeneity.embedding import Embedding, leading
 from emsplat.heterogeneity.entanglement import (
     SCALING,
@@ -23,7 +24,7 @@ from emsplat.heterogeneity.entanglement import (
     remedy,
     scaling,
 )
-from emsplat.heterogeneity.frames import Frame, identity
+from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.populations import (
     Cloud,
     FreeEnergy,
@@ -66,11 +67,11 @@ def populations(
     embeddings: tuple[Embedding, Embedding],
     found: Found | None,
     states: Float[Tensor, "s q"],
-    crisp: bool,
+    classes: Classes | None,
     seed: int,
 ) -> Populations:
-    """``states`` are latents of half 1. Without ``found``, what the linear stage says of the images, there is no
-    landscape."""
+    """``states`` are latents of half 1, where there are ``classes`` one for each. Without ``found``, what the linear
+    stage says of the images, or with classes there is no landscape."""
     order = stack.symmetry.order
     rows = [stack.only(half).rows.repeat_interleave(order) for half in (1, 2)]
     unit, said = _units(stack, torch.cat(rows))
@@ -80,38 +81,26 @@ def populations(
     placed = [points[0], points[1].within(back)]
     members = [own.membership for own in embeddings]
     smoothed = None
-    if found is not None and not crisp:
+    if found is not None and classes is None:
         image = [torch.arange(len(own)) // order for own in rows]
         smoothed = _smoothed(found, back, (image[0], image[1]), counts, seed)
         # Points stand for what lies about them.
         placed = [replace(own, root=wide.root) for own, wide in zip(placed, smoothed.clouds, strict=True)]
-    nearest = [cloud.shares(states, torch.Generator().manual_seed(seed)) for cloud in placed]
-    membership = torch.cat([member @ share for member, share in zip(members, nearest, strict=True)])
-    if found is None or not crisp:
-        drawn = [
-            bootstrap(cloud.weight, member / cloud.weight, count)
-            for cloud, member, count in zip(points, members, counts, strict=True)
-        ]
-        weighed = Weighed((placed[0], placed[1]), (drawn[0], drawn[1]), (members[0], members[1]))
+    if classes is None:
+        one, other = (cloud.shares(states, torch.Generator().manual_seed(seed)) for cloud in placed)
     else:
-        weighed = _of_states(found, (identity(states.shape[1]), leading(*embeddings)), states, counts)
+        one, other = classes.parts()
+    membership = torch.cat([members[0] @ one, members[1] @ other])
+    drawn = [
+        bootstrap(cloud.weight, member / cloud.weight, count)
+        for cloud, member, count in zip(points, members, counts, strict=True)
+    ]
+    weighed = Weighed((placed[0], placed[1]), (drawn[0], drawn[1]), (members[0], members[1]))
     profiles, plane = ([], None) if smoothed is None else _landscape(smoothed)
-    return Populations(weighed, weighed.shares(states, seed), membership, said, profiles, plane)
+    return Populations(weighed, weighed.shares((one, other)), membership, said, profiles, plane)
 
 
 _Counts = Sequence[Int[Tensor, "_ d"]]  # of the views of each half, how often they are drawn
-
-
-def _of_states(found: Found, to_halves: tuple[Frame, Frame], states: Float[Tensor, "s q"], counts: _Counts) -> Weighed:
-    """The weights of the states themselves, as the linear stage of each half sees them."""
-    clouds, drawn, members = [], [], []
-    for half, frame in enumerate(to_halves):
-        latents = found.latents[half][half]
-        cloud = _points(frame(states), torch.ones(len(states), dtype=states.dtype)).weighted(latents)
-        clouds.append(_points(states, cloud.weight))
-        drawn.append(bootstrap(cloud.weight, cloud.likelihood(latents), counts[half]))
-        members.append(cloud.membership(latents))
-    return Weighed((clouds[0], clouds[1]), (drawn[0], drawn[1]), (members[0], members[1]))
 
 
 def _smoothed(

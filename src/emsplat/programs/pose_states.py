@@ -20,7 +20,7 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Reference, make_reference
 from emsplat.programs.state_particles import row_numbers
 from emsplat.programs.states import read_models
-from emsplat.run.files import LATENTS
+from emsplat.run.files import LATENTS, PARTICLES
 from emsplat.sums.equations import NormalEquations
 
 _STATES = 20  # maps of a half at most
@@ -68,7 +68,7 @@ def read_known_states(run: Path, stack: ParticleStack) -> KnownStates:
     if (missing := int((line < 0).sum())) or not torch.equal(half[line], stack.half.to(half)):
         said = f"{missing:,} particles are not in it" if missing else "half-sets are others"
         raise InputError(
-            f"{path}: {said}; expected the run of these particles in these half-sets (its own run_data.star has them)"
+            f"{path}: {said}; expected the run of these particles in these half-sets (those of its own {PARTICLES})"
         )
     if (first.box.size, round(first.box.pixel_size, 4)) != (stack.grid.size, round(stack.grid.pixel_size, 4)):
         raise InputError(

@@ -18,6 +18,7 @@ from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
 from emsplat.fitting.state import State
 from emsplat.heterogeneity.cells import Cells, cells_of, overlap
+from emsplat.heterogeneity.classes import Classes, common_classes
 from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading
 from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.extent import Window
@@ -45,7 +46,6 @@ from emsplat.heterogeneity.refresh import refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
-from emsplat.heterogeneity.subspace import Subspace
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
@@ -54,7 +54,6 @@ from emsplat.run.stop import checkpoints
 from emsplat.sums.statistics import equations_of, fingerprint
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
-CRISP = 0.9  # mean of the largest membership above which points are classes
 _MOST_CELLS = 64  # of a fit to images
 _MOST_POINTS, _PER_POINT = 100, 50  # points by which particles are placed, and views that each should have
 _RECIPES = {
@@ -76,7 +75,7 @@ class StatesFitted:
     latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
     kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]  # weights with which cells share their data
     gain: Gain  # of the states on images of the other half
-    crisp: bool = False  # latents form classes
+    classes: Classes | None  # where latents form such
 
 
 def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted:
@@ -91,11 +90,12 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     if searched.found is None:
         raise ValueError("nothing was found")
     firsts = searched.found.embeddings()
+    between = not common_classes(*firsts).told
     models, kept, places, gains = [], [], [], []
     for half, first in enumerate(firsts):
         known = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
         coarse = _coarse(run, half, first, window)
-        embedding, known = _placed_anew(run, half, coarse, first, known, searched.subspaces[half])
+        embedding, known = _placed_anew(run, searched, half, coarse, first, known, between=between)
         cells = gathered(run, half, embedding, window, fine=True)
         models.append(_fine(run, half, coarse, embedding, cells))
         kept.append(cells)
@@ -104,12 +104,14 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     models = _with_residuals(run, models, places, kept)
     embeddings, told = [], []
     for half, (model, before, known) in enumerate(zip(models, places, gains, strict=True)):
-        final, known = _placed_anew(run, half, model, before, known, searched.subspaces[half])
+        # Points that were spread once are not spread again.
+        final, known = _placed_anew(
+            run, searched, half, model, before, known, between=between and before is firsts[half]
+        )
         embeddings.append(final)
         told.append(mean_gain(known, torch.arange(len(known)) // run.stack.symmetry.order))
     kernels = [_kernel(embedding) for embedding in places]
-    fitted = _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
-    return replace(fitted, crisp=min(own.crispness for own in firsts) > CRISP)
+    return _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
 
 
 def _with_residuals(
@@ -174,19 +176,24 @@ def _fine(run: Run[HeterogeneityConfig], half: int, coarse: HalfModel, embedding
 
 def _placed_anew(
     run: Run[HeterogeneityConfig],
+    searched: Search,
     half: int,
     model: HalfModel,
     before: Embedding,
     known: Float[Tensor, " w"],
-    subspace: Subspace,
+    *,
+    between: bool,
 ) -> tuple[Embedding, Float[Tensor, " w"]]:
-    """The latent space as a model has it. Where the linear stage has found classes no points between are tried."""
+    """The latent space as a model has it; also with points ``between`` those that there are."""
+    if searched.found is None:
+        raise ValueError("nothing was found")
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
-    count = len(before.density)
-    if before.crispness < CRISP:
+    latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
+    subspace, count = searched.subspaces[half], len(before.density)
+    if between:
         count = max(count, min(_MOST_POINTS, len(before.own) // _PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
-        embedding, gains = refreshed(model, before, known, subspace, stacks, count, _generator(run, half))
+        embedding, gains = refreshed(model, before, known, subspace, latents, stacks, count, _generator(run, half))
     told = f"{len(embedding.density)} states, gain {float(gains.mean()):.2f} nats per image of the other half"
     run.log.line(f"  {'as before' if embedding is before else told}")
     return embedding, gains
@@ -359,6 +366,11 @@ def _together(
         model.save(run.folder / half_model_name(half + 1))
     gain = Gain(sum(own.value for own in gains) / 2, sum(own.error**2 for own in gains) ** 0.5 / 2)
     run.log.line(f"gain of the states: {gain.value:.2f} ± {gain.error:.2f} nats per image of the other half")
+    classes = common_classes(first, second)
+    run.log.line(
+        f"the half-sets' models sort all particles into {len(classes)} groups, and agree on them by "
+        f"{classes.agreement:.3f} (kappa): " + ("classes" if classes.told else "no classes")
+    )
     return StatesFitted(
         (framed[0], framed[1]),
         (cells[0], cells[1]),
@@ -366,4 +378,5 @@ def _together(
         latents_of_run(*embeddings),
         (kernels[0], kernels[1]),
         gain,
+        classes if classes.told else None,
     )

@@ -539,7 +539,9 @@ def states(run: Path) -> str:
             f"States are {kind}. Populations are shares of the density of the latents, which no posterior shrinks; "
             f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are "
             "cross-validated at 0.5: the map of each half-set against the back-projection of the other half's "
-            "particles, in the mask of the molecule and where the state differs from the consensus. Maps, half maps, "
+            "particles, in the mask of the molecule and where the state differs from the consensus. Shown are states "
+            "that both half-sets confirm: the map of one tells the other's particles of that state better than the "
+            "mean of all other states does, beyond three standard errors. Maps, half maps, "
             f"Gaussians and particles of each state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
         )
         + _corrected(read.group(found, "motion_corrected"))

@@ -138,6 +138,16 @@ def states_headline(found: Mapping[str, Any]) -> Headline:
         f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "unknown"
         for value in (found.get("gain"), found.get("gain_error"))
     )
+    if found.get("found") is not True and found.get("states_tried"):
+        return Headline(
+            "No states that both half-sets confirm",
+            f"Particles differ: the best model predicts the images of the other half-set by {gain} ± {error} nats per "
+            f"image better than one map does. But of {found.get('states_tried')} states that were tried "
+            f"{found.get('states_confirmed')} are such that the maps of one half-set tell the other's particles of "
+            "that state better than the mean of all other states does, beyond three standard errors. Nothing was "
+            "written of them.",
+            _warned(found),
+        )
     if found.get("found") is not True:
         return Headline(
             "No heterogeneity that these images support",
@@ -148,14 +158,19 @@ def states_headline(found: Mapping[str, Any]) -> Headline:
         f"{found.get('components')} components, {found.get('points')} points of the density; "
         + ("the latents form classes." if found.get("classes") is True else "the latents form no classes.")
     ]
-    warned = [one for one in entries(found, "follows") if one.get("warns") is True]
-    if warned:
-        remarks.append(f"Latents follow {', '.join(str(one.get('what')) for one in warned)}: see below.")
+    tried, kept = found.get("states_tried"), found.get("states_confirmed")
+    if tried != kept:
+        remarks.append(f"Of {tried} states that were tried the half-sets confirm {kept}; the others are not shown.")
     return Headline(
         f"{gain} ± {error} nats per image",
         "Heterogeneity: so much better than one map does a model with states predict images that it has never seen.",
-        tuple(remarks),
+        (*remarks, *_warned(found)),
     )
+
+
+def _warned(found: Mapping[str, Any]) -> tuple[str, ...]:
+    warned = [str(one.get("what")) for one in entries(found, "follows") if one.get("warns") is True]
+    return (f"Latents follow {', '.join(warned)}: see below.",) if warned else ()
 
 
 def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:

@@ -1,0 +1,56 @@
+"""Where particles lie by the states of a decoder: compared with images as the linear stage compares its own maps."""
+
+import pytest
+import torch
+from tests.test_heterogeneity import particles  # noqa: F401 (a fixture)
+
+from emsplat.config import ReconstructConfig, configure
+from emsplat.heterogeneity import refresh
+from emsplat.heterogeneity.refresh import _chain, _linear, evidence
+from emsplat.heterogeneity.subspace import fit_subspace, infer
+from emsplat.particles.choose import open_stack
+from emsplat.sums.spectra import read_spectra
+
+
+@pytest.fixture(scope="module")
+def stage(particles):  # noqa: F811
+    """A linear stage of 150 views with two components, and what it says of these."""
+    stack = open_stack(configure(ReconstructConfig, first=300), particles).only(1)
+    spectra = read_spectra(stack, 7)
+    for subspace in fit_subspace(spectra, 2, torch.Generator().manual_seed(0), ((7, 4),)):
+        last = subspace
+    return stack, last, infer(last, spectra)
+
+
+def test_maps_of_the_linear_stage_have_its_likelihood(stage, monkeypatch):
+    """b·z - zᵀA z/2 of V0 + Σ z U, whose brightness and pose are integrated out in the same way."""
+    stack, subspace, latents = stage
+    monkeypatch.setattr(refresh, "_FAR", 1e9)
+    point = torch.randn(13, subspace.components, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    maps = subspace.maps[0] + torch.einsum("mq,qzyx->mzyx", point.float(), subspace.maps[1:])
+    known = _linear(point, latents)
+    found = evidence(maps, subspace, stack, torch.zeros_like(known))
+    assert float(known.abs().max()) > 1
+    assert torch.allclose(found, known, atol=2e-3)
+
+
+def test_maps_out_of_the_question_are_as_far_below_as_the_linear_stage_says(stage, monkeypatch):
+    stack, subspace, latents = stage
+    scale = torch.linspace(-8, 8, 25, dtype=torch.float64)[:, None]
+    point = _chain(torch.cat([scale, 0 * scale], 1)[torch.randperm(25, generator=torch.Generator().manual_seed(2))])
+    point = point[:, : subspace.components]
+    maps = subspace.maps[0] + torch.einsum("mq,qzyx->mzyx", point.float(), subspace.maps[1:])
+    known = _linear(point, latents)
+    whole = evidence(maps, subspace, stack, torch.zeros_like(known))
+    asked = []
+    kept = refresh.infer
+    monkeypatch.setattr(refresh, "infer", lambda own, spectra: asked.append(len(spectra)) or kept(own, spectra))
+    monkeypatch.setattr(refresh, "_FAR", 4.0)
+    found = evidence(maps, subspace, stack, known)
+    assert sum(asked) < 0.8 * 3 * len(stack)
+    assert torch.allclose(found, whole, atol=5e-3)
+
+
+def test_a_chain_goes_from_neighbour_to_neighbour():
+    line = torch.tensor([[0.0], [3.0], [1.0], [2.0], [7.0]])
+    assert _chain(line).flatten().tolist() == [0, 1, 2, 3, 7]
