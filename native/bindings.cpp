@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "covariance.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -309,7 +310,9 @@ Result<T, 3> voxelize(Array2<T> mean, Array3<T> covariance, Array1<T> amplitude,
     {
         nb::gil_scoped_release unlocked;
         const Columns<T> g(given);
-        const int stride = size + kernels<T>().lanes, slab = 4;
+        // Every voxel receives its terms in the order of the Gaussians, however slices are shared out. Few slabs: each
+        // works out anew what the Gaussians are that it has a part of.
+        const int stride = size + kernels<T>().lanes, slab = std::max(4, size / (4 * std::max(threads, 1)));
         share((size + slab - 1) / slab, threads, [&](int task) {
             const int z0 = task * slab, z1 = std::min(z0 + slab, size);
             std::vector<T> slices(size_t(z1 - z0) * size * stride);
@@ -731,6 +734,45 @@ void insert_views(Voxels data, int means, Array2<float> moments, Values values, 
     });
 }
 
+constexpr int FEW = 2048;  // Gaussians of one task
+
+template <class T>
+Result<T, 3> covariances(Array2<T> scale, Array2<T> quaternion, int threads) {
+    const size_t n = scale.shape(0);
+    if (scale.shape(1) != 3 || quaternion.shape(0) != n || quaternion.shape(1) != 4)
+        throw std::invalid_argument("expected scale (g, 3), quaternion (g, 4)");
+    auto out = numbers<T>(9 * n);
+    {
+        nb::gil_scoped_release unlocked;
+        share(int((n + FEW - 1) / FEW), threads, [&](int task) {
+            for (size_t j = size_t(task) * FEW; j < std::min(size_t(task + 1) * FEW, n); ++j)
+                covariance(scale.data() + 3 * j, quaternion.data() + 4 * j, out->data() + 9 * j);
+        });
+    }
+    const size_t shape[3] = {n, 3, 3};
+    return adopt<T, 3>(std::move(out), shape);
+}
+
+template <class T>
+std::pair<Result<T, 2>, Result<T, 2>> covariances_gradient(Array2<T> scale, Array2<T> quaternion, Array3<T> upstream,
+                                                           int threads) {
+    const size_t n = scale.shape(0);
+    if (scale.shape(1) != 3 || quaternion.shape(0) != n || quaternion.shape(1) != 4 || upstream.shape(0) != n ||
+        upstream.shape(1) != 3 || upstream.shape(2) != 3)
+        throw std::invalid_argument("expected scale (g, 3), quaternion (g, 4), upstream (g, 3, 3)");
+    auto scales = numbers<T>(3 * n), quaternions = numbers<T>(4 * n);
+    {
+        nb::gil_scoped_release unlocked;
+        share(int((n + FEW - 1) / FEW), threads, [&](int task) {
+            for (size_t j = size_t(task) * FEW; j < std::min(size_t(task + 1) * FEW, n); ++j)
+                covariance_gradient(scale.data() + 3 * j, quaternion.data() + 4 * j, upstream.data() + 9 * j,
+                                    scales->data() + 3 * j, quaternions->data() + 4 * j);
+        });
+    }
+    const size_t shape[2] = {n, 3}, other[2] = {n, 4};
+    return std::make_pair(adopt<T, 2>(std::move(scales), shape), adopt<T, 2>(std::move(quaternions), other));
+}
+
 template <class T>
 void bind(nb::module_& m) {
     using nb::literals::operator""_a;
@@ -742,6 +784,8 @@ void bind(nb::module_& m) {
           "upstream"_a, "pixel_size"_a, "cutoff"_a, "with_pose"_a, "threads"_a);
     m.def("project_each_gradient", &project_each_gradient<T>, "mean"_a, "covariance"_a, "amplitude"_a, "rotation"_a,
           "shift"_a, "upstream"_a, "pixel_size"_a, "cutoff"_a, "with_pose"_a, "threads"_a);
+    m.def("covariances", &covariances<T>, "scale"_a, "quaternion"_a, "threads"_a);
+    m.def("covariances_gradient", &covariances_gradient<T>, "scale"_a, "quaternion"_a, "upstream"_a, "threads"_a);
     m.def("voxelize", &voxelize<T>, "mean"_a, "covariance"_a, "amplitude"_a, "size"_a, "pixel_size"_a, "cutoff"_a,
           "threads"_a);
     m.def("voxelize_gradient", &voxelize_gradient<T>, "mean"_a, "covariance"_a, "amplitude"_a, "upstream"_a,

@@ -216,9 +216,10 @@ inline void add_splat(const Splat<T>& s, T weight, T* image, int stride, int siz
     });
 }
 
-// Moments of upstream * exp(...) about the centre: 1, dx, dy, dx², dx dy, dy².
+// Moments of upstream * exp(...) about the centre: 1, dx, dy, dx², dx dy, dy², each as a vector that adds up to it.
 template <class T>
-inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int size, T* moments) {
+inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int size,
+                          typename Simd<T>::vec (&moments)[6]) {
     using V = typename Simd<T>::vec;
     V m0{}, mx{}, my{}, mxx{}, mxy{}, myy{};
     for_blocks(s, size, 0, size, [&](auto vectors, int column, T far_x, int row0, int row1) {
@@ -249,7 +250,7 @@ inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int 
         }
     });
     const V all[6] = {m0, mx, my, mxx, mxy, myy};
-    for (int i = 0; i < 6; ++i) moments[i] = sum_lanes<T>(all[i]);
+    for (int i = 0; i < 6; ++i) moments[i] = all[i];
 }
 
 // What projection makes of CHUNK Gaussians.
@@ -323,9 +324,9 @@ void project_gradient(const Mixture<T>& m, const View<T>& view, const T* upstrea
         const int last = minimum(first + CHUNK, end);
         project_geometry(m, view, first, last, g);
         for (int i = 0; i < last - first; ++i) {
-            T of_one[6];
+            typename Simd<T>::vec of_one[6];
             splat_moments(g.splat(i), upstream, stride, view.size, of_one);
-            for (int k = 0; k < 6; ++k) moments[k][i] = of_one[k];
+            for (int k = 0; k < 6; ++k) moments[k][i] = sum_lanes<T>(of_one[k]);
         }
         // What pose needs is kept, so that this loop is one of vectors.
         T gx[CHUNK], gy[CHUNK], qu[3][CHUNK], qv[3][CHUNK];
@@ -454,26 +455,30 @@ void voxelize_gradient(const Mixture<T>& m, T pixel_size, int size, T cutoff, co
         const T depth = solid.half_depth();
         const int begin = maximum(ceil_index(solid.z - depth), 0);
         const int end = minimum(floor_index(solid.z + depth) + 1, size);
-        T t0 = 0, t[3] = {0, 0, 0}, tt[6] = {0, 0, 0, 0, 0, 0};
+        using V = typename Simd<T>::vec;
+        V sums[10] = {};  // 1; x, y, z; xx, xy, xz, yy, yz, zz about the Gaussian's centre
         for (int slice = begin; slice < end; ++slice) {
             Splat<T> s;
-            T mom[6];
+            V mom[6];
             if (!solid.cut(slice, s)) continue;
             splat_moments(s, upstream + long(slice) * size * stride, stride, size, mom);
             // From the slice's centre to the Gaussian's.
             const T dz = T(slice) - solid.z, ex = solid.slope_x * dz, ey = solid.slope_y * dz;
-            const T mx = mom[1] + ex * mom[0], my = mom[2] + ey * mom[0];
-            t0 += mom[0];
-            t[0] += mx;
-            t[1] += my;
-            t[2] += dz * mom[0];
-            tt[0] += mom[3] + ex * (mom[1] + mx);
-            tt[1] += mom[4] + ex * mom[2] + ey * mx;
-            tt[2] += dz * mx;
-            tt[3] += mom[5] + ey * (mom[2] + my);
-            tt[4] += dz * my;
-            tt[5] += dz * dz * mom[0];
+            const V mx = mom[1] + ex * mom[0], my = mom[2] + ey * mom[0], mz = dz * mom[0];
+            sums[0] += mom[0];
+            sums[1] += mx;
+            sums[2] += my;
+            sums[3] += mz;
+            sums[4] += mom[3] + ex * (mom[1] + mx);
+            sums[5] += mom[4] + ex * mom[2] + ey * mx;
+            sums[6] += dz * mx;
+            sums[7] += mom[5] + ey * (mom[2] + my);
+            sums[8] += dz * my;
+            sums[9] += dz * mz;
         }
+        T total[10];
+        for (int k = 0; k < 10; ++k) total[k] = sum_lanes<T>(sums[k]);
+        const T t0 = total[0], *t = total + 1, *tt = total + 4;
         const T* i = solid.inverse;
         const T p[3][3] = {{i[0], i[1], i[2]}, {i[1], i[3], i[4]}, {i[2], i[4], i[5]}};
         const T second[3][3] = {{tt[0], tt[1], tt[2]}, {tt[1], tt[3], tt[4]}, {tt[2], tt[4], tt[5]}};

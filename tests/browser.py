@@ -32,6 +32,10 @@ def find_browser() -> str:
     return browser
 
 
+class Moved(AssertionError):
+    """The page went elsewhere before it could answer."""
+
+
 class Page:
     """One open page: commands in, answers and events out."""
 
@@ -54,6 +58,8 @@ class Page:
         while True:
             answer = self._next()
             if answer.get("id") == number:
+                if "navigated" in str(answer.get("error")):
+                    raise Moved(answer["error"])
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
 
@@ -73,10 +79,12 @@ class Page:
             self.problems.append(found["entry"]["text"])
         return message
 
-    def open(self, path: Path) -> None:
-        """Until its scripts have run and it was drawn."""
-        self.send("Page.navigate", url=path.as_uri())
-        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+    def open(self, path: Path | str) -> None:
+        """A file or an address, until its scripts have run and it was drawn."""
+        address = path if isinstance(path, str) else path.as_uri()
+        self.send("Page.navigate", url=address)
+        protocol = json.dumps(address.partition(":")[0] + ":")
+        self.wait(f"document.readyState === 'complete' && location.protocol === {protocol}")
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression, awaited where it is a promise."""
@@ -85,8 +93,12 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        while not self.evaluate(condition):
-            self.evaluate("new Promise((done) => setTimeout(done, 20))")
+        """Until it holds, of this page or of one that it leads on to."""
+        while True:
+            with suppress(Moved):
+                if self.evaluate(condition):
+                    return
+                self.evaluate("new Promise((done) => setTimeout(done, 20))")
 
     def frames(self, count: int = 2) -> None:
         """Lets some frames be drawn."""
@@ -138,7 +150,11 @@ def browsing(profile: Path, width: int = 1400, height: int = 900) -> Iterator[Pa
     """A page in a browser of its own: offline, drawing in software."""
     browser = find_browser()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--no-first-run"]
-    options += ["--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars"]
+    options += [
+        "--remote-debugging-pipe",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "--hide-scrollbars",
+    ]
     options += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
     (read_commands, commands), (answers, write_answers) = os.pipe(), os.pipe()
     process = subprocess.Popen(

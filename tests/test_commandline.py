@@ -171,7 +171,7 @@ def test_threads_and_output_have_short_names_everywhere():
                 assert argument.flags == ({"threads": "-j", "output": "-o"}[argument.name], f"--{argument.name}")
     # The rest computes nothing.
     without = {name for name, one in commands().items() if "threads" not in {own.name for own in one.arguments}}
-    assert without == {"convert", "report", "completion"}
+    assert without == {"convert", "report", "view", "completion"}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["help", "fsc"], ["fsc", "a", "-h"]])

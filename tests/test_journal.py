@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -300,7 +301,8 @@ def test_a_run_of_one_pass_is_in_its_journal(particles, tmp_path):
     log = Log(io.StringIO())
     summary = reconstruct(ONE_PASS, particles, tmp_path / "run", log)
     rows = what(tmp_path / "run")
-    assert rows[0] == Begun("emsplat reconstruct", rows[0].version, str(particles), False)
+    process = platform.node(), os.getpid()
+    assert rows[0] == Begun("emsplat reconstruct", rows[0].version, str(particles), False, *process)
     assert [one.name for one in rows if isinstance(one, Part)] == [
         "accumulation",
         "fits",

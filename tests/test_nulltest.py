@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from emsplat.programs.nulltest import _report as report_table
 from emsplat.programs.nulltest import _without_radial_part as without_radial_part
 from emsplat.programs.nulltest import _write as write_altered
 from emsplat.report.page import null_tests
+from emsplat.run.journal import Begun, Ended, Part, read_journal
 from emsplat.run.log import Log
 
 MEASURES = ("half_map_masked", "half_map_corrected", "backprojection_masked", "cross_validated", "reported")
@@ -139,6 +141,11 @@ def test_default_pipeline_passes(particles, tmp_path, capsys):
         assert test["silent"].get("cross_validated", True)
     assert tests["noise"]["silent"]["half_map_masked"] is False
     assert (output / "report.html").is_file()
+    happened = [row.what for row in read_journal(output)]
+    assert isinstance(happened[0], Begun)
+    assert (happened[0].program, happened[0].process) == ("emsplat nulltest", os.getpid())
+    assert [one.name for one in happened if isinstance(one, Part)] == ["unaltered", "noise", "phases", "poses"]
+    assert isinstance(happened[-1], Ended)
     assert main(["nulltest", str(particles), "-o", str(output)]) == 2  # not empty
 
 

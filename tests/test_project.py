@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from emsplat import _native
-from emsplat.imaging.project import CUTOFF, project, voxelize
+from emsplat.imaging.project import CUTOFF, covariances, project, voxelize
 from emsplat.kernels import reference
-from emsplat.maths.geometry import axis_rotation, random_rotations
+from emsplat.maths.geometry import axis_rotation, quaternion_to_matrix, random_rotations
 from emsplat.types import Gaussians, Grid, Poses
 
 WIDE = 9.0  # footprint at which cutting is below the rounding of either dtype
@@ -316,3 +316,30 @@ def test_same_bits_for_any_number_of_threads():
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 5000])
+def test_covariances_and_their_gradients_are_those_of_the_formula(dtype, count):
+    """Along a random upstream gradient, which need not be symmetric; quaternions of any length."""
+    rng = torch.Generator().manual_seed(0)
+    scale, quaternion, upstream = (
+        torch.randn(count, *shape, generator=rng, dtype=torch.float64) for shape in ((3,), (4,), (3, 3))
+    )
+
+    def of(function, dtype):
+        leaves = [values.to(dtype).requires_grad_() for values in (scale, quaternion)]
+        result = function(*leaves)
+        return [result.detach(), *torch.autograd.grad(result, leaves, upstream.to(dtype))]
+
+    def formula(scale, quaternion):
+        axes = quaternion_to_matrix(quaternion) * scale[:, None, :]
+        return axes @ axes.mT
+
+    for found, expected in zip(of(covariances, dtype), of(formula, torch.float64), strict=True):
+        assert found.dtype == dtype
+        error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-300)
+        assert error < 10 * torch.finfo(dtype).eps
+    if dtype == torch.float64 and count == 1:
+        leaves = [values.requires_grad_() for values in (scale, quaternion)]
+        assert torch.autograd.gradcheck(covariances, leaves)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from emsplat import __version__
 from emsplat.commandline.arguments import Command, command_of
@@ -568,6 +568,37 @@ def report(run: Path, /) -> None:
     print(f"report: {write_report(run, processes=granted_cores().cores)}")
 
 
+def view(
+    folder: Path = Path(),
+    /,
+    port: Annotated[int, "PORT"] | None = None,
+    host: Annotated[str, "ADDRESS"] = "127.0.0.1",
+) -> None:
+    """Show the runs below a folder in a browser while they work: progress, resolution, curves, slices, logs, reports,
+    two runs side by side.
+
+    The page is for this machine alone, and for who has the address that is printed; it reads, and writes nothing.
+    From another machine it is reached through an ssh tunnel, whose command is printed too.
+
+    Args:
+        folder: Folder with runs in it or below it.
+        port: Port to listen on; without it 8765, or the next that is free.
+        host: Address of this machine to listen on. One that is not local lets others read every run below the folder,
+            if they have the address with its token.
+
+    Examples:
+        # the runs below the folder that one is in
+        emsplat view
+        # of a project
+        emsplat view /data/project/emsplat
+        # on a port that a tunnel is set up for
+        emsplat view --port 9000
+    """
+    from emsplat.viewer.serving import serve
+
+    serve(folder, port, host, lambda text: print(text, flush=True))
+
+
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     """Print a script with which a shell completes commands, options and their values.
 
@@ -639,7 +670,9 @@ def _log() -> Log:
 _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Reconstruct": (abinitio, reconstruct, backproject, refine, heterogeneity),
     "Look at the input": (check, convert, preprocess, simulate),
-    "Look at the result": (assess, postprocess, nulltest, states, score_states, fsc, compare_poses, voxelize, report),
+    "Look at the result": (
+        *(view, report, assess, postprocess, nulltest, states, score_states, fsc, compare_poses, voxelize),
+    ),
     "Shell": (completion,),
 }
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emsplat.kernels import backend
+from emsplat.kernels import backend, cpu
+from emsplat.maths.geometry import quaternion_to_matrix
 from emsplat.types import Gaussians, Grid, Poses
 
 CUTOFF = 4.0
@@ -65,6 +66,36 @@ class _Voxelize(torch.autograd.Function):
             mean, covariance, amplitude, upstream, pixel_size, cutoff
         )
         return (*gradients, None, None, None)
+
+
+class _Covariances(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return cpu.covariances(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        scale, quaternion = ctx.saved_tensors
+        return cpu.covariances_gradient(scale, quaternion, upstream)
+
+
+def covariances(scale: Float[Tensor, "g 3"], quaternion: Float[Tensor, "g 4"]) -> Float[Tensor, "g 3 3"]:
+    """R S² Rᵀ of Gaussians with standard deviations ``scale`` along axes that quaternions (w, x, y, z) of any length
+    turn (GEM eq. 4).
+
+    The formula below, differentiated by PyTorch, is that of a GPU. On a CPU its many small matrices would take a
+    quarter of a fit.
+    """
+    if scale.device.type == "cpu":
+        found: Tensor = _Covariances.apply(scale, quaternion)  # type: ignore[no-untyped-call]
+        return found
+    axes = quaternion_to_matrix(quaternion) * scale[:, None, :]
+    return axes @ axes.mT
 
 
 def project(gaussians: Gaussians, poses: Poses, grid: Grid, *, cutoff: float = CUTOFF) -> Float[Tensor, "p y x"]:

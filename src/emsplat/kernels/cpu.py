@@ -116,6 +116,19 @@ def voxelize_gradient(
     )
 
 
+def covariances(scale: Float[Tensor, "g 3"], quaternion: Float[Tensor, "g 4"]) -> Float[Tensor, "g 3 3"]:
+    return torch.from_numpy(_native.covariances(_array(scale), _array(quaternion), torch.get_num_threads()))
+
+
+def covariances_gradient(
+    scale: Float[Tensor, "g 3"], quaternion: Float[Tensor, "g 4"], upstream: Float[Tensor, "g 3 3"]
+) -> tuple[Float[Tensor, "g 3"], Float[Tensor, "g 4"]]:
+    scales, quaternions = _native.covariances_gradient(
+        _array(scale), _array(quaternion), _array(upstream), torch.get_num_threads()
+    )
+    return torch.from_numpy(scales), torch.from_numpy(quaternions)
+
+
 def insert(
     total: Complex[Tensor, "z y x"],
     total_weight: Float[Tensor, "z y x"],

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from emsplat.imaging.project import covariances
 from emsplat.maths.geometry import quaternion_to_matrix
 from emsplat.models.base import ParameterGroup, Saved
 from emsplat.types import Batch, Gaussians, Poses
@@ -84,11 +85,7 @@ class GaussianField(torch.nn.Module):
     def gaussians(self, batch: Batch | None = None) -> Gaussians:
         """The mixture in Å, the same for every particle: covariance R S² Rᵀ (GEM eq. 4)."""
         scale = self.scales()
-        if self.rotation:
-            axes = quaternion_to_matrix(self.quaternion) * scale[:, None, :]
-            covariance = axes @ axes.mT
-        else:
-            covariance = torch.diag_embed(scale**2)
+        covariance = covariances(scale, self.quaternion) if self.rotation else torch.diag_embed(scale**2)
         return Gaussians(self.bounds.length * self.mean, covariance, self.amplitudes())
 
     def poses(self, batch: Batch) -> Poses:

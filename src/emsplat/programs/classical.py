@@ -22,6 +22,7 @@ from emsplat.particles.copies import image_marks, marks_in
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.run import Run
+from emsplat.programs.shown import note_curve, show_slices
 from emsplat.report import verdict
 from emsplat.run.files import HALVES, MASK, statistics_name
 from emsplat.run.log import Log
@@ -72,6 +73,7 @@ def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classi
     classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log))
     write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
     _tell(classical, run)
+    show(classical, run)
     return classical
 
 
@@ -88,6 +90,14 @@ def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor
     validation = CrossValidation(pair, mask.to(pair[0].device), grid, stack.symmetry.order)
     curve = Curve(torch.arange(len(validation.raw)).double() / grid.length, validation.raw)
     return Classical(equations, raw, mask, validation, resolution(curve, 0.143), evident)
+
+
+def show(classical: Classical, run: Run[RunConfig]) -> None:
+    """The classical maps so far, for those who watch."""
+    grid = run.stack.grid
+    curve = Curve(torch.arange(len(classical.validation.raw)).double() / grid.length, classical.validation.raw)
+    note_curve(run.log.journal, "class001", 0, "backprojection", curve, 0.143, grid)
+    show_slices(run.folder, classical.raw, grid)
 
 
 def _tell(classical: Classical, run: Run[RunConfig]) -> None:

@@ -22,6 +22,7 @@ from emsplat.particles.copies import copies
 from emsplat.programs.classical import Classical
 from emsplat.programs.opening import half_sets_from
 from emsplat.programs.run import Fits, Run
+from emsplat.programs.shown import hide_slices
 from emsplat.report import verdict
 from emsplat.run.aliases import name_results
 from emsplat.run.files import FSC, FSC_FIGURE, FULL_MAP, HALF_MAPS, REPORT, SAMPLING, SUMMARY, statistics_name
@@ -68,6 +69,7 @@ def finish(
     """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`;
     ``refinement`` says what was done to the poses, ``abinitio`` how they were found."""
     log, folder = run.log, run.folder
+    hide_slices(folder)
     write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):

@@ -23,6 +23,7 @@ from emsplat.fitting.images import ImageObjective
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective, support_size
+from emsplat.imaging.project import voxelize
 from emsplat.models.gaussians import GaussianField
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -31,6 +32,7 @@ from emsplat.programs.classical import Classical
 from emsplat.programs.opening import write_config
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings, recipe_of
+from emsplat.programs.shown import show_slices
 from emsplat.run.files import HALVES, SETTINGS, checkpoint_name, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.stop import checkpoints
@@ -188,6 +190,8 @@ def _trained(
             if moment.due():
                 save_checkpoint(_files(run, name)[1], state)
                 write_tables(run.folder)
+                with torch.no_grad():
+                    show_slices(run.folder, {name: voxelize(state.model.gaussians(), run.stack.grid)}, run.stack.grid)
                 moment.saved(f"in {name} at step {state.step}; go on with --resume")
     return state
 

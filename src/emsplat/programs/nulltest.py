@@ -8,6 +8,8 @@ altered so that nothing true is left (noise), nothing beyond a spacing (phases),
 from __future__ import annotations
 
 import csv
+import os
+import platform
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from jaxtyping import Float
 from scipy.interpolate import BSpline
 from torch import Tensor
 
-from emsplat import report
+from emsplat import __version__, report
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import FIRST_SHELLS, read_run
 from emsplat.config import ChoiceOptions, ImageOptions, NullTestConfig, ReconstructConfig
@@ -37,8 +39,9 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.report.verdict import spacing
 from emsplat.report.words import DECISIVE, NULL_MEASURES, SILENT
-from emsplat.run.files import NULL_RUN, NULL_TESTS, NULL_TESTS_TABLE
+from emsplat.run.files import JOURNAL, NULL_RUN, NULL_TESTS, NULL_TESTS_TABLE
 from emsplat.run.folder import write_text
+from emsplat.run.journal import Begun, Journal, Part
 from emsplat.run.log import Log
 from emsplat.types import Grid
 
@@ -108,6 +111,18 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
     stack.require_one_grid()
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
+    (output / JOURNAL).unlink(missing_ok=True)
+    with log.to_the_end():
+        log.journal = Journal(output)
+        process = platform.node(), os.getpid()
+        log.journal.add(Begun("emsplat nulltest", __version__, str(particles), False, *process))
+        return _carry_out(config, particles, output, log, stack, chosen)
+
+
+def _carry_out(
+    config: NullTestConfig, particles: Path, output: Path, log: Log, stack: ParticleStack, chosen: ParticleStack
+) -> bool:
+    """The tests one after the other, and their table."""
     log.line(f"{len(stack):,} particles of {stack.table.name}; {say_folders(stack.table.folders)}")
     for note in stack.table.notes:
         log.line(f"  {note}")
@@ -121,6 +136,7 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
             folder.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another with -o") from error
+        log.journal.add(Part(name, f"{name}: {len(chosen):,} particles"))
         log.line(f"--- {name}: {len(chosen):,} particles")
         star = _write(name, chosen, folder, from_shell, config.reconstruct.halves.seed)
         summary = reconstruct(settings, star, folder / NULL_RUN, Log(log.stream), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,7 +58,8 @@ def open_run(
         stack = open_stack(config, particles, need_poses=need_poses).on(device)
         _require_usable(stack, config, settings)
     prepare_folder(config, particles, folder)
-    log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume))
+    process = platform.node(), os.getpid()
+    log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume, *process))
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)

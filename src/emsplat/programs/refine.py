@@ -22,7 +22,7 @@ from emsplat.errors import InputError
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import threads
-from emsplat.programs.classical import Classical, accumulate_all, judge, settle
+from emsplat.programs.classical import Classical, accumulate_all, judge, settle, show
 from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.opening import half_sets_from, introduce_fit, open_run
 from emsplat.programs.pose_files import about_poses, resumed_rounds, save_rounds, write_particles
@@ -209,6 +209,7 @@ def _judged(
                 parts.append(statistics.equations())
         sums[name] = combined(parts)
     classical = judge(sums, stack, given_mask(run.config.mask, stack.grid))
+    show(classical, run)
     return sums, classical, _score(run, classical)
 
 

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from emsplat.config import ReconstructConfig
 from emsplat.fitting.checkpoint import save_checkpoint
 from emsplat.fitting.course import (
@@ -19,16 +21,21 @@ from emsplat.fitting.course import (
 )
 from emsplat.fitting.state import Plan
 from emsplat.fitting.volume import VolumeObjective, support_of
+from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings
+from emsplat.programs.shown import note_curve, show_slices
 from emsplat.run.files import HALVES, state_name
 from emsplat.run.history import History, write_tables
 from emsplat.run.journal import Judged, Scored
 from emsplat.run.log import Log
+from emsplat.run.pace import Paced
 from emsplat.run.stop import checkpoints
+
+_SHOWN_EVERY = 5.0  # seconds between slices of maps on their way
 
 
 def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> Fits:
@@ -46,7 +53,7 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
         with run.log.step("starts of half1 and half2"):
             halves = [_begin(name, run, settings, classical) for name in HALVES]
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
-        stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned))
+        stages, fitted = _carry_out(run, halves, find_course(halves, plan, growth, judge), sum(planned), judge)
         with run.log.step("start of class001"):
             full = [_begin("class001", run, settings, classical)]
         kept = sum(stage.epochs for stage in stages if stage.kept)
@@ -84,7 +91,11 @@ def _announce(run: Run[ReconstructConfig], count: int, support: int, planned: Se
 
 
 def _carry_out(
-    run: Run[ReconstructConfig], fits: list[VolumeFit], course: Iterable[VolumeFit | Score | Stage], epochs: int
+    run: Run[ReconstructConfig],
+    fits: list[VolumeFit],
+    course: Iterable[VolumeFit | Score | Stage],
+    epochs: int,
+    judge: CrossValidation | None = None,
 ) -> tuple[list[Stage], dict[str, Fitted]]:
     """Goes through a course of at most so many ``epochs``: its stages, and what the fits have become.
 
@@ -95,6 +106,7 @@ def _carry_out(
     label = " and ".join(one.name for one in fits)
     total = epochs * VolumeObjective.steps_per_epoch * len(fits)
     stages: list[Stage] = []
+    showing = Paced(_SHOWN_EVERY)
     journal.rewind(label, 0)  # an interrupted run may have come further
     histories = {one.name: History(journal, one.name) for one in fits}
     for history in histories.values():
@@ -110,17 +122,42 @@ def _carry_out(
                 history = histories[happened.name]
                 _add_loss(history, happened)
                 update(done, f"{len(happened.state.model):,} Gaussians{history.loss}")
+                if happened is fits[-1] and _is_epoch(happened) and showing.due():
+                    with showing.doing():
+                        _show(run, fits, judge)
                 if moment.due():
                     moment.saved(f"in {label}; go on with --resume (the fits begin anew)")
             else:
                 journal.add(_row(happened, label, fits[0].state.step))
-                stages += [happened] if isinstance(happened, Stage) else []
+                if isinstance(happened, Stage):
+                    stages.append(happened)
+                    if happened.kept:
+                        _show(run, fits, judge)
     seconds = time.monotonic() - start
     for one in fits:
         histories[one.name].rewind(one.kept.step)
         save_checkpoint(run.folder / state_name(one.name), one.kept)
     run.log.line(f"{label}: {', '.join(f'{len(one.kept.model):,}' for one in fits)} Gaussians, {seconds:.1f} s")
     return stages, {one.name: _fitted(one, seconds / len(fits), done / len(fits)) for one in fits}
+
+
+def _is_epoch(one: VolumeFit) -> bool:
+    """Whether an epoch has ended that knows fine voxels."""
+    step = one.state.step
+    return step % VolumeObjective.steps_per_epoch == 0 and step >= one.objective.coarse_steps
+
+
+@torch.no_grad()
+def _show(run: Run[ReconstructConfig], fits: list[VolumeFit], judge: CrossValidation | None) -> None:
+    """The maps so far, for those who watch."""
+    grid = run.stack.grid
+    maps = {one.name: voxelize(one.state.model.gaussians(), grid) for one in fits}
+    if judge is not None:
+        first, second = maps.values()
+        label = " and ".join(maps)
+        curve = judge.curve((first, second))
+        note_curve(run.log.journal, label, fits[0].state.step, "cross_validated", curve, 0.5, grid)
+    show_slices(run.folder, maps, grid)
 
 
 def _add_loss(history: History, one: VolumeFit) -> None:

@@ -98,7 +98,7 @@ def draw_slices(run: Path) -> Path:
         panels = figure.subplots(2, 3)
         for row, kind in zip(panels, ("slice", "projection"), strict=True):
             for axis, (axes, plane) in enumerate(zip(row, ("xy", "xz", "yz"), strict=True)):
-                image = _central(volume.values, axis) if kind == "slice" else volume.values.sum(axis)
+                image = central(volume.values, axis) if kind == "slice" else volume.values.sum(axis)
                 _draw_plane(axes, image, volume.pixel_size, np.percentile(image, (0.5, 99.8)))
                 axes.set_title(f"{plane} {kind}", size=10)
     return run / files.SLICES_FIGURE
@@ -167,12 +167,12 @@ def draw_local_resolution_slices(run: Path) -> Path:
     with _figure(run / files.LOCAL_RESOLUTION_SLICES_FIGURE, 7.2, 2.6) as figure:
         panels = figure.subplots(1, 3)
         for axis, (axes, plane) in enumerate(zip(panels, ("xy", "xz", "yz"), strict=True)):
-            image = _central(volume.values, axis)
+            image = central(volume.values, axis)
             extent = _draw_plane(axes, image, volume.pixel_size, np.percentile(image, (0.5, 99.8)))
             # Colour is transparent where density is low, so that the shape of the map stays readable.
             floor, ceiling = np.percentile(image, (50, 99))
             opacity = np.clip((image - floor) / max(float(ceiling - floor), 1e-30), 0.25, 0.85)
-            layer = np.ma.masked_invalid(_central(shown, axis))
+            layer = np.ma.masked_invalid(central(shown, axis))
             opacity = np.where(layer.mask, 0, opacity)
             axes.imshow(layer, cmap=_local_colours(), vmin=low, vmax=high, origin="lower", extent=extent, alpha=opacity)
             axes.set_title(f"{plane} slice", size=10)
@@ -669,7 +669,8 @@ def _local_colours() -> Any:
     return LinearSegmentedColormap.from_list("local resolution", LOCAL_COLOURS)
 
 
-def _central(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+def central(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """The slice across an axis through the centre voxel ``size // 2``."""
     plane: NDArray[np.float32] = values.take(values.shape[axis] // 2, axis)
     return plane
 

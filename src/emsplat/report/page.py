@@ -36,7 +36,11 @@ def part(write: Callable[[], str]) -> str:
 
 def facts(run: Path) -> str:
     """One line about what went in."""
-    summary = read.read_summary_or_nothing(run)
+    return html.escape(" · ".join(facts_of(read.read_summary_or_nothing(run))))
+
+
+def facts_of(summary: Mapping[str, Any]) -> list[str]:
+    """What went in, in words."""
     about, options = read.group(summary, "input"), read.group(summary, "options")
     said = []
     if isinstance(count := about.get("particles", summary.get("particles")), int):
@@ -47,7 +51,7 @@ def facts(run: Path) -> str:
         said.append(f"symmetry {_text(options['symmetry'])}")
     if "half_sets" in about:
         said.append(f"half-sets {_input_text('half_sets', about['half_sets'])}")
-    return html.escape(" · ".join(said))
+    return said
 
 
 def warnings(run: Path) -> str:

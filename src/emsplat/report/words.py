@@ -181,6 +181,7 @@ _FILES = (
     (files.LOCAL_RESOLUTION_HALF_MAPS, "local resolution in Å from the half maps of the Gaussians"),
     ("local_resolution*.mrc", "local resolution in Å"),
     (files.SAMPLING, "weight of the data in Fourier space, relative to the mean of its shell"),
+    ("*_slices.mrcs", "central slices of a map on its way, for `emsplat view`"),
     (files.EXAMPLES, "particle, projection and residual of some particles"),
     (files.PARTICLES, "the particles as used, with their half-sets (RELION)"),
     (files.CONSENSUS, "map of all particles, whatever their state"),

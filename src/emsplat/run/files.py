@@ -106,6 +106,11 @@ def state_name(fit: str) -> str:
     return f"run_{fit}.safetensors"
 
 
+def slices_name(fit: str) -> str:
+    """Central slices of the map of a fit that is on its way; gone in the end. A pattern with "*"."""
+    return f"run_{fit}_slices.mrcs"
+
+
 def checkpoint_name(fit: str) -> str:
     """The fit on its way."""
     return f"run_{fit}.checkpoint.safetensors"

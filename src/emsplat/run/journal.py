@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from emsplat.run.files import JOURNAL
 
 @dataclass(frozen=True)
 class Begun:
-    """A program goes to work on a folder, anew or where another has left off."""
+    """A program goes to work on a folder, anew or where another has left off; ``process`` is its number on ``host``."""
 
     program: str
     version: str
     particles: str
     resumed: bool
+    host: str = ""  # journals of before 2026-11-26 have neither
+    process: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,20 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Resolved:
+    """A resolution on the way in Å (NaN where the curve never reaches ``threshold``), and the curve that it was read
+    from: values of the shells 0, 1, 2, ... at multiples of 1/``length``. ``curve`` is a name of `Curves`."""
+
+    fit: str
+    step: int
+    curve: str
+    threshold: float
+    resolution: float
+    length: float  # of the box, Å
+    values: list[float]
+
+
+@dataclass(frozen=True)
 class Rewound:
     """What a fit did after ``step`` no longer counts."""
 
@@ -121,11 +138,14 @@ class Ended:
     seconds: float  # since the user began to wait
 
 
-What = Begun | Part | Spent | Progress | Loss | Scored | Judged | Rewound | Warned | Ended
+What = Begun | Part | Spent | Progress | Loss | Scored | Judged | Resolved | Rewound | Warned | Ended
 _KINDS: dict[str, type[What]] = {
-    kind.__name__.lower(): kind for kind in (Begun, Part, Spent, Progress, Loss, Scored, Judged, Rewound, Warned, Ended)
+    kind.__name__.lower(): kind
+    for kind in (Begun, Part, Spent, Progress, Loss, Scored, Judged, Resolved, Rewound, Warned, Ended)
 }
-_OF_A_FIT = (Loss, Scored, Judged)
+_OF_A_FIT = (Loss, Scored, Judged, Resolved)
+_MOST = 2**22  # bytes of a growing journal that are read at once
+_LONGEST = 2**20  # bytes of a line; a longer one is none of ours
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,7 @@ class Journal:
         if self._folder is None:
             return
         row = {"kind": type(what).__name__.lower(), "time": round(time.time(), 3)} | asdict(what)
-        finite = {name: None if _undefined(value) else value for name, value in row.items()}
+        finite = {name: _finite(value) for name, value in row.items()}
         path = self._folder / JOURNAL
         with _writing(path), path.open("ab") as file:
             file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
@@ -205,6 +225,74 @@ def read_journal(folder: Path) -> list[Row]:
     return rows
 
 
+class Following:
+    """The journal of a folder while it grows: each `new_rows` reads what was added since the last.
+
+    It is for those who watch and must not stop at what is damaged: a line that is no row is left out, and the first is
+    named in ``problem``. `Rewound` comes as a row: who follows takes back what `takes_back` says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, int, bytes] | None = None  # the file, how far it was read, and how it begins
+        self.changed = 0.0  # when it was last written to, seconds since 1970
+        self.problem = ""
+        self._line = 0
+
+    def new_rows(self) -> tuple[bool, list[Row]]:
+        """Whether the journal is another one than before, of which all has to be forgotten, and the rows that are new.
+
+        Raises:
+            InputError: it is not there, or cannot be read.
+        """
+        try:
+            with open(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+                status = os.fstat(file.fileno())
+                self.changed = status.st_mtime
+                number, offset, start = self._seen or (status.st_ino, 0, b"")
+                anew = self._seen is not None and (
+                    number != status.st_ino or status.st_size < offset or file.read(len(start)) != start
+                )
+                if anew:
+                    offset, start, self.problem, self._line = 0, b"", "", 0
+                if status.st_size == offset:
+                    self._seen = (status.st_ino, offset, start)
+                    return anew, []
+                file.seek(offset)
+                added = file.read(_MOST)
+        except OSError as error:
+            raise InputError(
+                f"{self._path}: cannot be read ({error.strerror or error}); expected the journal of a run"
+            ) from error
+        whole = added[: added.rfind(b"\n") + 1]
+        if not whole and len(added) > _LONGEST:
+            self.problem = self.problem or f"{self._path.name}: a line of more than {_LONGEST:,} bytes; not a journal"
+            whole = added
+        self._seen = (status.st_ino, offset + len(whole), start or whole[:256])
+        return anew, list(self._rows(whole))
+
+    def _rows(self, text: bytes) -> Iterator[Row]:
+        for line in text.split(b"\n")[:-1]:
+            self._line += 1
+            try:
+                row = _row(line, f"{self._path.name}, line {self._line}")
+            except InputError as error:
+                self.problem = self.problem or str(error).partition(";")[0]
+                continue
+            if row is not None:
+                yield row
+
+    @property
+    def position(self) -> int:
+        """How many bytes were read."""
+        return 0 if self._seen is None else self._seen[1]
+
+
+def takes_back(rewound: Rewound, what: What) -> bool:
+    """Whether a row before `Rewound` no longer counts."""
+    return _is_taken_back(what, rewound)
+
+
 def _is_taken_back(what: What, rewound: Rewound) -> bool:
     return isinstance(what, _OF_A_FIT) and what.fit == rewound.fit and what.step > rewound.step
 
@@ -219,9 +307,12 @@ def _row(line: bytes, where: str) -> Row | None:
         kind = _KINDS.get(given["kind"])
         if kind is None:
             return None
-        return Row(
-            _value(given["time"], "float"), kind(**{f.name: _value(given[f.name], f.type) for f in fields(kind)})
-        )
+        values = {
+            f.name: _value(given[f.name], f.type)
+            for f in fields(kind)
+            if f.name in given or f.default is MISSING  # rows of earlier versions lack what has a default
+        }
+        return Row(_value(given["time"], "float"), kind(**values))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{where}: not a row of a journal ({type(error).__name__}: {error}); expected a JSON object as emsplat "
@@ -240,13 +331,20 @@ def _value(given: Any, wanted: Any) -> Any:
     """
     if wanted == "float" and given is None:
         return math.nan
+    if wanted == "list[float]":
+        if not isinstance(given, list):
+            raise TypeError(f"{given!r} is no list")
+        return [_value(one, "float") for one in given]
     if not isinstance(given, _TYPES[wanted]) or isinstance(given, bool) != (wanted == "bool"):
         raise TypeError(f"{given!r} is no {wanted}")
     return float(given) if wanted == "float" else given
 
 
-def _undefined(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """JSON has no words for what is infinite or undefined."""
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_cut_line(path: Path) -> None:
