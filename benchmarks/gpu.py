@@ -19,7 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -117,13 +116,24 @@ def a_model(count, grid, device):
     return from_gaussians(mixture, Bounds(grid.length, 1.0, 0.3 * grid.pixel_size)).to(device)
 
 
+class Endless:
+    """What an objective asks its stack for."""
+
+    def __init__(self, grid):
+        self.grid = grid
+
+    def __len__(self):
+        return sys.maxsize
+
+
 class Batches(ImageObjective):
     """The image-domain objective with one batch in the device's memory in place of a stack of files."""
 
     steps_per_epoch = 10**9
 
     def __init__(self, grid, batch):
-        self.stack, self.held, self.cutoff, self._weight = SimpleNamespace(grid=grid), batch, 4.0, None
+        self.held, self.batch, self.cutoff, self._weight = batch, len(batch), 4.0, None
+        self.stack = Endless(grid)
 
     def _load(self, step):
         return self.held

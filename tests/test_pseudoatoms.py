@@ -222,7 +222,7 @@ def test_same_gaussians_same_bytes(tmp_path):
 def run(simulated, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda run: None)  # drawing takes longer than the run
+        patch.setattr(report, "write_report", lambda run, *_: None)  # drawing takes longer than the run
         reconstruct(configure(ReconstructConfig, epochs=4, gaussians=400, threads=1), simulated(particles=300), folder)
     return folder
 

@@ -474,8 +474,17 @@ def test_every_option_of_reconstruct(particles, tmp_path):
         "--threads": ["1"],
         "--device": ["cpu"],
         "--checkpoint-every": ["0"],
+        "--time-limit": ["1:00:00"],
     }
-    flags = ["--isotropic", "--no-rotation", "--skip-bad", "--trust-star-pixel-size", "--invert", "--keep-statistics"]
+    flags = [
+        "--profile",
+        "--isotropic",
+        "--no-rotation",
+        "--skip-bad",
+        "--trust-star-pixel-size",
+        "--invert",
+        "--keep-statistics",
+    ]
     flags += ["--flip-hand", "--unique", "--force", "--overwrite"]
     words = [word for name, values in options.items() for word in (name, *values)]
     output = tmp_path / "run"
@@ -491,6 +500,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
     assert summary["input"]["contrast"] == "inverted"
     assert summary["input"]["particles"] == 299
     assert (output / "cryodrgn" / "poses.pkl").is_file()
+    assert (output / "trace.json").is_file()
     assert summary["threads"] == 1
     assert summary["device"] == "cpu"
     named = {f"--{name.replace('_', '-')}" for name in names(ReconstructConfig)}
@@ -499,6 +509,7 @@ def test_every_option_of_reconstruct(particles, tmp_path):
     elsewhere |= {"--merge", "--subset", "--particle-class"}  # tests/test_inputs.py
     elsewhere |= {"--box", "--pixel-size"}  # tests/test_preprocess.py
     elsewhere |= {"--redraw-halves"}  # tests/test_copies.py
+    elsewhere |= {"--part"}  # tests/test_slurm.py
     assert named - {"--resume", "--rotation"} - elsewhere == set(options) | set(flags) - {"--no-rotation"}
     assert (output / "run_half1_statistics.safetensors").is_file()
     # A second time: refused as it is, done with --resume, which finds everything finished.

@@ -25,7 +25,7 @@ def model(stack, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("r") / "run"
     with (run.parent / "log").open("w") as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("emsplat.report.write_report", lambda run: None)
+        patch.setattr("emsplat.report.write_report", lambda run, *_: None)
         reconstruct(configure(ReconstructConfig, epochs=8, gaussians=800), stack.table.sources[0], run, Log(file))
     return read_ply(run / "run_class001.ply")[0]
 

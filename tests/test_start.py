@@ -57,7 +57,7 @@ def error_to_truth(run, particles):
 def usual(particles, tmp_path_factory):
     """Resolution against the truth with the usual start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("emsplat.report.write_report", lambda run: None)
+        patch.setattr("emsplat.report.write_report", lambda run, *_: None)
         reconstruct(QUICK, particles, run := tmp_path_factory.mktemp("usual") / "run")
     return error_to_truth(run, particles)
 

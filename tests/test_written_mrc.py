@@ -16,7 +16,7 @@ def written(tmp_path_factory):
     """A folder in which each command has written what it writes."""
     folder = tmp_path_factory.mktemp("written")
     patch = pytest.MonkeyPatch()
-    patch.setattr(report, "write_report", lambda run: run / "report.html")  # draws, writes no map
+    patch.setattr(report, "write_report", lambda run, *_: run / "report.html")  # draws, writes no map
     made = folder / "particles"
     star = str(made / "particles.star")
     commands = [

@@ -66,7 +66,7 @@ def _unpacked(tensors: Mapping[str, Tensor], about: Mapping[str, Any], read: Rea
     moments = {name.removeprefix("adam."): t for name, t in tensors.items() if name.startswith("adam.")}
     state = State.begin(model, int(about["step"])).with_model(model, moments)
     device = next(iter(held.values())).device
-    terms = {name: torch.tensor(value, device=device) for name, value in about.get("terms", {}).items()}
+    terms = {name: torch.tensor(value).to(device) for name, value in about.get("terms", {}).items()}
     return replace(state, terms=terms)
 
 
