@@ -36,33 +36,34 @@ void covariance(const T* scale, const T* quaternion, T* out) {
         }
 }
 
-// The gradients of scale and quaternion for an upstream gradient of 9 numbers.
+// The gradients of scale and quaternion for an upstream gradient of 9 numbers. A turn ω about the Gaussian's own axes
+// changes the loss by Σ M_jk (s_j² - s_k²) ω_i over cyclic i, j, k, M = Rᵀ (U + Uᵀ) R: exactly nothing where it is round.
 template <class T>
 void covariance_gradient(const T* scale, const T* quaternion, const T* up, T* of_scale, T* of_quaternion) {
     const Turn<T> t(quaternion);
-    T g[3][3];  // of the rotation: (U + Uᵀ) R S²
-    for (int k = 0; k < 3; ++k) {
-        of_scale[k] = 0;
-        for (int i = 0; i < 3; ++i) {
-            T sum = 0;
-            for (int j = 0; j < 3; ++j) sum += (up[3 * i + j] + up[3 * j + i]) * t.r[j][k];
-            of_scale[k] += scale[k] * sum * t.r[i][k];
-            g[i][k] = scale[k] * scale[k] * sum;
+    T half[3][3], inner[3][3];
+    for (int i = 0; i < 3; ++i)
+        for (int k = 0; k < 3; ++k) {
+            half[i][k] = 0;
+            for (int j = 0; j < 3; ++j) half[i][k] += (up[3 * i + j] + up[3 * j + i]) * t.r[j][k];
         }
+    for (int i = 0; i < 3; ++i)
+        for (int k = i; k < 3; ++k) {
+            T sum = 0;
+            for (int j = 0; j < 3; ++j) sum += t.r[j][i] * half[j][k];
+            inner[i][k] = inner[k][i] = sum;
+        }
+    T turn[3];
+    for (int i = 0; i < 3; ++i) {
+        const int j = (i + 1) % 3, k = (i + 2) % 3;
+        of_scale[i] = scale[i] * inner[i][i];
+        turn[i] = inner[j][k] * (scale[j] - scale[k]) * (scale[j] + scale[k]);
     }
-    const T w = t.w, x = t.x, y = t.y, z = t.z;
-    const T d[4] = {2 * (w * (g[0][0] + g[1][1] + g[2][2]) + x * (g[2][1] - g[1][2]) + y * (g[0][2] - g[2][0]) +
-                         z * (g[1][0] - g[0][1])),
-                    2 * (x * (g[0][0] - g[1][1] - g[2][2]) + w * (g[2][1] - g[1][2]) + y * (g[0][1] + g[1][0]) +
-                         z * (g[0][2] + g[2][0])),
-                    2 * (y * (g[1][1] - g[0][0] - g[2][2]) + w * (g[0][2] - g[2][0]) + x * (g[0][1] + g[1][0]) +
-                         z * (g[1][2] + g[2][1])),
-                    2 * (z * (g[2][2] - g[0][0] - g[1][1]) + w * (g[1][0] - g[0][1]) + x * (g[0][2] + g[2][0]) +
-                         y * (g[1][2] + g[2][1]))};
-    // A longer quaternion is the same rotation.
-    const T along = w * d[0] + x * d[1] + y * d[2] + z * d[3];
-    const T unit[4] = {w, x, y, z};
-    for (int i = 0; i < 4; ++i) of_quaternion[i] = t.inverse * (d[i] - along * unit[i]);
+    const T twice = 2 * t.inverse;  // dq = q (0, ω) / 2; a longer quaternion is the same rotation
+    of_quaternion[0] = -twice * (t.x * turn[0] + t.y * turn[1] + t.z * turn[2]);
+    of_quaternion[1] = twice * (t.w * turn[0] + t.y * turn[2] - t.z * turn[1]);
+    of_quaternion[2] = twice * (t.w * turn[1] + t.z * turn[0] - t.x * turn[2]);
+    of_quaternion[3] = twice * (t.w * turn[2] + t.x * turn[1] - t.y * turn[0]);
 }
 
 }  // namespace emsplat

@@ -44,6 +44,7 @@ def entangled(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.report
 def test_latents_that_follow_the_images_are_named(entangled, tmp_path, monkeypatch):
     for name, value in (("_FINE", (0.2,)), ("_FINE_STEPS", 20), ("_FEWEST_STEPS", 8), ("_FIRST", 512)):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from emsplat import _native
-from emsplat.imaging.project import CUTOFF, covariances, project, voxelize
+from emsplat.imaging.project import CUTOFF, _covariances_gradient, covariances, project, voxelize
 from emsplat.kernels import reference
+from emsplat.kernels.cpu import covariances_gradient
 from emsplat.maths.geometry import axis_rotation, quaternion_to_matrix, random_rotations
 from emsplat.types import Gaussians, Grid, Poses
 
@@ -340,6 +341,19 @@ def test_covariances_and_their_gradients_are_those_of_the_formula(dtype, count):
         assert found.dtype == dtype
         error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-300)
         assert error < 10 * torch.finfo(dtype).eps
+    given = [values.to(dtype) for values in (scale, quaternion, upstream)]
+    for one, other in zip(covariances_gradient(*given), _covariances_gradient(*given), strict=True):  # of a GPU
+        assert (one - other).norm() <= 10 * torch.finfo(dtype).eps * other.norm()
     if dtype == torch.float64 and count == 1:
         leaves = [values.requires_grad_() for values in (scale, quaternion)]
         assert torch.autograd.gradcheck(covariances, leaves)
+
+
+@pytest.mark.parametrize("gradient", [covariances_gradient, _covariances_gradient])
+def test_nothing_turns_round_gaussians(gradient):
+    rng = torch.Generator().manual_seed(0)
+    quaternion, upstream = torch.randn(50, 4, generator=rng), torch.randn(50, 3, 3, generator=rng)
+    scale = torch.rand(50, 1, generator=rng).expand(50, 3).contiguous()
+    of_scale, of_quaternion = gradient(scale, quaternion, upstream)
+    assert not of_quaternion.any()
+    assert of_scale.all()

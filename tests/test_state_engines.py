@@ -39,6 +39,7 @@ def same_results(one, other):
         assert torch.equal(read_map(path)[0], read_map(other / "states" / path.name)[0]), path.name
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # noqa: F811
     heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, tmp_path / "whole")
     fit, seen = state_engines.fine_decoder, []
@@ -67,6 +68,7 @@ def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # no
         )
 
 
+@pytest.mark.slow
 def test_sums_of_another_run(particles, tmp_path, monkeypatch, capsys):  # noqa: F811
     first, second = tmp_path / "first", tmp_path / "second"
     heterogeneity(configure(HeterogeneityConfig, **SHORT, keep_statistics=True), particles, first)
@@ -110,6 +112,7 @@ def test_states_from_images(particles, tmp_path, monkeypatch):  # noqa: F811
     same_results(tmp_path / "run", folder)
 
 
+@pytest.mark.slow
 def test_the_papers_networks(particles, tmp_path, monkeypatch):  # noqa: F811
     confirming(monkeypatch, range(10))  # after one epoch nothing is
     options = SHORT | {"recipe": "cryospire", "epochs": (1, 1), "gaussians": 256}

@@ -71,7 +71,10 @@ class _Voxelize(torch.autograd.Function):
 class _Covariances(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return cpu.covariances(*inputs)
+        if inputs[0].device.type == "cpu":
+            return cpu.covariances(*inputs)
+        axes: Tensor = quaternion_to_matrix(inputs[1]) * inputs[0][:, None, :]
+        return axes @ axes.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,21 +84,34 @@ class _Covariances(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
         scale, quaternion = ctx.saved_tensors
-        return cpu.covariances_gradient(scale, quaternion, upstream)
+        gradient = cpu.covariances_gradient if scale.device.type == "cpu" else _covariances_gradient
+        return gradient(scale, quaternion, upstream)
+
+
+def _covariances_gradient(
+    scale: Float[Tensor, "g 3"], quaternion: Float[Tensor, "g 4"], upstream: Float[Tensor, "g 3 3"]
+) -> tuple[Tensor, Tensor]:
+    """As native/covariance.hpp."""
+    axes = quaternion_to_matrix(quaternion)
+    inner = axes.mT @ (upstream + upstream.mT) @ axes
+    after, last = scale.roll(-1, 1), scale.roll(-2, 1)
+    turn = torch.stack([inner[:, 1, 2], inner[:, 2, 0], inner[:, 0, 1]], 1) * (after - last) * (after + last)
+    length = torch.linalg.vector_norm(quaternion, dim=1, keepdim=True).clamp(min=1e-12)
+    real, imaginary = (quaternion / length).split([1, 3], 1)
+    along = -(imaginary * turn).sum(1, keepdim=True)
+    across = real * turn + torch.linalg.cross(imaginary, turn)
+    return scale * torch.diagonal(inner, dim1=1, dim2=2), 2 / length * torch.cat([along, across], 1)
 
 
 def covariances(scale: Float[Tensor, "g 3"], quaternion: Float[Tensor, "g 4"]) -> Float[Tensor, "g 3 3"]:
     """R S² Rᵀ of Gaussians with standard deviations ``scale`` along axes that quaternions (w, x, y, z) of any length
     turn (GEM eq. 4).
 
-    The formula below, differentiated by PyTorch, is that of a GPU. On a CPU its many small matrices would take a
-    quarter of a fit.
+    Round Gaussians have no gradient of their turn, not even one of rounding, from which Adam would make steps. On a CPU
+    PyTorch's many small matrices would take a quarter of a fit.
     """
-    if scale.device.type == "cpu":
-        found: Tensor = _Covariances.apply(scale, quaternion)  # type: ignore[no-untyped-call]
-        return found
-    axes = quaternion_to_matrix(quaternion) * scale[:, None, :]
-    return axes @ axes.mT
+    found: Tensor = _Covariances.apply(scale, quaternion)  # type: ignore[no-untyped-call]
+    return found
 
 
 def project(gaussians: Gaussians, poses: Poses, grid: Grid, *, cutoff: float = CUTOFF) -> Float[Tensor, "p y x"]:
