@@ -61,39 +61,39 @@ def stopped_at(monkeypatch, look):
     monkeypatch.setattr(Checkpoints, "due", counted)
 
 
+def interrupted(config, particles, folder, monkeypatch, look):
+    """A run that is stopped at its n-th look, and goes on."""
+    with monkeypatch.context() as patch:
+        stopped_at(patch, look)
+        with pytest.raises(Interrupted, match="go on with --resume"):
+            reconstruct(config, particles, folder)
+    reconstruct(change(config, resume=True), particles, folder)
+    return folder
+
+
+def same_maps(one, other):
+    for name in MAPS:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
 # Looks: 1 and 2 are the sums, then 40 steps of the halves (two epochs, two more after growth), then those of all.
 @pytest.mark.parametrize("look", [1, 6, 22, 24, 42, 49, 82])
 def test_the_one_pass_engine_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
     """Interrupted in the sums, within an epoch, at the end of a stage, right after growth, and in the fit of all."""
-    expected = whole(ONE_PASS)
-    with monkeypatch.context() as patch:
-        stopped_at(patch, look)
-        with pytest.raises(Interrupted, match="go on with --resume"):
-            reconstruct(ONE_PASS, particles, tmp_path / "cut")
-    reconstruct(change(ONE_PASS, resume=True), particles, tmp_path / "cut")
-    for name in MAPS:
-        assert (tmp_path / "cut" / name).read_bytes() == (expected / name).read_bytes(), name
+    expected, found = whole(ONE_PASS), interrupted(ONE_PASS, particles, tmp_path / "cut", monkeypatch, look)
+    same_maps(found, expected)
     for kind in (Scored, Judged):
-        rows = [
-            [row.what for row in read_journal(one) if isinstance(row.what, kind)]
-            for one in (expected, tmp_path / "cut")
-        ]
+        rows = [[row.what for row in read_journal(one) if isinstance(row.what, kind)] for one in (expected, found)]
         assert len(rows[0]) == len(rows[1])
         assert str(rows[0]) == str(rows[1])
-    assert read_summary(tmp_path / "cut")["course"] == read_summary(expected)["course"]
-    assert not list((tmp_path / "cut").glob("*checkpoint*"))
+    assert read_summary(found)["course"] == read_summary(expected)["course"]
+    assert not list(found.glob("*checkpoint*"))
 
 
 @pytest.mark.parametrize("look", [3, 5, 12])
 def test_the_engine_of_images_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
     expected = whole(IMAGES)
-    with monkeypatch.context() as patch:
-        stopped_at(patch, look)
-        with pytest.raises(Interrupted, match="go on with --resume"):
-            reconstruct(IMAGES, particles, tmp_path / "cut")
-    reconstruct(change(IMAGES, resume=True), particles, tmp_path / "cut")
-    for name in MAPS:
-        assert (tmp_path / "cut" / name).read_bytes() == (expected / name).read_bytes(), name
+    same_maps(interrupted(IMAGES, particles, tmp_path / "cut", monkeypatch, look), expected)
 
 
 @pytest.mark.parametrize(
