@@ -101,7 +101,7 @@ class _Seen:
     def latents(self, placement: Placement) -> Latents:
         """Posteriors of the latents, brightness and pose integrated out."""
         linear, quadratic = self.linear, self.quadratic
-        root = root_of(quadratic[:, :6, :6] + torch.diag(1 / placement.variances()))
+        root = _root_of(quadratic[:, :6, :6] + torch.diag(1 / placement.variances()))
         known = torch.cholesky_solve(torch.cat([linear[:, :6, None], quadratic[:, :6, 6:]], 2), root)
         across = quadratic[:, 6:, :6]
         return posterior(
@@ -136,7 +136,7 @@ def infer(subspace: Subspace, spectra: AnySpectra) -> Latents:
     return _look(subspace, spectra).latents(subspace.placement)
 
 
-def root_of(matrix: Float[Tensor, "n c c"]) -> Float[Tensor, "n c c"]:
+def _root_of(matrix: Float[Tensor, "n c c"]) -> Float[Tensor, "n c c"]:
     """Cholesky factors of matrices that are positive but for the rounding of single precision."""
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrix)
@@ -150,7 +150,7 @@ def root_of(matrix: Float[Tensor, "n c c"]) -> Float[Tensor, "n c c"]:
 def posterior(linear: Float[Tensor, "v q"], quadratic: Float[Tensor, "v q q"]) -> Latents:
     """Posteriors under z ~ N(0, 1)."""
     precision = quadratic + torch.eye(linear.shape[1], dtype=linear.dtype)
-    root = root_of(precision)
+    root = _root_of(precision)
     covariance = torch.cholesky_inverse(root)
     mean = (covariance @ linear[..., None]).squeeze(-1)
     determinant = 2 * torch.log(torch.diagonal(root, dim1=-2, dim2=-1)).sum(-1)
