@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata  # noqa: F401 (Python's parser imports it at the first name that is not ASCII)
 import warnings
 import zlib
 from collections import Counter
