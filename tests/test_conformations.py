@@ -420,6 +420,7 @@ def test_a_hinge_is_reconstructed(fitted, hinge):
     assert torch.equal(latent, model.latent.detach())
 
 
+@pytest.mark.slow
 def test_parts_are_found(monkeypatch):
     """An arm that slides: its Gaussians move alike, and features that began alike say which they are."""
     monkeypatch.setattr("emsplat.models.cryospire._LESSONS", 1)  # how well anchors begin is another matter

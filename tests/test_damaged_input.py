@@ -134,6 +134,7 @@ def test_star_with_a_strange_value(good, tmp_path, row, column, token):
         assert torch.isfinite(batch.optics.defocus_u).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=HEALTH)
 @given(where=st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 255)), min_size=1, max_size=4))
 def test_stack_with_changed_header(good, tmp_path, where):
@@ -166,6 +167,7 @@ def test_ply_with_changed_bytes(good, tmp_path, where):
     attempt(lambda: read_ply(folder / "g.ply"))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=HEALTH)
 @given(
     row=st.integers(0, COUNT - 1),
@@ -214,6 +216,7 @@ def test_map_with_changed_header(good, tmp_path, where):
         assert 0 < read[1].pixel_size < float("inf")
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=HEALTH)
 @given(where=flips)
 def test_damaged_pixels_stay_in_their_image(good, tmp_path, where):

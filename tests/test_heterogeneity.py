@@ -143,6 +143,7 @@ def several_grids(particles):
     return together(particles, finer, folder / "mixed.star")
 
 
+@pytest.mark.slow
 def test_several_boxes_and_pixel_sizes(several_grids, particles):
     stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0))
     halves = [stack.only(half) for half in (1, 2)]
@@ -165,6 +166,7 @@ def test_several_boxes_and_pixel_sizes(several_grids, particles):
         assert likeness[0] * likeness[1] > 0  # one sign in both boxes
 
 
+@pytest.mark.slow
 def test_cells_and_evidence_of_several_grids(several_grids):
     stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0)).only(1)
     coarse, (first, second) = Grid(32, stack.grid.length / 32), stack.parts()

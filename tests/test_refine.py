@@ -504,6 +504,7 @@ def moving(tmp_path):
     return star, true, folder
 
 
+@pytest.mark.slow
 def test_motion_is_not_mistaken_for_wrong_poses(moving, tmp_path):
     """Against maps of their own states particles come nearer to their true poses than against one map of all."""
     star, true, folder = moving
@@ -613,6 +614,7 @@ def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
     assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
+@pytest.mark.slow
 def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
     star = simulated(particles=200)
     run(star, tmp_path / "run", refine="defocus,scale", rounds=1)

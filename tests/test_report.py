@@ -289,6 +289,7 @@ def test_fewer_samples_are_those_of_scipy(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(resample(values, new, 1), signal.resample(values, new, axis=1), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same_page(run: Path, tmp_path: Path) -> None:
     """Everything but names that matplotlib draws by lot for the clip paths of an SVG."""
     alone = tmp_path / "alone" / run.name
