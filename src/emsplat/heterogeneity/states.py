@@ -12,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.fitting.objective import KnownGradient
+from emsplat.fitting.state import Optimiser
 from emsplat.heterogeneity.cells import Cells, empirical_map
 from emsplat.imaging.project import voxelize
 from emsplat.maths.fourier import frequencies
+from emsplat.models.base import ParameterGroup
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.types import Gaussians, Grid
 
@@ -212,13 +214,13 @@ def run_stage(
 ) -> None:
     """Fits the decoder to cells at one resolution (to one cell with ``only``)."""
     coarse = cells.coarse(stage.resolution) if stage.resolution else cells
-    optimiser = torch.optim.Adam(decoder.parameters(), lr=_RATE * stage.rate)
+    optimiser = Optimiser([ParameterGroup(dict(decoder.named_parameters()))])
     reference = reference_cell(cells)
     steps = orders(coarse, stage, reference, generator)
     if only is not None:
         steps = (torch.tensor([only]) for _ in range(16 * stage.epochs))
     for chosen in steps:
-        optimiser.zero_grad()
+        optimiser.forget()
         value = loss(decoder, coarse, chosen)
         value.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimiser.step(_RATE * stage.rate)
