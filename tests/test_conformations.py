@@ -18,6 +18,7 @@ from emsplat.heterogeneity.images import (
     Pass,
     fit_images,
     follow_images,
+    inherit,
     misfits,
     place_latents,
     seeds,
@@ -226,7 +227,7 @@ def test_second_stage_begins_as_the_first_one_ended():
     before.__class__ = Turning
     latent = torch.rand(100, 2, generator=rng()) - 0.5
     put = after.length * after.centre.detach().clone()
-    after.inherit(before, member, torch.ones(60), latent, latent[:1], rng())
+    inherit(after, before, member, torch.ones(60), latent, latent[:1], rng())
     assert torch.allclose(after(latent[:1])[0][0], put, atol=1e-3)
     with torch.no_grad():
         rows = member >= 0

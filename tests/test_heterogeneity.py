@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -640,6 +642,35 @@ def half(frame=None):
     residual = torch.randn(2, 16, 16, 16, generator=drawn(10))
     precision = 50 * torch.eye(2, dtype=torch.float64)
     return HalfModel(decoder(), density, precision, residual, Grid(16, 3.0), GRID, frame)
+
+
+def test_fits_of_decoders_do_not_import_the_compiler():
+    """Which takes 1.5 s and 120 MB; classes of torch.optim do."""
+    code = """
+import sys
+import torch
+from emsplat.heterogeneity import images
+from emsplat.heterogeneity.cells import Cells
+from emsplat.heterogeneity.states import DecoderStage, run_stage
+from emsplat.models.cryospire import Hierarchy, NetworkShape, PartDiscovery
+from emsplat.models.decoder import Decoder, Shape
+from emsplat.types import Grid
+rng = torch.Generator().manual_seed(0)
+centre = torch.randn(12, 3, generator=rng)
+cells = Cells(
+    Grid(8, 3.0), torch.randn(2, 8, 8, 8), torch.ones(2, 12, 12, 7), torch.zeros(2, 1), torch.ones(2), torch.ones(2)
+)
+run_stage(
+    Decoder(centre, torch.full((12,), 4.0), torch.ones(12), Shape(1, 2), generator=rng),
+    cells, DecoderStage(0.0, 1), rng, only=0,
+)
+shape, member = NetworkShape(4, 1, 4), torch.zeros(12, dtype=torch.int64)
+before = PartDiscovery(centre, shape, length=4.0, generator=rng)
+after = Hierarchy(centre, member, torch.zeros(1, 4), torch.zeros(1, 3), member[:1], shape, length=4.0, generator=rng)
+images.inherit(after, before, member, torch.ones(12), torch.zeros(5, 1), torch.zeros(1, 1), rng)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_half_model_comes_back(tmp_path):

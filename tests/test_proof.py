@@ -10,6 +10,7 @@ from tests.test_heterogeneity import drawn, particles  # noqa: F401 (a fixture)
 from emsplat.cli import main
 from emsplat.config import HeterogeneityConfig, StatesConfig, configure
 from emsplat.errors import InputError
+from emsplat.heterogeneity import search
 from emsplat.heterogeneity.cells import Cells
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
@@ -104,7 +105,7 @@ def confirming(monkeypatch, kept):
 
     def some(*args):
         found = own(*args)
-        return [replace(one, better=1.0 if number in kept else 0.0, error=0.1) for number, one in enumerate(found)]
+        return [replace(one, fsc_gain=float(number in kept), fsc_gain_error=0.1) for number, one in enumerate(found)]
 
     monkeypatch.setattr(program, "proofs", some)
 
@@ -165,6 +166,24 @@ def test_only_confirmed_states_are_shown(particles, tmp_path, monkeypatch, capsy
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Of 4 states that were tried the half-sets confirm 3" in page
     assert "Free energy" in page  # no classes
+
+
+@pytest.mark.report
+def test_a_run_ends_where_no_density_of_the_latents_gains(particles, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A component may gain where no point does; states would be made of nothing."""
+    folder = tmp_path / "run"
+    nothing = lambda own, other, generator, points: [torch.full((len(other),), -0.2) for _ in points]  # noqa: E731
+    monkeypatch.setattr(search, "point_gains", nothing)
+    monkeypatch.setattr(program, "fit_cells", None)
+    summary = program.heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, folder)
+    said = capsys.readouterr().out
+    assert "no heterogeneity that these images support: best gain -0.200 ± 0.000 nats per image with any points" in said
+    found = summary["heterogeneity"]
+    assert (found["found"], found["components"], found["points"]) == (False, 0, 0)
+    assert found["gain"] == pytest.approx(found["gain_by_points"]["2"]["value"]) == pytest.approx(-0.2)
+    assert found["gain_by_components"][1]["value"] > 0
+    assert not {"states_gain", "states_tried", "states"} & set(found)
+    assert "No heterogeneity that these images support" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_is_confirmed():

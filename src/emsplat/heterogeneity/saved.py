@@ -31,13 +31,17 @@ def save_search(path: Path, search: Search, particles: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    about: dict[str, Any] = {"particles": particles, "components": [asdict(gain) for gain in search.components]}
+    about: dict[str, Any] = {
+        "particles": particles,
+        "components": [asdict(gain) for gain in search.components],
+        "points": [[number, asdict(gain)] for number, gain in search.points.items()],
+    }
     tensors: dict[str, Tensor] = {}
     for half, own in enumerate(search.subspaces):
         about[f"subspace{half}"] = {"radius": own.lattice.radius, "placement": asdict(own.placement)}
         tensors |= {f"subspace{half}.maps": own.maps, f"subspace{half}.power": own.power}
     if (found := search.found) is not None:
-        about |= {"count": found.count, "points": [[number, asdict(gain)] for number, gain in found.points.items()]}
+        about["count"] = found.count
         for half in (0, 1):
             density = found.densities[half]
             tensors |= {f"density{half}.point": density.point, f"density{half}.weight": density.weight}
@@ -65,8 +69,9 @@ def read_search(path: Path, particles: str) -> Search:
             for half in (0, 1)
         ]
         gains = [Gain(**gain) for gain in about["components"]]
+        points = {int(number): Gain(**gain) for number, gain in about["points"]}
         if "count" not in about:
-            return Search((subspaces[0], subspaces[1]), gains, None)
+            return Search((subspaces[0], subspaces[1]), gains, points, None)
         densities = [Density(own[f"density{half}.point"], own[f"density{half}.weight"]) for half in (0, 1)]
         latents = [
             [posterior(own[f"latents{half}{other}.b"], own[f"latents{half}{other}.a"]) for other in (0, 1)]
@@ -74,12 +79,11 @@ def read_search(path: Path, particles: str) -> Search:
         ]
         found = Found(
             int(about["count"]),
-            {int(number): Gain(**gain) for number, gain in about["points"]},
             (densities[0], densities[1]),
             ((latents[0][0], latents[0][1]), (latents[1][0], latents[1][1])),
             (own["brightness0"], own["brightness1"]),
         )
-        return Search((subspaces[0], subspaces[1]), gains, found)
+        return Search((subspaces[0], subspaces[1]), gains, points, found)
 
 
 def save_cells(path: Path, cells: Cells, particles: str) -> None:

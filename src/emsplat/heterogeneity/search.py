@@ -21,11 +21,13 @@ from emsplat.heterogeneity.evidence import (
     mean_gain,
     point_gains,
 )
-from emsplat.heterogeneity.subspace import Latents, Subspace, fit_subspace, infer
+from emsplat.heterogeneity.subspace import Latents, Subspace, consensus, fit_subspace, infer, space_of
+from emsplat.measures.mask import soft_region
 from emsplat.sums.spectra import AnySpectra
 
 _RADII = (0.4, 0.7, 1.0)  # of the finest frequency
 _ITERATIONS = (8, 8, 8)
+_DENSE = 0.1  # of the maximum of the mean map: less is no molecule
 _EMPTY = 2e-3  # weight of a point that is left out
 
 Tell = Callable[[str], None]
@@ -33,14 +35,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to find: ``count`` components, the gains by the number of points, and the density of each half.
+    """What there is to find: ``count`` components and the density of each half.
 
     ``latents[a][b]`` are those of the views of half b (0 or 1) in the space of half a; ``brightness`` is that of each
     half's views, relative to what the mean map would show.
     """
 
     count: int
-    points: dict[int, Gain]
     densities: tuple[Density, Density]
     latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]]
     brightness: tuple[Float[Tensor, " v"], Float[Tensor, " w"]]
@@ -53,18 +54,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Search:
-    """What the linear stage of both half-sets says; ``components`` are the gains on the other half, mean of both
-    directions, with 0, 1, 2, ... components, the strongest first."""
+    """What the linear stage of both half-sets says: the gains on the other half, mean of both directions, with 0, 1, 2,
+    ... ``components``, the strongest first, and by the number of ``points`` of the density of their latents, where a
+    component gains. Nothing is ``found`` unless both do."""
 
     subspaces: tuple[Subspace, Subspace]
     components: list[Gain]
+    points: dict[int, Gain]
     found: Found | None
 
     @property
     def gain(self) -> Gain:
-        """The headline: of the density that is used, or of the best number of components where none is."""
-        gains = self.components if self.found is None else self.found.points.values()
-        return max(gains, key=lambda gain: gain.value)
+        """The headline: of the best density, or of the best number of components where no density was tried."""
+        return max(self.points.values() or self.components, key=lambda gain: gain.value)
 
 
 def stages(radius: int) -> tuple[tuple[int, int], ...]:
@@ -81,10 +83,43 @@ def search(
     support: Float[Tensor, "z y x"] | None,
     tell: Tell,
 ) -> Search:
-    """Mean and components of each half, their gain on the other, and the density of the latents."""
+    """Mean and components of each half, their gain on the other, and the density of the latents.
+
+    Components lie within ``support``; without it within each half's own molecule, and where nothing is found there, in
+    the whole sphere: what fills the box learns ten times as much noise.
+    """
+    if support is not None:
+        return _search(spectra, components, radius, points, seed, (support, support), tell)
+    inside = _search(
+        spectra, components, radius, points, seed, (_molecule(spectra[0], radius), _molecule(spectra[1], radius)), tell
+    )
+    if inside.found is not None:
+        return inside
+    tell("  nothing within the molecule; in the whole sphere")
+    whole = _search(spectra, components, radius, points, seed, (None, None), tell)
+    return max(inside, whole, key=lambda own: (own.found is not None, own.gain.value))
+
+
+def _molecule(spectra: AnySpectra, radius: int) -> Float[Tensor, "z y x"]:
+    """Where the mean map is above a tenth of its maximum, and half a period of the finest frequency beyond, with a soft
+    edge."""
+    space = space_of(radius, None)
+    mean, size = consensus(space, spectra).maps[0], space.lattice.size
+    return soft_region(mean > _DENSE * mean.max(), 1 / size, extend=0.5 / radius, edge=0.75 / radius)
+
+
+def _search(
+    spectra: tuple[AnySpectra, AnySpectra],
+    components: int,
+    radius: int,
+    points: int | None,
+    seed: int,
+    supports: tuple[Float[Tensor, "z y x"] | None, Float[Tensor, "z y x"] | None],
+    tell: Tell,
+) -> Search:
     found = []
     plan = stages(radius)
-    for half, own in enumerate(spectra):
+    for half, (own, support) in enumerate(zip(spectra, supports, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + half)
         steps = fit_subspace(own, components, generator, plan, support)
         total = sum(count for _, count in plan)
@@ -101,7 +136,7 @@ def search(
     gains = [mean_gain(values, image) for values in together]
     count = fewest(together, image)
     if not count or not gains[count].significant:
-        return Search(subspaces, gains, None)
+        return Search(subspaces, gains, {}, None)
     kept = tuple(tuple(first_components(latents, count) for latents in own) for own in embedded)
     latents = ((kept[0][0], kept[0][1]), (kept[1][0], kept[1][1]))
     tell("how many points")
@@ -111,16 +146,18 @@ def search(
         for half in (0, 1)
     ]
     joint = [torch.cat(pair) for pair in zip(*by_points, strict=True)]
+    by_number = {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)}
     chosen = tried[fewest(joint, image)]
+    if not by_number[chosen].significant:
+        return Search(subspaces, gains, by_number, None)
     densities = [
         fit_density(latents[half][half], chosen, torch.Generator().manual_seed(seed))
         .without_small(_EMPTY)
         .distinct(latents[half][half].quadratic.mean(0))
         for half in (0, 1)
     ]
-    by_number = {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)}
     one, other = (brightness(*pair) for pair in zip(subspaces, spectra, strict=True))
-    return Search(subspaces, gains, Found(count, by_number, (densities[0], densities[1]), latents, (one, other)))
+    return Search(subspaces, gains, by_number, Found(count, (densities[0], densities[1]), latents, (one, other)))
 
 
 def _even(gains: list[list[Tensor]]) -> list[list[Tensor]]:

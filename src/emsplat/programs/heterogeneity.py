@@ -215,13 +215,16 @@ def _say_gains(log: Log, searched: Search) -> None:
     gain, found = searched.gain, searched.found
     told = ", ".join(f"{number}: {own.value:.2f}" for number, own in enumerate(searched.components))
     log.line(f"gain on the other half, nats per image, by components: {told}")
+    if searched.points:
+        told = ", ".join(f"{number}: {own.value:.2f}" for number, own in searched.points.items())
+        log.line(f"  by points of the density: {told}")
     if found is None:
         log.line(
             f"no heterogeneity that these images support: best gain {gain.value:.3f} ± {gain.error:.3f} nats per image"
+            + (" with any points of the density" if searched.points else "")
         )
         return
-    told = ", ".join(f"{number}: {own.value:.2f}" for number, own in found.points.items())
-    log.line(f"  {found.count} components; by points of the density: {told}")
+    log.line(f"  {found.count} components, {len(found.densities[0])} and {len(found.densities[1])} points")
     log.line(f"heterogeneity: {gain.value:.2f} ± {gain.error:.2f} nats per image on images that no model has seen")
 
 
@@ -254,7 +257,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
         "components": 0 if found is None else found.count,
         "points": 0 if found is None else len(found.densities[0]),
         "gain_by_components": [asdict(own) for own in searched.components],
-        "gain_by_points": {} if found is None else {str(number): asdict(own) for number, own in found.points.items()},
+        "gain_by_points": {str(number): asdict(own) for number, own in searched.points.items()},
     }
     if found is not None and fitted is not None:
         about |= {"states_gain": round(fitted.gain.value, 4), "states_gain_error": round(fitted.gain.error, 4)}

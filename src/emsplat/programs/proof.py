@@ -23,18 +23,19 @@ from emsplat.types import Grid
 @dataclass(frozen=True)
 class Proof:
     """Of a state: cross-validated resolutions (Å) in the mask of the molecule and where it differs from the consensus;
-    and how much ``better`` its map of one half-set tells the other's particles of that state than the mean of all other
-    states does (cross-validated FSC, mean over the shells by which particles were placed), with the standard error."""
+    and ``fsc_gain``, how much better its map of one half-set tells the other's particles of that state than the mean of
+    all other states does (cross-validated FSC, mean over the shells by which particles were placed), with the standard
+    error."""
 
     resolution: float | None
     moving_resolution: float | None
-    better: float
-    error: float
+    fsc_gain: float
+    fsc_gain_error: float
 
     @property
     def confirmed(self) -> bool:
         """Whether the half-sets agree that there is such a state."""
-        return self.better > SIGNIFICANT * self.error
+        return self.fsc_gain > SIGNIFICANT * self.fsc_gain_error
 
 
 def proofs(
@@ -64,13 +65,13 @@ def proofs(
         for mask in (molecule, moving_mask(volume - consensus, grid.pixel_size)):
             curve = None if mask is None else CrossValidation(raw, mask, grid).curve((one, other))
             seen.append(None if curve is None else resolution(curve, 0.5))
-        better, error = math.nan, math.nan
+        gain, error = math.nan, math.nan
         where = moving_mask(volume - (others[0] + others[1]) / 2, grid.pixel_size)
         if where is not None and float(rest[number]) > 0:
             # With the molecule, too: what a state lacks shows only beside what it has.
             both = torch.maximum(molecule, where)
-            better, error = CrossValidation(raw, both, grid).gain((others[0], others[1]), (one, other), last)
-        found.append(Proof(seen[0], seen[1], better, error))
+            gain, error = CrossValidation(raw, both, grid).gain((others[0], others[1]), (one, other), last)
+        found.append(Proof(seen[0], seen[1], gain, error))
     return found
 
 

@@ -42,7 +42,7 @@ from emsplat.heterogeneity.images import (
     place_latents,
     steps_of,
 )
-from emsplat.heterogeneity.refresh import refreshed
+from emsplat.heterogeneity.refresh import Placed, refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
@@ -74,7 +74,7 @@ class StatesFitted:
     embeddings: tuple[Embedding, Embedding]
     latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
     kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]  # weights with which cells share their data
-    gain: Gain  # of the states on images of the other half
+    gain: Gain  # of the states over their mean, on images of the other half
     classes: Classes | None  # where latents form such
 
 
@@ -91,26 +91,24 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
         raise ValueError("nothing was found")
     firsts = searched.found.embeddings()
     between = not common_classes(*firsts).told
-    models, kept, places, gains = [], [], [], []
+    models, kept, places = [], [], []
     for half, first in enumerate(firsts):
-        known = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
+        gain = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
         coarse = _coarse(run, half, first, window)
-        embedding, known = _placed_anew(run, searched, half, coarse, first, known, between=between)
-        cells = gathered(run, half, embedding, window, fine=True)
-        models.append(_fine(run, half, coarse, embedding, cells))
+        placed = _placed_anew(run, searched, half, coarse, Placed(first, gain, torch.zeros_like(gain)), between=between)
+        cells = gathered(run, half, placed.embedding, window, fine=True)
+        models.append(_fine(run, half, coarse, placed.embedding, cells))
         kept.append(cells)
-        places.append(embedding)
-        gains.append(known)
-    models = _with_residuals(run, models, places, kept)
+        places.append(placed)
+    models = _with_residuals(run, models, [placed.embedding for placed in places], kept)
     embeddings, told = [], []
-    for half, (model, before, known) in enumerate(zip(models, places, gains, strict=True)):
+    for half, (model, before) in enumerate(zip(models, places, strict=True)):
         # Points that were spread once are not spread again.
-        final, known = _placed_anew(
-            run, searched, half, model, before, known, between=between and before is firsts[half]
-        )
-        embeddings.append(final)
-        told.append(mean_gain(known, torch.arange(len(known)) // run.stack.symmetry.order))
-    kernels = [_kernel(embedding) for embedding in places]
+        again = between and before.embedding is firsts[half]
+        final = _placed_anew(run, searched, half, model, before, between=again)
+        embeddings.append(final.embedding)
+        told.append(mean_gain(final.gain - final.mean, torch.arange(len(final.gain)) // run.stack.symmetry.order))
+    kernels = [_kernel(placed.embedding) for placed in places]
     return _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
 
 
@@ -179,24 +177,24 @@ def _placed_anew(
     searched: Search,
     half: int,
     model: HalfModel,
-    before: Embedding,
-    known: Float[Tensor, " w"],
+    before: Placed,
     *,
     between: bool,
-) -> tuple[Embedding, Float[Tensor, " w"]]:
+) -> Placed:
     """The latent space as a model has it; also with points ``between`` those that there are."""
     if searched.found is None:
         raise ValueError("nothing was found")
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
     latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
-    subspace, count = searched.subspaces[half], len(before.density)
+    subspace, count = searched.subspaces[half], len(before.embedding.density)
     if between:
-        count = max(count, min(_MOST_POINTS, len(before.own) // _PER_POINT))
+        count = max(count, min(_MOST_POINTS, len(before.embedding.own) // _PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
-        embedding, gains = refreshed(model, before, known, subspace, latents, stacks, count, _generator(run, half))
-    told = f"{len(embedding.density)} states, gain {float(gains.mean()):.2f} nats per image of the other half"
-    run.log.line(f"  {'as before' if embedding is before else told}")
-    return embedding, gains
+        placed = refreshed(model, before, subspace, latents, stacks, count, _generator(run, half))
+    gain, mean = float(placed.gain.mean()), float(placed.mean.mean())
+    told = f"{len(placed.embedding.density)} states, gain {gain:.2f} nats per image of the other half"
+    run.log.line(f"  {'as before' if placed is before else told + f', {gain - mean:.2f} of it over their mean'}")
+    return placed
 
 
 def finest(run: Run[HeterogeneityConfig]) -> int:
@@ -365,7 +363,9 @@ def _together(
     for half, model in enumerate(framed):
         model.save(run.folder / half_model_name(half + 1))
     gain = Gain(sum(own.value for own in gains) / 2, sum(own.error**2 for own in gains) ** 0.5 / 2)
-    run.log.line(f"gain of the states: {gain.value:.2f} ± {gain.error:.2f} nats per image of the other half")
+    run.log.line(
+        f"gain of the states over their mean: {gain.value:.2f} ± {gain.error:.2f} nats per image of the other half"
+    )
     classes = common_classes(first, second)
     run.log.line(
         f"the half-sets' models sort all particles into {len(classes)} groups, and agree on them by "
