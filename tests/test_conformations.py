@@ -505,6 +505,7 @@ def test_starts_that_do_not_fit(hinge):
         fit_images(dark, quick(), ImageStart(volume))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetry", [C1, cyclic(2)], ids=["C1", "C2"])
 def test_half_sets_of_a_file(simulated, symmetry):
     """From the stacks on disk, one half fitted, the other placed: every view of every particle has a latent."""

@@ -318,6 +318,7 @@ def test_more_gaussians_are_kept_unless_worse_beyond_error(halves, gain, error, 
     assert (stages[1].gain, stages[1].gain_error) == pytest.approx((gain, error), nan_ok=True)
 
 
+@pytest.mark.slow
 def test_rounding_does_not_change_the_course(halves):
     """Equations that differ by more than the rounding of any machine: as many Gaussians after as many epochs."""
     _, equations, judge = halves

@@ -550,6 +550,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("damage", ["missing", "garbage", "empty", "cut short"])
 def test_damaged_part_is_named(run: Path, no_rendering: None, name: str, damage: str) -> None:
@@ -592,6 +593,7 @@ def test_run_without_particles_has_no_views(run: Path, no_rendering: None) -> No
     assert "Not shown" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -630,6 +632,7 @@ def test_undefined_values_are_drawn_as_gaps(run: Path) -> None:
         read_page(write_report(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "summary",
     [

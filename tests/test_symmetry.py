@@ -224,6 +224,7 @@ def test_names_of_axes():
     assert name_axis(parse_symmetry("O").elements[2]) == "3-fold along (0.58, 0.58, 0.58)"
 
 
+@pytest.mark.slow
 def test_check_and_log(particles, tmp_path, capsys):
     from emsplat.cli import main
 
