@@ -330,7 +330,7 @@ def test_judging_and_the_course_are_the_same_on_a_device(gpu, particles):
         mask = torch.ones(32, 32, 32) if place.type == "cpu" else on_device(torch.ones(32, 32, 32))
         judge = CrossValidation(raw, mask, stack.grid)
         fits = [
-            VolumeFit(str(n), half, VolumeObjective(half, 32), ball(60, stack.grid, BOUNDS, n).to(place))
+            VolumeFit(str(n), VolumeObjective(half, 32), ball(60, stack.grid, BOUNDS, n).to(place))
             for n, half in enumerate(halves)
         ]
         happened = find_course(fits, Plan(3, 2e-2, 0.8), 1, judge)

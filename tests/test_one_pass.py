@@ -196,7 +196,7 @@ def begin(equations, count=120, seed=0):
     for number, part in enumerate(equations):
         objective = VolumeObjective(part, 32)
         model = from_map(part.solve(), part.grid, count, Bounds(40.0, 1.0, 2.8), seed)
-        fits.append(VolumeFit(f"half{number + 1}", part, objective, model.with_unit(objective.best_gain(model))))
+        fits.append(VolumeFit(f"half{number + 1}", objective, model.with_unit(objective.best_gain(model))))
     return fits
 
 

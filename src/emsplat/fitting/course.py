@@ -33,7 +33,6 @@ from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.models.gaussians import GaussianField
 from emsplat.parallel import ALONE, World
-from emsplat.sums.equations import NormalEquations
 
 _COARSE = 0.25  # of the epochs of the first stage
 _FIRST = 2 / 3  # of the epochs where stages follow: what is to be split need not have converged
@@ -67,10 +66,8 @@ class VolumeFit:
     """One set of particles being fitted: ``state`` is that of the last step, ``kept`` that of the last stage kept,
     without the optimiser's memory. It is fitted by one process, ``rank`` (modulo their number)."""
 
-    def __init__(
-        self, name: str, equations: NormalEquations, objective: VolumeObjective, model: GaussianField, rank: int = 0
-    ) -> None:
-        self.name, self.equations, self.objective, self.rank = name, equations, objective, rank
+    def __init__(self, name: str, objective: VolumeObjective, model: GaussianField, rank: int = 0) -> None:
+        self.name, self.objective, self.rank = name, objective, rank
         self.state = self.kept = State.begin(model)
 
     def is_of(self, world: World) -> bool:
@@ -79,8 +76,7 @@ class VolumeFit:
 
     def spread(self, world: World) -> None:
         """What the process that fits it has, in all of them."""
-        device = self.equations.linear.device
-        self.state = spread_state(self.state, world, self.rank % world.size, device)
+        self.state = spread_state(self.state, world, self.rank % world.size, self.objective.device)
 
     def keep(self) -> None:
         """Takes the last step for the result so far."""
@@ -181,7 +177,7 @@ def _steps(
     fits: Sequence[VolumeFit], running: dict[str, Iterator[State[GaussianField]]], last: int, world: World
 ) -> Iterator[VolumeFit]:
     """Every fit in step until it stands at the ``last``."""
-    with _side_by_side(len(running), fits[0].equations.linear.device) as all_of:
+    with _side_by_side(len(running), fits[0].objective.device) as all_of:
         while fits[0].state.step < last:
             moved = dict(zip(running, all_of(next, running.values()), strict=True))
             for one in fits:
@@ -249,7 +245,7 @@ def load_course(path: Path, fits: Sequence[VolumeFit]) -> list[Stage]:
     Raises:
         InputError: not a course of these fits, or damaged.
     """
-    states, about = load_states(path, fits[0].equations.linear.device)
+    states, about = load_states(path, fits[0].objective.device)
     try:
         for one in fits:
             one.state, one.kept = states[f"{one.name}.last"], states[f"{one.name}.kept"]
@@ -276,5 +272,5 @@ def _gaussians(fits: Sequence[VolumeFit]) -> int:
 @torch.no_grad()
 def _volumes(fits: Sequence[VolumeFit], *, kept: bool = False) -> tuple[Tensor, Tensor]:
     """The maps of two halves on the whole box: of their last steps, or of what is kept."""
-    first, second = (voxelize((one.kept if kept else one.state).model.gaussians(), one.equations.grid) for one in fits)
+    first, second = (voxelize((one.kept if kept else one.state).model.gaussians(), one.objective.box) for one in fits)
     return first, second

@@ -26,6 +26,8 @@ class VolumeObjective:
     where both ends of a particle that fills the support would have to be bright.
 
     The first ``coarse_steps`` steps take voxels twice as large and only the frequencies that they carry.
+
+    What it needs of the equations it has by itself: they need not be kept. ``box`` is their grid.
     """
 
     steps_per_epoch = 10
@@ -33,7 +35,7 @@ class VolumeObjective:
     def __init__(
         self, equations: NormalEquations, support: int, *, coarse_steps: int = 0, cutoff: float = CUTOFF
     ) -> None:
-        self.images = equations.particles
+        self.images, self.box, self.device = equations.particles, equations.grid, equations.linear.device
         self.coarse_steps = coarse_steps
         self._fine = _Level(equations, support, 1, cutoff)
         self._coarse = _Level(equations, support, 2, cutoff) if coarse_steps else self._fine
@@ -82,9 +84,9 @@ class _Level:
         self.blur = 0.0 if coarsening == 1 else 0.5 * self.grid.pixel_size
         width = 3 * support // 2
         self._device = equations.linear.device
-        centred = (torch.arange(width, device=self._device) + width // 2) % width - width // 2
-        lag = centred + len(equations.kernel) // 2
-        response = torch.fft.rfftn(equations.kernel[lag][:, lag][:, :, lag]).real.clamp(min=0)
+        first = len(equations.kernel) // 2 - width // 2
+        lags = slice(first, first + width)
+        response = torch.fft.rfftn(torch.fft.ifftshift(equations.kernel[lags, lags, lags])).real.clamp(min=0)
         edge = equations.grid.size // 2 - support // 2
         inside = slice(edge, edge + support)
         linear = equations.linear[inside, inside, inside]

@@ -6,6 +6,7 @@ object has a real transform.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import cast
 
@@ -15,6 +16,14 @@ from torch import Tensor
 
 from emsplat.device import CPU
 from emsplat.types import Grid
+
+_SLAB = 2**20  # coefficients that are looked at together, where a whole volume would take as much memory again
+
+
+def slabs(count: int, each: int) -> Iterator[slice]:
+    """Consecutive slices of ``count`` planes of ``each`` numbers, about a million numbers at a time."""
+    step = max(1, _SLAB // each)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def rfft(image: Float[Tensor, "*p y x"], dims: int = 2) -> Complex[Tensor, "*p y k"]:
@@ -82,7 +91,10 @@ def _axes(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 
 def shell_radius(size: int, dims: int = 2, device: torch.device = CPU) -> Float[Tensor, "*zy k"]:
     """|k| N a of each rfft coefficient, float64."""
-    axes = frequencies(Grid(size, 1.0 / size), dims, torch.float64, device)
+    return _radius(frequencies(Grid(size, 1.0 / size), dims, torch.float64, device))
+
+
+def _radius(axes: tuple[Tensor, ...]) -> Tensor:
     return cast(Tensor, sum(axis**2 for axis in axes)).sqrt()
 
 
@@ -91,9 +103,32 @@ def shell_index(size: int, dims: int = 2, device: torch.device = CPU) -> Int[Ten
     return torch.floor(shell_radius(size, dims, device) + 0.5).long()
 
 
+def radius_slabs(size: int, device: torch.device = CPU) -> Iterator[tuple[slice, Float[Tensor, "z y k"]]]:
+    """`shell_radius` of a volume, some planes at a time: the whole takes as much memory as two maps."""
+    kz, ky, kx = frequencies(Grid(size, 1.0 / size), 3, torch.float64, device)
+    for planes in slabs(size, size * kx.numel()):
+        yield planes, _radius((kz[planes], ky, kx))
+
+
+def shell_slabs(size: int, device: torch.device = CPU) -> Iterator[tuple[slice, Int[Tensor, "z y k"]]]:
+    """`shell_index` of a volume, some planes at a time; corners beyond shell ``size // 2`` are ``size // 2 + 1``."""
+    for planes, radius in radius_slabs(size, device):
+        yield planes, radius.add_(0.5).floor_().clamp_(max=size // 2 + 1).long()
+
+
 def sum_by_shell(values: Shaped[Tensor, "..."], shells: Int[Tensor, "..."], count: int) -> Shaped[Tensor, " s"]:
     """Sums of the values of shells 0 ... ``count`` - 1; where the values are decides the device."""
     return values.new_zeros(count).scatter_add_(0, shells.flatten(), values.flatten())
+
+
+def filtered(
+    volume: Float[Tensor, "z y x"], response: Callable[[Float[Tensor, "z y k"]], Float[Tensor, "z y k"]]
+) -> Float[Tensor, "z y x"]:
+    """A centred volume whose transform is multiplied by a function of |k| N a (`shell_radius`, float32)."""
+    spectrum = rfft(volume, 3)
+    for planes, radius in radius_slabs(len(volume), volume.device):
+        spectrum[planes] *= response(radius.float())
+    return irfft(spectrum, 3)
 
 
 def randomise_phases(
@@ -101,13 +136,20 @@ def randomise_phases(
 ) -> Float[Tensor, "*p y x"]:
     """Images or volumes with random phases in all shells from ``shell`` on, amplitudes unchanged."""
     axes = tuple(range(-dims, 0))
-    spectrum = torch.fft.rfftn(image, dim=axes)
     # The phases of white noise obey the symmetry of the transform of a real image.
     noise = torch.randn(image.shape, generator=generator, dtype=image.dtype, device=generator.device).to(image.device)
     phase = torch.fft.rfftn(noise, dim=axes)
-    random = spectrum.abs() * phase / phase.abs().clamp(min=1e-30)
-    beyond = shell_index(image.shape[-1], dims, image.device) >= shell
-    moved: Tensor = torch.fft.irfftn(torch.where(beyond, random, spectrum), s=image.shape[-dims:], dim=axes)
+    del noise
+    spectrum = torch.fft.rfftn(image, dim=axes)
+    size = image.shape[-1]
+    whole = [(slice(None), shell_index(size, dims, image.device))] if dims < 3 else shell_slabs(size, image.device)
+    for rows, shells in whole:
+        part = (..., rows, *[slice(None)] * (dims - 1))
+        own, other = spectrum[part], phase[part]
+        random = own.abs() * other / other.abs().clamp(min=1e-30)
+        spectrum[part] = torch.where(shells >= shell, random, own)
+    del phase
+    moved: Tensor = torch.fft.irfftn(spectrum, s=image.shape[-dims:], dim=axes)
     return moved
 
 

@@ -27,10 +27,10 @@ differences, in units of their errors, tells whether the line will do: S = 1 if 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from emsplat.maths.fourier import shell_index, sum_by_shell
+from emsplat.maths.fourier import hermitian_weight, radius_slabs, shell_slabs, slabs, sum_by_shell
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of the FSC of pure noise
@@ -48,16 +48,25 @@ def independent_coefficients(mask: Float[Tensor, "z y x"]) -> Float[Tensor, " s"
     Hermitian symmetry leaves half of the voxels.
     """
     size = len(mask)
-    transform = torch.fft.rfftn(mask.double() ** 2)
-    axis = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64, device=mask.device)
-    distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis[: size // 2 + 1] ** 2).sqrt()
-    chance = torch.where(distance < 1, 1 - distance / 2, 0.5 / distance.clamp(min=1))
-    shells, twice = _shells(size, mask.device)
-    likeness = (transform.abs() / transform[0, 0, 0].real.clamp(min=1e-30)).square()
-    neighbours = (likeness * chance).flatten() @ twice
-    voxels = sum_by_shell(twice, shells, size // 2 + 2)[: size // 2 + 1]
-    count: Tensor = (0.5 * voxels / neighbours).clamp(min=1.0)
+    transform = torch.fft.rfftn(mask**2)
+    whole = transform[0, 0, 0].real.double().clamp(min=1e-30)
+    twice = hermitian_weight(size, torch.float64, mask.device)
+    neighbours = torch.zeros((), dtype=torch.float64, device=mask.device)
+    for planes, distance in radius_slabs(size, mask.device):
+        chance = torch.where(distance < 1, 1 - distance / 2, 0.5 / distance.clamp(min=1))
+        likeness = (transform[planes].abs() / whole).square()
+        neighbours += (likeness * chance).sum((0, 1)) @ twice
+    count: Tensor = (0.5 * _voxels(size, mask.device) / neighbours).clamp(min=1.0)
     return count
+
+
+def _voxels(size: int, device: torch.device) -> Float[Tensor, " s"]:
+    """How many voxels of Fourier space the shells 0 ... N/2 hold."""
+    twice = hermitian_weight(size, torch.float64, device)
+    total = twice.new_zeros(size // 2 + 2)
+    for _, shells in shell_slabs(size, device):
+        total += sum_by_shell(twice.expand(shells.shape), shells, len(total))
+    return total[:-1]
 
 
 class CrossValidation:
@@ -79,15 +88,16 @@ class CrossValidation:
     ) -> None:
         self.grid = grid
         self._mask = mask
-        self._shell, self._twice = _shells(grid.size, mask.device)
+        # Short numbers: as indices they would take twice the memory of a map.
+        self._shell = torch.cat([shells.short() for _, shells in shell_slabs(grid.size, mask.device)])
         self._raw = [self._transform(volume) for volume in raw]
         self._power = [self._sum(spectrum, spectrum) for spectrum in self._raw]
         self.raw = self._correlation(*self._raw, *self._power)
         self.count = (independent_coefficients(mask).cpu() / copies).clamp(min=1.0)
-        square = mask.double().square()
-        voxels = sum_by_shell(self._twice, self._shell, grid.size // 2 + 2)[:-1].cpu()
+        voxels = _voxels(grid.size, mask.device).cpu()
+        second, fourth = (sum((plane.double() ** power).sum() for plane in mask) for power in (2, 4))
         # Of a sum over many shells, neighbours in other shells are correlated too: Σ |M(Δ)/M(0)|² by Parseval.
-        self.together = 0.5 * voxels / copies * float(square.sum() ** 2 / square.square().sum() / grid.size**3)
+        self.together = 0.5 * voxels / copies * float(second**2 / fourth / grid.size**3)
         # The first shells hold hardly more than one independent number: no level is beyond chance there.
         noise = torch.tanh(_SIGNIFICANT / (2 * self.count).sqrt()).clamp(max=0.5)
         below = ~(self.raw > noise)
@@ -176,13 +186,16 @@ class CrossValidation:
     def _correlation(self, a: Tensor, b: Tensor, power_a: Tensor, power_b: Tensor) -> Float[Tensor, " s"]:
         return self._sum(a, b) / (power_a * power_b).sqrt().clamp(min=1e-30)
 
-    def _transform(self, volume: Tensor) -> Float[Tensor, "n 2"]:
-        return torch.view_as_real(torch.fft.rfftn(volume * self._mask)).reshape(-1, 2)
+    def _transform(self, volume: Tensor) -> Float[Tensor, "z y k 2"]:
+        return torch.view_as_real(torch.fft.rfftn(volume * self._mask))
 
     def _sum(self, a: Tensor, b: Tensor) -> Float[Tensor, " s"]:
-        shells = self.grid.size // 2 + 1
-        product = (a * b).sum(1).double().mul_(self._twice)
-        return sum_by_shell(product, self._shell, shells + 1)[:shells].cpu()
+        twice = hermitian_weight(self.grid.size, torch.float64, a.device)
+        total = twice.new_zeros(self.grid.size // 2 + 2)
+        for planes in slabs(self.grid.size, self._shell[0].numel()):
+            product = (a[planes] * b[planes]).sum(-1).double().mul_(twice)
+            total += sum_by_shell(product, self._shell[planes].long(), len(total))
+        return total[:-1].cpu()
 
 
 def _smooth(value: Float[Tensor, " s"], error: Float[Tensor, " s"], defined: Bool[Tensor, " s"]) -> Float[Tensor, " s"]:
@@ -210,10 +223,3 @@ def _smooth(value: Float[Tensor, " s"], error: Float[Tensor, " s"], defined: Boo
     mean = square / near(_NEAR).sum(1).clamp(min=1e-30)
     kept = (1 - 1 / mean.clamp(min=1e-30)).clamp(min=0)
     return torch.where(alone | (inside == 0), value, value - (1 - kept) * difference)
-
-
-def _shells(size: int, device: torch.device) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Shell of each coefficient of a transform that has not been centred, and how often it counts."""
-    half = torch.arange(size // 2 + 1, device=device)
-    twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
-    return shell_index(size, 3, device).clamp(max=size // 2 + 1).flatten(), twice.expand(size, size, -1).flatten()

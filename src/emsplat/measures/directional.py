@@ -81,7 +81,7 @@ def slice_correlation(
     inside = (radius >= low - 0.5) & (radius < high + 0.5)
     u, v = torch.meshgrid(rows, rows, indexing="ij")
     u, v = u[inside], v[inside]
-    spectra = torch.stack(_products(a, b))[None].float()
+    spectra = torch.stack(_products(a, b))[None]
     out = []
     for axis in directions.vectors.float():
         first, second = _perpendicular(axis)
@@ -115,7 +115,7 @@ def conical_fsc(
     half = torch.arange(shells)
     points = _fibonacci(_PIXELS)
     sums = torch.zeros(4, _PIXELS * (shells + 1), dtype=torch.float64)
-    products = [*_products(a, b), torch.ones(size, size, shells)]
+    products = [*_products(a, b), torch.ones(1, size, shells).expand(size, -1, -1)]
     twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
     for z, kz in enumerate(full.tolist()):
         x, y = half.float().expand(size, -1), full.float()[:, None].expand(-1, shells)
@@ -223,9 +223,13 @@ def _nearest(vectors: Float[Tensor, "n 3"]) -> Int[Tensor, " n"]:
 
 def _products(a: Tensor, b: Tensor) -> list[Float[Tensor, "z y k"]]:
     """Re A* B, |A|², |B|² with kz and ky in ascending order and kx >= 0."""
-    spectra = [torch.view_as_real(torch.fft.fftshift(torch.fft.rfftn(v.float()), dim=(0, 1))) for v in (a, b)]
-    pairs = [(0, 1), (0, 0), (1, 1)]
-    return [(spectra[i] * spectra[j]).sum(-1) for i, j in pairs]
+    spectra = [torch.view_as_real(torch.fft.rfftn(v.float())) for v in (a, b)]
+    size, half = len(a), len(a) // 2
+    products = [torch.empty(size, size, half + 1) for _ in range(3)]
+    for z in range(size):
+        for product, (i, j) in zip(products, [(0, 1), (0, 0), (1, 1)], strict=True):
+            product[(z + half) % size] = (spectra[i][z] * spectra[j][z]).sum(-1).roll(half, 0)
+    return products
 
 
 def _check_band(a: Tensor, b: Tensor, grid: Grid, band: tuple[float, float]) -> tuple[int, int, int]:

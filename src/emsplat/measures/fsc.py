@@ -45,9 +45,8 @@ def fsc(
     _check_maps(a, b)
     if mask is not None:
         _check_mask(mask, a)
-        a, b = a * mask, b * mask
     # Neither map is moved to the origin: both would turn by the same phase.
-    spectrum_a, spectrum_b = torch.fft.rfftn(a), torch.fft.rfftn(b)
+    spectrum_a, spectrum_b = (torch.fft.rfftn(one if mask is None else one * mask) for one in (a, b))
     size = len(a)
     shells = size // 2 + 1
     full = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64, device=a.device).round()

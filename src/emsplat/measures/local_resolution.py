@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.maths.fourier import crop, is_smooth, shell_index, shell_radius
+from emsplat.maths.fourier import crop, is_smooth, radius_slabs, shell_radius, shell_slabs, sum_by_shell
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of a local correlation of noise
@@ -194,36 +194,48 @@ def _band_products(
         # Products reach twice the band; what they fold onto must stay clear of the frequencies that w lets through.
         need = grid.length * (2 * (frequency + _step(window)) + 3 / (2 * math.pi * _sigma(window)))
         fine = min(size, _even(max(coarse, math.ceil(need))))
-        radius = shell_radius(fine, 3).float() / grid.length
-        band = _band(radius, frequency, window)
-        filtered = [torch.fft.irfftn((crop(s, fine, 3) if fine < size else s) * band, s=(fine,) * 3) for s in spectra]
-        kernel = torch.exp(-2 * (math.pi * _sigma(window) * radius) ** 2)
+        filtered = [_filtered(spectrum, fine, frequency, grid, window) for spectrum in spectra]
         yield (
             frequency,
-            [_smooth(filtered[i] * filtered[j], kernel, coarse) for i, j in pairs],
+            [_smooth(filtered[i] * filtered[j], coarse, grid, window) for i, j in pairs],
         )
 
 
 def _whitened(volumes: Sequence[Tensor]) -> list[Tensor]:
     """Transforms of the maps, each divided by its own radial amplitude; 0 in the corners beyond Nyquist."""
     size = len(volumes[0])
-    shell = shell_index(size, 3).clamp(max=size // 2 + 1)
-    count = torch.bincount(shell.flatten()).clamp(min=1)
-    white = []
-    for volume in volumes:
-        spectrum = torch.fft.rfftn(volume.float())
-        power = torch.bincount(shell.flatten(), spectrum.abs().square().flatten().double()) / count
-        scale = power.sqrt().clamp(min=1e-30).reciprocal().float()
-        scale[power <= power.max() * 1e-20] = 0
-        scale[-1] = 0
-        white.append(spectrum * (size**1.5 * scale[shell]))
+    white = [torch.fft.rfftn(volume.float()) for volume in volumes]
+    power = torch.zeros(len(volumes), size // 2 + 2, dtype=torch.float64)
+    count = torch.zeros(size // 2 + 2, dtype=torch.int64)
+    for planes, shells in shell_slabs(size):
+        count += torch.bincount(shells.flatten(), minlength=len(count))
+        for total, spectrum in zip(power, white, strict=True):
+            total += sum_by_shell(spectrum[planes].abs().square().double(), shells, len(count))
+    power /= count.clamp(min=1)
+    scale = power.sqrt().clamp(min=1e-30).reciprocal().float()
+    scale[power <= power.amax(1, keepdim=True) * 1e-20] = 0
+    scale[:, -1] = 0
+    for planes, shells in shell_slabs(size):
+        for spectrum, own in zip(white, scale, strict=True):
+            spectrum[planes] *= size**1.5 * own[shells]
     return white
 
 
-def _smooth(product: Tensor, kernel: Tensor, coarse: int) -> Float[Tensor, "c c c"]:
-    spectrum = torch.fft.rfftn(product) * kernel
+def _filtered(spectrum: Tensor, fine: int, frequency: float, grid: Grid, window: float) -> Float[Tensor, "f f f"]:
+    """A map in the band about a frequency, on the grid that carries it."""
+    own = crop(spectrum, fine, 3) if fine < len(spectrum) else spectrum.clone()
+    for planes, radius in radius_slabs(fine):
+        own[planes] *= _band(radius.float() / grid.length, frequency, window)
+    filtered: Tensor = torch.fft.irfftn(own, s=(fine,) * 3)
+    return filtered
+
+
+def _smooth(product: Tensor, coarse: int, grid: Grid, window: float) -> Float[Tensor, "c c c"]:
+    spectrum = torch.fft.rfftn(product)
     if coarse < len(product):
         spectrum = crop(spectrum, coarse, 3)
+    for planes, radius in radius_slabs(coarse):
+        spectrum[planes] *= torch.exp(-2 * (math.pi * _sigma(window) * (radius.float() / grid.length)) ** 2)
     smooth: Tensor = torch.fft.irfftn(spectrum, s=(coarse,) * 3)
     return smooth
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.maths.fourier import frequencies, irfft, rfft
+from emsplat.maths.fourier import filtered
 from emsplat.types import Grid
 
 
@@ -60,13 +60,15 @@ def solvent_mask(
     extend, edge = max(extend, grid.pixel_size), max(edge, 3 * grid.pixel_size)
     diameter = min(diameter, grid.length - 2 * edge)
     sphere = spherical_mask(grid, diameter, edge)
-    kz, ky, kx = frequencies(grid, 3)
-    width = max(lowpass, 4 * grid.pixel_size)
-    low = irfft(rfft(volume, 3) * torch.exp(-math.log(2) * width**2 * (kx**2 + ky**2 + kz**2)), 3).numpy()
+    width = max(lowpass, 4 * grid.pixel_size) / grid.length
+    low = filtered(volume, lambda radius: torch.exp(-math.log(2) * (width * radius).square())).numpy()
     axis = (np.arange(size) - size // 2) / size
-    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
-    around = low[(radius > 0.42) & (radius < 0.5)]
-    mean, inside = float(around.mean()), radius * grid.length < diameter / 2
+    outside, inside = np.empty(low.shape, bool), np.empty(low.shape, bool)
+    for z, height in enumerate(axis):  # the radius of all voxels would take as much memory as two maps
+        radius = np.sqrt(height**2 + axis[:, None] ** 2 + axis**2)
+        outside[z], inside[z] = (radius > 0.42) & (radius < 0.5), radius * grid.length < diameter / 2
+    around = low[outside]
+    mean = float(around.mean())
     level = mean + max(0.5 * (_otsu(low[inside]) - mean), 3 * float(around.std()))
     label, found = ndimage.label((low > level) & inside)
     if not found:

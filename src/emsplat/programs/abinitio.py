@@ -87,9 +87,7 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
         if plan.classes > 1:
             about |= _classes(run, found, plan)
             run = replace(run, stack=run.stack.take((found.kind == 0).nonzero()[:, 0]))
-        classical = accumulate_all(run)
-        write_classical(run, classical)
-        return finish(run, classical, abinitio=about)
+        return finish(run, write_classical(run, accumulate_all(run)), abinitio=about)
 
 
 def exit_code(summary: dict[str, Any]) -> int:

@@ -29,7 +29,7 @@ from emsplat.report import verdict
 from emsplat.run.files import HALVES, MASK, statistics_name
 from emsplat.run.log import Log
 from emsplat.run.stop import checkpoints
-from emsplat.sums.equations import NormalEquations, combined, contrast, relative_gain
+from emsplat.sums.equations import ClassicalEquations, NormalEquations, circulant, combined, contrast, relative_gain
 from emsplat.sums.statistics import FourierStatistics, accumulate, begin, held_images
 from emsplat.types import Curve
 
@@ -40,20 +40,30 @@ _DISK = 2e8  # bytes per second of a slow disk: sums are kept where reading the 
 class Classical:
     """What one pass over the particles gives: equations and unregularised maps of the halves and of all, a mask.
 
-    The equations are on the device of the run, the maps on the CPU.
+    The equations are on the device of the run, the maps on the CPU. ``equations`` has those of the halves, which are
+    the largest things that a run holds, until `whole` takes them or nothing needs them any more and it is emptied.
     """
 
     equations: dict[str, NormalEquations]
+    all_particles: ClassicalEquations
     raw: dict[str, Tensor]
     mask: Tensor
     validation: CrossValidation
+    coverage: float  # as `ClassicalEquations.coverage`
     resolution: float | None  # Å, half maps in the mask at 0.143
     evident: bool  # whether the halves agree beyond the first shells, in a sphere that knows nothing of them
 
     def regularised(self) -> Float[Tensor, "z y x"]:
         """The map of all particles: what the halves agree on decides how far it is trusted."""
-        both = self.equations["class001"]
+        both = self.all_particles
         return both.solve(ssnr_prior(self.validation.raw).to(both.linear.device))
+
+    def whole(self) -> NormalEquations:
+        """The equations of all particles, in the memory of those of the halves, which are gone."""
+        first, second = (self.equations.pop(name) for name in HALVES)
+        first.linear.add_(second.linear)
+        first.kernel.add_(second.kernel)
+        return replace(first, particles=first.particles + second.particles)
 
 
 def accumulate_all(run: Run[RunConfig]) -> Classical:
@@ -89,8 +99,8 @@ def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classi
 
 def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor | None = None) -> Classical:
     """Maps from the sums of the halves of ``stack``, and how far these agree; without ``mask`` in one that is made."""
-    equations = halves | {"class001": halves["half1"] + halves["half2"]}
-    solved = {name: part.solve() for name, part in equations.items()}
+    both = _of_all(halves["half1"], halves["half2"])
+    solved = {name: part.solve() for name, part in halves.items()} | {"class001": both.solve()}
     raw = {name: volume.cpu() for name, volume in solved.items()}
     grid = stack.grid
     evident = is_evident((raw["half1"], raw["half2"]), grid, stack.diameter)
@@ -99,7 +109,13 @@ def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor
     pair = solved["half1"], solved["half2"]
     validation = CrossValidation(pair, mask.to(pair[0].device), grid, stack.symmetry.order)
     curve = Curve(torch.arange(len(validation.raw)).double() / grid.length, validation.raw)
-    return Classical(equations, raw, mask, validation, resolution(curve, 0.143), evident)
+    return Classical(halves, both, raw, mask, validation, both.coverage(), resolution(curve, 0.143), evident)
+
+
+def _of_all(one: NormalEquations, other: NormalEquations) -> ClassicalEquations:
+    """What the classical map of both sets needs, without a sum of their kernels."""
+    weight = circulant(one.kernel, one.grid.size).add_(circulant(other.kernel, one.grid.size))
+    return ClassicalEquations(one.linear + other.linear, weight.clamp_(min=0))
 
 
 def show(classical: Classical, run: Run[RunConfig]) -> None:
@@ -113,7 +129,7 @@ def show(classical: Classical, run: Run[RunConfig]) -> None:
 def _tell(classical: Classical, run: Run[RunConfig]) -> None:
     """What the user should know of the classical maps."""
     _warn_of_contrast(classical.raw["class001"], run)
-    covered, found = classical.equations["class001"].coverage(), classical.resolution
+    covered, found = classical.coverage, classical.resolution
     if covered < 0.97:
         run.log.warn(
             f"{1 - covered:.0%} of the Fourier voxels within Nyquist are hardly measured (preferred orientations or "
@@ -193,7 +209,7 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
     for folder in run.config.run.add_statistics if run.world.first else ():
         for path in sorted(folder.glob(statistics_name(name, "*"))):
             other = _added(path, subset)
-            parts.append(other.equations())
+            parts.append(other.used_up())
             run.log.line(
                 f"{name}: {other.particles:,} particles added from {path}, grey values "
                 f"{relative_gain(parts[0], parts[-1]):.3f} times these"
@@ -240,7 +256,7 @@ def _accumulate_part(
     statistics.collect(world)  # which are done
     if statistics.particles >= len(part):
         statistics.gather(world)
-        return statistics.equations()
+        return statistics.used_up()
     start, before = time.monotonic(), statistics.particles
     with checkpoints(options.checkpoint_every, world, options.time_limit) as moment:
         together = particle_numbers(part.table.take(part.rows)) if world.size > 1 else None
@@ -257,7 +273,7 @@ def _accumulate_part(
     statistics.gather(world)
     if world.first and (options.keep_statistics or long):
         statistics.save(saved)
-    return statistics.equations()
+    return statistics.used_up()
 
 
 def ssnr_prior(fsc: Float[Tensor, " s"]) -> Float[Tensor, " s"]:

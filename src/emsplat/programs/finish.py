@@ -15,12 +15,10 @@ from emsplat.assessment.assess import assess
 from emsplat.config import AssessConfig, RunConfig
 from emsplat.device import device_name, peak_device_memory
 from emsplat.io.files import json_text
-from emsplat.io.mrc import write_map
 from emsplat.io.particles import count_stacks
 from emsplat.parallel import ALONE, World
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.copies import copies
-from emsplat.programs.classical import Classical
 from emsplat.programs.opening import half_sets_from
 from emsplat.programs.run import Fits, Run
 from emsplat.programs.shown import hide_slices
@@ -32,14 +30,12 @@ from emsplat.run.files import (
     FULL_MAP,
     HALF_MAPS,
     REPORT,
-    SAMPLING,
     SUMMARY,
     course_name,
     statistics_name,
 )
 from emsplat.run.folder import finished_summary, plain, write_text
 from emsplat.run.log import Log, peak_memory
-from emsplat.sums.equations import sampling
 
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
 
@@ -76,17 +72,17 @@ def found_finished(
 
 def finish(
     run: Run[RunConfig],
-    classical: Classical,
+    coverage: float,
     fits: Fits | None = None,
     altered: str | None = None,
     refinement: dict[str, Any] | None = None,
     abinitio: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Verdict, summary and report of a run folder whose maps are written. ``altered`` as in `reconstruct`;
+    """Verdict, summary and report of a run folder whose maps are written. ``coverage`` is that of its `Classical`,
+    which should be gone by now: the assessment reads as many maps again. ``altered`` as in `reconstruct`;
     ``refinement`` says what was done to the poses, ``abinitio`` how they were found."""
     log, folder = run.log, run.folder
     hide_slices(folder)
-    write_map(folder / SAMPLING, sampling(classical.equations["class001"]), run.stack.grid.pixel_size)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):
         shared = None if refinement is None else refinement["shared_to"]
@@ -96,7 +92,7 @@ def finish(
     if not run.config.run.keep_statistics:
         for path in folder.glob(statistics_name("half?", "*")):
             path.unlink()
-    summary = measured | _found(run, classical, fits) | circumstances(run)
+    summary = measured | _found(run, coverage, fits) | circumstances(run)
     summary |= {} if refinement is None else {"refinement": refinement}
     summary |= {} if abinitio is None else {"abinitio": abinitio}
     summary |= {"assessment": {"warnings": log.warnings[told:]}} | ({} if altered is None else {"altered": altered})
@@ -110,11 +106,11 @@ def finish(
     return summary
 
 
-def _found(run: Run[RunConfig], classical: Classical, fits: Fits | None) -> dict[str, Any]:
+def _found(run: Run[RunConfig], coverage: float, fits: Fits | None) -> dict[str, Any]:
     """What the run has found out, beside what is measured on its maps."""
     return {
         "input": describe(run),
-        "coverage": round(classical.equations["class001"].coverage(), 4),
+        "coverage": round(coverage, 4),
         "fits": {} if fits is None else {name: fitted.about for name, fitted in fits.by_name.items()},
         "course": [] if fits is None else [asdict(stage) for stage in fits.stages],
         "examples": [] if fits is None else list(fits.examples),

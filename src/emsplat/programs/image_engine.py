@@ -182,8 +182,9 @@ def _begin(
     """The start, as bright as fits the sums of all its images."""
     grid = objective.stack.grid
     model = start_model(classical.raw[name], grid, settings, grid.pixel_size, name)
-    model = model.to(classical.equations[name].linear.device)
-    whole = VolumeObjective(classical.equations[name], support_size(grid.size, grid.size))
+    equations = classical.equations[name] if name in HALVES else classical.whole()
+    model = model.to(equations.linear.device)
+    whole = VolumeObjective(equations, support_size(grid.size, grid.size))
     start = State.begin(model.with_unit(whole.best_gain(model)))
     return spread_state(start, world, device=model.mean.device)
 

@@ -238,7 +238,7 @@ def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical,
         detail = max(grid.pixel_size, FINEST_DETAIL * (classical.resolution or 0.0))
         objective = VolumeObjective(equations, support_of(mask))
         model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
-        fitted = VolumeFit(name, equations, objective, model.with_unit(objective.best_gain(model)))
+        fitted = VolumeFit(name, objective, model.with_unit(objective.best_gain(model)))
         plan = Plan(_EPOCHS, settings.learning_rate, settings.decay)
         for _ in follow_course([fitted], plan, [Stage(len(model), _EPOCHS)]):
             pass

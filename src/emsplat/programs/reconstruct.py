@@ -31,7 +31,7 @@ from emsplat.programs.opening import introduce_fit, open_run
 from emsplat.programs.run import Fits, Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
-from emsplat.run.files import HALVES, backprojection_name, map_name, model_name
+from emsplat.run.files import HALVES, SAMPLING, backprojection_name, map_name, model_name
 from emsplat.run.log import Log
 
 
@@ -52,11 +52,8 @@ def backproject(
         return finished
     with threads(config.run.threads), log.to_the_end(config.run.profile):
         run = open_run(config, particles, output, log, program="backproject", world=world)
-        classical = accumulate_all(run)
-        if not world.first:
-            return {}
-        write_classical(run, classical)
-        return finish(run, classical)
+        coverage = write_classical(run, accumulate_all(run))
+        return finish(run, coverage) if world.first else {}
 
 
 @within_memory()
@@ -86,15 +83,18 @@ def reconstruct(
         settings = _settled(config, output, world)
         run = open_run(config, particles, output, log, settings, world=world)
         introduce_fit(log, settings)
-        classical = accumulate_all(run)
-        if settings.engine == "one-pass":
-            fits = fit_volumes(run, settings, classical)
-        else:
-            fits = fit_images(run, with_batch(run, settings, classical), classical)
-        if not world.first:
-            return {}
-        write_fits(run, fits, classical)
-        return finish(run, classical, compared_with_images(run, fits), altered)
+        fits, coverage = _fit(run, settings)
+        return finish(run, coverage, compared_with_images(run, fits), altered) if world.first else {}
+
+
+def _fit(run: Run[ReconstructConfig], settings: Settings) -> tuple[Fits, float]:
+    """The fits, their maps written, and the coverage of the sums beneath them."""
+    classical = accumulate_all(run)
+    if settings.engine == "one-pass":
+        fits = fit_volumes(run, settings, classical)
+    else:
+        fits = fit_images(run, with_batch(run, settings, classical), classical)
+    return fits, write_fits(run, fits, classical)
 
 
 def _settled(config: ReconstructConfig, output: Path, world: World) -> Settings:
@@ -107,19 +107,33 @@ def _settled(config: ReconstructConfig, output: Path, world: World) -> Settings:
     )
 
 
-def write_classical(run: Run[RunConfig], classical: Classical) -> None:
-    """Classical maps of the halves and of all as those of the run."""
+def write_classical(run: Run[RunConfig], classical: Classical) -> float:
+    """Classical maps of the halves and of all as those of the run, in its first process; returns their coverage."""
+    classical.equations.clear()
+    if not run.world.first:
+        return classical.coverage
     maps = {name: classical.raw[name] for name in HALVES} | {"class001": classical.regularised()}
     for name, volume in maps.items():
         write_map(run.folder / map_name(name), volume, run.stack.grid.pixel_size)
+    return _write_sampling(run, classical)
 
 
-def write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -> None:
-    """The maps and Gaussians of all fits, and the classical maps beneath them."""
+def _write_sampling(run: Run[RunConfig], classical: Classical) -> float:
+    write_map(run.folder / SAMPLING, classical.all_particles.sampling(), run.stack.grid.pixel_size)
+    return classical.coverage
+
+
+def write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) -> float:
+    """The maps and Gaussians of all fits, and the classical maps beneath them, in the first process; returns the
+    coverage of the sums."""
+    classical.equations.clear()
+    if not run.world.first:
+        return classical.coverage
     for name, fitted in fits.by_name.items():
         _write_model(run, name, fitted.model)
     for name, volume in classical.raw.items():
         write_map(run.folder / backprojection_name(name), volume, run.stack.grid.pixel_size)
+    return _write_sampling(run, classical)
 
 
 @torch.no_grad()

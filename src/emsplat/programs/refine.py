@@ -29,7 +29,7 @@ from emsplat.programs.pose_files import about_poses, resumed_rounds, save_rounds
 from emsplat.programs.pose_round import REFINED, Refined, look_up, make_round
 from emsplat.programs.pose_states import read_known_states
 from emsplat.programs.reconstruct import compared_with_images, write_fits
-from emsplat.programs.run import Run
+from emsplat.programs.run import Fits, Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
 from emsplat.run.files import HALVES
@@ -65,10 +65,15 @@ def refine(config: RefineConfig, particles: Path, output: Path, log: Log | None 
         run = replace(run, stack=refined.stack)
         about = about_poses(run, given, refined)
         write_particles(run, refined, given)
-        classical = accumulate_all(run) if config.run.keep_statistics else settle(run, sums)
-        fits = fit_volumes(run, settings, classical)
-        write_fits(run, fits, classical)
-        return finish(run, classical, compared_with_images(run, fits), refinement=about)
+        fits, coverage = _fit(run, settings, sums)
+        return finish(run, coverage, compared_with_images(run, fits), refinement=about)
+
+
+def _fit(run: Run[RefineConfig], settings: Settings, sums: dict[str, NormalEquations]) -> tuple[Fits, float]:
+    """The fits in the poses found, their maps written, and the coverage of the sums, which are let go of."""
+    classical = accumulate_all(run) if run.config.run.keep_statistics else settle(run, sums)
+    fits = fit_volumes(run, settings, classical)
+    return fits, write_fits(run, fits, classical)
 
 
 def _settled(config: RefineConfig) -> Settings:

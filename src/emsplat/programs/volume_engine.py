@@ -57,7 +57,8 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
     plan = Plan(settings.epochs, settings.learning_rate, settings.decay)
     with run.log.part("fits"):
         with run.log.step("starts of half1 and half2"):
-            halves = [_begin(name, run, settings, classical, world) for name in HALVES]
+            objectives = _objectives(run, settings, classical)
+            halves = [_begin(name, run, settings, classical, objectives[name], world) for name in HALVES]
         _announce(run, len(halves[0].kept.model), support_of(classical.mask), planned)
         before = _taken_up(run, halves, "halves", world)
         course = find_course(halves, plan, growth, judge, before, world)
@@ -65,7 +66,7 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
         if not world.first:
             return Fits(settings, fitted, tuple(stages))
         with run.log.step("start of class001"):
-            full = [_begin("class001", run, settings, classical, ALONE)]
+            full = [_begin("class001", run, settings, classical, objectives["class001"], ALONE)]
         _taken_up(run, full, "class001", ALONE)
         kept = sum(stage.epochs for stage in stages if stage.kept)
         _, of_all = _carry_out(run, full, "class001", follow_course(full, plan, stages), [], kept, ALONE)
@@ -81,20 +82,35 @@ def _judge(settings: Settings, classical: Classical) -> CrossValidation | None:
     return classical.validation
 
 
-def _begin(name: str, run: Run[ReconstructConfig], settings: Settings, classical: Classical, world: World) -> VolumeFit:
+def _objectives(run: Run[ReconstructConfig], settings: Settings, classical: Classical) -> dict[str, VolumeObjective]:
+    """What is fitted to: of the halves, and of all particles in the process that takes them. The equations, which are
+    larger than all of these in most boxes, are gone afterwards."""
+    coarse = coarse_steps(settings.epochs) if run.stack.grid.size > 128 else 0
+    support, equations = support_of(classical.mask), classical.equations
+    made = {name: VolumeObjective(equations[name], support, coarse_steps=coarse) for name in HALVES}
+    if run.world.first:
+        made["class001"] = VolumeObjective(classical.whole(), support, coarse_steps=coarse)
+    equations.clear()
+    return made
+
+
+def _begin(
+    name: str,
+    run: Run[ReconstructConfig],
+    settings: Settings,
+    classical: Classical,
+    objective: VolumeObjective,
+    world: World,
+) -> VolumeFit:
     """A fit before its first step, as the first process begins it."""
     stack, grid = run.stack, run.stack.grid
     detail = grid.pixel_size
     if _judge(settings, classical) is not None and classical.resolution is not None:
         detail = max(detail, FINEST_DETAIL * classical.resolution)
-    coarse = coarse_steps(settings.epochs) if grid.size > 128 else 0
-    objective = VolumeObjective(classical.equations[name], support_of(classical.mask), coarse_steps=coarse)
     model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
     model = model.with_unit(objective.best_gain(model))
     model = spread_state(State.begin(model), world, device=stack.device).model
-    return VolumeFit(
-        name, classical.equations[name], objective, model, list(HALVES).index(name) if name in HALVES else 0
-    )
+    return VolumeFit(name, objective, model, list(HALVES).index(name) if name in HALVES else 0)
 
 
 def _taken_up(run: Run[ReconstructConfig], fits: list[VolumeFit], label: str, world: World) -> list[Stage]:
@@ -213,7 +229,7 @@ def _show(run: Run[ReconstructConfig], fits: list[VolumeFit], judge: CrossValida
 
 def _add_loss(history: History, one: VolumeFit) -> None:
     """The loss of the last step."""
-    history.add(one.state.step, one.state.terms["loss"], VolumeObjective.steps_per_epoch, one.equations.particles)
+    history.add(one.state.step, one.state.terms["loss"], VolumeObjective.steps_per_epoch, one.objective.images)
 
 
 def _row(happened: Score | Stage, fit: str, step: int) -> Scored | Judged:
@@ -229,7 +245,7 @@ def _row(happened: Score | Stage, fit: str, step: int) -> Scored | Judged:
 def _fitted(one: VolumeFit, seconds: float, steps: float) -> Fitted:
     """``seconds`` were spent on this fit and its ``steps``, also on those of a stage that was taken back."""
     about = {
-        "particles": one.equations.particles,
+        "particles": one.objective.images,
         "gaussians": len(one.kept.model),
         "steps": one.kept.step,
         "loss": float(one.kept.terms["loss"]),

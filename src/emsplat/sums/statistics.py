@@ -40,7 +40,7 @@ from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import Particles, ParticleStack
-from emsplat.sums.equations import NormalEquations, centre, combined, kernel_size, relative_gain, synthesis
+from emsplat.sums.equations import NormalEquations, combined, kernel_size, relative_gain, synthesis
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 from emsplat.types import Grid, Optics
 
@@ -205,19 +205,33 @@ class FourierStatistics:
 
     def equations(self) -> NormalEquations:
         """b and K, with the window divided out."""
-        size = self.grid.size
-        linear = centre(synthesis(self.numerator), size)
-        kernel = centre(synthesis(self.weight), kernel_size(size))
-        for volume in (linear, kernel):
-            axis = np.arange(len(volume)) - len(volume) // 2
-            factor = 1 / window_transform(axis / self.side)
-            if volume is kernel:
-                lag = torch.from_numpy(np.abs(axis) / size).float()
-                factor *= 0.5 + 0.5 * torch.cos(torch.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
-            factor = factor.to(volume.device)
-            for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
-                volume *= factor.reshape(shape)
+        return NormalEquations(self.grid, self._linear(), self._kernel(), self.particles)
+
+    def used_up(self) -> NormalEquations:
+        """`equations` from sums that are done with: their memory is given back on the way, and they are empty."""
+        nothing = self.weight[:0].clone()
+        linear = self._linear()
+        self.numerator = nothing.to(torch.complex64)
+        kernel = self._kernel()
+        self.weight = nothing
         return NormalEquations(self.grid, linear, kernel, self.particles)
+
+    def _linear(self) -> Float[Tensor, "z y x"]:
+        return self._without_window(synthesis(self.numerator, self.grid.size))
+
+    def _kernel(self) -> Float[Tensor, "w v u"]:
+        size = kernel_size(self.grid.size)
+        lag = torch.from_numpy(np.abs(np.arange(size) - size // 2) / self.grid.size).float()
+        fade = 0.5 + 0.5 * torch.cos(torch.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
+        return self._without_window(synthesis(self.weight, size), fade)
+
+    def _without_window(self, volume: Float[Tensor, "z y x"], fade: Tensor | float = 1.0) -> Float[Tensor, "z y x"]:
+        """The volume with the transform of the window divided out, times ``fade`` along each axis; in place."""
+        axis = np.arange(len(volume)) - len(volume) // 2
+        factor = (1 / window_transform(axis / self.side) * fade).to(volume.device)
+        for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
+            volume *= factor.reshape(shape)
+        return volume
 
 
 def _stretch(rotation: Float[Tensor, "p 3 3"]) -> Float[Tensor, ""]:
@@ -335,7 +349,7 @@ def _equations_by_grid(stack: ParticleStack, grid: Grid, world: World) -> list[N
         for _ in accumulate(statistics, part, estimate_noise(part), world):
             pass
         statistics.gather(world)
-        equations.append(statistics.equations())
+        equations.append(statistics.used_up())
     return equations
 
 
