@@ -162,7 +162,7 @@ def is_smooth(size: int) -> bool:
 
 
 def hermitian_weight(size: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Float[Tensor, " k"]:
-    """How often each rfft column stands in the full transform: 1 for kx = 0 and Nyquist, else 2 (even sizes).
+    """How often each rfft column stands in the full transform: 1 for kx = 0 and the Nyquist of even sizes, else 2.
 
     Kept for the next call: not to be changed in place.
     """
@@ -172,7 +172,9 @@ def hermitian_weight(size: int, dtype: torch.dtype = torch.float32, device: torc
 @cache
 def _hermitian_weight(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     weight = torch.full((size // 2 + 1,), 2.0, dtype=dtype)
-    weight[0] = weight[-1] = 1.0
+    weight[0] = 1.0
+    if size % 2 == 0:
+        weight[-1] = 1.0
     return weight.to(device)
 
 

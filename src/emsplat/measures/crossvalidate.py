@@ -88,12 +88,12 @@ class CrossValidation:
     ) -> None:
         self.grid = grid
         self._mask = mask
+        self.count = (independent_coefficients(mask).cpu() / copies).clamp(min=1.0)
         # Short numbers: as indices they would take twice the memory of a map.
         self._shell = torch.cat([shells.short() for _, shells in shell_slabs(grid.size, mask.device)])
         self._raw = [self._transform(volume) for volume in raw]
         self._power = [self._sum(spectrum, spectrum) for spectrum in self._raw]
         self.raw = self._correlation(*self._raw, *self._power)
-        self.count = (independent_coefficients(mask).cpu() / copies).clamp(min=1.0)
         voxels = _voxels(grid.size, mask.device).cpu()
         second, fourth = (sum((plane.double() ** power).sum() for plane in mask) for power in (2, 4))
         # Of a sum over many shells, neighbours in other shells are correlated too: Σ |M(Δ)/M(0)|² by Parseval.

@@ -96,9 +96,10 @@ def local_cross_validated(
     Raises:
         InputError: as for `local_resolution`.
     """
-    pairs = [(0, 3), (1, 2), (0, 0), (1, 1), (2, 2), (3, 3), (2, 3)]
+    # In an order in which no more than two filtered maps are needed at a time.
+    pairs = [(0, 0), (3, 3), (0, 3), (2, 2), (2, 3), (1, 1), (1, 2)]
     first = _First(grid, window, threshold)
-    for frequency, (ab, ba, aa, bb, raw_a, raw_b, both) in _band_products([*models, *raw], pairs, grid, window):
+    for frequency, (aa, raw_b, ab, raw_a, both, bb, ba) in _band_products([*models, *raw], pairs, grid, window):
         seen = 0.5 * (_ratio(ab, aa, raw_b) + _ratio(ba, bb, raw_a))
         support = _ratio(both, raw_a, raw_b)
         value = seen / support.clamp(min=1e-6).sqrt()
@@ -194,11 +195,15 @@ def _band_products(
         # Products reach twice the band; what they fold onto must stay clear of the frequencies that w lets through.
         need = grid.length * (2 * (frequency + _step(window)) + 3 / (2 * math.pi * _sigma(window)))
         fine = min(size, _even(max(coarse, math.ceil(need))))
-        filtered = [_filtered(spectrum, fine, frequency, grid, window) for spectrum in spectra]
-        yield (
-            frequency,
-            [_smooth(filtered[i] * filtered[j], coarse, grid, window) for i, j in pairs],
-        )
+        filtered: dict[int, Tensor] = {}  # as long as a later pair needs them
+        products = []
+        for number, pair in enumerate(pairs):
+            for one in set(pair) - filtered.keys():
+                filtered[one] = _filtered(spectra[one], fine, frequency, grid, window)
+            products.append(_smooth(filtered[pair[0]] * filtered[pair[1]], coarse, grid, window))
+            later = {one for other in pairs[number + 1 :] for one in other}
+            filtered = {one: volume for one, volume in filtered.items() if one in later}
+        yield frequency, products
 
 
 def _whitened(volumes: Sequence[Tensor]) -> list[Tensor]:

@@ -34,8 +34,7 @@ from emsplat.run.files import CHECK, CHECK_MAP, DIRECTIONS, DIRECTIONS_FIGURE, S
 from emsplat.run.folder import write_text
 from emsplat.run.log import counted, data_size, duration
 from emsplat.sums.equations import contrast
-from emsplat.sums.statistics import equations_of
-from emsplat.sums.window import PADDING
+from emsplat.sums.statistics import equations_of, memory_of_sums
 from emsplat.types import Grid
 
 _FEWEST = 4  # different particles, for two half-sets
@@ -363,12 +362,11 @@ def _cost(stack: ParticleStack) -> Item:
 
 
 def _cost_of(count: int, box: int) -> Item:
-    sums = 3 * 12 * (PADDING * box) ** 3 / 2
     read = count * box**2 * 4
     # Two cores of 2026 insert 6,000 images of 96² a second; the work grows with the pixels.
     seconds = count / (6000 * (96 / box) ** 2.7)
     text = (
-        f"{data_size(read)} to read once, {data_size(sums)} of memory for the sums; two cores take "
+        f"{data_size(read)} to read once, {data_size(memory_of_sums(box))} of memory for the sums; two cores take "
         f"{duration(seconds)} for the pass"
     )
     return Item("cost", "ok", text)

@@ -34,8 +34,7 @@ from emsplat.run.folder import command_of, plain, prepare_folder, write_text
 from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
 from emsplat.run.stop import time_limit
-from emsplat.sums.statistics import fingerprint
-from emsplat.sums.window import PADDING
+from emsplat.sums.statistics import fingerprint, memory_of_sums
 
 C = TypeVar("C", bound=RunConfig)
 _OF_THE_FILE = "of the file"
@@ -199,10 +198,9 @@ def _introduce(log: Log, stack: ParticleStack, config: RunConfig) -> None:
         log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
     log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.images.invert else ""))
-    sums = 12 * (PADDING * grid.size) ** 3 / 2
     read = data_size(len(stack) * grid.size**2 * 4)
     log.line(
-        f"  one pass over {read} of images; {data_size(3 * sums)} of memory for the sums, "
+        f"  one pass over {read} of images; {data_size(memory_of_sums(grid.size))} of memory for the sums, "
         f"{describe_threads(config.run.threads)}"
     )
 

@@ -37,13 +37,14 @@ def synthesis(half_space: Tensor, size: int) -> Float[Tensor, "z y x"]:
     middle = (torch.arange(size, device=device) - size // 2) % side
     mirror = (-torch.arange(side, device=device)) % side
     # Every entry stands for its Hermitian mirror too; only here does the mirror lie in x >= 0 (or wrap into it).
-    ends = {0: 1, 1: 0, reach: reach + 1, reach - 1: reach + 2}
-    mirrored = {x: _wrapped(half_space[:, :, column, None])[mirror][:, mirror].conj() for x, column in ends.items()}
+    ends = ((0, 1), (1, 0), (reach, reach + 1), (reach - 1, reach + 2))
+    mirrored = [(x, _wrapped(half_space[:, :, [column]])[mirror][:, mirror, 0].conj()) for x, column in ends]
     rows = torch.empty(size, size, reach + 1, dtype=torch.complex64, device=device)
     for columns in slabs(reach + 1, side**2):
         part = _wrapped(half_space[:, :, columns.start + 1 : columns.stop + 1])
-        for x in mirrored.keys() & range(columns.start, columns.stop):
-            part[:, :, x - columns.start] += mirrored[x][:, :, 0]
+        for x, opposite in mirrored:
+            if columns.start <= x < columns.stop:
+                part[:, :, x - columns.start] += opposite
         planes = torch.fft.ifft(part, dim=0, norm="forward")[middle]
         rows[:, :, columns] = torch.fft.ifft(planes, dim=1, norm="forward")[:, middle]
     volume = torch.empty(size, size, size, device=device)
@@ -245,4 +246,4 @@ def contrast(volume: Float[Tensor, "z y x"]) -> float:
         for row, (inner, outer) in enumerate(regions):
             sums[row] += (values * ((radius > inner) & (radius < outer))).sum((1, 2, 3))
     (_, centre, _), (_, around, _), (_, mean, square) = (sums / sums[:, :1]).tolist()
-    return (centre - around) / math.sqrt(max(square - mean**2, 1e-300))
+    return float((centre - around) / math.sqrt(max(square - mean**2, 1e-300)))

@@ -234,6 +234,15 @@ class FourierStatistics:
         return volume
 
 
+def memory_of_sums(size: int) -> float:
+    """The most bytes that the sums of two halves take one after the other, while the second become equations beside
+    those of the first; ``size`` voxels across the box."""
+    sums = 12 * (PADDING * size) ** 3 / 2
+    equations = 4 * (size**3 + kernel_size(size) ** 3)
+    unfinished = 8 * size**2 * (PADDING * size / 2) + 4 * size**3  # b: transformed along two axes, and itself
+    return sums + equations + unfinished
+
+
 def _stretch(rotation: Float[Tensor, "p 3 3"]) -> Float[Tensor, ""]:
     """The largest factor by which the first two rows stretch a frequency of an image; 1 for rotations, which no further
     rotation of the object changes."""
