@@ -1,5 +1,6 @@
 """Interrupted runs go on where they were, to the same bits at one thread; and several processes share a run out."""
 
+import math
 import os
 import re
 import signal
@@ -8,18 +9,23 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
-from emsplat.config import ReconstructConfig, change, configure
+from emsplat.config import ReconstructConfig, RefineConfig, change, configure
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fitting.checkpoint import load_states
 from emsplat.io import tensors
 from emsplat.io.mrc import read_map
+from emsplat.io.particles import read_particles, write_used
+from emsplat.maths.geometry import vector_to_matrix
 from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.refine import refine
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Judged, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
+from emsplat.types import Poses
 from processes import SLOW, SLOW_FIT, ends, start, wait_for
 
 ONE_PASS = configure(ReconstructConfig, epochs=3, gaussians=200, growth=1, threads=1)
@@ -61,13 +67,13 @@ def stopped_at(monkeypatch, look):
     monkeypatch.setattr(Checkpoints, "due", counted)
 
 
-def interrupted(config, particles, folder, monkeypatch, look):
+def interrupted(config, particles, folder, monkeypatch, look, program=reconstruct):
     """A run that is stopped at its n-th look, and goes on."""
     with monkeypatch.context() as patch:
         stopped_at(patch, look)
         with pytest.raises(Interrupted, match="go on with --resume"):
-            reconstruct(config, particles, folder)
-    reconstruct(change(config, resume=True), particles, folder)
+            program(config, particles, folder)
+    program(change(config, resume=True), particles, folder)
     return folder
 
 
@@ -94,6 +100,43 @@ def test_the_one_pass_engine_goes_on_to_the_same_bits(particles, whole, tmp_path
 def test_the_engine_of_images_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
     expected = whole(IMAGES)
     same_maps(interrupted(IMAGES, particles, tmp_path / "cut", monkeypatch, look), expected)
+
+
+REFINE = configure(
+    RefineConfig, rounds=2, refine="poses,defocus,scale,tilt", epochs=2, growth=0, gaussians=150, threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def wrong(simulated):
+    """Particles in poses that are off."""
+    star = simulated(particles=160, box=32, pixel_size=4.0, snr=0.5)
+    stack = open_particles(star)
+    poses, drawn = stack.table.poses, torch.Generator().manual_seed(1)
+    turn, move = (torch.randn(160, count, generator=drawn, dtype=torch.float64) for count in (3, 2))
+    moved = Poses(vector_to_matrix(math.radians(4) * turn) @ poses.rotation, poses.shift + 3 * move)
+    write_used(stack.with_poses(moved).table, star.parent / "wrong.star", stack.table.half)
+    return star.parent / "wrong.star"
+
+
+@pytest.fixture(scope="module")
+def refined(wrong, tmp_path_factory):
+    """A refinement that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("refined") / "whole"
+    refine(REFINE, wrong, folder)
+    return folder
+
+
+# Looks: 4 at the sums, then per round 2 at the poses, 2 at the tilt, 2 at the optics and 4 at sums; 28 are before fits.
+@pytest.mark.slow
+@pytest.mark.parametrize("look", [3, 5, 12, 15, 22, 37, 64])
+def test_a_refinement_goes_on_to_the_same_bits(wrong, refined, tmp_path, monkeypatch, look):
+    """Interrupted in the first sums, in each part of a round, and in the fits of the halves and of all."""
+    found = interrupted(REFINE, wrong, tmp_path / "cut", monkeypatch, look, refine)
+    same_maps(found, refined)
+    assert (found / "poses.csv").read_bytes() == (refined / "poses.csv").read_bytes()
+    assert len(read_summary(found)["refinement"]["rounds"]) == 2
+    assert read_summary(found)["refinement"] == read_summary(refined)["refinement"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +219,69 @@ def test_processes_share_a_reconstruction_out(particles, whole, tmp_path, engine
     for name in MAPS:
         # Adam divides by the size of a gradient: where that is rounding alone, so is the step.
         assert the_same(tmp_path / "many" / name, expected / name, 2e-2)
+
+
+REFINE_WORDS = [
+    "--refine",
+    "poses,defocus,scale,tilt",
+    "--epochs",
+    "2",
+    "--growth",
+    "0",
+    "--gaussians",
+    "150",
+    "--threads",
+    "1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_a_refinement_out(wrong, tmp_path, size):
+    """Against maps, which follow from the sums without steps that rounding turns."""
+    words = [*REFINE_WORDS, "--rounds", "2", "--reference", "map"]
+    options = {"rounds": 2, "reference": "map", "refine": "poses,defocus,scale,tilt", "epochs": 2}
+    config = configure(RefineConfig, **options, growth=0, gaussians=150, threads=1)
+    expected = refine(config, wrong, tmp_path / "one")
+    said = ends(start(size, "refine", wrong, "-o", tmp_path / "many", *words))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * size
+    assert [text for _, text, _ in said[1:]] == [""] * (size - 1)
+    assert f"shared out over {size} processes" in said[0][1]
+    found = read_summary(tmp_path / "many")
+    one, many = (own["refinement"]["rounds"] for own in (expected, found))
+    assert len(one) == len(many) == 2
+    for before, after in zip(one, many, strict=True):
+        assert before.keys() == after.keys()
+        for name in ("compared_to", "angle_error", "shift_error", "score", "gained", "defocus_spread"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=2e-4), name
+        assert after["kept"] == before["kept"]
+    poses, own = (read_particles(tmp_path / name / "run_data.star") for name in ("many", "one"))
+    assert torch.equal(poses.image, own.image)
+    # Rounding may decide which step of a particle is the last: of the next few hundredths of a nat are expected.
+    away = (poses.poses.rotation - own.poses.rotation).abs().amax((1, 2))
+    assert away.quantile(0.9) < 1e-3
+    assert away.max() < 0.1
+    for name in MAPS:
+        assert the_same(tmp_path / "many" / name, tmp_path / "one" / name, 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 2])
+def test_a_killed_process_ends_a_refinement_and_any_number_goes_on(wrong, refined, tmp_path, dying):
+    words = ["refine", wrong, "-o", tmp_path / "cut", *REFINE_WORDS, "--rounds", "2"]
+    running = start(3, *words, program=SLOW)
+    wait_for((tmp_path / "cut" / "refinement.safetensors").is_file, running)
+    running[dying].kill()
+    said = ended_together(running)
+    for rank, (code, _, errors) in enumerate(said):
+        if rank != dying:
+            assert code == 1
+            assert re.fullmatch(rf"emsplat, rank {rank} of 3 \(.*\): rank {dying} of 3 \(.*--resume.*\n", errors)
+    resumed = ends(start(2, *words, "--resume"))
+    assert [code for code, *_ in resumed] == [0, 0]
+    assert "resuming after round 1" in resumed[0][1]
+    one, many = (read_summary(own)["refinement"]["rounds"] for own in (refined, tmp_path / "cut"))
+    assert [own["score"] for own in many] == pytest.approx([own["score"] for own in one], abs=2e-3)
 
 
 def ended_together(processes):

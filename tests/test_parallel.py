@@ -12,6 +12,9 @@ from emsplat.maths.groups import cyclic
 from emsplat.parallel import ALONE, World, joined
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_particles
+from emsplat.poses.local import Prior, make_reference, noise_of, place
+from emsplat.poses.optics import refine_optics
+from emsplat.poses.tilt import phase_sums
 from emsplat.sums.statistics import accumulate, begin, equations_of
 
 _ONE_OF_MANY = """
@@ -22,6 +25,9 @@ from emsplat.maths.groups import cyclic
 from emsplat.parallel import joined
 from emsplat.particles.open import open_particles
 from emsplat.particles.noise import estimate_noise
+from emsplat.poses.local import Prior, make_reference, noise_of, place
+from emsplat.poses.optics import refine_optics
+from emsplat.poses.tilt import phase_sums
 from emsplat.sums.statistics import accumulate, begin, equations_of
 torch.set_num_threads(1)
 stack = open_particles(Path(sys.argv[1]), symmetry=cyclic(2))
@@ -39,6 +45,16 @@ with joined() as world:
     equations = equations_of(stack, world=world)
     found = {"numerator": sums.numerator, "weight": sums.weight, "particles": sums.particles}
     found |= {"linear": equations.linear, "kernel": equations.kernel}
+    said = []
+    reference, noise = make_reference(torch.load(sys.argv[3]), stack.grid, 8), noise_of(stack)
+    placed = place(reference, stack, stack.table.poses, Prior(0.1, 3.0), noise, told=said.append, world=world)
+    assert said[-1] == len(stack) and len(world.texts(str(len(said)))) == world.size
+    assert len(set(world.texts(str(len(said))))) == 1
+    optics, spread = refine_optics(reference, stack, noise, defocus=True, strength=True, world=world)
+    phases = phase_sums(reference, stack, noise, world=world)[0][0]
+    found |= {"rotation": placed.poses.rotation, "shift": placed.poses.shift, "hessian": placed.hessian}
+    found |= {"looks": placed.looks, "defocus": optics.defocus_u, "b_factor": optics.b_factor}
+    found |= {"basis": phases.basis, "phases": torch.view_as_real(phases.cross)}
     torch.save(found | {"size": world.size}, Path(sys.argv[2]) / f"{world.rank}.pt")
 """
 
@@ -49,12 +65,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_world(size, star, folder):
-    """The equations as each of several processes has them."""
+def run_world(size, star, folder, volume):
+    """The equations and poses as each of several processes has them."""
+    torch.save(volume, folder / "volume.pt")
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _ONE_OF_MANY, str(star), str(folder)],
+            [sys.executable, "-c", _ONE_OF_MANY, str(star), str(folder), str(folder / "volume.pt")],
             env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -76,7 +93,15 @@ def test_processes_share_the_particles_out(simulated, tmp_path, size):
         pass
     expected = {"numerator": alone.numerator, "weight": alone.weight}
     expected |= {"linear": equations.linear, "kernel": equations.kernel}
-    found = run_world(size, particles, tmp_path)
+    volume = equations.solve()
+    reference, noise = make_reference(volume, stack.grid, 8), noise_of(stack)
+    placed = place(reference, stack, stack.table.poses, Prior(0.1, 3.0), noise)
+    optics, _ = refine_optics(reference, stack, noise, defocus=True, strength=True)
+    phases = phase_sums(reference, stack, noise)[0][0]
+    expected |= {"rotation": placed.poses.rotation, "shift": placed.poses.shift, "hessian": placed.hessian}
+    expected |= {"looks": placed.looks.double(), "defocus": optics.defocus_u, "b_factor": optics.b_factor}
+    expected |= {"basis": phases.basis, "phases": torch.view_as_real(phases.cross)}
+    found = run_world(size, particles, tmp_path, volume)
     for one in found:
         assert one["size"] == size
         assert one["particles"] == len(stack)
