@@ -514,6 +514,15 @@ def test_one_cell_of_all_particles_is_their_equations(stack):
     assert float(cell.noise) == 1.0
 
 
+def test_a_cell_holds_all_copies_of_its_particles(simulated):
+    """Also where as many of them have each element of the symmetry."""
+    stack = open_stack(configure(ReconstructConfig, symmetry="C2"), simulated(particles=60)).only(1)
+    (cell,) = gather_cells(stack, torch.ones(2 * len(stack), 1), torch.zeros(1, 1), 24)
+    whole, inside = equations_of(stack), slice(stack.grid.size // 2 - 12, stack.grid.size // 2 + 12)
+    linear = whole.linear[inside, inside, inside]
+    assert float((cell.linear[0] - linear).norm() / linear.norm()) < 1e-5
+
+
 def test_cells_add_up(stack):
     generator = drawn(1)
     member = torch.softmax(torch.randn(len(stack), 2, generator=generator, dtype=torch.float64), 1)

@@ -129,7 +129,7 @@ def _gather(
         before = torch.ones(len(part.table)) if part.share is None else part.share
         share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
         for some in replace(turned, share=share).parts():
-            statistics.particles = 0
+            statistics.next_stack()
             for _ in accumulate(statistics, some, noise[some.grid]):
                 pass
     return statistics.equations()

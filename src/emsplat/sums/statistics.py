@@ -151,6 +151,10 @@ class FourierStatistics:
         if len(self.done) != particles:
             self.done = torch.arange(particles) < self.particles
 
+    def next_stack(self) -> None:
+        """What is added from here on is another stack, none of whose particles is in the sums yet."""
+        self.particles, self.done = 0, self.done[:0]
+
     def check_addable(self, other: FourierStatistics, name: str) -> None:
         """
         Raises:
