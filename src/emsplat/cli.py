@@ -162,8 +162,8 @@ def heterogeneity(
     """
     from emsplat.programs.heterogeneity import heterogeneity as run
 
-    with _folder(output, "heterogeneity", _again(config.run)) as folder:
-        run(config, particles, folder, _log())
+    with _together(config) as (log, world), _folder(output, "heterogeneity", _again(config.run), world) as folder:
+        run(config, particles, folder, log, world=world)
 
 
 def abinitio(
@@ -753,7 +753,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "Cluster and shell": (slurm, completion),
 }
-_SHARED = ("reconstruct", "backproject", "refine")  # over processes
+_SHARED = ("reconstruct", "backproject", "refine", "heterogeneity")  # over processes
 _JOBS = ("reconstruct", "backproject")  # that `slurm` writes scripts for
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
 _FOOTER = (

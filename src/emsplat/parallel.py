@@ -226,6 +226,30 @@ class World:
 ALONE = World()
 
 
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Which ``rows`` of ``count`` a process has, where it does not have all of them (None)."""
+
+    world: World = ALONE
+    rows: Int[Tensor, " m"] | None = None
+    count: int = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The own rows of what is there for all."""
+        return whole if self.rows is None else whole[self.rows]
+
+    def whole(self, own: Tensor) -> Tensor:
+        """What all processes have, each for its own rows, in all of them."""
+        return own if self.rows is None else self.world.gathered(own, self.rows, self.count)
+
+    def total(self, own: int) -> int:
+        """How many rows there are, where this process has so many."""
+        return own if self.rows is None else self.count
+
+
+EVERYTHING = Portion()
+
+
 def started_together() -> bool:
     """Whether ``torchrun`` has started this process as one of several."""
     return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ

@@ -12,6 +12,7 @@ from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.subspace import Latents
+from emsplat.parallel import World
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ def embedded(density: Density, own: Latents, other: Latents) -> Embedding:
         density.gain(own),
         own.quadratic.mean(0),
     )
+
+
+def spread_embedding(
+    embedding: Embedding, gain: Float[Tensor, " w"], world: World
+) -> tuple[Embedding, Float[Tensor, " w"]]:
+    """An embedding and gains as the first process has them, in all of them."""
+    if world.size == 1:
+        return embedding, gain
+    fields = ("membership", "others", "own", "other", "gain", "precision")
+    tensors = {name: getattr(embedding, name).contiguous() for name in fields}
+    tensors |= {"point": embedding.density.point, "weight": embedding.density.weight, "of_others": gain}
+    own = world.spread_named(tensors)
+    return Embedding(Density(own["point"], own["weight"]), *(own[name] for name in fields)), own["of_others"]
 
 
 def hard_embedding(

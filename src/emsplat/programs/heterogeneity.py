@@ -30,7 +30,7 @@ from emsplat.heterogeneity.half import on_grid
 from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.saved import read_search, save_search
-from emsplat.heterogeneity.search import Search, search
+from emsplat.heterogeneity.search import Search, search, spread
 from emsplat.heterogeneity.subspace import ball
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
@@ -39,6 +39,7 @@ from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
 from emsplat.measures.states import moving_mask
 from emsplat.models.decoder import Decoder
+from emsplat.parallel import ALONE, World
 from emsplat.process import threads
 from emsplat.programs.explore import explorer_numbers
 from emsplat.programs.finish import circumstances, describe
@@ -83,45 +84,55 @@ _FEWEST = 2  # states: one alone is no heterogeneity
 
 
 @within_memory()
-def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def heterogeneity(
+    config: HeterogeneityConfig, particles: Path, output: Path, log: Log | None = None, world: World = ALONE
+) -> dict[str, Any]:
     """States of the molecule with half maps, or the finding that there are none, into ``output``; returns summary.json.
+
+    Processes of a ``world`` share the work out; the first writes, the others return nothing once their part is done.
 
     Raises:
         InputError: the input or an option cannot be used.
         OutputError: the folder is not empty or cannot be written.
     """
     log = log or Log()
-    _refuse(config)
-    if (finished := _found_finished(config, particles, output, log)) is not None:
+    _refuse(config, world)
+    if (finished := _found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end(config.run.profile):
-        run = open_run(config, particles, output, log, program="heterogeneity")
+        run = open_run(config, particles, output, log, program="heterogeneity", world=world)
         if engine_of(config) == "images":
             run.stack.require_one_grid()
-        run = replace(run, stack=in_one_grey(run.stack))
+        run = replace(run, stack=in_one_grey(run.stack, world))
         searched = _search(run)
         _say_gains(run.log, searched)
         if searched.found is None:
-            return _conclude(run, searched, None)
+            return _conclude(run, searched, None) if world.first else {}
         window = window_of(searched.subspaces, run.stack.grid)
         fit = fit_on_images if engine_of(config) == "images" else fit_cells
-        return _conclude(run, searched, fit(run, searched, window))
+        fitted = fit(run, searched, window)
+        return {} if fitted is None else _conclude(run, searched, fitted)
 
 
-def _found_finished(config: HeterogeneityConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
-    """The summary of the run that ``resume`` asks for, where nothing is left of it to do.
+def _found_finished(
+    config: HeterogeneityConfig, particles: Path, output: Path, log: Log, world: World
+) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, where nothing is left of it to do; an empty one in processes
+    that have no folder.
 
     Raises:
         InputError: the folder holds no such run.
     """
-    summary = finished_summary(config, particles, output)
-    if summary is None:
+    summary = finished_summary(config, particles, output) if world.first else None
+    if not world.agree(summary is not None):
         return None
+    if summary is None:
+        return {}
     log.line(f"{output}: this run is finished, nothing is left to resume and nothing was done; --overwrite starts anew")
     return summary
 
 
-def _refuse(config: HeterogeneityConfig) -> None:
+def _refuse(config: HeterogeneityConfig, world: World) -> None:
     """
     Raises:
         InputError: an option of other runs that means nothing here, or one of the other engine.
@@ -133,6 +144,11 @@ def _refuse(config: HeterogeneityConfig) -> None:
         raise InputError("--naming: not for heterogeneity; leave it out")
     if given.recipe == "cryospire" and given.engine == "cells":
         raise InputError("--recipe cryospire is fitted to images; leave --engine cells out")
+    if world.size > 1 and engine_of(config) == "images":
+        raise InputError(
+            "--engine images of heterogeneity is not shared out over processes; start it without torchrun, or take "
+            "--engine cells"
+        )
     of_images = {
         "decoder": given.decoder,
         "start": given.start,
@@ -164,14 +180,14 @@ def _refuse(config: HeterogeneityConfig) -> None:
 
 
 def _search(run: Run[HeterogeneityConfig]) -> Search:
-    options, stack = run.config.heterogeneity, run.stack
+    options, stack, world = run.config.heterogeneity, run.stack, run.world
     kept, mark = run.folder / SEARCH, fingerprint(stack)
-    if kept.is_file():
+    if world.agree(world.first and kept.is_file()):
         run.log.line("resuming: the linear stage is done")
-        return read_search(kept, mark)
+        return spread(read_search(kept, mark) if world.first else None, world)
     if options.from_run is not None:
         run.log.line(f"linear stage of {options.from_run}")
-        return read_search(options.from_run / SEARCH, mark)
+        return spread(read_search(options.from_run / SEARCH, mark) if world.first else None, world)
     radius = finest(run)
     halves = [stack.only(half) for half in (1, 2)]
     for half, own in enumerate(halves):
@@ -182,7 +198,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             )
     support = _focus(run)
     with run.log.part("reading", "reading the low frequencies of all images"):
-        spectra = (read_all_spectra(halves[0], radius), read_all_spectra(halves[1], radius))
+        spectra = (read_all_spectra(halves[0], radius, world), read_all_spectra(halves[1], radius, world))
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
         searched = search(
             spectra,
@@ -193,7 +209,8 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             support,
             run.log.line,
         )
-    save_search(kept, searched, mark)
+    if world.first:
+        save_search(kept, searched, mark)
     return searched
 
 
