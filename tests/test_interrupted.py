@@ -12,16 +12,19 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from emsplat.config import ReconstructConfig, RefineConfig, change, configure
+from emsplat.config import ReconstructConfig, RefineConfig, SimulateConfig, change, configure
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fitting.checkpoint import load_states
 from emsplat.io import tensors
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles, write_used
 from emsplat.maths.geometry import vector_to_matrix
+from emsplat.parallel import _SILENCE
 from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
+from emsplat.programs.simulate import simulate
+from emsplat.run.files import coarse_model_name
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Judged, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
@@ -284,6 +287,65 @@ def test_a_killed_process_ends_a_refinement_and_any_number_goes_on(wrong, refine
     assert [own["score"] for own in many] == pytest.approx([own["score"] for own in one], abs=2e-3)
 
 
+@pytest.fixture(scope="module")
+def mixed(simulated, tmp_path_factory):
+    """Particles of a molecule, and some of it lacks a part."""
+    folder = tmp_path_factory.mktemp("mixed")
+    places = [torch.randn(300, 3, generator=torch.Generator().manual_seed(n)) * 5 for n in (1, 2)]
+    lines = [
+        f"ATOM  {300 * chain + n + 1:5d}  CA  ALA {'AB'[chain]}{n + 1:4d}    {x + 20 * chain:8.3f}{y:8.3f}{z:8.3f}"
+        "  1.00  0.00           C\n"
+        for chain, own in enumerate(places)
+        for n, (x, y, z) in enumerate(own.tolist())
+    ]
+    (folder / "model.pdb").write_text("".join([*lines, "END\n"]))
+    known = {"particles": 300, "box": 32, "pixel_size": 3.0, "snr": 0.3, "missing": ("chain B",), "seed": 1}
+    return simulate(configure(SimulateConfig, **known), folder / "model.pdb", folder / "particles")
+
+
+STATES_WORDS = ["--components", "1", "--points", "3", "--resolution", "8", "--gaussians", "64", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, tmp_path):
+    words = ["heterogeneity", mixed, *STATES_WORDS]
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one"))
+    assert alone[0] == 0, alone
+    said = ends(start(3, *words, "-o", tmp_path / "many"))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
+    assert [text for _, text, _ in said[1:]] == [""] * 2
+    one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "many"))
+    assert one["found"]
+    assert one["states_confirmed"] > 1
+    for before, after in zip(one["gain_by_components"], many["gain_by_components"], strict=True):
+        assert after["value"] == pytest.approx(before["value"], rel=1e-4)
+    assert many["gain"] == pytest.approx(one["gain"], rel=1e-4)
+    for name in ("components", "points", "states_tried", "states_confirmed", "classes"):
+        assert many[name] == one[name]
+    # The decoder's steps turn on rounding, as with other numbers of threads.
+    assert many["states_gain"] == pytest.approx(one["states_gain"], abs=one["states_gain_error"])
+    assert the_same(tmp_path / "many" / "consensus.mrc", tmp_path / "one" / "consensus.mrc", 1e-2)
+    # One is killed once a coarse model is written; another number goes on.
+    running = start(2, *words, "-o", tmp_path / "cut")
+    wait_for((tmp_path / "cut" / coarse_model_name(2)).is_file, running)
+    running[1].kill()
+    said = ended_together(running)
+    assert said[0][0] == 1
+    assert re.fullmatch(r"emsplat, rank 0 of 2 \(.*\): rank 1 of 2 \(.*--resume.*\n", said[0][2])
+    resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
+    assert [code for code, *_ in resumed] == [0] * 3, resumed
+    assert "resuming: the linear stage is done" in resumed[0][1]
+    assert read_summary(tmp_path / "cut")["heterogeneity"]["states_confirmed"] == one["states_confirmed"]
+
+
+@pytest.mark.slow
+def test_states_fitted_to_images_are_not_shared_out(mixed, tmp_path):
+    said = ended_together(start(2, "heterogeneity", mixed, "-o", tmp_path / "run", "--engine", "images"))
+    assert [code for code, *_ in said] == [2, 2]
+    assert said[0][2].startswith("emsplat: --engine images of heterogeneity is not shared out over processes")
+    assert not (tmp_path / "run").exists()
+
+
 def ended_together(processes):
     """What all have ended with, and how long that took."""
     began = time.monotonic()
@@ -314,6 +376,19 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(particles, tmp_
     assert "particles were accumulated before" in resumed[1]
     for name in MAPS:
         assert the_same(folder / name, tmp_path / "whole" / name, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_machine_that_sleeps_ends_nothing(particles, tmp_path):
+    """All of its processes stand still for longer than one of them may be silent, and go on."""
+    running = start(2, "backproject", particles, "-o", tmp_path / "run", "--checkpoint-every", "0.2", program=SLOW)
+    wait_for((tmp_path / "run" / "run_half1_statistics.safetensors").is_file, running)
+    for process in running:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(_SILENCE + 3)
+    for process in running:
+        process.send_signal(signal.SIGCONT)
+    assert [(code, errors) for code, _, errors in ends(running)] == [(0, "")] * 2
 
 
 @pytest.mark.slow

@@ -515,10 +515,16 @@ class _Watch:
             self._suspicious = True
 
     def _judge(self) -> None:
-        """By this process's own clock, whatever the store does."""
+        """By this process's own clock, whatever the store does. Where it was itself asleep it has missed nobody."""
+        last = time.monotonic()
         while not self._over:
             time.sleep(_BEAT / 4)
             now = time.monotonic()
+            asleep, last = now - last - _BEAT / 4, now
+            if asleep > _BEAT:
+                with self._lock:
+                    self._contact += asleep
+                    self._seen = {rank: (beat, when + asleep) for rank, (beat, when) in self._seen.items()}
             if self._state:
                 continue
             if self._lost is not None:
