@@ -192,8 +192,8 @@ def abinitio(
     from emsplat.programs.abinitio import abinitio as run
     from emsplat.programs.abinitio import exit_code
 
-    with _folder(output, "abinitio", _again(config.run)) as folder:
-        return exit_code(run(config, particles, folder, _log()))
+    with _together(config) as (log, world), _folder(output, "abinitio", _again(config.run), world) as folder:
+        return exit_code(run(config, particles, folder, log, world=world))
 
 
 def simulate(
@@ -753,7 +753,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "Cluster and shell": (slurm, completion),
 }
-_SHARED = ("reconstruct", "backproject", "refine", "heterogeneity")  # over processes
+_SHARED = ("reconstruct", "backproject", "refine", "heterogeneity", "abinitio")  # over processes
 _JOBS = ("reconstruct", "backproject")  # that `slurm` writes scripts for
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
 _FOOTER = (

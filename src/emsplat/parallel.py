@@ -14,7 +14,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -155,6 +155,30 @@ class World:
                 found[name] = torch.empty(shape, dtype=getattr(torch, kind), device="cpu" if on_cpu else device)
         self.spread_(*found.values(), source=source)
         return found
+
+    def apart(self, work: Callable[[], T], look: Callable[[], None]) -> T:
+        """What ``work`` gives, which every process does for itself in a thread, however long it takes; until all are
+        done they ``look`` together, now and then."""
+        if self.size == 1:
+            return work()
+        found, failed, threads = list[T](), list[BaseException](), torch.get_num_threads()
+
+        def run() -> None:
+            torch.set_num_threads(threads)
+            try:
+                found.append(work())
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while True:
+            thread.join(_BEAT / 2)
+            if failed:
+                raise failed[0]
+            if not self.agree(not found):
+                return found[0]
+            look()
 
     def agree(self, flag: bool) -> bool:
         """Whether any process says so. What all have to do together is never decided by the clock of one."""
