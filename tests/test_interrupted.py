@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from emsplat.config import ReconstructConfig, RefineConfig, SimulateConfig, change, configure
 from emsplat.errors import InputError, Interrupted, OutputError
@@ -24,7 +24,7 @@ from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
-from emsplat.run.files import coarse_model_name
+from emsplat.run.files import coarse_model_name, start_name
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Judged, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
@@ -344,6 +344,70 @@ def test_states_fitted_to_images_are_not_shared_out(mixed, tmp_path):
     assert [code for code, *_ in said] == [2, 2]
     assert said[0][2].startswith("emsplat: --engine images of heterogeneity is not shared out over processes")
     assert not (tmp_path / "run").exists()
+
+
+# A start in two steps, whose verdict is given: what is looked at is who does what.
+QUICK_STARTS = """
+import sys
+from emsplat.process import settle
+settle()
+import emsplat.poses.starts as starts
+from emsplat.poses.verdict import Verdict
+starts._LOOKS = 0
+starts.decide = lambda *_: Verdict("uncertain", 0.4, 8, 1.0, 0.1)
+from emsplat.__main__ import main
+sys.exit(main())
+"""
+STARTS_WORDS = ["--starts", "2", "--steps", "2", "--batch", "40", "--sample", "110", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_processes_make_a_start_each_and_any_number_goes_on(simulated, tmp_path):
+    words = ["abinitio", simulated(particles=240, snr=1.0, shift=2.0), *STARTS_WORDS]
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one", program=QUICK_STARTS))
+    assert alone[0] == 0, alone
+    said = ends(start(3, *words, "-o", tmp_path / "many", program=QUICK_STARTS))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
+    assert [text for _, text, _ in said[1:]] == [""] * 2
+    one, many = (read_summary(tmp_path / name)["abinitio"] for name in ("one", "many"))
+    assert one["starts"] == many["starts"] == 4
+    assert many["verdict"] == one["verdict"]
+    for half, number in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        name = start_name(f"half{half}", number)
+        starts = (read_tensors(tmp_path / own / name) for own in ("one", "many"))
+        for before, after in zip(*(own.values() for own in starts), strict=True):
+            assert torch.equal(before, after)
+    poses, own = (read_particles(tmp_path / name / "run_data.star").poses for name in ("many", "one"))
+    assert (poses.rotation - own.rotation).abs().amax((1, 2)).quantile(0.9) < 1e-4
+    assert the_same(tmp_path / "many" / MAPS[0], tmp_path / "one" / MAPS[0], 2e-2)
+    # Without its end the run goes on from the starts that were made.
+    (tmp_path / "many" / "summary.json").unlink()
+    resumed = ends(start(2, *words, "-o", tmp_path / "many", "--resume", program=QUICK_STARTS))
+    assert [(code, errors) for code, _, errors in resumed] == [(0, "")] * 2
+    assert "resuming with 4 starts" in resumed[0][1]
+    assert read_summary(tmp_path / "many")["abinitio"] == many
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_start_stops_all_in_order(simulated, tmp_path):
+    slow = QUICK_STARTS.replace(
+        "starts._LOOKS = 0",
+        "starts._LOOKS = 0; import time; plain = starts.make_start\n"
+        "starts.make_start = lambda *given: (print('begun', flush=True), time.sleep(60), plain(*given))[2]",
+    )
+    words = ["abinitio", simulated(particles=240, snr=1.0, shift=2.0), *STARTS_WORDS, "-o", tmp_path / "run"]
+    running = start(2, *words, program=slow)
+    while "begun" not in running[1].stdout.readline():
+        pass
+    running[1].send_signal(signal.SIGTERM)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + signal.SIGTERM] * 2
+    assert said[0][2] == ("emsplat: stopped during a start; go on with --resume (finished starts are kept)\n")
+
+
+def read_tensors(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
 def ended_together(processes):
