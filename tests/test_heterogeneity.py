@@ -92,6 +92,7 @@ def labels(particles):
     return torch.tensor([int(value) for value in read_columns(path, ["row", "state"])["state"]])
 
 
+@pytest.mark.slow
 def test_two_states_are_found(run, particles):
     folder, summary = run
     found = summary["heterogeneity"]
@@ -110,6 +111,7 @@ def test_two_states_are_found(run, particles):
         assert torch.corrcoef(torch.stack([latent[half == number], truth[half == number]]))[0, 1].abs() > 0.8
 
 
+@pytest.mark.slow
 def test_maps_of_the_states_are_like_the_truth(run, particles):
     folder, summary = run
     truth = [read_map(particles.parent / "truth" / f"{number:03d}.mrc")[0] for number in (0, 1)]
@@ -151,6 +153,7 @@ def several_grids(particles):
     return together(particles, finer, folder / "mixed.star")
 
 
+@pytest.mark.slow
 def test_several_boxes_and_pixel_sizes(several_grids, particles):
     stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0))
     halves = [stack.only(half) for half in (1, 2)]
@@ -173,6 +176,7 @@ def test_several_boxes_and_pixel_sizes(several_grids, particles):
         assert likeness[0] * likeness[1] > 0  # one sign in both boxes
 
 
+@pytest.mark.slow
 def test_cells_and_evidence_of_several_grids(several_grids):
     stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0)).only(1)
     coarse, (first, second) = Grid(32, stack.grid.length / 32), stack.parts()
@@ -189,6 +193,7 @@ def test_cells_and_evidence_of_several_grids(several_grids):
     assert (seen[len(first) :].abs() > 0).all()
 
 
+@pytest.mark.slow
 def test_scores_of_the_run(run, particles, capsys):
     folder, _ = run
     assert main(["score-states", str(folder), "--truth", str(particles.parent), "--images", "4"]) == 0
@@ -199,6 +204,7 @@ def test_scores_of_the_run(run, particles, capsys):
     assert all(float(row["auc"]) > float(row["consensus_auc"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_maps_at_a_table_of_latents(run, tmp_path):
     folder, summary = run
     table = read_columns(folder / "states" / "states.csv", ["state", "z1"])
@@ -223,6 +229,7 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
     assert len(summary["heterogeneity"]["states"]) >= 2
 
 
+@pytest.mark.slow
 def test_populations_have_intervals(run, particles):
     folder, summary = run
     found = summary["heterogeneity"]
@@ -245,6 +252,7 @@ def test_populations_have_intervals(run, particles):
         assert float(weight[(half == number) & (point > 0)].sum()) == pytest.approx(0.5, abs=0.12)
 
 
+@pytest.mark.slow
 def test_particles_come_back_with_their_states(run, particles):
     folder, summary = run
     rows = summary["heterogeneity"]["states"]
@@ -273,6 +281,7 @@ def test_particles_come_back_with_their_states(run, particles):
     assert seen == 600
 
 
+@pytest.mark.slow
 def test_the_run_says_what_latents_follow(run):
     folder, summary = run
     tests = summary["heterogeneity"]["follows"]
@@ -281,6 +290,7 @@ def test_the_run_says_what_latents_follow(run):
     assert "do latents follow the images" in (folder / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_what_opens_in_chimerax_is_there(run):
     folder, summary = run
     text = (folder / "chimerax.cxc").read_text()
@@ -295,6 +305,7 @@ def test_what_opens_in_chimerax_is_there(run):
     assert json.loads((folder / "parts" / "parts.json").read_text())["parts"][0]["number"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.report
 def test_the_report_of_a_run_with_states(run):
     folder, _ = run
@@ -325,6 +336,7 @@ def test_the_report_of_a_run_without_states(tmp_path):
         assert absent not in page
 
 
+@pytest.mark.slow
 def test_selected_particles(run, particles, tmp_path, capsys):
     folder, _ = run
     latents = read_columns(folder / "latents.csv", ["row", "half", "z1"])
@@ -355,6 +367,7 @@ def test_selected_particles(run, particles, tmp_path, capsys):
         states(folder, StatesConfig(select=("class=1",)), tmp_path / "classes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("select", "said"),
     [
@@ -380,6 +393,7 @@ def test_selections_that_are_refused(run, tmp_path, monkeypatch, select, said):
         states(run[0], StatesConfig(select=select), tmp_path / "chosen")
 
 
+@pytest.mark.slow
 def test_a_traversal_and_its_movie(run, tmp_path):
     paths = states(run[0], StatesConfig(traverse=1, frames=3, movie=True), tmp_path / "way")
     assert len(paths) == 3
@@ -387,6 +401,7 @@ def test_a_traversal_and_its_movie(run, tmp_path):
     assert "000.mrc 001.mrc 002.mrc vseries true" in (tmp_path / "way" / "chimerax.cxc").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -405,6 +420,7 @@ def test_latents_that_are_refused(run, tmp_path, options, said):
         states(run[0], StatesConfig(**options), tmp_path / "maps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -457,6 +473,7 @@ def test_a_state_that_a_half_set_lacks_is_said(capsys):
     assert log.warnings[0].startswith("half-set 2 has no particle of state 2; its half map")
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_kind(run, simulated, tmp_path):
     star = simulated(particles=60, box=32, pixel_size=3.0, snr=0.5, atoms=300, seed=3)
     for options in ({"path": (1, 2)}, {"select": ("class=1",)}, {"traverse": 1}):

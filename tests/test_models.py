@@ -97,6 +97,7 @@ def run(state, objective, plan, until=None):
     return last
 
 
+@pytest.mark.slow
 def test_latents_are_found_from_a_wrong_start():
     """What lies in the image plane; along the beam a single projection says nothing, and nothing moves it."""
     stack = Shifted()

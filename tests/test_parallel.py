@@ -67,7 +67,7 @@ def run_world(size, star, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_share_the_particles_out(simulated, tmp_path, size):
     particles = simulated(particles=150)
     stack = open_particles(particles, symmetry=cyclic(2))

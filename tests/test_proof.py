@@ -135,6 +135,7 @@ def continuous(monkeypatch):
     monkeypatch.setattr("emsplat.heterogeneity.classes._AGREED", 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.report
 @pytest.mark.usefixtures("continuous")
 def test_a_run_whose_states_nobody_confirms(particles, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -153,6 +153,7 @@ def test_sums_of_another_run(particles, tmp_path, monkeypatch, capsys):  # noqa:
         heterogeneity(configure(HeterogeneityConfig, from_run=tmp_path), particles, tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_states_from_images(particles, tmp_path, monkeypatch):  # noqa: F811
     folder = tmp_path / "whole"
     summary = heterogeneity(configure(HeterogeneityConfig, **ON_IMAGES), particles, folder)
