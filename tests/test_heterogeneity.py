@@ -132,6 +132,12 @@ def test_maps_of_the_states_are_like_the_truth(run, particles):
     for row in rows:
         halves = [read_map(folder / "states" / f"{row['state'] - 1:03d}_half{half}.mrc")[0] for half in (1, 2)]
         assert torch.allclose((halves[0] + halves[1]) / 2, maps[row["state"] - 1], atol=1e-5)
+        local, spread = (
+            read_map(folder / "states" / f"{row['state'] - 1:03d}_local_resolution.mrc")[0],
+            row["local_resolution"],
+        )
+        assert 6.0 <= float(local.min()) < float(local.max()) <= spread["window"] * (1 + 1e-6)
+        assert 6.0 <= spread["p5"] <= spread["median"] <= spread["p95"] <= spread["window"] * (1 + 1e-6)
     assert (folder / "consensus.mrc").is_file()
     assert (folder / "heterogeneity.html").stat().st_size > 1e5
 

@@ -45,7 +45,7 @@ from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
-from emsplat.programs.proof import proofs
+from emsplat.programs.proof import local_of, proofs
 from emsplat.programs.run import Run
 from emsplat.programs.state_engines import (
     StatesFitted,
@@ -71,11 +71,13 @@ from emsplat.run.files import (
     cells_name,
     coarse_model_name,
     half_model_name,
+    state_local_name,
     state_map_name,
     state_name,
 )
 from emsplat.run.folder import finished_summary, write_text
 from emsplat.run.log import Log
+from emsplat.run.stop import require_time
 from emsplat.sums.spectra import read_all_spectra
 from emsplat.sums.statistics import fingerprint, in_one_grey
 
@@ -183,6 +185,11 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
     support = _focus(run)
     with run.log.part("reading", "reading the low frequencies of all images"):
         spectra = (read_all_spectra(halves[0], radius), read_all_spectra(halves[1], radius))
+
+    def tell(text: str) -> None:
+        require_time(run.config.run.time_limit, "in the linear stage, which begins anew")
+        run.log.line(text)
+
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
         searched = search(
             spectra,
@@ -191,7 +198,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             options.points,
             run.config.halves.seed,
             support,
-            run.log.line,
+            tell,
         )
     save_search(kept, searched, mark)
     return searched
@@ -292,6 +299,10 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
     given = given_mask(run.config.mask, grid, log)
+
+    def mask_of(volume: Tensor) -> Tensor:
+        return particle_mask(volume, grid, stack.diameter, True) if given is None else given
+
     weight = torch.cdist(whole, tried).argmin(1).bincount(minlength=len(tried)).double()
     found = proofs(
         fitted,
@@ -299,7 +310,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         weight,
         consensus,
         grid,
-        lambda volume: particle_mask(volume, grid, stack.diameter, True) if given is None else given,
+        mask_of,
         finest(run),
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
@@ -332,13 +343,21 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     for number, (latent, share, proof) in enumerate(
         zip(latents, shared.shares, (found[number] for number in kept), strict=True)
     ):
-        halves = [model.map(latent) for model in fitted.models]
+        halves = (fitted.models[0].map(latent), fitted.models[1].map(latent))
+        volume = (halves[0] + halves[1]) / 2
         path = folder / STATES / state_map_name(number)
-        write_map(path, (halves[0] + halves[1]) / 2, grid.pixel_size)
+        write_map(path, volume, grid.pixel_size)
         for half, own in enumerate(halves):
             write_map(folder / STATES / state_map_name(number, half + 1), own, grid.pixel_size)
         write_state_gaussians(fitted.models, latent, path.with_suffix(".ply"))
-        rows.append({"state": number + 1} | asdict(proof) | _population(share, shared.shares))
+        local = local_of(fitted, latent, halves, proof.resolution, grid)
+        about_local = None
+        if local is not None:
+            mask = mask_of(volume)
+            write_map(folder / STATES / state_local_name(number), local.filled(mask), grid.pixel_size)
+            about_local = {"window": round(local.window, 2)} | (local.summary(mask) or {})
+        row = {"state": number + 1} | asdict(proof) | {"local_resolution": about_local}
+        rows.append(row | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)

@@ -50,7 +50,7 @@ from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
-from emsplat.run.stop import checkpoints
+from emsplat.run.stop import checkpoints, require_time
 from emsplat.sums.statistics import equations_of, fingerprint
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
@@ -136,7 +136,11 @@ def _generator(run: Run[HeterogeneityConfig], half: int) -> torch.Generator:
 
 
 def _told(run: Run[HeterogeneityConfig]) -> Callable[[str], None]:
-    return lambda text: run.log.line(f"  {text}")
+    def tell(text: str) -> None:
+        require_time(run.config.run.time_limit, "in a decoder, which begins anew")
+        run.log.line(f"  {text}")
+
+    return tell
 
 
 def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
@@ -184,6 +188,7 @@ def _placed_anew(
     """The latent space as a model has it; also with points ``between`` those that there are."""
     if searched.found is None:
         raise ValueError("nothing was found")
+    require_time(run.config.run.time_limit, f"before particles of half {half + 1} were placed anew")
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
     latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
     subspace, count = searched.subspaces[half], len(before.embedding.density)
@@ -228,7 +233,12 @@ def gathered(
     count = len(embedding.density)
     said = f"half {half + 1}: sums of {count} cells, {window.support} voxels across"
     with log.part("cells", said), log.progress("cells", count, unit="cells") as update:
-        cells = cells_of(stack, embedding, window, update)
+
+        def told(number: int, text: str) -> None:
+            require_time(run.config.run.time_limit, f"after {number} of {count} cells of half {half + 1}")
+            update(number, text)
+
+        cells = cells_of(stack, embedding, window, told)
     save_cells(path, cells, mark)
     return cells
 
