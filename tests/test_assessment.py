@@ -302,6 +302,7 @@ def put(path, **fields):
     return path
 
 
+@pytest.mark.slow
 def test_masks_and_references_whose_headers_put_them_elsewhere_are_told(tmp_path):
     run = write_run(tmp_path / "run")
     write_map(tmp_path / "mask.mrc", MASK, GRID.pixel_size)

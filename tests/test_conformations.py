@@ -18,6 +18,7 @@ from emsplat.heterogeneity.images import (
     Pass,
     fit_images,
     follow_images,
+    inherit,
     misfits,
     place_latents,
     seeds,
@@ -226,7 +227,7 @@ def test_second_stage_begins_as_the_first_one_ended():
     before.__class__ = Turning
     latent = torch.rand(100, 2, generator=rng()) - 0.5
     put = after.length * after.centre.detach().clone()
-    after.inherit(before, member, torch.ones(60), latent, latent[:1], rng())
+    inherit(after, before, member, torch.ones(60), latent, latent[:1], rng())
     assert torch.allclose(after(latent[:1])[0][0], put, atol=1e-3)
     with torch.no_grad():
         rows = member >= 0
@@ -420,9 +421,10 @@ def test_a_hinge_is_reconstructed(fitted, hinge):
     assert torch.equal(latent, model.latent.detach())
 
 
+@pytest.mark.slow
 def test_parts_are_found(monkeypatch):
     """An arm that slides: its Gaussians move alike, and features that began alike say which they are."""
-    monkeypatch.setattr("emsplat.models.cryospire._LESSONS", 1)  # how well anchors begin is another matter
+    monkeypatch.setattr("emsplat.heterogeneity.images._LESSONS", 1)  # how well anchors begin is another matter
     slides = torch.linspace(-10, 10, 250)
     stack = Planted(slides, noise=0.5, seed=3, shape=slid)
     volume = torch.stack([voxelize(slid(by), GRID) for by in slides[::25]]).mean(0)
@@ -468,7 +470,7 @@ def test_latents_of_other_images(fitted, hinge, monkeypatch):
 
 def test_a_fit_goes_on_where_it_was_left(hinge, tmp_path, monkeypatch):
     """In either stage, and between them."""
-    monkeypatch.setattr("emsplat.models.cryospire._LESSONS", 5)
+    monkeypatch.setattr("emsplat.heterogeneity.images._LESSONS", 5)
     stack, angles = hinge
     stack = stack.take(torch.arange(40))
     options = quick(batch=20, parts=2, coarse=Pass(24, 0.05, 2, 1e-2), fine=Pass(40, 0.04, 1, 1e-2))
@@ -503,6 +505,7 @@ def test_starts_that_do_not_fit(hinge):
         fit_images(dark, quick(), ImageStart(volume))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetry", [C1, cyclic(2)], ids=["C1", "C2"])
 def test_half_sets_of_a_file(simulated, symmetry):
     """From the stacks on disk, one half fitted, the other placed: every view of every particle has a latent."""

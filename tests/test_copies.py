@@ -654,6 +654,7 @@ def test_copies_get_uids_of_their_own(stack, poses, tmp_path):
     assert len(np.unique(uid)) == 12
 
 
+@pytest.mark.slow
 def test_check_and_run_say_what_is_repeated(tmp_path, capsys):
     config = SimulateConfig(
         box=24, pixel_size=6.0, particles=60, atoms=300, snr=0.5, micrograph_particles=6, half_sets=False

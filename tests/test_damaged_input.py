@@ -92,6 +92,7 @@ def test_star_cut_short(good, tmp_path, length):
         torch.testing.assert_close(stack.table.poses.rotation, whole.poses.rotation[: len(stack)])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=HEALTH)
 @given(line=st.integers(0, 100), other=st.integers(0, 100), deed=st.sampled_from(["drop", "double", "swap"]))
 def test_star_with_lines_dropped_doubled_or_swapped(good, tmp_path, line, other, deed):
@@ -134,6 +135,7 @@ def test_star_with_a_strange_value(good, tmp_path, row, column, token):
         assert torch.isfinite(batch.optics.defocus_u).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=HEALTH)
 @given(where=st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 255)), min_size=1, max_size=4))
 def test_stack_with_changed_header(good, tmp_path, where):
@@ -166,6 +168,7 @@ def test_ply_with_changed_bytes(good, tmp_path, where):
     attempt(lambda: read_ply(folder / "g.ply"))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=HEALTH)
 @given(
     row=st.integers(0, COUNT - 1),
@@ -190,6 +193,7 @@ def test_a_strange_value_changes_no_other_row(good, tmp_path, row, column, token
                     torch.testing.assert_close(value, getattr(b[others], name))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=HEALTH)
 @given(
     row=st.integers(0, COUNT - 1), index=st.text("0123456789-+.eE_x", max_size=30), repeat=st.sampled_from([1, 1, 400])
@@ -214,6 +218,7 @@ def test_map_with_changed_header(good, tmp_path, where):
         assert 0 < read[1].pixel_size < float("inf")
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=HEALTH)
 @given(where=flips)
 def test_damaged_pixels_stay_in_their_image(good, tmp_path, where):

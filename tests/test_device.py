@@ -210,6 +210,7 @@ sys.modules["kept"] = batches  # neither used up nor closed when the interpreter
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_readers_do_not_keep_the_interpreter_alive(particles):
     command = [sys.executable, "-c", ABANDONED, str(particles), str(Path(__file__).parent)]

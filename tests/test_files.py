@@ -33,7 +33,10 @@ def umask(request):
 
 
 @pytest.mark.parametrize(
-    "umask", [0o022, pytest.param(0o027, marks=pytest.mark.report), 0o002], indirect=True, ids=["022", "027", "002"]
+    "umask",
+    [0o022, pytest.param(0o027, marks=[pytest.mark.report, pytest.mark.slow]), 0o002],
+    indirect=True,
+    ids=["022", "027", "002"],
 )
 def test_every_file_of_a_run_obeys_the_umask(tmp_path, umask):
     """Also folders, checkpoints, hard links under other programs' names and what a report draws."""

@@ -36,7 +36,7 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=[(32, 32), (4, 8)], ids=["few tiles", "many tiles"])
+@pytest.fixture(params=[(32, 32), pytest.param((4, 8), marks=pytest.mark.slow)], ids=["few tiles", "many tiles"])
 def tile(request, monkeypatch):
     monkeypatch.setattr(gpu, "TILE", dict(zip(("ROWS", "COLUMNS"), request.param, strict=True)))
 

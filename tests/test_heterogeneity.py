@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +92,7 @@ def labels(particles):
     return torch.tensor([int(value) for value in read_columns(path, ["row", "state"])["state"]])
 
 
+@pytest.mark.slow
 def test_two_states_are_found(run, particles):
     folder, summary = run
     found = summary["heterogeneity"]
@@ -108,6 +111,7 @@ def test_two_states_are_found(run, particles):
         assert torch.corrcoef(torch.stack([latent[half == number], truth[half == number]]))[0, 1].abs() > 0.8
 
 
+@pytest.mark.slow
 def test_maps_of_the_states_are_like_the_truth(run, particles):
     folder, summary = run
     truth = [read_map(particles.parent / "truth" / f"{number:03d}.mrc")[0] for number in (0, 1)]
@@ -128,6 +132,12 @@ def test_maps_of_the_states_are_like_the_truth(run, particles):
     for row in rows:
         halves = [read_map(folder / "states" / f"{row['state'] - 1:03d}_half{half}.mrc")[0] for half in (1, 2)]
         assert torch.allclose((halves[0] + halves[1]) / 2, maps[row["state"] - 1], atol=1e-5)
+        local, spread = (
+            read_map(folder / "states" / f"{row['state'] - 1:03d}_local_resolution.mrc")[0],
+            row["local_resolution"],
+        )
+        assert 6.0 <= float(local.min()) < float(local.max()) <= spread["window"] * (1 + 1e-6)
+        assert 6.0 <= spread["p5"] <= spread["median"] <= spread["p95"] <= spread["window"] * (1 + 1e-6)
     assert (folder / "consensus.mrc").is_file()
     assert (folder / "heterogeneity.html").stat().st_size > 1e5
 
@@ -143,6 +153,7 @@ def several_grids(particles):
     return together(particles, finer, folder / "mixed.star")
 
 
+@pytest.mark.slow
 def test_several_boxes_and_pixel_sizes(several_grids, particles):
     stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0))
     halves = [stack.only(half) for half in (1, 2)]
@@ -165,6 +176,7 @@ def test_several_boxes_and_pixel_sizes(several_grids, particles):
         assert likeness[0] * likeness[1] > 0  # one sign in both boxes
 
 
+@pytest.mark.slow
 def test_cells_and_evidence_of_several_grids(several_grids):
     stack = in_one_grey(open_stack(HeterogeneityConfig(), several_grids).with_halves(0)).only(1)
     coarse, (first, second) = Grid(32, stack.grid.length / 32), stack.parts()
@@ -181,6 +193,7 @@ def test_cells_and_evidence_of_several_grids(several_grids):
     assert (seen[len(first) :].abs() > 0).all()
 
 
+@pytest.mark.slow
 def test_scores_of_the_run(run, particles, capsys):
     folder, _ = run
     assert main(["score-states", str(folder), "--truth", str(particles.parent), "--images", "4"]) == 0
@@ -191,6 +204,7 @@ def test_scores_of_the_run(run, particles, capsys):
     assert all(float(row["auc"]) > float(row["consensus_auc"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_maps_at_a_table_of_latents(run, tmp_path):
     folder, summary = run
     table = read_columns(folder / "states" / "states.csv", ["state", "z1"])
@@ -215,6 +229,7 @@ def test_maps_at_a_table_of_latents(run, tmp_path):
     assert len(summary["heterogeneity"]["states"]) >= 2
 
 
+@pytest.mark.slow
 def test_populations_have_intervals(run, particles):
     folder, summary = run
     found = summary["heterogeneity"]
@@ -237,6 +252,7 @@ def test_populations_have_intervals(run, particles):
         assert float(weight[(half == number) & (point > 0)].sum()) == pytest.approx(0.5, abs=0.12)
 
 
+@pytest.mark.slow
 def test_particles_come_back_with_their_states(run, particles):
     folder, summary = run
     rows = summary["heterogeneity"]["states"]
@@ -265,6 +281,7 @@ def test_particles_come_back_with_their_states(run, particles):
     assert seen == 600
 
 
+@pytest.mark.slow
 def test_the_run_says_what_latents_follow(run):
     folder, summary = run
     tests = summary["heterogeneity"]["follows"]
@@ -273,6 +290,7 @@ def test_the_run_says_what_latents_follow(run):
     assert "do latents follow the images" in (folder / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_what_opens_in_chimerax_is_there(run):
     folder, summary = run
     text = (folder / "chimerax.cxc").read_text()
@@ -287,6 +305,7 @@ def test_what_opens_in_chimerax_is_there(run):
     assert json.loads((folder / "parts" / "parts.json").read_text())["parts"][0]["number"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.report
 def test_the_report_of_a_run_with_states(run):
     folder, _ = run
@@ -317,6 +336,7 @@ def test_the_report_of_a_run_without_states(tmp_path):
         assert absent not in page
 
 
+@pytest.mark.slow
 def test_selected_particles(run, particles, tmp_path, capsys):
     folder, _ = run
     latents = read_columns(folder / "latents.csv", ["row", "half", "z1"])
@@ -347,6 +367,7 @@ def test_selected_particles(run, particles, tmp_path, capsys):
         states(folder, StatesConfig(select=("class=1",)), tmp_path / "classes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("select", "said"),
     [
@@ -372,6 +393,7 @@ def test_selections_that_are_refused(run, tmp_path, monkeypatch, select, said):
         states(run[0], StatesConfig(select=select), tmp_path / "chosen")
 
 
+@pytest.mark.slow
 def test_a_traversal_and_its_movie(run, tmp_path):
     paths = states(run[0], StatesConfig(traverse=1, frames=3, movie=True), tmp_path / "way")
     assert len(paths) == 3
@@ -379,6 +401,7 @@ def test_a_traversal_and_its_movie(run, tmp_path):
     assert "000.mrc 001.mrc 002.mrc vseries true" in (tmp_path / "way" / "chimerax.cxc").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -397,6 +420,7 @@ def test_latents_that_are_refused(run, tmp_path, options, said):
         states(run[0], StatesConfig(**options), tmp_path / "maps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -449,6 +473,7 @@ def test_a_state_that_a_half_set_lacks_is_said(capsys):
     assert log.warnings[0].startswith("half-set 2 has no particle of state 2; its half map")
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_kind(run, simulated, tmp_path):
     star = simulated(particles=60, box=32, pixel_size=3.0, snr=0.5, atoms=300, seed=3)
     for options in ({"path": (1, 2)}, {"select": ("class=1",)}, {"traverse": 1}):
@@ -647,6 +672,35 @@ def half(frame=None):
     residual = torch.randn(2, 16, 16, 16, generator=drawn(10))
     precision = 50 * torch.eye(2, dtype=torch.float64)
     return HalfModel(decoder(), density, precision, residual, Grid(16, 3.0), GRID, frame)
+
+
+def test_fits_of_decoders_do_not_import_the_compiler():
+    """Which takes 1.5 s and 120 MB; classes of torch.optim do."""
+    code = """
+import sys
+import torch
+from emsplat.heterogeneity import images
+from emsplat.heterogeneity.cells import Cells
+from emsplat.heterogeneity.states import DecoderStage, run_stage
+from emsplat.models.cryospire import Hierarchy, NetworkShape, PartDiscovery
+from emsplat.models.decoder import Decoder, Shape
+from emsplat.types import Grid
+rng = torch.Generator().manual_seed(0)
+centre = torch.randn(12, 3, generator=rng)
+cells = Cells(
+    Grid(8, 3.0), torch.randn(2, 8, 8, 8), torch.ones(2, 12, 12, 7), torch.zeros(2, 1), torch.ones(2), torch.ones(2)
+)
+run_stage(
+    Decoder(centre, torch.full((12,), 4.0), torch.ones(12), Shape(1, 2), generator=rng),
+    cells, DecoderStage(0.0, 1), rng, only=0,
+)
+shape, member = NetworkShape(4, 1, 4), torch.zeros(12, dtype=torch.int64)
+before = PartDiscovery(centre, shape, length=4.0, generator=rng)
+after = Hierarchy(centre, member, torch.zeros(1, 4), torch.zeros(1, 3), member[:1], shape, length=4.0, generator=rng)
+images.inherit(after, before, member, torch.ones(12), torch.zeros(5, 1), torch.zeros(1, 1), rng)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_half_model_comes_back(tmp_path):

@@ -199,6 +199,7 @@ def _bare(count):
     )
 
 
+@pytest.mark.slow
 def test_flipped_map_is_the_mirrored_map_and_its_poses_are_written(particles, tmp_path):
     words = ["--diameter", "100"]
     for name, more in (("right", []), ("left", ["--flip-hand"])):

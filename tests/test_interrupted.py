@@ -86,7 +86,7 @@ def same_maps(one, other):
 
 
 # Looks: 1 and 2 are the sums, then 40 steps of the halves (two epochs, two more after growth), then those of all.
-@pytest.mark.parametrize("look", [1, 6, 22, 24, 42, 49, 82])
+@pytest.mark.parametrize("look", [1, 49, *(pytest.param(look, marks=pytest.mark.slow) for look in (6, 22, 24, 42, 82))])
 def test_the_one_pass_engine_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
     """Interrupted in the sums, within an epoch, at the end of a stage, right after growth, and in the fit of all."""
     expected, found = whole(ONE_PASS), interrupted(ONE_PASS, particles, tmp_path / "cut", monkeypatch, look)
@@ -99,7 +99,7 @@ def test_the_one_pass_engine_goes_on_to_the_same_bits(particles, whole, tmp_path
     assert not list(found.glob("*checkpoint*"))
 
 
-@pytest.mark.parametrize("look", [3, 5, 12])
+@pytest.mark.parametrize("look", [5, *(pytest.param(look, marks=pytest.mark.slow) for look in (3, 12))])
 def test_the_engine_of_images_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
     expected = whole(IMAGES)
     same_maps(interrupted(IMAGES, particles, tmp_path / "cut", monkeypatch, look), expected)

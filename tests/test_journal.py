@@ -381,6 +381,7 @@ def test_a_resumed_run_goes_on_in_the_same_journal(particles, tmp_path, monkeypa
     assert (cut / "convergence.csv").read_bytes() == (whole / "convergence.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_fits_that_begin_anew_take_back_their_scores(particles, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     reconstruct(ONE_PASS, particles, whole)

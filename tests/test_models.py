@@ -97,6 +97,7 @@ def run(state, objective, plan, until=None):
     return last
 
 
+@pytest.mark.slow
 def test_latents_are_found_from_a_wrong_start():
     """What lies in the image plane; along the beam a single projection says nothing, and nothing moves it."""
     stack = Shifted()
@@ -165,7 +166,7 @@ def test_groups_have_rates_of_their_own():
     model = ball(5, GRID, Bounds(12.0, 1.0, 1.0), 0)
     fast, slow = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     model.groups = lambda: [ParameterGroup({"fast": fast}, rate=3.0), ParameterGroup({"slow": slow})]
-    optimiser = Optimiser(model)
+    optimiser = Optimiser(model.groups())
     (fast + slow).sum().backward()
     optimiser.step(0.1)
     torch.testing.assert_close(fast.detach(), torch.full((3,), -0.3))
@@ -181,7 +182,7 @@ def test_the_optimiser_is_that_of_pytorch():
     late, late_twin = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     dense, sparse = ParameterGroup({"a": own[0], "late": late}), ParameterGroup({"b": own[1]}, rate=2.0, sparse=True)
     model.groups = lambda: [dense, sparse]
-    optimiser = Optimiser(model)
+    optimiser = Optimiser(model.groups())
     twins = [torch.optim.Adam([theirs[0], late_twin], lr=0.1, fused=True), torch.optim.SparseAdam([theirs[1]], lr=0.2)]
     for step in range(4):
         weight, index = torch.randn(4, 3, generator=generator), torch.tensor([step, 1, 5, 1])
@@ -208,7 +209,7 @@ from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import ball
 from emsplat.types import Grid
 model = ball(5, Grid(8, 1.0), Bounds(12.0, 1.0, 1.0), 0)
-optimiser = Optimiser(model)
+optimiser = Optimiser(model.groups())
 sum(p.sum() for p in model.parameters()).backward()
 optimiser.step(0.1)
 sys.exit("torch._dynamo" in sys.modules)

@@ -2,17 +2,19 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from emsplat.heterogeneity import states
 from emsplat.heterogeneity.cells import Cells, raw_map
 from emsplat.heterogeneity.corrected import corrected_maps, pulled_back
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import identity
 from emsplat.heterogeneity.half import HalfModel
-from emsplat.heterogeneity.motions import motions, part_of
+from emsplat.heterogeneity.motions import members, motions, part_of
 from emsplat.heterogeneity.paths import along, main_path, through_density, traversal
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map
@@ -21,9 +23,10 @@ from emsplat.models.decoder import Decoder, Shape
 from emsplat.programs.part_files import surface_level, write_parts
 from emsplat.report.movie import draw_frame, write_movie
 from emsplat.run.log import Log
-from emsplat.types import Grid
+from emsplat.types import Gaussians, Grid
 
 GRID = Grid(40, 3.0)
+THIRDS = torch.full((3,), 1 / 3, dtype=torch.float64)
 SHIFT = 6.0  # Å, of the arm along its axis, per whole turn
 
 
@@ -61,7 +64,7 @@ def turned(degrees):
 
 
 def test_a_turning_part_is_described(model):
-    found = motions((model, model), turned([-20.0, 0.0, 25.0, 70.0]), 1)
+    found = motions((model, model), turned([-20.0, 0.0, 25.0, 70.0]), 1, members(model))
     body, arm, block = found
     assert arm.against is not None
     assert not arm.whole_turn
@@ -82,8 +85,59 @@ def test_a_turning_part_is_described(model):
     assert "stands still" in (block if body.against is None else body).words
 
 
+def test_gaussians_belong_to_the_part_that_they_follow(model):
+    """However soft the decoder's borders are: of an arm that belongs to a tenth to the body, all turns with the arm."""
+    soft = replace(model, decoder=copy.deepcopy(model.decoder), density=Density(turned([0.0, 45.0, 90.0]), THIRDS))
+    with torch.no_grad():
+        soft.decoder.logits[100:200, 0] = soft.decoder.logits[100:200, 1] - math.log(9)
+    member = members(soft)
+    assert torch.equal(member.argmax(1), torch.arange(3).repeat_interleave(100))
+    with torch.no_grad():
+        soft.decoder.logits[100:110, 0] += 3  # some nearer to the body, in words alone
+        soft.decoder.logits[:10, 1] += 80
+    again = members(soft).argmax(1)
+    assert (again[10:100] == 0).all()
+    assert (again[110:200] == 1).all()
+
+
+def hinge(degrees):
+    """A body, and an arm that turns about z through (4, 0, 0) Å."""
+    generator = torch.Generator().manual_seed(0)
+    body = torch.randn(150, 3, generator=generator) * torch.tensor([9.0, 6.0, 5.0]) + torch.tensor([-12.0, 0.0, 0.0])
+    arm = torch.randn(100, 3, generator=generator) * torch.tensor([3.5, 9.0, 4.5]) + torch.tensor([8.0, 12.0, 0.0])
+    turn = torch.from_numpy(axis_rotation(np.array([0.0, 0.0, 1.0]), math.radians(degrees))).float()
+    mean = torch.cat([body, arm @ turn.T + torch.tensor([4.0, 0.0, 0.0])])
+    return voxelize(Gaussians(mean, (9 * torch.eye(3)).expand(250, 3, 3), torch.ones(250)), Grid(32, 3.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_hinge_is_told_as_it_is(seed, monkeypatch):
+    """A decoder that may change density from the start feigns the motion: 14° to 19° were told of these 100°."""
+    monkeypatch.setattr(states, "_FIRST", 512)
+    angle = torch.linspace(0, 100, 16)
+    maps = torch.stack([hinge(-float(own)) for own in angle])
+    z = (angle.double() - 50) / 30
+    latent = torch.stack([z, 0.3 * (z.square() - 1)], 1)
+    ones = torch.ones(16)
+    cells = Cells(Grid(32, 3.0), 1e5 * maps, 1e5 * torch.ones(16, 48, 48, 25), latent, 100 * ones, ones)
+    place = torch.arange(16)
+    shared = torch.exp(-(place[:, None] - place).square() / 2)
+    decoder = states.coarse_decoder(
+        cells, shared, states.DecoderPlan(3), torch.Generator().manual_seed(seed), lambda text: None
+    )
+    even, eye = Density(latent, torch.full((16,), 1 / 16).double()), torch.eye(2).double()
+    own = HalfModel(decoder, even, eye, torch.zeros(0, 8, 8, 8), Grid(8, 3.0), Grid(32, 3.0), identity(2))
+    found = motions((own, own), latent[[0, 5, 10]], 0, members(own))  # few states; the points go all the way
+    arm = max(found, key=lambda part: part.turn)
+    assert arm.turn == pytest.approx(100, abs=15)
+    assert abs(arm.axis[2]) > 0.97
+    assert np.allclose(arm.through[:2], (4, 0), atol=5)
+    assert f"turns by up to {arm.turn:.0f}°" in arm.words
+
+
 def test_a_whole_turn_is_called_one(model):
-    arm = motions((model, model), turned(torch.arange(0, 360, 30.0)), 0)[1]
+    arm = motions((model, model), turned(torch.arange(0, 360, 30.0)), 0, members(model))[1]
     assert arm.whole_turn
     assert arm.turn == pytest.approx(180, abs=1)
     assert "turns all the way round" in arm.words
@@ -93,16 +147,16 @@ def test_a_motion_of_all_is_none_of_the_parts(model):
     """Where everything turns but one small part, that is the one that moves."""
     model.decoder.logits.data[:100] = torch.tensor([0.0, 40.0, 0.0])
     try:
-        found = motions((model, model), turned([0.0, 60.0]), 0)
+        body, found = motions((model, model), turned([0.0, 60.0]), 0, members(model))
     finally:
         model.decoder.logits.data[:100] = torch.tensor([40.0, 0.0, 0.0])
-    assert found[1].against is None
-    assert found[2].turn == pytest.approx(60, abs=0.1)
+    assert (body.number, body.gaussians, body.against) == (2, 200, None)
+    assert (found.number, found.turn) == (3, pytest.approx(60, abs=0.1))
 
 
 def test_a_part_that_comes_and_goes(model):
     gone = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    found = motions((model, model), gone, 0)
+    found = motions((model, model), gone, 0, members(model))
     assert [part.changes for part in found] == [False, False, True]
     # softplus(x) at the amplitude of 1, and three below it
     raw = math.log(math.expm1(1.0))
@@ -122,7 +176,7 @@ def test_masks_of_parts_hold_their_parts(model, tmp_path):
         assert value[number] > 0.8
         assert max(float(value[other]) for other in range(3) if other != number) < 0.5
     assert "part 2, 100 Gaussians" in (tmp_path / "parts" / "parts.txt").read_text()
-    own = part_of(model, turned(0.0), 1)
+    own = part_of(model, turned(0.0), members(model)[:, 1])
     assert float(own.amplitude[:100].abs().max()) < 1e-6 < float(own.amplitude[100:200].min())
 
 
@@ -251,11 +305,11 @@ def test_motions_that_the_other_half_set_does_not_have_are_not_told(model):
         own[27 + 1, 2] = 0.0
     states = turned([-20.0, 0.0, 25.0, 70.0])
     states[:, 2] = torch.tensor([0.0, 0.0, 1.0, 2.0]).double()
-    _, arm, block = motions((model, model), states, 1)
+    _, arm, block = motions((model, model), states, 1, members(model))
     assert arm.confirmed == pytest.approx(1)
     assert block.mass_confirmed == pytest.approx(1)
     assert "it comes and goes" in block.words
-    _, arm, block = motions((model, other), states, 1)
+    _, arm, block = motions((model, other), states, 1, members(model))
     assert arm.turn == pytest.approx(90, abs=0.1)
     assert arm.confirmed < 0
     assert arm.words.endswith(f"moves against part {arm.against} in no way that the other half-set confirms")

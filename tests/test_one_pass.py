@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 
 import pytest
 import torch
@@ -223,6 +224,34 @@ def test_found_course_can_be_followed_to_the_same_models(halves):
             assert torch.equal(p, q)
 
 
+def test_fits_side_by_side_are_those_of_one_thread(halves):
+    """Two threads: each half takes one, and every bit is as with one thread for both."""
+    _, equations, judge = halves
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        fits, shares = begin(equations), []
+        torch.set_num_threads(threads)
+        for one in fits:
+            own = one.objective._fine.error_and_gradient
+
+            def seen(volume, own=own, shares=shares):
+                shares.append((threading.get_ident(), torch.get_num_threads()))
+                return own(volume)
+
+            one.objective._fine.error_and_gradient = seen
+        try:
+            find(fits, Plan(2, 2e-2, 0.75), 0, judge)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        assert (len({thread for thread, _ in shares}) > 1) == (threads > 1)
+        assert {share for _, share in shares} == {1}
+        found.append([one.kept.model for one in fits])
+    for alone, beside in zip(*found, strict=True):
+        for a, b in zip(alone.parameters(), beside.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_a_course_tells_what_happens_in_order(halves):
     """Ten steps of both halves by turns, the score of the epoch; at its end the stage."""
     _, equations, judge = halves
@@ -289,6 +318,7 @@ def test_more_gaussians_are_kept_unless_worse_beyond_error(halves, gain, error, 
     assert (stages[1].gain, stages[1].gain_error) == pytest.approx((gain, error), nan_ok=True)
 
 
+@pytest.mark.slow
 def test_rounding_does_not_change_the_course(halves):
     """Equations that differ by more than the rounding of any machine: as many Gaussians after as many epochs."""
     _, equations, judge = halves

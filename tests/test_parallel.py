@@ -102,7 +102,7 @@ def run_world(size, star, folder, volume):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_share_the_particles_out(simulated, tmp_path, size):
     particles = simulated(particles=150)
     stack = open_particles(particles, symmetry=cyclic(2))
@@ -145,6 +145,12 @@ def test_shares_are_all_particles_once():
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_a_folder_of_each_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("platform.node", lambda: "node7.cluster")
+    assert World(11, 16).here("/scratch/{host}/{local_rank}/{rank}") == "/scratch/node7/3/11"
+
+
 def test_a_process_that_nobody_started_is_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     tensor = torch.ones(3)
@@ -155,3 +161,8 @@ def test_a_process_that_nobody_started_is_alone(monkeypatch):
         assert not world.agree(False)
     assert torch.equal(tensor, torch.ones(3))
     assert torch.equal(ALONE.share(torch.arange(5)), torch.arange(5))
+    assert list(ALONE.in_step([1, 2])) == [1, 2]
+    assert ALONE.apart(lambda: 7, lambda: None) == 7
+    assert torch.equal(ALONE.gathered(torch.tensor([5.0, 6.0]), torch.tensor([1, 0]), 2), torch.tensor([6.0, 5.0]))
+    named = ALONE.spread_named({"one": tensor})
+    assert named["one"] is tensor

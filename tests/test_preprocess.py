@@ -141,7 +141,7 @@ def test_from_cs_and_onto_several_grids(particles, tmp_path):
     assert torch.bincount(table.optics_group).tolist() == [300, 300]
 
 
-@pytest.mark.parametrize("engine", ["one-pass", "images"])
+@pytest.mark.parametrize("engine", ["one-pass", pytest.param("images", marks=pytest.mark.slow)])
 def test_on_the_fly_is_as_beforehand(particles, tmp_path, engine):
     words = ["--engine", engine, "--epochs", "2", "--gaussians", "200", "--diameter", "100"]
     grid = ["--box", "32", "--pixel-size", "4.0"]

@@ -251,6 +251,7 @@ def words_of(*words):
     return [sys.executable, "-m", "emsplat", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_a_command_in_hard_surroundings(particles, tmp_path):
     """ASCII, a notebook's back end, one core asked for by the environment, a home that cannot be made, no temporary
     folder: the same files as ever, times of the whole command, and nothing on standard error."""

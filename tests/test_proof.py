@@ -10,6 +10,7 @@ from tests.test_heterogeneity import drawn, particles  # noqa: F401 (a fixture)
 from emsplat.cli import main
 from emsplat.config import HeterogeneityConfig, StatesConfig, configure
 from emsplat.errors import InputError
+from emsplat.heterogeneity import search
 from emsplat.heterogeneity.cells import Cells
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
@@ -19,7 +20,7 @@ from emsplat.heterogeneity.half import HalfModel
 from emsplat.measures.mask import soft_region
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.programs import heterogeneity as program
-from emsplat.programs.proof import Proof, proofs
+from emsplat.programs.proof import Proof, local_of, proofs
 from emsplat.programs.state_engines import StatesFitted
 from emsplat.programs.states import states
 from emsplat.types import Grid
@@ -80,6 +81,19 @@ def test_states_that_one_half_set_makes_up_are_not_confirmed(seed):
     assert found[1].moving_resolution < 15
 
 
+def test_local_resolution_of_a_state():
+    """Where both halves have a globule and where one has made it up."""
+    body, arm = globule(-4, 0, 0), globule(6, 4, 0)
+    both = fitted([[body + arm, body], [body, body]], [body, body], 0.05)
+    latent, halves = torch.zeros(1).double(), (body + arm, body)
+    local = local_of(both, latent, halves, None, GRID)
+    assert local.window == 25.0
+    filled = local.filled(everywhere(body + arm))
+    assert bool(filled.isfinite().all())
+    assert float(filled[12, 12, 8]) + 2 < float(filled[12, 16, 18])
+    assert local_of(both, latent, halves, None, Grid(24, 7.0)) is None
+
+
 def test_a_rare_state_and_the_one_of_nearly_all_are_confirmed():
     """The latter is hardly another map than the consensus; it differs from the rest."""
     body, arm = globule(0, 0, 0) + globule(3, -3, 2), globule(-5, 4, 0)
@@ -104,7 +118,7 @@ def confirming(monkeypatch, kept):
 
     def some(*args):
         found = own(*args)
-        return [replace(one, better=1.0 if number in kept else 0.0, error=0.1) for number, one in enumerate(found)]
+        return [replace(one, fsc_gain=float(number in kept), fsc_gain_error=0.1) for number, one in enumerate(found)]
 
     monkeypatch.setattr(program, "proofs", some)
 
@@ -121,6 +135,7 @@ def continuous(monkeypatch):
     monkeypatch.setattr("emsplat.heterogeneity.classes._AGREED", 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.report
 @pytest.mark.usefixtures("continuous")
 def test_a_run_whose_states_nobody_confirms(particles, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -155,7 +170,7 @@ def test_only_confirmed_states_are_shown(particles, tmp_path, monkeypatch, capsy
     rows = summary["heterogeneity"]["states"]
     assert [row["state"] for row in rows] == [1, 2, 3]
     assert sum(row["population"] for row in rows) == pytest.approx(1)
-    assert sorted(path.name for path in (folder / "states").glob("*.mrc") if "half" not in path.name) == [
+    assert sorted(path.name for path in (folder / "states").glob("???.mrc")) == [
         "000.mrc",
         "001.mrc",
         "002.mrc",
@@ -164,6 +179,24 @@ def test_only_confirmed_states_are_shown(particles, tmp_path, monkeypatch, capsy
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Of 4 states that were tried the half-sets confirm 3" in page
     assert "Free energy" in page  # no classes
+
+
+@pytest.mark.report
+def test_a_run_ends_where_no_density_of_the_latents_gains(particles, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A component may gain where no point does; states would be made of nothing."""
+    folder = tmp_path / "run"
+    nothing = lambda own, other, generator, points: [torch.full((len(other),), -0.2) for _ in points]  # noqa: E731
+    monkeypatch.setattr(search, "point_gains", nothing)
+    monkeypatch.setattr(program, "fit_cells", None)
+    summary = program.heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, folder)
+    said = capsys.readouterr().out
+    assert "no heterogeneity that these images support: best gain -0.200 ± 0.000 nats per image with any points" in said
+    found = summary["heterogeneity"]
+    assert (found["found"], found["components"], found["points"]) == (False, 0, 0)
+    assert found["gain"] == pytest.approx(found["gain_by_points"]["2"]["value"]) == pytest.approx(-0.2)
+    assert found["gain_by_components"][1]["value"] > 0
+    assert not {"states_gain", "states_tried", "states"} & set(found)
+    assert "No heterogeneity that these images support" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_is_confirmed():

@@ -103,6 +103,7 @@ def test_gemmi_reads_what_the_module_promises(tmp_path, name):
     assert atoms[0].aniso.u22 == pytest.approx(float(first[1, 1]), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["many.cif", "many.pdb"])
 def test_120000_gaussians(tmp_path, name):
     """More than PDB's five columns of serial numbers count; every residue has a name of its own."""

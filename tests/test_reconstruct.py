@@ -127,6 +127,7 @@ def test_ply_gives_the_map_again(run, tmp_path):
     assert read_map(tmp_path / "fine.mrc")[1].size == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [change(QUICK, independent_halves=True), IMAGES])
 def test_a_half_map_depends_on_its_own_half_only(config, particles, tmp_path):
     """Spoiling every image of half 2 leaves half 1 as it was, bit for bit."""
@@ -192,6 +193,7 @@ def test_resumed_run_ends_with_the_same_map(particles, tmp_path):
     assert len(set(steps)) == len(steps)
 
 
+@pytest.mark.slow
 def test_interrupted_pass_over_the_particles_goes_on(particles, tmp_path):
     """The sums of an interrupted run are taken up again; the map is the same, and they are removed in the end."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -215,6 +217,7 @@ def test_interrupted_pass_over_the_particles_goes_on(particles, tmp_path):
     assert not list(cut.glob("*statistics*"))
 
 
+@pytest.mark.slow
 def test_sums_of_other_particles_are_added(particles, tmp_path):
     """Two runs on a third and on the rest, the second with the sums of the first: as good as one run on all."""
     document = cif.read_file(str(particles))

@@ -394,6 +394,7 @@ def test_noise_alone_has_nothing_to_refine_against(simulated, tmp_path):
     assert compare(star, tmp_path / "run" / "run_data.star")["p90"] < 1e-3
 
 
+@pytest.mark.slow
 def test_poses_without_half_sets_are_said(simulated, tmp_path):
     star = simulated(particles=200, half_sets=False)
     summary = run(star, tmp_path / "run", rounds=1)
@@ -436,6 +437,7 @@ def test_refinement_in_python(wrong, tmp_path):
         em.refine(star, tmp_path / "other", round=1)
 
 
+@pytest.mark.slow
 def test_only_particles_that_were_asked_for_are_refined_and_written(wrong, tmp_path):
     star, _ = wrong(3.0, 2.0, particles=300)
     run(star, tmp_path / "run", rounds=1, first=200)
@@ -504,6 +506,7 @@ def moving(tmp_path):
     return star, true, folder
 
 
+@pytest.mark.slow
 def test_motion_is_not_mistaken_for_wrong_poses(moving, tmp_path):
     """Against maps of their own states particles come nearer to their true poses than against one map of all."""
     star, true, folder = moving
@@ -599,6 +602,7 @@ def test_a_wrong_beam_tilt_is_found(simulated):
     assert bool((left.tilt.abs() < 0.02).all())
 
 
+@pytest.mark.slow
 def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
     star = simulated(particles=300, snr=2.0)
     stack = open_particles(star)
@@ -613,6 +617,7 @@ def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
     assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
+@pytest.mark.slow
 def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
     star = simulated(particles=200)
     run(star, tmp_path / "run", refine="defocus,scale", rounds=1)

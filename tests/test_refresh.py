@@ -6,7 +6,9 @@ from tests.test_heterogeneity import particles  # noqa: F401 (a fixture)
 
 from emsplat.config import ReconstructConfig, configure
 from emsplat.heterogeneity import refresh
-from emsplat.heterogeneity.refresh import _chain, _linear, evidence
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.embedding import embedded
+from emsplat.heterogeneity.refresh import Placed, _chain, _linear, evidence, refreshed
 from emsplat.heterogeneity.subspace import fit_subspace, infer
 from emsplat.particles.choose import open_stack
 from emsplat.sums.spectra import read_spectra
@@ -49,6 +51,37 @@ def test_maps_out_of_the_question_are_as_far_below_as_the_linear_stage_says(stag
     found = evidence(maps, subspace, stack, known)
     assert sum(asked) < 0.8 * 3 * len(stack)
     assert torch.allclose(found, whole, atol=5e-3)
+
+
+def test_one_state_gains_nothing_over_its_mean(stage, monkeypatch):
+    """However much sharper its map is than the mean of the linear stage."""
+    stack, subspace, latents = stage
+    one = Density(torch.zeros(1, subspace.components).double(), torch.ones(1).double())
+    sharper = 1.3 * subspace.maps[:1]
+    monkeypatch.setattr(refresh, "drawn", lambda model, point, lattice: sharper)
+    monkeypatch.setattr(refresh, "fewest", lambda gains, image: 1)
+    before = embedded(one, latents, latents)
+    known = torch.zeros(len(latents)).double()
+    placed = refreshed(None, Placed(before, known, known), subspace, (latents, latents), (stack, stack), 1, None)
+    assert float(placed.gain.abs().mean()) > 1e-3
+    assert torch.equal(placed.gain, placed.mean)
+
+
+def test_two_states_gain_over_their_mean(stage, monkeypatch):
+    stack, subspace, latents = stage
+    point = torch.zeros(2, subspace.components).double()
+    point[:, 0] = torch.tensor([-1.0, 1.0])
+    maps = subspace.maps[0] + torch.einsum("mq,qzyx->mzyx", point.float(), subspace.maps[1:])
+    monkeypatch.setattr(refresh, "drawn", lambda model, point, lattice: 1.3 * maps)
+    monkeypatch.setattr(refresh, "fewest", lambda gains, image: 1)
+    before = embedded(Density(point, torch.full((2,), 0.5).double()), latents, latents)
+    known = torch.zeros(len(latents)).double()
+    placed = refreshed(None, Placed(before, known, known), subspace, (latents, latents), (stack, stack), 2, None)
+    weight = torch.cdist(before.own, point).argmin(1).bincount(minlength=2) / len(before.own)
+    mean = 1.3 * torch.einsum("m,mzyx->zyx", weight.float(), maps)
+    alone = evidence(mean[None], subspace, stack, torch.zeros(len(latents), 1).double())[:, 0]
+    assert torch.allclose(placed.mean, alone, atol=2e-3)
+    assert float((placed.gain - placed.mean).mean()) > 1
 
 
 def test_a_chain_goes_from_neighbour_to_neighbour():

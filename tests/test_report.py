@@ -289,6 +289,7 @@ def test_fewer_samples_are_those_of_scipy(size: tuple[int, int]) -> None:
     np.testing.assert_allclose(resample(values, new, 1), signal.resample(values, new, axis=1), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same_page(run: Path, tmp_path: Path) -> None:
     """Everything but names that matplotlib draws by lot for the clip paths of an SVG."""
     alone = tmp_path / "alone" / run.name
@@ -549,6 +550,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("damage", ["missing", "garbage", "empty", "cut short"])
 def test_damaged_part_is_named(run: Path, no_rendering: None, name: str, damage: str) -> None:
@@ -591,6 +593,7 @@ def test_run_without_particles_has_no_views(run: Path, no_rendering: None) -> No
     assert "Not shown" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -629,6 +632,7 @@ def test_undefined_values_are_drawn_as_gaps(run: Path) -> None:
         read_page(write_report(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "summary",
     [

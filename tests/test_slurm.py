@@ -59,6 +59,7 @@ def test_a_job_of_many_processes(particles, capsys):
     assert "srun torchrun --nnodes 2 --nproc-per-node 4" in text
 
 
+@pytest.mark.slow
 def test_a_job_in_parts_runs_without_processes_that_talk(simulated, tmp_path, capsys, monkeypatch):
     """Its commands, run here one after the other, give the map of the whole."""
     particles = simulated(particles=300)

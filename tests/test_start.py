@@ -62,6 +62,7 @@ def usual(particles, tmp_path_factory):
     return error_to_truth(run, particles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["one-pass", "images"])
 @pytest.mark.parametrize("name", ["model.ply", "model.cif", "model.pdb.gz", "map.mrc"])
 def test_a_start_from_each_kind_of_file(files, particles, usual, tmp_path, name, engine):

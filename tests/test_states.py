@@ -259,6 +259,10 @@ def with_word(content, index, value):
         (lambda c: c[:-10], "bytes beyond 1 frames of 3 atoms"),
         (lambda c: c[:200], "no whole frame of 3 atoms"),
         (lambda c: c[:-8] + b"\0\0\xc0\x7f" + c[-4:], "frame 2 of 2 has coordinates that are not finite"),
+        (
+            lambda c: c[:-8] + b"\x01\0\x80\x7f" + c[-4:],
+            "frame 2 of 2 has coordinates that are not finite",
+        ),  # signalling
         (lambda c: c[:-4] + b"\0\0\0\1", "frame 2 of 2: no record of 12 bytes"),
     ],
 )

@@ -157,6 +157,7 @@ def test_too_few_particles_cannot_be_told(simulated):
     assert examined(stack, "C1") is None
 
 
+@pytest.mark.slow
 def test_standard_error(shared_data):
     # About wrong axes there is nothing but noise, and the likeness of outlines that coarse maps of few particles show.
     stack = open_particles(shared_data / "bgal" / "particles.star")
@@ -168,6 +169,7 @@ def test_standard_error(shared_data):
         assert float(value.max()) < FAILS
 
 
+@pytest.mark.slow
 def test_particles_of_an_experiment(shared_data):
     stack = open_particles(shared_data / "bgal" / "particles.star")
     test = AxisTest(stack)
@@ -222,6 +224,7 @@ def test_names_of_axes():
     assert name_axis(parse_symmetry("O").elements[2]) == "3-fold along (0.58, 0.58, 0.58)"
 
 
+@pytest.mark.slow
 def test_check_and_log(particles, tmp_path, capsys):
     from emsplat.cli import main
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +12,7 @@ from torch.optim._functional import sparse_adam
 from torch.optim.adam import adam
 
 from emsplat.errors import EmsplatError
-from emsplat.models.base import Model
+from emsplat.models.base import Model, ParameterGroup
 from emsplat.parallel import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -34,15 +35,15 @@ class Plan:
 
 
 class Optimiser:
-    """Adam for the parameter groups of a model, each at its own multiple of the rate. Sparse groups have their own kind
-    of it, which looks only at the rows that a gradient names.
+    """Adam for groups of parameters (`Model.groups`), each at its own multiple of the rate. Sparse groups have their
+    own kind of it, which looks only at the rows that a gradient names.
 
     The arithmetic is PyTorch's. Its classes are not used: the first of them to be made imports the compiler, which
     takes longer than many fits, and 120 MB.
     """
 
-    def __init__(self, model: Model) -> None:
-        self._groups = model.groups()
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
+        self._groups = groups
         self.parameters = {name: own for group in self._groups for name, own in group.parameters.items()}
         self._held: dict[str, dict[str, Tensor]] = {}
 
@@ -126,11 +127,11 @@ class State(Generic[M]):
     @classmethod
     def begin(cls, model: M, step: int = 0) -> State[M]:
         """Before the first step, or at a later one with nothing remembered of those before."""
-        return cls(model, Optimiser(model), step, {})
+        return cls(model, Optimiser(model.groups()), step, {})
 
     def with_model(self, model: M, moments: dict[str, Tensor]) -> State[M]:
         """The same step of another model, with moments for its parameters."""
-        optimiser = Optimiser(model)
+        optimiser = Optimiser(model.groups())
         optimiser.remember(moments)
         return replace(self, model=model, optimiser=optimiser)
 

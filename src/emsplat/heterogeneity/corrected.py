@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emsplat.heterogeneity.cells import Cells, empirical_map, raw_map
 from emsplat.heterogeneity.half import HalfModel
-from emsplat.heterogeneity.motions import part_of, rigid_motions, separable
+from emsplat.heterogeneity.motions import members, part_of, rigid_motions, separable
 from emsplat.imaging.project import voxelize
 from emsplat.types import Gaussians, Grid
 
@@ -32,8 +32,9 @@ def corrected_maps(
 ) -> tuple[Float[Tensor, "z y x"], Float[Tensor, "z y x"]]:
     """The consensus in the state at a latent of the run, on the grid of the cells: filtered, and raw."""
     own = model.frame(latent.double()[None])[0]
-    motions = rigid_motions(separable(model), own, cells.point)
-    share = _shares(model, latent, cells.grid)
+    member = members(model)
+    motions = rigid_motions(separable(model), own, cells.point, member)
+    share = _shares(model, latent, member, cells.grid)
     together = [torch.zeros_like(share[0]), torch.zeros_like(share[0])]
     for part, (rotation, shift) in enumerate(motions):
         back = pulled_back(cells, rotation, shift)
@@ -84,11 +85,13 @@ def _turned(response: Float[Tensor, "w v k"], turn: NDArray[np.float64]) -> Floa
 
 
 @torch.no_grad()
-def _shares(model: HalfModel, latent: Float[Tensor, " q"], grid: Grid) -> Float[Tensor, "p z y x"]:
+def _shares(
+    model: HalfModel, latent: Float[Tensor, " q"], member: Float[Tensor, "g p"], grid: Grid
+) -> Float[Tensor, "p z y x"]:
     """How much each place belongs to each part."""
     densities = []
-    for part in range(separable(model).shape.parts):
-        mixture = part_of(model, latent, part)
+    for column in member.T:
+        mixture = part_of(model, latent, column)
         wide = mixture.covariance + _BLUR**2 * torch.eye(3)
         densities.append(voxelize(Gaussians(mixture.mean, wide, mixture.amplitude), grid).clamp(min=0))
     own = torch.stack(densities)

@@ -42,17 +42,14 @@ def embedded(density: Density, own: Latents, other: Latents) -> Embedding:
     )
 
 
-def spread_embedding(
-    embedding: Embedding, gain: Float[Tensor, " w"], world: World
-) -> tuple[Embedding, Float[Tensor, " w"]]:
-    """An embedding and gains as the first process has them, in all of them."""
+def spread_embedding(embedding: Embedding, world: World) -> Embedding:
+    """As the first process has it, in all of them."""
     if world.size == 1:
-        return embedding, gain
+        return embedding
     fields = ("membership", "others", "own", "other", "gain", "precision")
     tensors = {name: getattr(embedding, name).contiguous() for name in fields}
-    tensors |= {"point": embedding.density.point, "weight": embedding.density.weight, "of_others": gain}
-    own = world.spread_named(tensors)
-    return Embedding(Density(own["point"], own["weight"]), *(own[name] for name in fields)), own["of_others"]
+    own = world.spread_named(tensors | {"point": embedding.density.point, "weight": embedding.density.weight})
+    return Embedding(Density(own["point"], own["weight"]), *(own[name] for name in fields))
 
 
 def hard_embedding(

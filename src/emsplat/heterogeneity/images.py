@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.errors import EmsplatError, InputError
 from emsplat.fitting.images import ImageObjective, noise_weight
 from emsplat.fitting.loop import fit
-from emsplat.fitting.state import Plan, State
+from emsplat.fitting.state import Optimiser, Plan, State
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.parts import cluster, find_anchors
@@ -29,7 +29,7 @@ from emsplat.imaging.ctf import Observed, in_image, observe
 from emsplat.imaging.project import project, voxelize
 from emsplat.maths.fourier import hermitian_weight
 from emsplat.models import decoder as separable
-from emsplat.models.base import Model
+from emsplat.models.base import Model, ParameterGroup
 from emsplat.models.conformations import Conformations, StateDecoder
 from emsplat.models.cryospire import Hierarchy, NetworkShape, PartDiscovery
 from emsplat.models.decoder import Decoder
@@ -44,6 +44,8 @@ _FROM_RANDOM, _FROM_GIVEN = 50.0, 10.0
 _BRIGHT = 512  # images that the brightness of the start, and the gain, are judged by
 _POINTS = 32  # states that the gain is judged by
 _STATES = 128  # images whose states say which Gaussians are used
+_LESSONS, _OF_LESSON = 400, 16  # steps by which rigid motions follow the first stage, and states of each
+_TEACH = 2e-2  # their rate
 _SOME = 0.02  # of the largest density of a mixture: less is nothing
 _READ = 64  # images at a time where nothing is fitted
 
@@ -238,10 +240,50 @@ def _hierarchy(
         unit=before.unit,
         generator=rng,
     )
-    after.inherit(before, anchors.member, mass, latent.cpu(), reference, rng)
+    inherit(after, before, anchors.member, mass, latent.cpu(), reference, rng)
     with torch.no_grad():  # as heavy as before
         after.unit *= float(seen.amplitude.sum() / after(some)[1].mean(0).sum())
     return after
+
+
+def inherit(
+    after: Hierarchy,
+    before: PartDiscovery,
+    member: Int[Tensor, " n"],
+    weight: Float[Tensor, " n"],
+    latent: Float[Tensor, "v q"],
+    reference: Float[Tensor, "1 q"],
+    generator: torch.Generator,
+) -> None:
+    """A second stage takes on how the first moves and changes, without looking at images.
+
+    ``member`` is the anchor of each Gaussian of the first stage, -1 for none. What its network says of an anchor's
+    feature is a shift of all that hangs on the anchor. From there, rigid motions come as close as they can to the
+    motions of these Gaussians, counted by ``weight``. In the state ``reference`` everything is where it was put.
+    """
+    with torch.no_grad():
+        after.modulation.load_state_dict(before.modulation.state_dict())
+        for name in ("feature", "latent", "bias"):
+            getattr(after.rigid, name).copy_(getattr(before.displacement, name))
+        scale = before.length / after.length
+        after.rigid.weight[6:] = scale * before.displacement.weight
+        after.rigid.constant[6:] = scale * before.displacement.constant
+        rows = (member >= 0).nonzero()[:, 0]
+        share = (weight[rows] / weight[rows].sum())[:, None]
+        start = before(reference)[0][0, rows] / after.length
+    optimiser = Optimiser([ParameterGroup(dict(after.rigid.named_parameters()))])
+    for _ in range(_LESSONS):
+        some = latent[torch.randint(len(latent), (_OF_LESSON,), generator=generator)]
+        with torch.no_grad():
+            seen = before(some)[0][:, rows] / after.length
+        optimiser.forget()
+        error = (share * (after.carried(start, member[rows], some) - seen).square()).sum()
+        error.backward()
+        optimiser.step(_TEACH)
+    with torch.no_grad():
+        rotation, shift = (both[0, after.anchor] for both in after.motions(reference))
+        place, anchor = after.centre - after.displacement(after.features(), reference)[0], after.position[after.anchor]
+        after.centre.copy_(((place - anchor - shift)[:, None] @ rotation).squeeze(1) + anchor)
 
 
 def seeds(

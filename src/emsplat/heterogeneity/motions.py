@@ -1,5 +1,8 @@
 """What the parts of a decoder do: rigid motions and occupancies over the states, in numbers and in words.
 
+The decoder's own parts have soft borders, and the motion that fits such a blend of Gaussians best is smaller than that
+of any. Here each Gaussian belongs to the part whose rigid motion it follows (`members`).
+
 A decoder moves its parts where no image holds them, too. Words are therefore of what the other half-set's model does in
 the same place as well: where it has at least half of the motion, by its variance over states and Gaussians.
 """
@@ -20,23 +23,28 @@ from emsplat.models.decoder import Decoder
 from emsplat.types import Gaussians
 
 _STILL_ANGLE, _STILL_SHIFT = 2.0, 1.0  # degrees and Å below which a part stands still
+_LITTLE = 10.0  # degrees: what turns by less is rather still
 _ROUND = 60.0  # degrees: largest gap between the angles of a full turn
 _CHANGING = 0.25  # of a part's mass, that comes and goes
 _CONFIRMED = 0.5  # of the variance of a motion, that the other half-set has too
+_OFTEN = 0.5  # of the mean weight, from which a point of the density counts for how far parts move
+_PLACES, _ROUNDS = 24, 10  # states by which Gaussians are sorted into parts, and how often
+_ALIKE = 0.5  # Å: of parts that differ by less for a Gaussian, it belongs to the one that the decoder puts it in
 
 
 @dataclass(frozen=True)
 class PartMotion:
     """A part over the states, seen from the part that stands stillest for its mass (``against``).
 
-    ``angles`` are signed turns about ``axis`` from the reference state, which the state of most particles is;
-    ``through`` a point of the axis and ``slide`` the shift along it of the widest turn; ``shift`` is how far the centre
-    of the part gets. ``mass`` is what it weighs in each state, relative to its largest. ``confirmed`` is how much of
-    the variance of the motion the other half-set's model has, ``mass_confirmed`` of that of the mass.
+    How far it turns and gets is over all that there are, the states and the points of the density. ``angles`` are
+    signed turns about ``axis`` from the reference state, which the state of most particles is; ``through`` a point of
+    the axis and ``slide`` the shift along it of the widest turn; ``shift`` is how far the centre of the part gets.
+    ``mass`` is what it weighs in each state, relative to its largest. ``confirmed`` is how much of the variance of the
+    motion the other half-set's model has, ``mass_confirmed`` of that of the mass.
     """
 
     number: int  # from 1
-    gaussians: int  # memberships added up
+    gaussians: int
     share: float  # of the mass of the molecule
     centre: tuple[float, float, float]  # Å from the centre of the box, in the reference state
     turn: float  # degrees, between the two states that are furthest apart
@@ -97,20 +105,49 @@ def separable(model: HalfModel) -> Decoder:
 
 
 @torch.no_grad()
-def motions(models: tuple[HalfModel, HalfModel], states: Float[Tensor, "s q"], reference: int) -> list[PartMotion]:
+def members(model: HalfModel) -> Float[Tensor, "g p"]:
+    """1 for the part that each Gaussian belongs to: the one whose rigid motion over the density it follows best. Begun
+    from the decoder's parts, motions and members are found in turn."""
+    decoder, density = separable(model), model.density
+    places = density.point[density.weight.argsort(descending=True)[:_PLACES]]
+    position, amplitude = (one.double() for one in decoder(places.float()))
+    soft, mass = decoder.parts().double(), amplitude.mean(0).clamp(min=1e-30)
+    label = soft.argmax(1)
+    for _ in range(_ROUNDS):
+        away = torch.full_like(soft, torch.inf)
+        for part in sorted(set(label.tolist())):
+            own = torch.where(label == part, mass, 0.0)
+            left = _field(position[0], *_rigid(position[0], position, own)) - position
+            away[:, part] = left.square().sum(2).mean(0) + _ALIKE**2 * (1 - soft[:, part])
+        before, label = label, away.argmin(1)
+        if torch.equal(label, before):
+            break
+    return torch.nn.functional.one_hot(label, soft.shape[1]).double()
+
+
+@torch.no_grad()
+def motions(
+    models: tuple[HalfModel, HalfModel],
+    states: Float[Tensor, "s q"],
+    reference: int,
+    weight: Float[Tensor, "g p"],
+) -> list[PartMotion]:
     """The parts of the first half-set's decoder over some latents of the run, ``reference`` being one of these, and
-    whether the second's confirms what they do."""
+    whether the second's confirms what they do. ``weight`` are the `members` of the parts; those without are left out.
+    """
+    count, density = len(states), models[0].density
+    often = density.point[density.weight >= _OFTEN / len(density)]
+    states = torch.cat([states.double(), _of_run(models[0], often)])
     (position, amplitude), (others, other_amplitude) = (
-        (one.double() for one in model.decoder(model.frame(states.double()).float())) for model in models
+        (one.double() for one in model.decoder(model.frame(states).float())) for model in models
     )
-    weight = separable(models[0]).parts().double()
     # A Gaussian of the second belongs where the one of the first that is nearest to it does.
     nearest = cKDTree(position[reference].numpy()).query(others[reference].numpy())[1]
     moved, mass, typical = _parts(position, amplitude, weight, reference)
     again, other_mass, _ = _parts(others, other_amplitude, weight[torch.from_numpy(nearest)], reference)
     still = _stillest(moved, mass.mean(0))
     found = []
-    for p in range(weight.shape[1]):
+    for p in weight.sum(0).nonzero()[:, 0].tolist():
         rotation, shift = _against(moved[p], moved[still])
         place = position[reference]
         field, other = (_field(place, *motion) for motion in ((rotation, shift), _against(again[p], again[still])))
@@ -124,7 +161,7 @@ def motions(models: tuple[HalfModel, HalfModel], states: Float[Tensor, "s q"], r
                 share @ place,
                 rotation,
                 shift,
-                masses,
+                masses[:count],
                 None if p == still else still + 1,
                 (
                     _had(field, other, share[None, :, None].expand(len(states), -1, 3)),
@@ -132,6 +169,12 @@ def motions(models: tuple[HalfModel, HalfModel], states: Float[Tensor, "s q"], r
                 ),
             )
         )
+    return found
+
+
+def _of_run(model: HalfModel, latent: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
+    """Latents of the run that lead to some of a half-set's own."""
+    found: Tensor = torch.linalg.lstsq(model.frame.turn, (latent - model.frame.offset).T, driver="gelsd").solution.T
     return found
 
 
@@ -167,12 +210,13 @@ def _had(own: Float[Tensor, "s *n"], other: Float[Tensor, "s *n"], weight: Float
 
 @torch.no_grad()
 def rigid_motions(
-    decoder: Decoder, reference: Float[Tensor, " q"], latent: Float[Tensor, "m q"]
+    decoder: Decoder, reference: Float[Tensor, " q"], latent: Float[Tensor, "m q"], weight: Float[Tensor, "g p"]
 ) -> list[tuple[Float[Tensor, "m 3 3"], Float[Tensor, "m 3"]]]:
-    """Of each part the rotations and shifts (Å) from a reference to some latents of a decoder's own."""
+    """Of each part the rotations and shifts (Å) from a reference to some latents of a decoder's own; ``weight`` are the
+    `members`."""
     position, amplitude = (one.double() for one in decoder(torch.cat([reference[None], latent]).float()))
-    weight = (amplitude.mean(0)[:, None] * decoder.parts().double()).clamp(min=0)
-    return [_rigid(position[0], position[1:], own) for own in weight.T]
+    mass = (amplitude.mean(0)[:, None] * weight).clamp(min=1e-30)
+    return [_rigid(position[0], position[1:], own) for own in mass.T]
 
 
 def _rigid(
@@ -190,11 +234,11 @@ def _rigid(
 
 
 def _stillest(moved: list[tuple[Tensor, Tensor]], mass: Float[Tensor, " p"]) -> int:
-    """The part from which, by mass, the others move least."""
+    """The part from which most mass stands still: not one halfway between two that move."""
     rotations = torch.stack([rotation for rotation, _ in moved])
     between = torch.einsum("psxy,qsxz->pqsyz", rotations, rotations)
-    angle = _angle(between).square().mean(2)
-    return int((angle @ mass).argmin())
+    square = _angle(between).square()
+    return int(((square / (square + _LITTLE**2)).mean(2) @ mass).argmin())
 
 
 def _angle(rotation: Float[Tensor, "*s 3 3"]) -> Float[Tensor, "*s"]:
@@ -239,8 +283,8 @@ def _describe(
         _three(through),
         slide,
         float(reach.max()),
-        tuple(twist.tolist()),
-        tuple(torch.linalg.vector_norm(places - centre, dim=1).tolist()),
+        tuple(twist[: len(mass)].tolist()),
+        tuple(torch.linalg.vector_norm(places - centre, dim=1)[: len(mass)].tolist()),
         tuple(mass.tolist()),
         against,
         *confirmed,
@@ -271,8 +315,7 @@ def _three(values: Tensor) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def part_of(model: HalfModel, latent: Float[Tensor, " q"], part: int) -> Gaussians:
-    """The Gaussians of a part (from 0), each as far as it belongs to it."""
+def part_of(model: HalfModel, latent: Float[Tensor, " q"], member: Float[Tensor, " g"]) -> Gaussians:
+    """The Gaussians of a part, a column of `members`."""
     mixture = model.mixture(latent)
-    weight = separable(model).parts()[:, part]
-    return Gaussians(mixture.mean, mixture.covariance, mixture.amplitude * weight)
+    return Gaussians(mixture.mean, mixture.covariance, mixture.amplitude * member.float())

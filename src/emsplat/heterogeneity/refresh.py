@@ -8,6 +8,7 @@ not exclude, brightness and pose integrated out as there. The weights of the poi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +32,17 @@ _IMAGES = 32768  # that are read together
 _FAR = 60.0  # nats below the likeliest point, by the linear stage, where a decoder need not be asked
 _STEPS = 50
 _EMPTY = 1e-3  # weight of a point that is left out
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The latent space of a half-set, and what it says of each view of the other half: the ``gain`` over the mean map
+    of the linear stage, and that of the ``mean`` of its states alone. A sharper map gains as well; what states gain is
+    the difference."""
+
+    embedding: Embedding
+    gain: Float[Tensor, " w"]
+    mean: Float[Tensor, " w"]
 
 
 @torch.no_grad()
@@ -100,42 +112,56 @@ def _chain(point: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
 
 def refreshed(
     model: HalfModel,
-    before: Embedding,
-    gain: Float[Tensor, " w"],
+    placed: Placed,
     subspace: Subspace,
     latents: tuple[Latents, Latents],
     stacks: tuple[ParticleStack, ParticleStack],
     count: int,
     generator: torch.Generator,
     world: World = ALONE,
-) -> tuple[Embedding, Float[Tensor, " w"]]:
-    """The latent space of a half-set as its model has it, where the views of both halves lie, and the gain of each view
-    of the other half over the mean map of ``subspace``.
+) -> Placed:
+    """The latent space of a half-set as its model has it, and where the views of both halves lie.
 
-    Tried are the points of ``before`` and up to ``count`` between them. What predicts the images of the other half best
-    is taken, and ``before``, with its ``gain``, where that is not less. ``stacks`` are the own half and the other one,
-    ``latents`` what the linear stage says of them. Processes of a ``world`` share the images out, and the first says
-    what is taken.
+    Tried are the points of before and up to ``count`` between them. What predicts the images of the other half best
+    is taken, and what is ``placed`` where that is not less. ``stacks`` are the own half and the other one, ``latents``
+    what the linear stage says of them. Processes of a ``world`` share the images out, and the first says what is taken.
     """
+    before = placed.embedding
     tried = [before.density.point]
     if count > len(before.density):
-        between = _chain(cluster(before.own, torch.ones(len(before.own)), count, generator).centroid)
-        tried.append(world.spread_named({"point": between})["point"])
-    found, gains = [before], [gain]
+        chain = _chain(cluster(before.own, torch.ones(len(before.own)), count, generator).centroid)
+        tried.append(world.spread_named({"point": chain})["point"])
+    weights = [
+        torch.cdist(before.own, point).argmin(1).bincount(minlength=len(point)).double() / len(before.own)
+        for point in tried
+    ]
     maps = drawn(model, torch.cat(tried), subspace.lattice)
     sizes = [len(point) for point in tried]
-    own, other = (
-        torch.split(evidence(maps, subspace, stack, _linear(torch.cat(tried), seen), world), sizes, 1)
-        for stack, seen in zip(stacks, latents, strict=True)
+    means = [
+        torch.einsum("m,mzyx->zyx", weight.float(), own)
+        for weight, own in zip(weights, torch.split(maps, sizes), strict=True)
+    ]
+    known = [_linear(torch.cat(tried), seen) for seen in latents]
+    always = known[1].max(1, keepdim=True).values.expand(-1, len(means))
+    own = torch.split(evidence(maps, subspace, stacks[0], known[0], world), sizes, 1)
+    every = torch.cat([maps, torch.stack(means)])
+    *other, alone = torch.split(
+        evidence(every, subspace, stacks[1], torch.cat([known[1], always], 1), world), [*sizes, len(means)], 1
     )
-    for point, own_part, other_part in zip(tried, own, other, strict=True):
-        weight = torch.cdist(before.own, point).argmin(1).bincount(minlength=len(point)).double() / len(before.own)
-        embedding, seen = _embedded(point, weight, own_part, other_part, before.precision)
-        found.append(embedding)
-        gains.append(seen)
+    found = [placed]
+    for point, weight, own_part, other_part, mean in zip(tried, weights, own, other, alone.T, strict=True):
+        embedding, gain = _embedded(point, weight, own_part, other_part, before.precision)
+        found.append(Placed(embedding, gain, mean))
     image = torch.arange(len(before.other)) // stacks[1].symmetry.order
-    best = int(world.told(str(fewest(gains, image))))
-    return spread_embedding(found[best], gains[best], world) if best else (before, gain)
+    best = int(world.told(str(fewest([one.gain for one in found], image))))
+    return _spread(found[best], world) if best else placed
+
+
+def _spread(placed: Placed, world: World) -> Placed:
+    """As the first process has it, in all of them."""
+    gains = torch.stack([placed.gain, placed.mean])
+    world.spread_(gains)
+    return Placed(spread_embedding(placed.embedding, world), gains[0], gains[1])
 
 
 def _linear(point: Float[Tensor, "m q"], latents: Latents) -> Float[Tensor, "v m"]:

@@ -23,13 +23,24 @@ from emsplat.heterogeneity.evidence import (
     mean_gain,
     point_gains,
 )
-from emsplat.heterogeneity.subspace import Latents, Placement, Subspace, fit_subspace, infer, posterior
+from emsplat.heterogeneity.subspace import (
+    Latents,
+    Placement,
+    Subspace,
+    consensus,
+    fit_subspace,
+    infer,
+    posterior,
+    space_of,
+)
+from emsplat.measures.mask import soft_region
 from emsplat.parallel import World
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
 
 _RADII = (0.4, 0.7, 1.0)  # of the finest frequency
 _ITERATIONS = (8, 8, 8)
+_DENSE = 0.1  # of the maximum of the mean map: less is no molecule
 _EMPTY = 2e-3  # weight of a point that is left out
 
 Tell = Callable[[str], None]
@@ -37,14 +48,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to find: ``count`` components, the gains by the number of points, and the density of each half.
+    """What there is to find: ``count`` components and the density of each half.
 
     ``latents[a][b]`` are those of the views of half b (0 or 1) in the space of half a; ``brightness`` is that of each
     half's views, relative to what the mean map would show.
     """
 
     count: int
-    points: dict[int, Gain]
     densities: tuple[Density, Density]
     latents: tuple[tuple[Latents, Latents], tuple[Latents, Latents]]
     brightness: tuple[Float[Tensor, " v"], Float[Tensor, " w"]]
@@ -57,18 +67,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Search:
-    """What the linear stage of both half-sets says; ``components`` are the gains on the other half, mean of both
-    directions, with 0, 1, 2, ... components, the strongest first."""
+    """What the linear stage of both half-sets says: the gains on the other half, mean of both directions, with 0, 1, 2,
+    ... ``components``, the strongest first, and by the number of ``points`` of the density of their latents, where a
+    component gains. Nothing is ``found`` unless both do."""
 
     subspaces: tuple[Subspace, Subspace]
     components: list[Gain]
+    points: dict[int, Gain]
     found: Found | None
 
     @property
     def gain(self) -> Gain:
-        """The headline: of the density that is used, or of the best number of components where none is."""
-        gains = self.components if self.found is None else self.found.points.values()
-        return max(gains, key=lambda gain: gain.value)
+        """The headline: of the best density, or of the best number of components where no density was tried."""
+        return max(self.points.values() or self.components, key=lambda gain: gain.value)
 
 
 def stages(radius: int) -> tuple[tuple[int, int], ...]:
@@ -84,12 +95,48 @@ def search(
     seed: int,
     support: Float[Tensor, "z y x"] | None,
     tell: Tell,
+    look: Callable[[], None] = lambda: None,
 ) -> Search:
-    """Mean and components of each half, their gain on the other, and the density of the latents. Of several processes
-    that share the images out all take part in the former, and the first then tells what follows."""
+    """Mean and components of each half, their gain on the other, and the density of the latents.
+
+    Components lie within ``support``; without it within each half's own molecule, and where nothing is found there, in
+    the whole sphere: what fills the box learns ten times as much noise.
+
+    Of several processes that share the images out all take part and ``look`` from time to time; the first then tells
+    what follows.
+    """
+    if support is not None:
+        return _search(spectra, components, radius, points, seed, (support, support), tell, look)
+    molecules = _molecule(spectra[0], radius), _molecule(spectra[1], radius)
+    inside = _search(spectra, components, radius, points, seed, molecules, tell, look)
+    if inside.found is not None:
+        return inside
+    tell("  nothing within the molecule; in the whole sphere")
+    whole = _search(spectra, components, radius, points, seed, (None, None), tell, look)
+    return max(inside, whole, key=lambda own: (own.found is not None, own.gain.value))
+
+
+def _molecule(spectra: AnySpectra, radius: int) -> Float[Tensor, "z y x"]:
+    """Where the mean map is above a tenth of its maximum, and half a period of the finest frequency beyond, with a soft
+    edge."""
+    space = space_of(radius, None)
+    mean, size = consensus(space, spectra).maps[0], space.lattice.size
+    return soft_region(mean > _DENSE * mean.max(), 1 / size, extend=0.5 / radius, edge=0.75 / radius)
+
+
+def _search(
+    spectra: tuple[AnySpectra, AnySpectra],
+    components: int,
+    radius: int,
+    points: int | None,
+    seed: int,
+    supports: tuple[Float[Tensor, "z y x"] | None, Float[Tensor, "z y x"] | None],
+    tell: Tell,
+    look: Callable[[], None],
+) -> Search:
     found = []
     plan = stages(radius)
-    for half, own in enumerate(spectra):
+    for half, (own, support) in enumerate(zip(spectra, supports, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + half)
         steps = fit_subspace(own, components, generator, plan, support)
         total = sum(count for _, count in plan)
@@ -97,6 +144,7 @@ def search(
             subspace = latest
             if (step + 1) % 8 == 0 or step + 1 == total:
                 tell(f"  half {half + 1}: iteration {step + 1} of {total}")
+                look()
         found.append(subspace)
     subspaces = (found[0], found[1])
     embedded = tuple(tuple(_all_of(infer(subspace, views), views) for views in spectra) for subspace in subspaces)
@@ -130,7 +178,7 @@ def _judged(
     gains = [mean_gain(values, image) for values in together]
     count = fewest(together, image)
     if not count or not gains[count].significant:
-        return Search(subspaces, gains, None)
+        return Search(subspaces, gains, {}, None)
     kept = tuple(tuple(first_components(latents, count) for latents in own) for own in embedded)
     latents = ((kept[0][0], kept[0][1]), (kept[1][0], kept[1][1]))
     tell("how many points")
@@ -140,26 +188,31 @@ def _judged(
         for half in (0, 1)
     ]
     joint = [torch.cat(pair) for pair in zip(*by_points, strict=True)]
+    by_number = {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)}
     chosen = tried[fewest(joint, image)]
+    if not by_number[chosen].significant:
+        return Search(subspaces, gains, by_number, None)
     densities = [
         fit_density(latents[half][half], chosen, torch.Generator().manual_seed(seed))
         .without_small(_EMPTY)
         .distinct(latents[half][half].quadratic.mean(0))
         for half in (0, 1)
     ]
-    by_number = {number: mean_gain(values, image) for number, values in zip(tried, joint, strict=True)}
-    return Search(subspaces, gains, Found(count, by_number, (densities[0], densities[1]), latents, bright))
+    return Search(subspaces, gains, by_number, Found(count, (densities[0], densities[1]), latents, bright))
 
 
 def packed(search: Search) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What JSON can hold of it, and tensors by name: for a file or another process."""
-    about: dict[str, Any] = {"components": [asdict(gain) for gain in search.components]}
+    about: dict[str, Any] = {
+        "components": [asdict(gain) for gain in search.components],
+        "points": [[number, asdict(gain)] for number, gain in search.points.items()],
+    }
     tensors: dict[str, Tensor] = {}
     for half, own in enumerate(search.subspaces):
         about[f"subspace{half}"] = {"radius": own.lattice.radius, "placement": asdict(own.placement)}
         tensors |= {f"subspace{half}.maps": own.maps, f"subspace{half}.power": own.power}
     if (found := search.found) is not None:
-        about |= {"count": found.count, "points": [[number, asdict(gain)] for number, gain in found.points.items()]}
+        about["count"] = found.count
         for half in (0, 1):
             density = found.densities[half]
             tensors |= {f"density{half}.point": density.point, f"density{half}.weight": density.weight}
@@ -186,8 +239,9 @@ def unpacked(about: dict[str, Any], own: dict[str, Tensor]) -> Search:
         for half in (0, 1)
     ]
     gains = [Gain(**gain) for gain in about["components"]]
+    points = {int(number): Gain(**gain) for number, gain in about["points"]}
     if "count" not in about:
-        return Search((subspaces[0], subspaces[1]), gains, None)
+        return Search((subspaces[0], subspaces[1]), gains, points, None)
     densities = [Density(own[f"density{half}.point"], own[f"density{half}.weight"]) for half in (0, 1)]
     latents = [
         [posterior(own[f"latents{half}{other}.b"], own[f"latents{half}{other}.a"]) for other in (0, 1)]
@@ -195,12 +249,11 @@ def unpacked(about: dict[str, Any], own: dict[str, Tensor]) -> Search:
     ]
     found = Found(
         int(about["count"]),
-        {int(number): Gain(**gain) for number, gain in about["points"]},
         (densities[0], densities[1]),
         ((latents[0][0], latents[0][1]), (latents[1][0], latents[1][1])),
         (own["brightness0"], own["brightness1"]),
     )
-    return Search((subspaces[0], subspaces[1]), gains, found)
+    return Search((subspaces[0], subspaces[1]), gains, points, found)
 
 
 def spread(search: Search | None, world: World) -> Search:

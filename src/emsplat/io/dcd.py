@@ -64,7 +64,8 @@ class Trajectory:
         if self.cell:
             _record(file, self, _CELL, where)
         axes = [np.frombuffer(_record(file, self, 4 * self.atoms, where), f"{self.order}f4") for _ in range(3)]
-        position = np.stack(axes, axis=1).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN: refused below
+            position = np.stack(axes, axis=1).astype(np.float64)
         if not (np.abs(position) < _LARGEST).all():
             raise InputError(
                 f"{self.path}: {where} has coordinates that are not finite or beyond {_LARGEST:g} Å; expected Å; "

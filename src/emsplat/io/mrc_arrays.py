@@ -265,7 +265,8 @@ def read_array(path: Path) -> StoredArray:
         said, data = (*said, *more), data.view(np.int8 if signed else np.uint8)
     # Axis 0 of the data runs along axes[2]; z, y, x are wanted.
     order = [2 - header.axes.index(axis) for axis in (3, 2, 1)]
-    values = np.ascontiguousarray(data.reshape(header.shape).transpose(order).astype(np.float32))
+    with np.errstate(invalid="ignore"):  # signalling NaNs of float16: whoever wants finite values asks
+        values = np.ascontiguousarray(data.reshape(header.shape).transpose(order).astype(np.float32))
     return StoredArray(values, float(header.voxel[0]), header.origin, tuple(f"{path}: {text}" for text in said))
 
 

@@ -28,8 +28,6 @@ AMPLITUDE = 0.15  # m at the start (supplement D)
 EMPTY = 0.02  # of the mean peak: below it a Gaussian is not used
 _FEATURE = 0.1  # spread of features at the start: Gaussians begin alike
 _OUTPUT = 0.02  # spread of the last layer's weights at the start
-_LESSONS, _STATES = 400, 16  # steps by which rigid motions follow the first stage, and states of each
-_TEACH = 2e-2  # their rate
 _CACHED = 2**18  # hidden numbers that are made at a time on a CPU
 
 
@@ -242,45 +240,6 @@ class Hierarchy(torch.nn.Module):
 
     def state(self) -> Saved:
         return _state(self)
-
-    def inherit(
-        self,
-        before: PartDiscovery,
-        member: Int[Tensor, " n"],
-        weight: Float[Tensor, " n"],
-        latent: Float[Tensor, "v q"],
-        reference: Float[Tensor, "1 q"],
-        generator: torch.Generator,
-    ) -> None:
-        """Takes on how the first stage moves and changes, without looking at images.
-
-        ``member`` is the anchor of each Gaussian of the first stage, -1 for none. What its network says of an anchor's
-        feature is a shift of all that hangs on the anchor. From there, rigid motions come as close as they can to the
-        motions of these Gaussians, counted by ``weight``. In the state ``reference`` everything is where it was put.
-        """
-        with torch.no_grad():
-            self.modulation.load_state_dict(before.modulation.state_dict())
-            for name in ("feature", "latent", "bias"):
-                getattr(self.rigid, name).copy_(getattr(before.displacement, name))
-            scale = before.length / self.length
-            self.rigid.weight[6:] = scale * before.displacement.weight
-            self.rigid.constant[6:] = scale * before.displacement.constant
-            rows = (member >= 0).nonzero()[:, 0]
-            share = (weight[rows] / weight[rows].sum())[:, None]
-            start = before(reference)[0][0, rows] / self.length
-        optimiser = torch.optim.Adam(self.rigid.parameters(), lr=_TEACH)
-        for _ in range(_LESSONS):
-            some = latent[torch.randint(len(latent), (_STATES,), generator=generator)]
-            with torch.no_grad():
-                seen = before(some)[0][:, rows] / self.length
-            optimiser.zero_grad()
-            error = (share * (self.carried(start, member[rows], some) - seen).square()).sum()
-            error.backward()
-            optimiser.step()
-        with torch.no_grad():
-            rotation, shift = (both[0, self.anchor] for both in self.motions(reference))
-            place, anchor = self.centre - self.displacement(self.features(), reference)[0], self.position[self.anchor]
-            self.centre.copy_(((place - anchor - shift)[:, None] @ rotation).squeeze(1) + anchor)
 
 
 def _peaks(amplitude: Float[Tensor, " g"], change: Float[Tensor, "b g 1"]) -> Float[Tensor, "b g"]:

@@ -46,7 +46,7 @@ from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
-from emsplat.programs.proof import proofs
+from emsplat.programs.proof import local_of, proofs
 from emsplat.programs.run import Run
 from emsplat.programs.state_engines import (
     StatesFitted,
@@ -72,11 +72,13 @@ from emsplat.run.files import (
     cells_name,
     coarse_model_name,
     half_model_name,
+    state_local_name,
     state_map_name,
     state_name,
 )
 from emsplat.run.folder import finished_summary, write_text
 from emsplat.run.log import Log
+from emsplat.run.stop import require_time
 from emsplat.sums.spectra import read_all_spectra
 from emsplat.sums.statistics import fingerprint, in_one_grey
 
@@ -199,6 +201,10 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
     support = _focus(run)
     with run.log.part("reading", "reading the low frequencies of all images"):
         spectra = (read_all_spectra(halves[0], radius, world), read_all_spectra(halves[1], radius, world))
+
+    def look() -> None:
+        require_time(run.config.run.time_limit, "in the linear stage, which begins anew", world)
+
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
         searched = search(
             spectra,
@@ -208,6 +214,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             run.config.halves.seed,
             support,
             run.log.line,
+            look,
         )
     if world.first:
         save_search(kept, searched, mark)
@@ -232,13 +239,16 @@ def _say_gains(log: Log, searched: Search) -> None:
     gain, found = searched.gain, searched.found
     told = ", ".join(f"{number}: {own.value:.2f}" for number, own in enumerate(searched.components))
     log.line(f"gain on the other half, nats per image, by components: {told}")
+    if searched.points:
+        told = ", ".join(f"{number}: {own.value:.2f}" for number, own in searched.points.items())
+        log.line(f"  by points of the density: {told}")
     if found is None:
         log.line(
             f"no heterogeneity that these images support: best gain {gain.value:.3f} ± {gain.error:.3f} nats per image"
+            + (" with any points of the density" if searched.points else "")
         )
         return
-    told = ", ".join(f"{number}: {own.value:.2f}" for number, own in found.points.items())
-    log.line(f"  {found.count} components; by points of the density: {told}")
+    log.line(f"  {found.count} components, {len(found.densities[0])} and {len(found.densities[1])} points")
     log.line(f"heterogeneity: {gain.value:.2f} ± {gain.error:.2f} nats per image on images that no model has seen")
 
 
@@ -271,7 +281,7 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
         "components": 0 if found is None else found.count,
         "points": 0 if found is None else len(found.densities[0]),
         "gain_by_components": [asdict(own) for own in searched.components],
-        "gain_by_points": {} if found is None else {str(number): asdict(own) for number, own in found.points.items()},
+        "gain_by_points": {str(number): asdict(own) for number, own in searched.points.items()},
     }
     if found is not None and fitted is not None:
         about |= {"states_gain": round(fitted.gain.value, 4), "states_gain_error": round(fitted.gain.error, 4)}
@@ -306,6 +316,10 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
     given = given_mask(run.config.mask, grid, log)
+
+    def mask_of(volume: Tensor) -> Tensor:
+        return particle_mask(volume, grid, stack.diameter, True) if given is None else given
+
     weight = torch.cdist(whole, tried).argmin(1).bincount(minlength=len(tried)).double()
     found = proofs(
         fitted,
@@ -313,7 +327,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         weight,
         consensus,
         grid,
-        lambda volume: particle_mask(volume, grid, stack.diameter, True) if given is None else given,
+        mask_of,
         finest(run),
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
@@ -346,13 +360,21 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     for number, (latent, share, proof) in enumerate(
         zip(latents, shared.shares, (found[number] for number in kept), strict=True)
     ):
-        halves = [model.map(latent) for model in fitted.models]
+        halves = (fitted.models[0].map(latent), fitted.models[1].map(latent))
+        volume = (halves[0] + halves[1]) / 2
         path = folder / STATES / state_map_name(number)
-        write_map(path, (halves[0] + halves[1]) / 2, grid.pixel_size)
+        write_map(path, volume, grid.pixel_size)
         for half, own in enumerate(halves):
             write_map(folder / STATES / state_map_name(number, half + 1), own, grid.pixel_size)
         write_state_gaussians(fitted.models, latent, path.with_suffix(".ply"))
-        rows.append({"state": number + 1} | asdict(proof) | _population(share, shared.shares))
+        local = local_of(fitted, latent, halves, proof.resolution, grid)
+        about_local = None
+        if local is not None:
+            mask = mask_of(volume)
+            write_map(folder / STATES / state_local_name(number), local.filled(mask), grid.pixel_size)
+            about_local = {"window": round(local.window, 2)} | (local.summary(mask) or {})
+        row = {"state": number + 1} | asdict(proof) | {"local_resolution": about_local}
+        rows.append(row | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)

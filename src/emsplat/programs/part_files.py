@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
-from emsplat.heterogeneity.motions import PartMotion, motions, part_of
+from emsplat.heterogeneity.motions import PartMotion, members, motions, part_of
 from emsplat.imaging.project import voxelize
 from emsplat.io.files import json_text
 from emsplat.io.gaussians import write_gaussians
@@ -44,12 +44,13 @@ def write_parts(
     """Masks of the parts of half 1's model as they stand in the state of most particles, and what they do over the
     states, as parts.json and parts.txt; returns the numbers of the parts that have a mask."""
     model, reference = models[0], max(range(len(states)), key=lambda s: populations[s])
-    found = motions(models, states, reference)
+    member = members(model)
+    found = motions(models, states, reference, member)
     made = []
     whole = _density(model.mixture(states[reference]), model.box)
     inside = whole > _LEVEL * whole.max()
     for part in found:
-        own = _density(part_of(model, states[reference], part.number - 1), model.box)
+        own = _density(part_of(model, states[reference], member[:, part.number - 1]), model.box)
         region = inside & (own > _MINE * whole)
         if region.any():
             mask = soft_region(region, model.box.pixel_size, _edge(model.box, 2), _edge(model.box, 3))

@@ -15,6 +15,7 @@ from emsplat.heterogeneity.evidence import SIGNIFICANT
 from emsplat.heterogeneity.half import on_grid
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
+from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated
 from emsplat.measures.states import moving_mask
 from emsplat.programs.state_engines import StatesFitted
 from emsplat.types import Grid
@@ -23,18 +24,19 @@ from emsplat.types import Grid
 @dataclass(frozen=True)
 class Proof:
     """Of a state: cross-validated resolutions (Å) in the mask of the molecule and where it differs from the consensus;
-    and how much ``better`` its map of one half-set tells the other's particles of that state than the mean of all other
-    states does (cross-validated FSC, mean over the shells by which particles were placed), with the standard error."""
+    and ``fsc_gain``, how much better its map of one half-set tells the other's particles of that state than the mean of
+    all other states does (cross-validated FSC, mean over the shells by which particles were placed), with the standard
+    error."""
 
     resolution: float | None
     moving_resolution: float | None
-    better: float
-    error: float
+    fsc_gain: float
+    fsc_gain_error: float
 
     @property
     def confirmed(self) -> bool:
         """Whether the half-sets agree that there is such a state."""
-        return self.better > SIGNIFICANT * self.error
+        return self.fsc_gain > SIGNIFICANT * self.fsc_gain_error
 
 
 def proofs(
@@ -64,14 +66,29 @@ def proofs(
         for mask in (molecule, moving_mask(volume - consensus, grid.pixel_size)):
             curve = None if mask is None else CrossValidation(raw, mask, grid).curve((one, other))
             seen.append(None if curve is None else resolution(curve, 0.5))
-        better, error = math.nan, math.nan
+        gain, error = math.nan, math.nan
         where = moving_mask(volume - (others[0] + others[1]) / 2, grid.pixel_size)
         if where is not None and float(rest[number]) > 0:
             # With the molecule, too: what a state lacks shows only beside what it has.
             both = torch.maximum(molecule, where)
-            better, error = CrossValidation(raw, both, grid).gain((others[0], others[1]), (one, other), last)
-        found.append(Proof(seen[0], seen[1], better, error))
+            gain, error = CrossValidation(raw, both, grid).gain((others[0], others[1]), (one, other), last)
+        found.append(Proof(seen[0], seen[1], gain, error))
     return found
+
+
+def local_of(
+    fitted: StatesFitted,
+    latent: Float[Tensor, " q"],
+    halves: tuple[Float[Tensor, "z y x"], Float[Tensor, "z y x"]],
+    resolution: float | None,
+    grid: Grid,
+) -> LocalResolution | None:
+    """The cross-validated local resolution of a state: its half maps against what the other half-set's particles say.
+    None where a window would have fewer than four voxels."""
+    window = min(default_window(resolution), grid.length / 2)
+    if window < 4 * grid.pixel_size:
+        return None
+    return local_cross_validated(halves, _raw(fitted, latent, grid), grid, window=window)
 
 
 def _raw(

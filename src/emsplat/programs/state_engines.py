@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,7 @@ from emsplat.heterogeneity.images import (
     place_latents,
     steps_of,
 )
-from emsplat.heterogeneity.refresh import refreshed
+from emsplat.heterogeneity.refresh import Placed, refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells, spread_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
@@ -51,7 +52,7 @@ from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
-from emsplat.run.stop import checkpoints
+from emsplat.run.stop import checkpoints, require_time
 from emsplat.sums.statistics import equations_of, fingerprint
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
@@ -75,7 +76,7 @@ class StatesFitted:
     embeddings: tuple[Embedding, Embedding]
     latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
     kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]  # weights with which cells share their data
-    gain: Gain  # of the states on images of the other half
+    gain: Gain  # of the states over their mean, on images of the other half
     classes: Classes | None  # where latents form such
 
 
@@ -95,26 +96,25 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     firsts, world = searched.found.embeddings(), run.world
     between = world.agree(world.first and not common_classes(*firsts).told)
     coarse = _coarse(run, firsts, window)
-    kept, places, gains = [], [], []
+    kept, places = [], []
     for half, first in enumerate(firsts):
-        known = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
-        embedding, known = _placed_anew(run, searched, half, coarse[half], first, known, between=between)
-        kept.append(gathered(run, half, embedding, window, fine=True))
-        places.append(embedding)
-        gains.append(known)
-    models = _fine(run, coarse, places, kept)
-    models = _with_residuals(run, models, places, kept)
+        gain = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
+        known = Placed(first, gain, torch.zeros_like(gain))
+        placed = _placed_anew(run, searched, half, coarse[half], known, between=between)
+        kept.append(gathered(run, half, placed.embedding, window, fine=True))
+        places.append(placed)
+    models = _fine(run, coarse, [placed.embedding for placed in places], kept)
+    models = _with_residuals(run, models, [placed.embedding for placed in places], kept)
     embeddings, told = [], []
-    for half, (model, before, known) in enumerate(zip(models, places, gains, strict=True)):
+    for half, (model, before) in enumerate(zip(models, places, strict=True)):
         # Points that were spread once are not spread again.
-        final, known = _placed_anew(
-            run, searched, half, model, before, known, between=between and before is firsts[half]
-        )
-        embeddings.append(final)
-        told.append(mean_gain(known, torch.arange(len(known)) // run.stack.symmetry.order))
+        again = between and before.embedding is firsts[half]
+        final = _placed_anew(run, searched, half, model, before, between=again)
+        embeddings.append(final.embedding)
+        told.append(mean_gain(final.gain - final.mean, torch.arange(len(final.gain)) // run.stack.symmetry.order))
     if not world.first:
         return None
-    kernels = [_kernel(embedding) for embedding in places]
+    kernels = [_kernel(placed.embedding) for placed in places]
     return _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
 
 
@@ -142,7 +142,16 @@ def _generator(run: Run[HeterogeneityConfig], half: int) -> torch.Generator:
 
 
 def _told(run: Run[HeterogeneityConfig]) -> Callable[[str], None]:
-    return lambda text: run.log.line(f"  {text}")
+    def tell(text: str) -> None:
+        if run.world.size == 1:
+            _look(run)
+        run.log.line(f"  {text}")
+
+    return tell
+
+
+def _look(run: Run[HeterogeneityConfig]) -> None:
+    require_time(run.config.run.time_limit, "in a decoder, which begins anew", run.world)
 
 
 def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
@@ -191,14 +200,20 @@ def _of_halves(
 ) -> list[HalfModel]:
     """A model of each half: from its file in the folder, or made now and written. Of several processes two make one
     each, from the cells that all of them have, and the first writes."""
-    world, found = run.world, list[HalfModel | None]()
+    world = run.world
     paths = [run.folder / name(half + 1) for half in (0, 1)]
     there = [world.agree(world.first and path.is_file()) for path in paths]
     makers = [0 if known else half % world.size for half, known in enumerate(there)]
     given = [None if there[half] else cells(half) for half in (0, 1)]  # before a process goes to work alone
-    for half, (path, own) in enumerate(zip(paths, given, strict=True)):
-        known = read_half(path) if there[half] and world.first else None
-        found.append(made(half, own) if own is not None and makers[half] == world.rank else known)
+
+    def mine() -> list[HalfModel | None]:
+        found = list[HalfModel | None]()
+        for half, (path, own) in enumerate(zip(paths, given, strict=True)):
+            known = read_half(path) if there[half] and world.first else None
+            found.append(made(half, own) if own is not None and makers[half] == world.rank else known)
+        return found
+
+    found = world.apart(mine, partial(_look, run))
     models = [spread_half(model, world, maker) for model, maker in zip(found, makers, strict=True)]
     for path, model, before in zip(paths, models, there, strict=True):
         if world.first and not before:
@@ -211,26 +226,25 @@ def _placed_anew(
     searched: Search,
     half: int,
     model: HalfModel,
-    before: Embedding,
-    known: Float[Tensor, " w"],
+    before: Placed,
     *,
     between: bool,
-) -> tuple[Embedding, Float[Tensor, " w"]]:
+) -> Placed:
     """The latent space as a model has it; also with points ``between`` those that there are."""
     if searched.found is None:
         raise ValueError("nothing was found")
+    require_time(run.config.run.time_limit, f"before particles of half {half + 1} were placed anew")
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
     latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
-    subspace, count = searched.subspaces[half], len(before.density)
+    subspace, count = searched.subspaces[half], len(before.embedding.density)
     if between:
-        count = max(count, min(_MOST_POINTS, len(before.own) // _PER_POINT))
+        count = max(count, min(_MOST_POINTS, len(before.embedding.own) // _PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
-        embedding, gains = refreshed(
-            model, before, known, subspace, latents, stacks, count, _generator(run, half), run.world
-        )
-    told = f"{len(embedding.density)} states, gain {float(gains.mean()):.2f} nats per image of the other half"
-    run.log.line(f"  {'as before' if embedding is before else told}")
-    return embedding, gains
+        placed = refreshed(model, before, subspace, latents, stacks, count, _generator(run, half), run.world)
+    gain, mean = float(placed.gain.mean()), float(placed.mean.mean())
+    told = f"{len(placed.embedding.density)} states, gain {gain:.2f} nats per image of the other half"
+    run.log.line(f"  {'as before' if placed is before else told + f', {gain - mean:.2f} of it over their mean'}")
+    return placed
 
 
 def finest(run: Run[HeterogeneityConfig]) -> int:
@@ -264,7 +278,12 @@ def gathered(
     count = len(embedding.density)
     said = f"half {half + 1}: sums of {count} cells, {window.support} voxels across"
     with log.part("cells", said), log.progress("cells", count, unit="cells") as update:
-        cells = cells_of(stack, embedding, window, update, world)
+
+        def told(number: int, text: str) -> None:
+            require_time(run.config.run.time_limit, f"after {number} of {count} cells of half {half + 1}", world)
+            update(number, text)
+
+        cells = cells_of(stack, embedding, window, told, world)
     if world.first:
         save_cells(path, cells, mark)
     return cells
@@ -400,7 +419,9 @@ def _together(
     for half, model in enumerate(framed):
         model.save(run.folder / half_model_name(half + 1))
     gain = Gain(sum(own.value for own in gains) / 2, sum(own.error**2 for own in gains) ** 0.5 / 2)
-    run.log.line(f"gain of the states: {gain.value:.2f} ± {gain.error:.2f} nats per image of the other half")
+    run.log.line(
+        f"gain of the states over their mean: {gain.value:.2f} ± {gain.error:.2f} nats per image of the other half"
+    )
     classes = common_classes(first, second)
     run.log.line(
         f"the half-sets' models sort all particles into {len(classes)} groups, and agree on them by "

@@ -153,6 +153,7 @@ def states_headline(found: Mapping[str, Any]) -> Headline:
             "No heterogeneity that these images support",
             f"The best model with states predicts the images of the other half-set by {gain} ± {error} nats per image "
             "better than one map, which is not beyond three standard errors. No states were made.",
+            _components_alone(found),
         )
     remarks = [
         f"{found.get('components')} components, {found.get('points')} points of the density; "
@@ -165,6 +166,16 @@ def states_headline(found: Mapping[str, Any]) -> Headline:
         f"{gain} ± {error} nats per image",
         "Heterogeneity: so much better than one map does a model with states predict images that it has never seen.",
         (*remarks, *_warned(found)),
+    )
+
+
+def _components_alone(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where some components gain, although no density of their latents does."""
+    if not found.get("gain_by_points"):
+        return ()
+    return (
+        "Components alone predict the other half-set better than one map, but no density of their latents does: what "
+        "they follow is no set of states.",
     )
 
 
