@@ -4,7 +4,7 @@
     python benchmarks/bench_heterogeneity.py DATA OUTPUT [SET ...]
 
 For each set: what was found, CryoBench's scores (AUC per conformation) and the same where the molecule moves, each
-beside the consensus; the processor time of the whole command and its memory. ``--recipe cryospire`` runs the paper's
+beside the consensus; the time of the whole command and its memory. ``--recipe cryospire`` runs the paper's
 engine on the same images beside the default. A rival that was run elsewhere is scored from its folder (``--rival
 NAME=FOLDER``): maps 000.mrc, 001.mrc, ... in the order of the true states. Null sets have nothing to score: what
 counts is that nothing is found. Any folder of DATA with particles.star is a set. Results go to
@@ -19,6 +19,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from common import RESULTS, save
@@ -28,13 +29,14 @@ _FURTHER = ("states_gain", "states_gain_error", "states_tried", "states_confirme
 
 
 def measured(*arguments):
-    """A whole command: its processor seconds, and what it said."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """A whole command: its processor seconds, those of the clock, and what it said."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "emsplat", *map(str, arguments)]
     said = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, said
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu, time.monotonic() - start, said
 
 
 def scores(table):
@@ -52,7 +54,7 @@ def scores(table):
 
 def run(data, output, name, recipe, options):
     folder = output / f"{name}_{recipe}"
-    seconds, _ = measured(
+    seconds, wall, _ = measured(
         "heterogeneity", data / name / "particles.star", "-o", folder, "--overwrite", "--recipe", recipe, *options
     )
     summary = json.loads((folder / "summary.json").read_text())
@@ -62,6 +64,7 @@ def run(data, output, name, recipe, options):
         "engine": recipe,
         "particles": summary["input"]["particles"],
         "cpu_seconds": round(seconds),
+        "wall_seconds": round(wall),
         "peak_memory_mb": summary["peak_memory_mb"],
         **{key: own[key] for key in ("found", "gain", "gain_error", "components", "points")},
         **{key: own[key] for key in _FURTHER if key in own},
@@ -69,7 +72,7 @@ def run(data, output, name, recipe, options):
     }
     if own["found"] and not name.startswith("null"):
         partial = ["--partial"] if "--first" in options else []
-        _, said = measured("score-states", folder, "--truth", data / name, "--images", "0", *partial)
+        _, _, said = measured("score-states", folder, "--truth", data / name, "--images", "0", *partial)
         row |= scores(folder / "scores.csv")
         for key, pattern in (("neighbours", r"by latent ([\d.]+)"), ("rand_index", r"true states (-?[\d.]+)")):
             if found := re.search(pattern, said):

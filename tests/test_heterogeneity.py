@@ -132,6 +132,12 @@ def test_maps_of_the_states_are_like_the_truth(run, particles):
     for row in rows:
         halves = [read_map(folder / "states" / f"{row['state'] - 1:03d}_half{half}.mrc")[0] for half in (1, 2)]
         assert torch.allclose((halves[0] + halves[1]) / 2, maps[row["state"] - 1], atol=1e-5)
+        local, spread = (
+            read_map(folder / "states" / f"{row['state'] - 1:03d}_local_resolution.mrc")[0],
+            row["local_resolution"],
+        )
+        assert 6.0 <= float(local.min()) < float(local.max()) <= spread["window"] * (1 + 1e-6)
+        assert 6.0 <= spread["p5"] <= spread["median"] <= spread["p95"] <= spread["window"] * (1 + 1e-6)
     assert (folder / "consensus.mrc").is_file()
     assert (folder / "heterogeneity.html").stat().st_size > 1e5
 
@@ -531,6 +537,15 @@ def test_one_cell_of_all_particles_is_their_equations(stack):
     assert torch.allclose(cell.linear[0], equations.linear[4:28, 4:28, 4:28], rtol=1e-4, atol=1e-3)
     assert float(cell.particles) == len(stack)
     assert float(cell.noise) == 1.0
+
+
+def test_a_cell_holds_all_copies_of_its_particles(simulated):
+    """Also where as many of them have each element of the symmetry."""
+    stack = open_stack(configure(ReconstructConfig, symmetry="C2"), simulated(particles=60)).only(1)
+    (cell,) = gather_cells(stack, torch.ones(2 * len(stack), 1), torch.zeros(1, 1), 24)
+    whole, inside = equations_of(stack), slice(stack.grid.size // 2 - 12, stack.grid.size // 2 + 12)
+    linear = whole.linear[inside, inside, inside]
+    assert float((cell.linear[0] - linear).norm() / linear.norm()) < 1e-5
 
 
 def test_cells_add_up(stack):

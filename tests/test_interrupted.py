@@ -1,5 +1,6 @@
 """Interrupted runs go on where they were, to the same bits at one thread; and several processes share a run out."""
 
+import math
 import os
 import re
 import signal
@@ -8,18 +9,26 @@ import sys
 import time
 
 import pytest
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
-from emsplat.config import ReconstructConfig, change, configure
+from emsplat.config import ReconstructConfig, RefineConfig, SimulateConfig, change, configure
 from emsplat.errors import InputError, Interrupted, OutputError
 from emsplat.fitting.checkpoint import load_states
 from emsplat.io import tensors
 from emsplat.io.mrc import read_map
+from emsplat.io.particles import read_particles, write_used
+from emsplat.maths.geometry import vector_to_matrix
+from emsplat.parallel import _SILENCE
 from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
+from emsplat.programs.refine import refine
+from emsplat.programs.simulate import simulate
+from emsplat.run.files import coarse_model_name, start_name
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Judged, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
+from emsplat.types import Poses
 from processes import SLOW, SLOW_FIT, ends, start, wait_for
 
 ONE_PASS = configure(ReconstructConfig, epochs=3, gaussians=200, growth=1, threads=1)
@@ -61,13 +70,13 @@ def stopped_at(monkeypatch, look):
     monkeypatch.setattr(Checkpoints, "due", counted)
 
 
-def interrupted(config, particles, folder, monkeypatch, look):
+def interrupted(config, particles, folder, monkeypatch, look, program=reconstruct):
     """A run that is stopped at its n-th look, and goes on."""
     with monkeypatch.context() as patch:
         stopped_at(patch, look)
         with pytest.raises(Interrupted, match="go on with --resume"):
-            reconstruct(config, particles, folder)
-    reconstruct(change(config, resume=True), particles, folder)
+            program(config, particles, folder)
+    program(change(config, resume=True), particles, folder)
     return folder
 
 
@@ -94,6 +103,43 @@ def test_the_one_pass_engine_goes_on_to_the_same_bits(particles, whole, tmp_path
 def test_the_engine_of_images_goes_on_to_the_same_bits(particles, whole, tmp_path, monkeypatch, look):
     expected = whole(IMAGES)
     same_maps(interrupted(IMAGES, particles, tmp_path / "cut", monkeypatch, look), expected)
+
+
+REFINE = configure(
+    RefineConfig, rounds=2, refine="poses,defocus,scale,tilt", epochs=2, growth=0, gaussians=150, threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def wrong(simulated):
+    """Particles in poses that are off."""
+    star = simulated(particles=160, box=32, pixel_size=4.0, snr=0.5)
+    stack = open_particles(star)
+    poses, drawn = stack.table.poses, torch.Generator().manual_seed(1)
+    turn, move = (torch.randn(160, count, generator=drawn, dtype=torch.float64) for count in (3, 2))
+    moved = Poses(vector_to_matrix(math.radians(4) * turn) @ poses.rotation, poses.shift + 3 * move)
+    write_used(stack.with_poses(moved).table, star.parent / "wrong.star", stack.table.half)
+    return star.parent / "wrong.star"
+
+
+@pytest.fixture(scope="module")
+def refined(wrong, tmp_path_factory):
+    """A refinement that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("refined") / "whole"
+    refine(REFINE, wrong, folder)
+    return folder
+
+
+# Looks: 4 at the sums, then per round 2 at the poses, 2 at the tilt, 2 at the optics and 4 at sums; 28 are before fits.
+@pytest.mark.slow
+@pytest.mark.parametrize("look", [3, 5, 12, 15, 22, 37, 64])
+def test_a_refinement_goes_on_to_the_same_bits(wrong, refined, tmp_path, monkeypatch, look):
+    """Interrupted in the first sums, in each part of a round, and in the fits of the halves and of all."""
+    found = interrupted(REFINE, wrong, tmp_path / "cut", monkeypatch, look, refine)
+    same_maps(found, refined)
+    assert (found / "poses.csv").read_bytes() == (refined / "poses.csv").read_bytes()
+    assert len(read_summary(found)["refinement"]["rounds"]) == 2
+    assert read_summary(found)["refinement"] == read_summary(refined)["refinement"]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +224,192 @@ def test_processes_share_a_reconstruction_out(particles, whole, tmp_path, engine
         assert the_same(tmp_path / "many" / name, expected / name, 2e-2)
 
 
+REFINE_WORDS = [
+    "--refine",
+    "poses,defocus,scale,tilt",
+    "--epochs",
+    "2",
+    "--growth",
+    "0",
+    "--gaussians",
+    "150",
+    "--threads",
+    "1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_a_refinement_out(wrong, tmp_path, size):
+    """Against maps, which follow from the sums without steps that rounding turns."""
+    words = [*REFINE_WORDS, "--rounds", "2", "--reference", "map"]
+    options = {"rounds": 2, "reference": "map", "refine": "poses,defocus,scale,tilt", "epochs": 2}
+    config = configure(RefineConfig, **options, growth=0, gaussians=150, threads=1)
+    expected = refine(config, wrong, tmp_path / "one")
+    said = ends(start(size, "refine", wrong, "-o", tmp_path / "many", *words))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * size
+    assert [text for _, text, _ in said[1:]] == [""] * (size - 1)
+    assert f"shared out over {size} processes" in said[0][1]
+    found = read_summary(tmp_path / "many")
+    one, many = (own["refinement"]["rounds"] for own in (expected, found))
+    assert len(one) == len(many) == 2
+    for before, after in zip(one, many, strict=True):
+        assert before.keys() == after.keys()
+        for name in ("compared_to", "angle_error", "shift_error", "score", "gained", "defocus_spread"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=2e-4), name
+        assert after["kept"] == before["kept"]
+    poses, own = (read_particles(tmp_path / name / "run_data.star") for name in ("many", "one"))
+    assert torch.equal(poses.image, own.image)
+    # Rounding may decide which step of a particle is the last: of the next few hundredths of a nat are expected.
+    away = (poses.poses.rotation - own.poses.rotation).abs().amax((1, 2))
+    assert away.quantile(0.9) < 1e-3
+    assert away.max() < 0.1
+    for name in MAPS:
+        assert the_same(tmp_path / "many" / name, tmp_path / "one" / name, 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 2])
+def test_a_killed_process_ends_a_refinement_and_any_number_goes_on(wrong, refined, tmp_path, dying):
+    words = ["refine", wrong, "-o", tmp_path / "cut", *REFINE_WORDS, "--rounds", "2"]
+    running = start(3, *words, program=SLOW)
+    wait_for((tmp_path / "cut" / "refinement.safetensors").is_file, running)
+    running[dying].kill()
+    said = ended_together(running)
+    for rank, (code, _, errors) in enumerate(said):
+        if rank != dying:
+            assert code == 1
+            assert re.fullmatch(rf"emsplat, rank {rank} of 3 \(.*\): rank {dying} of 3 \(.*--resume.*\n", errors)
+    resumed = ends(start(2, *words, "--resume"))
+    assert [code for code, *_ in resumed] == [0, 0]
+    assert "resuming after round 1" in resumed[0][1]
+    one, many = (read_summary(own)["refinement"]["rounds"] for own in (refined, tmp_path / "cut"))
+    assert [own["score"] for own in many] == pytest.approx([own["score"] for own in one], abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def mixed(simulated, tmp_path_factory):
+    """Particles of a molecule, and some of it lacks a part."""
+    folder = tmp_path_factory.mktemp("mixed")
+    places = [torch.randn(300, 3, generator=torch.Generator().manual_seed(n)) * 5 for n in (1, 2)]
+    lines = [
+        f"ATOM  {300 * chain + n + 1:5d}  CA  ALA {'AB'[chain]}{n + 1:4d}    {x + 20 * chain:8.3f}{y:8.3f}{z:8.3f}"
+        "  1.00  0.00           C\n"
+        for chain, own in enumerate(places)
+        for n, (x, y, z) in enumerate(own.tolist())
+    ]
+    (folder / "model.pdb").write_text("".join([*lines, "END\n"]))
+    known = {"particles": 300, "box": 32, "pixel_size": 3.0, "snr": 0.3, "missing": ("chain B",), "seed": 1}
+    return simulate(configure(SimulateConfig, **known), folder / "model.pdb", folder / "particles")
+
+
+STATES_WORDS = ["--components", "1", "--points", "3", "--resolution", "8", "--gaussians", "64", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, tmp_path):
+    words = ["heterogeneity", mixed, *STATES_WORDS]
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one"))
+    assert alone[0] == 0, alone
+    said = ends(start(3, *words, "-o", tmp_path / "many"))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
+    assert [text for _, text, _ in said[1:]] == [""] * 2
+    one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "many"))
+    assert one["found"]
+    assert one["states_confirmed"] > 1
+    for before, after in zip(one["gain_by_components"], many["gain_by_components"], strict=True):
+        assert after["value"] == pytest.approx(before["value"], rel=1e-4)
+    assert many["gain"] == pytest.approx(one["gain"], rel=1e-4)
+    for name in ("components", "points", "states_tried", "states_confirmed", "classes"):
+        assert many[name] == one[name]
+    # The decoder's steps turn on rounding, as with other numbers of threads.
+    assert many["states_gain"] == pytest.approx(one["states_gain"], abs=one["states_gain_error"])
+    assert the_same(tmp_path / "many" / "consensus.mrc", tmp_path / "one" / "consensus.mrc", 1e-2)
+    # One is killed once a coarse model is written; another number goes on.
+    running = start(2, *words, "-o", tmp_path / "cut")
+    wait_for((tmp_path / "cut" / coarse_model_name(2)).is_file, running)
+    running[1].kill()
+    said = ended_together(running)
+    assert said[0][0] == 1
+    assert re.fullmatch(r"emsplat, rank 0 of 2 \(.*\): rank 1 of 2 \(.*--resume.*\n", said[0][2])
+    resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
+    assert [code for code, *_ in resumed] == [0] * 3, resumed
+    assert "resuming: the linear stage is done" in resumed[0][1]
+    assert read_summary(tmp_path / "cut")["heterogeneity"]["states_confirmed"] == one["states_confirmed"]
+
+
+@pytest.mark.slow
+def test_states_fitted_to_images_are_not_shared_out(mixed, tmp_path):
+    said = ended_together(start(2, "heterogeneity", mixed, "-o", tmp_path / "run", "--engine", "images"))
+    assert [code for code, *_ in said] == [2, 2]
+    assert said[0][2].startswith("emsplat: --engine images of heterogeneity is not shared out over processes")
+    assert not (tmp_path / "run").exists()
+
+
+# A start in two steps, whose verdict is given: what is looked at is who does what.
+QUICK_STARTS = """
+import sys
+from emsplat.process import settle
+settle()
+import emsplat.poses.starts as starts
+from emsplat.poses.verdict import Verdict
+starts._LOOKS = 0
+starts.decide = lambda *_: Verdict("uncertain", 0.4, 8, 1.0, 0.1)
+from emsplat.__main__ import main
+sys.exit(main())
+"""
+STARTS_WORDS = ["--starts", "2", "--steps", "2", "--batch", "40", "--sample", "110", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_processes_make_a_start_each_and_any_number_goes_on(simulated, tmp_path):
+    words = ["abinitio", simulated(particles=240, snr=1.0, shift=2.0), *STARTS_WORDS]
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one", program=QUICK_STARTS))
+    assert alone[0] == 0, alone
+    said = ends(start(3, *words, "-o", tmp_path / "many", program=QUICK_STARTS))
+    assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
+    assert [text for _, text, _ in said[1:]] == [""] * 2
+    one, many = (read_summary(tmp_path / name)["abinitio"] for name in ("one", "many"))
+    assert one["starts"] == many["starts"] == 4
+    assert many["verdict"] == one["verdict"]
+    for half, number in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        name = start_name(f"half{half}", number)
+        starts = (read_tensors(tmp_path / own / name) for own in ("one", "many"))
+        for before, after in zip(*(own.values() for own in starts), strict=True):
+            assert torch.equal(before, after)
+    poses, own = (read_particles(tmp_path / name / "run_data.star").poses for name in ("many", "one"))
+    assert (poses.rotation - own.rotation).abs().amax((1, 2)).quantile(0.9) < 1e-4
+    assert the_same(tmp_path / "many" / MAPS[0], tmp_path / "one" / MAPS[0], 2e-2)
+    # Without its end the run goes on from the starts that were made.
+    (tmp_path / "many" / "summary.json").unlink()
+    resumed = ends(start(2, *words, "-o", tmp_path / "many", "--resume", program=QUICK_STARTS))
+    assert [(code, errors) for code, _, errors in resumed] == [(0, "")] * 2
+    assert "resuming with 4 starts" in resumed[0][1]
+    assert read_summary(tmp_path / "many")["abinitio"] == many
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_start_stops_all_in_order(simulated, tmp_path):
+    slow = QUICK_STARTS.replace(
+        "starts._LOOKS = 0",
+        "starts._LOOKS = 0; import time; plain = starts.make_start\n"
+        "starts.make_start = lambda *given: (print('begun', flush=True), time.sleep(60), plain(*given))[2]",
+    )
+    words = ["abinitio", simulated(particles=240, snr=1.0, shift=2.0), *STARTS_WORDS, "-o", tmp_path / "run"]
+    running = start(2, *words, program=slow)
+    while "begun" not in running[1].stdout.readline():
+        pass
+    running[1].send_signal(signal.SIGTERM)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + signal.SIGTERM] * 2
+    assert said[0][2] == ("emsplat: stopped during a start; go on with --resume (finished starts are kept)\n")
+
+
+def read_tensors(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}
+
+
 def ended_together(processes):
     """What all have ended with, and how long that took."""
     began = time.monotonic()
@@ -208,6 +440,19 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(particles, tmp_
     assert "particles were accumulated before" in resumed[1]
     for name in MAPS:
         assert the_same(folder / name, tmp_path / "whole" / name, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_machine_that_sleeps_ends_nothing(particles, tmp_path):
+    """All of its processes stand still for longer than one of them may be silent, and go on."""
+    running = start(2, "backproject", particles, "-o", tmp_path / "run", "--checkpoint-every", "0.2", program=SLOW)
+    wait_for((tmp_path / "run" / "run_half1_statistics.safetensors").is_file, running)
+    for process in running:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(_SILENCE + 3)
+    for process in running:
+        process.send_signal(signal.SIGCONT)
+    assert [(code, errors) for code, _, errors in ends(running)] == [(0, "")] * 2
 
 
 @pytest.mark.slow

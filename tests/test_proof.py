@@ -20,7 +20,7 @@ from emsplat.heterogeneity.half import HalfModel
 from emsplat.measures.mask import soft_region
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.programs import heterogeneity as program
-from emsplat.programs.proof import Proof, proofs
+from emsplat.programs.proof import Proof, local_of, proofs
 from emsplat.programs.state_engines import StatesFitted
 from emsplat.programs.states import states
 from emsplat.types import Grid
@@ -79,6 +79,19 @@ def test_states_that_one_half_set_makes_up_are_not_confirmed(seed):
     )
     assert [one.confirmed for one in found] == [True, True, False]
     assert found[1].moving_resolution < 15
+
+
+def test_local_resolution_of_a_state():
+    """Where both halves have a globule and where one has made it up."""
+    body, arm = globule(-4, 0, 0), globule(6, 4, 0)
+    both = fitted([[body + arm, body], [body, body]], [body, body], 0.05)
+    latent, halves = torch.zeros(1).double(), (body + arm, body)
+    local = local_of(both, latent, halves, None, GRID)
+    assert local.window == 25.0
+    filled = local.filled(everywhere(body + arm))
+    assert bool(filled.isfinite().all())
+    assert float(filled[12, 12, 8]) + 2 < float(filled[12, 16, 18])
+    assert local_of(both, latent, halves, None, Grid(24, 7.0)) is None
 
 
 def test_a_rare_state_and_the_one_of_nearly_all_are_confirmed():
@@ -157,7 +170,7 @@ def test_only_confirmed_states_are_shown(particles, tmp_path, monkeypatch, capsy
     rows = summary["heterogeneity"]["states"]
     assert [row["state"] for row in rows] == [1, 2, 3]
     assert sum(row["population"] for row in rows) == pytest.approx(1)
-    assert sorted(path.name for path in (folder / "states").glob("*.mrc") if "half" not in path.name) == [
+    assert sorted(path.name for path in (folder / "states").glob("???.mrc")) == [
         "000.mrc",
         "001.mrc",
         "002.mrc",

@@ -1,5 +1,8 @@
 """`emsplat heterogeneity`: both engines, going on after an interruption, and sums that are used again."""
 
+import json
+import time
+
 import pytest
 import torch
 from tests.test_heterogeneity import labels, particles  # noqa: F401 (a fixture)
@@ -14,6 +17,7 @@ from emsplat.models.cryospire import Hierarchy
 from emsplat.programs import heterogeneity as program
 from emsplat.programs import state_engines
 from emsplat.programs.heterogeneity import heterogeneity
+from emsplat.run import stop
 from emsplat.run.stop import Checkpoints
 
 SHORT = {"components": 1, "resolution": 6.0, "points": 2, "gaussians": 512, "threads": 1, "first": 300}
@@ -66,6 +70,68 @@ def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # no
         heterogeneity(
             configure(HeterogeneityConfig, **(SHORT | {"points": 3}), resume=True), particles, tmp_path / "run"
         )
+
+
+_INTERRUPTED = [  # where, and at which call of the run that goes on
+    (program, "search", 1),
+    (state_engines, "cells_of", 1),
+    (state_engines, "coarse_decoder", 1),
+    (state_engines, "refreshed", 1),
+    (state_engines, "fine_decoder", 1),
+    (state_engines, "cells_of", 1),
+    (state_engines, "coarse_decoder", 1),
+    (state_engines, "refreshed", 2),
+    (state_engines, "cells_of", 1),
+    (state_engines, "fine_decoder", 1),
+    (state_engines, "with_residual", 3),
+    (state_engines, "refreshed", 4),
+    (program, "proofs", 1),
+    (program, "write_particles", 1),
+    (program, "write_parts", 1),
+]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_at_every_stage_ends_as_one_that_is_not(particles, tmp_path, monkeypatch):  # noqa: F811
+    heterogeneity(configure(HeterogeneityConfig, **SHORT), particles, tmp_path / "whole")
+    resume = False
+    for where, name, call in _INTERRUPTED:
+        kept, seen = getattr(where, name), []
+
+        def stopping(*args, kept=kept, seen=seen, call=call, **options):
+            seen.append(None)
+            if len(seen) == call:
+                raise KeyboardInterrupt
+            return kept(*args, **options)
+
+        with monkeypatch.context() as during:
+            during.setattr(where, name, stopping)
+            with pytest.raises(KeyboardInterrupt):
+                heterogeneity(configure(HeterogeneityConfig, **SHORT, resume=resume), particles, tmp_path / "run")
+        resume = True
+    summary = heterogeneity(configure(HeterogeneityConfig, **SHORT, resume=True), particles, tmp_path / "run")
+    same_results(tmp_path / "run", tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())["heterogeneity"]
+    assert json.loads(json.dumps(summary["heterogeneity"])) == whole
+
+
+def test_a_time_limit_is_kept(particles, tmp_path, monkeypatch):  # noqa: F811
+    """It stops between stages, and what is done is not done again."""
+    options = SHORT | {"time_limit": "1"}
+    monkeypatch.setattr(stop, "started", lambda: time.monotonic() - 61)
+    with pytest.raises(Interrupted, match="--time-limit is reached: stopped in the linear stage, which begins anew"):
+        heterogeneity(configure(HeterogeneityConfig, **options), particles, tmp_path / "run")
+    monkeypatch.setattr(stop, "started", time.monotonic)
+    kept = state_engines.cells_of
+
+    def late(*args):
+        monkeypatch.setattr(stop, "started", lambda: time.monotonic() - 61)
+        return kept(*args)
+
+    monkeypatch.setattr(state_engines, "cells_of", late)
+    with pytest.raises(Interrupted, match=r"stopped after 1 of \d cells of half 1; go on with --resume"):
+        heterogeneity(configure(HeterogeneityConfig, **options, resume=True), particles, tmp_path / "run")
+    assert (tmp_path / "run" / "linear_stage.safetensors").is_file()
 
 
 @pytest.mark.slow

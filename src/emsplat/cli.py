@@ -133,8 +133,8 @@ def refine(
     from emsplat.programs.finish import exit_code
     from emsplat.programs.refine import refine as run
 
-    with _folder(output, "refine", _again(config.run)) as folder:
-        return exit_code(run(config, particles, folder, _log()))
+    with _together(config) as (log, world), _folder(output, "refine", _again(config.run), world) as folder:
+        return exit_code(run(config, particles, folder, log, world=world))
 
 
 def heterogeneity(
@@ -162,8 +162,8 @@ def heterogeneity(
     """
     from emsplat.programs.heterogeneity import heterogeneity as run
 
-    with _folder(output, "heterogeneity", _again(config.run)) as folder:
-        run(config, particles, folder, _log())
+    with _together(config) as (log, world), _folder(output, "heterogeneity", _again(config.run), world) as folder:
+        run(config, particles, folder, log, world=world)
 
 
 def abinitio(
@@ -192,8 +192,8 @@ def abinitio(
     from emsplat.programs.abinitio import abinitio as run
     from emsplat.programs.abinitio import exit_code
 
-    with _folder(output, "abinitio", _again(config.run)) as folder:
-        return exit_code(run(config, particles, folder, _log()))
+    with _together(config) as (log, world), _folder(output, "abinitio", _again(config.run), world) as folder:
+        return exit_code(run(config, particles, folder, log, world=world))
 
 
 def simulate(
@@ -753,7 +753,8 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "Cluster and shell": (slurm, completion),
 }
-_SHARED = ("reconstruct", "backproject")
+_SHARED = ("reconstruct", "backproject", "refine", "heterogeneity", "abinitio")  # over processes
+_JOBS = ("reconstruct", "backproject")  # that `slurm` writes scripts for
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
 _FOOTER = (
     "`emsplat COMMAND --help` lists the options of a command, with examples; `emsplat --version` tells the version.",
@@ -768,7 +769,7 @@ def commands() -> dict[str, Command]:
 
 def job_words(words: list[str]) -> list[str]:
     """The words of a job with those of its command, which stand after it, as one."""
-    at = next(place for place, word in enumerate(words) if word in _SHARED)
+    at = next(place for place, word in enumerate(words) if word in _JOBS)
     return [*words[: at + 1], "--", shlex.join(words[at + 1 :])]
 
 
@@ -811,7 +812,7 @@ def _run(words: list[str]) -> Any:
             return 0 if words else 2
         case ["help", name, *_] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), ["--help"])
-        case ["slurm", *rest] if "--help" not in rest[:1] and set(rest) & set(_SHARED):
+        case ["slurm", *rest] if "--help" not in rest[:1] and set(rest) & set(_JOBS):
             return call(command_of(slurm, "emsplat slurm"), job_words(rest))
         case [name, *_] if name in runs and name not in _SHARED and _is_one_of_many():
             raise InputError(f"{name}: is not shared out over processes; start it without torchrun")

@@ -8,16 +8,17 @@ whoever falls silent is missed: nobody waits for what will not come.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from emsplat.errors import EmsplatError, InputError, Interrupted
 
+T = TypeVar("T")
 _PIECE = 2**24  # numbers that are summed at a time, so that no copy of a whole volume is made
 _MEETING = timedelta(minutes=5)  # until all processes are there
 _COLLECTIVE = timedelta(days=2)  # waiting for others is no fault; a `_Watch` knows those that will not come
@@ -81,6 +83,11 @@ class World:
         self.most_(most)
         return int(most)
 
+    def in_step(self, items: Sequence[T]) -> Iterator[T | None]:
+        """What this process has to do, then nothing as long as another has more to do: all go round equally often."""
+        for turn in range(self.turns(len(items))):
+            yield items[turn] if turn < len(items) else None
+
     def sum_(self, *tensors: Tensor) -> None:
         """Replaces tensors by their sums over all processes, the same bits in each. All give the same shapes in the
         same order; a tensor is contiguous, real or complex.
@@ -123,6 +130,56 @@ class World:
         for piece in _pieces(tensors):
             self._wait(distributed.broadcast, piece, source)
 
+    def gathered(self, own: Tensor, rows: Int[Tensor, " m"], count: int) -> Tensor:
+        """What every process has for its own ``rows`` of ``count``, in all of them; no row is of two."""
+        whole = own.new_zeros(count, *own.shape[1:])
+        whole[rows] = own
+        self.sum_(whole)
+        return whole
+
+    def spread_named(
+        self, tensors: Mapping[str, Tensor], source: int = 0, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors that one process has, by their names, in all of them: on the CPU, or where they are not there
+        on ``device``."""
+        if self.size == 1:
+            return dict(tensors)
+        mine = self.rank == source
+        shapes = [
+            (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type == "cpu")
+            for name, tensor in (tensors.items() if mine else ())
+        ]
+        found = dict(tensors) if mine else {}
+        for name, shape, kind, on_cpu in json.loads(self.told(json.dumps(shapes), source)):
+            if not mine:
+                found[name] = torch.empty(shape, dtype=getattr(torch, kind), device="cpu" if on_cpu else device)
+        self.spread_(*found.values(), source=source)
+        return found
+
+    def apart(self, work: Callable[[], T], look: Callable[[], None]) -> T:
+        """What ``work`` gives, which every process does for itself in a thread, however long it takes; until all are
+        done they ``look`` together, now and then."""
+        if self.size == 1:
+            return work()
+        found, failed, threads = list[T](), list[BaseException](), torch.get_num_threads()
+
+        def run() -> None:
+            torch.set_num_threads(threads)
+            try:
+                found.append(work())
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while True:
+            thread.join(_BEAT / 2)
+            if failed:
+                raise failed[0]
+            if not self.agree(not found):
+                return found[0]
+            look()
+
     def agree(self, flag: bool) -> bool:
         """Whether any process says so. What all have to do together is never decided by the clock of one."""
         said = torch.tensor([int(flag)])
@@ -142,8 +199,12 @@ class World:
         return bytes(said.tolist()).decode()
 
     def here(self, text: str) -> str:
-        """A text in which {rank} and {host} stand for those of this process."""
-        return text.replace("{rank}", str(self.rank)).replace("{host}", platform.node().partition(".")[0])
+        """A text in which {rank}, {local_rank} and {host} stand for those of this process."""
+        own = {"rank": str(self.rank), "local_rank": os.environ.get("LOCAL_RANK", "0")}
+        own["host"] = platform.node().partition(".")[0]
+        for name, value in own.items():
+            text = text.replace(f"{{{name}}}", value)
+        return text
 
     def texts(self, text: str) -> list[str]:
         """What each process says."""
@@ -187,6 +248,30 @@ class World:
 
 
 ALONE = World()
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """Which ``rows`` of ``count`` a process has, where it does not have all of them (None)."""
+
+    world: World = ALONE
+    rows: Int[Tensor, " m"] | None = None
+    count: int = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The own rows of what is there for all."""
+        return whole if self.rows is None else whole[self.rows]
+
+    def whole(self, own: Tensor) -> Tensor:
+        """What all processes have, each for its own rows, in all of them."""
+        return own if self.rows is None else self.world.gathered(own, self.rows, self.count)
+
+    def total(self, own: int) -> int:
+        """How many rows there are, where this process has so many."""
+        return own if self.rows is None else self.count
+
+
+EVERYTHING = Portion()
 
 
 def started_together() -> bool:
@@ -365,7 +450,7 @@ class _Watch:
     def missed(self) -> Lost | None:
         """Who is not there any more: looks more closely for a while, until all have given a sign."""
         began = time.monotonic()
-        self._suspicious = True
+        self._suspect()
         while time.monotonic() - began < _SUSPECT + 4 * _BEAT:
             if self._lost is not None:
                 return Lost(self._lost)
@@ -419,7 +504,7 @@ class _Watch:
                 self._contact = time.monotonic()
             except (RuntimeError, OSError):
                 # The store is gone, and with it whoever keeps it.
-                self._suspicious = True
+                self._suspect()
                 if state:
                     self._published.set()
             self._wake.wait(_BEAT)
@@ -433,7 +518,8 @@ class _Watch:
                 self._lose(f"{_name(int(rank), self._size, self.hosts)} has ended: {text}")
         if self._rank and self._store.check(["failure/0"]):
             self._said_by_first = self._store.get("failure/0").decode()
-        self._suspicious = self._suspicious or self._store.check(["suspicious"])
+        if not self._suspicious and self._store.check(["suspicious"]):
+            self._suspect()
         whom = range(self._size) if self._rank == 0 or self._suspicious else (0,)
         for rank in whom:
             key = f"beat/{rank}"
@@ -444,11 +530,25 @@ class _Watch:
                 if beat != self._seen[rank][0] or beat == _DONE:
                     self._seen[rank] = (beat, time.monotonic())
 
+    def _suspect(self) -> None:
+        """From now on looks at all. Of those that it has not looked at before nothing was missed so far."""
+        with self._lock:
+            if not self._suspicious and self._rank:
+                now = time.monotonic()
+                self._seen = {rank: (beat, now if rank else when) for rank, (beat, when) in self._seen.items()}
+            self._suspicious = True
+
     def _judge(self) -> None:
-        """By this process's own clock, whatever the store does."""
+        """By this process's own clock, whatever the store does. Where it was itself asleep it has missed nobody."""
+        last = time.monotonic()
         while not self._over:
             time.sleep(_BEAT / 4)
             now = time.monotonic()
+            asleep, last = now - last - _BEAT / 4, now
+            if asleep > _BEAT:
+                with self._lock:
+                    self._contact += asleep
+                    self._seen = {rank: (beat, when + asleep) for rank, (beat, when) in self._seen.items()}
             if self._state:
                 continue
             if self._lost is not None:

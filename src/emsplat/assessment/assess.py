@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emsplat.assessment.curves import measure_shells
 from emsplat.assessment.directions import directions
 from emsplat.assessment.maps import (
@@ -116,12 +114,7 @@ def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig
         return None
 
     def write(name: str, local: LocalResolution) -> dict[str, float] | None:
-        # Outside the mask the coarsest value inside, so that no surface turns fine by interpolation. Where the maps say
-        # nothing they have no detail that the window could see.
-        inside = maps.mask > 0.01
-        known = local.volume.nan_to_num(local.window, posinf=local.window)
-        volume = torch.where(inside, known, known[inside].max())
-        write_map(run / name, volume, grid.pixel_size)
+        write_map(run / name, local.filled(maps.mask), grid.pixel_size)
         return local.summary(maps.mask)
 
     half_maps = local_resolution(*maps.halves, grid, window=window)

@@ -110,14 +110,8 @@ def spread_state(
         return state
     mine = state is not None and world.rank == source
     tensors, about = _packed(state) if state is not None and mine else ({}, {})
-    shapes = {
-        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type == "cpu"]
-        for name, tensor in tensors.items()
-    }
-    shapes, about = json.loads(world.told(json.dumps([shapes, about]), source))
-    for name, (shape, kind, on_cpu) in shapes.items() if not mine else ():
-        tensors[name] = torch.empty(shape, dtype=getattr(torch, kind), device=CPU if on_cpu else device)
-    world.spread_(*tensors.values(), source=source)
+    about = json.loads(world.told(json.dumps(about), source))
+    tensors = world.spread_named(tensors, source, device)
     return state if mine and state is not None else _unpacked(tensors, about, read)
 
 

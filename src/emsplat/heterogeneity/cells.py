@@ -17,6 +17,8 @@ from torch import Tensor
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.extent import Window
 from emsplat.maths.fourier import convolve, crop, frequencies, shell_index
+from emsplat.parallel import ALONE, World
+from emsplat.particles.copies import particle_numbers
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell
@@ -87,11 +89,19 @@ def few_memberships(membership: Float[Tensor, "v m"]) -> Float[Tensor, "v m"]:
     return kept / kept.sum(1, keepdim=True)
 
 
-def cells_of(stack: ParticleStack, embedding: Embedding, window: Window, update: Callable[[int, str], None]) -> Cells:
-    """The sums of all cells of a half-set; ``update`` is told how many are done."""
+def cells_of(
+    stack: ParticleStack,
+    embedding: Embedding,
+    window: Window,
+    update: Callable[[int, str], None],
+    world: World = ALONE,
+) -> Cells:
+    """The sums of all cells of a half-set; ``update`` is told how many are done. Processes of a ``world`` share the
+    images of each cell out, as the first has placed them, and have the sums of all."""
     membership, point = few_memberships(embedding.membership), embedding.density.point
+    world.spread_(membership)
     cells = []
-    for number, cell in enumerate(gather_cells(stack, membership, point, window.support, window.grid)):
+    for number, cell in enumerate(gather_cells(stack, membership, point, window.support, window.grid, world)):
         cells.append(cell)
         update(number + 1, "")
     return joined(cells)
@@ -103,6 +113,7 @@ def gather_cells(
     point: Float[Tensor, "m q"],
     support: int,
     grid: Grid | None = None,
+    world: World = ALONE,
 ) -> Iterator[Cells]:
     """The sums of each cell, one cell after the other (each a `Cells` of one; `joined` brings them together).
 
@@ -113,12 +124,16 @@ def gather_cells(
     own = membership.reshape(len(stack), stack.symmetry.order, -1)
     for number in range(membership.shape[1]):
         weight = own[:, :, number]
-        equations = _gather(stack, grid or stack.grid, noise, weight)
+        equations = _gather(stack, grid or stack.grid, noise, weight, world)
         yield _reduced(equations, support, point[number], weight)
 
 
 def _gather(
-    stack: ParticleStack, grid: Grid, noise: dict[Grid, Float[Tensor, "o n"]], weight: Float[Tensor, "p s"]
+    stack: ParticleStack,
+    grid: Grid,
+    noise: dict[Grid, Float[Tensor, "o n"]],
+    weight: Float[Tensor, "p s"],
+    world: World,
 ) -> NormalEquations:
     statistics = begin(stack.without_symmetry(), grid)
     for number, element in enumerate(stack.symmetry.elements):
@@ -129,9 +144,11 @@ def _gather(
         before = torch.ones(len(part.table)) if part.share is None else part.share
         share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
         for some in replace(turned, share=share).parts():
-            statistics.particles = 0
-            for _ in accumulate(statistics, some, noise[some.grid]):
+            statistics.next_stack()
+            together = particle_numbers(some.table.take(some.rows)) if world.size > 1 else None
+            for _ in accumulate(statistics, some, noise[some.grid], world, together):
                 pass
+    statistics.gather(world)
     return statistics.equations()
 
 

@@ -12,6 +12,7 @@ from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame, cross_embedding
 from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.subspace import Latents
+from emsplat.parallel import World
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ def embedded(density: Density, own: Latents, other: Latents) -> Embedding:
         density.gain(own),
         own.quadratic.mean(0),
     )
+
+
+def spread_embedding(embedding: Embedding, world: World) -> Embedding:
+    """As the first process has it, in all of them."""
+    if world.size == 1:
+        return embedding
+    fields = ("membership", "others", "own", "other", "gain", "precision")
+    tensors = {name: getattr(embedding, name).contiguous() for name in fields}
+    own = world.spread_named(tensors | {"point": embedding.density.point, "weight": embedding.density.weight})
+    return Embedding(Density(own["point"], own["weight"]), *(own[name] for name in fields))
 
 
 def hard_embedding(

@@ -232,6 +232,6 @@ _REMEDIES = {
 
 
 def brightness(subspace: Subspace, spectra: AnySpectra) -> Float[Tensor, " v"]:
-    """How bright each view is, relative to what the mean map would show."""
+    """How bright each view is, relative to what the mean map would show; of those of all processes."""
     products = subspace.lattice.products(subspace.maps[:1], spectra).double()
-    return products[:, 0, 1] / products[:, 1, 1].clamp(min=1e-30)
+    return spectra.portion.whole(products[:, 0, 1] / products[:, 1, 1].clamp(min=1e-30))

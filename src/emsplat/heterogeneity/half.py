@@ -23,6 +23,7 @@ from emsplat.maths.fourier import widen
 from emsplat.measures.states import common_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
+from emsplat.parallel import World
 from emsplat.sums.equations import mean_per_shell
 from emsplat.types import Gaussians, Grid
 
@@ -65,6 +66,12 @@ class HalfModel:
         return drawn + (rest if grid == self.grid else on_grid(rest, self.grid, self.box))
 
     def save(self, path: Path) -> None:
+        """Writes all of it."""
+        about, tensors = self.packed()
+        write_tensors(path, tensors, {"emsplat.half": json.dumps(about)})
+
+    def packed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can hold of it, and tensors by name: for a file or another process."""
         state = self.decoder.state()
         tensors = {f"decoder.{name}": value for name, value in state.tensors.items()}
         tensors |= {
@@ -77,7 +84,7 @@ class HalfModel:
         }
         grids = {name: [grid.size, grid.pixel_size] for name, grid in (("grid", self.grid), ("box", self.box))}
         about = {"kind": state.kind, "decoder": state.numbers, **grids}
-        write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"emsplat.half": json.dumps(about)})
+        return about, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def read_half(path: Path) -> HalfModel:
@@ -90,19 +97,33 @@ def read_half(path: Path) -> HalfModel:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()["emsplat.half"])
             own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        decoder = {name.removeprefix("decoder."): value for name, value in own.items() if name.startswith("decoder.")}
-        grid, box = (Grid(int(about[name][0]), float(about[name][1])) for name in ("grid", "box"))
-        return HalfModel(
-            read_state_decoder(Saved(about["kind"], about["decoder"], decoder)),
-            Density(own["point"], own["weight"]),
-            own["precision"],
-            own["residual"].float(),
-            grid,
-            box,
-            Frame(own["turn"], own["offset"]),
-        )
+        return _unpacked(about, own)
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not the model of a half-set, or damaged ({error}); run it again") from error
+
+
+def _unpacked(about: dict[str, Any], own: dict[str, Tensor]) -> HalfModel:
+    decoder = {name.removeprefix("decoder."): value for name, value in own.items() if name.startswith("decoder.")}
+    grid, box = (Grid(int(about[name][0]), float(about[name][1])) for name in ("grid", "box"))
+    return HalfModel(
+        read_state_decoder(Saved(about["kind"], about["decoder"], decoder)),
+        Density(own["point"], own["weight"]),
+        own["precision"],
+        own["residual"].float(),
+        grid,
+        box,
+        Frame(own["turn"], own["offset"]),
+    )
+
+
+def spread_half(model: HalfModel | None, world: World, source: int) -> HalfModel:
+    """The model that one process has, in all of them."""
+    if model is not None and world.size == 1:
+        return model
+    about, tensors = model.packed() if model is not None and world.rank == source else ({}, {})
+    about = json.loads(world.told(json.dumps(about), source))
+    tensors = world.spread_named(tensors, source)
+    return model if model is not None and world.rank == source else _unpacked(about, tensors)
 
 
 Residual = Literal["nearby", "linear"]

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.heterogeneity.density import Density
-from emsplat.heterogeneity.embedding import Embedding
+from emsplat.heterogeneity.embedding import Embedding, spread_embedding
 from emsplat.heterogeneity.evidence import fewest
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.subspace import Latents, Subspace, infer
 from emsplat.maths.fourier import crop
+from emsplat.parallel import ALONE, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
@@ -55,35 +56,47 @@ def drawn(model: HalfModel, point: Float[Tensor, "m q"], lattice: Lattice) -> Fl
 
 
 def evidence(
-    maps: Float[Tensor, "m z y x"], subspace: Subspace, stack: ParticleStack, known: Float[Tensor, "v m"]
+    maps: Float[Tensor, "m z y x"],
+    subspace: Subspace,
+    stack: ParticleStack,
+    known: Float[Tensor, "v m"],
+    world: World = ALONE,
 ) -> Float[Tensor, "v m"]:
     """log p(y|map) - log p(y|mean of the subspace) of each view, brightness and pose integrated out to first order.
 
     ``known`` is what the linear stage says of that. Maps that are out of the question by it are not compared; they stay
-    as far below the likeliest. Those next to each other should be in question for the same views.
+    as far below the likeliest. Those next to each other should be in question for the same views. Processes of a
+    ``world`` share the images out, and have what is said of all.
     """
     lattice, mean, below = subspace.lattice, subspace.maps[:1], known - known.max(1, keepdim=True).values
-    asked, found, start = below > -_FAR, torch.full_like(below, -torch.inf), 0
-    for spectra in _read(stack, lattice.radius):
+    asked, found = below > -_FAR, torch.full_like(below, -torch.inf)
+    theirs = torch.ones(len(below), dtype=torch.bool)
+    for own, spectra in _read(stack, lattice.radius, world):
+        theirs[own] = False
         for some in torch.split(torch.arange(len(maps)), _AT_ONCE):
-            views = asked[start : start + len(spectra)][:, some].any(1).nonzero()[:, 0]
+            views = asked[own][:, some].any(1).nonzero()[:, 0]
             if not len(views):
                 continue
             shown = torch.cat([mean, maps[some] - mean])
             power = torch.ones(len(shown), lattice.radius + 1)  # asked by nobody here
             latents = infer(Subspace(lattice, shown, power, subspace.placement), spectra.take(views))
             told = latents.linear - 0.5 * torch.diagonal(latents.quadratic, dim1=1, dim2=2)
-            found[(start + views)[:, None], some] = told
-        start += len(spectra)
+            found[own[views][:, None], some] = told
+    found[theirs] = 0
+    world.sum_(found)
     return torch.where(found.isinf(), below + found.max(1, keepdim=True).values, found)
 
 
-def _read(stack: ParticleStack, radius: int) -> Iterator[Spectra]:
-    """All images, some at a time."""
+def _read(stack: ParticleStack, radius: int, world: World) -> Iterator[tuple[Int[Tensor, " v"], Spectra]]:
+    """All images of this process, some at a time, with the numbers of their views among those of all."""
+    start, elements = 0, torch.arange(stack.symmetry.order)
     for part in stack.parts():
         noise = estimate_noise(part)
-        for rows in torch.split(torch.arange(len(part)), _IMAGES):
-            yield read_spectra(part.take(rows), radius, stack.grid, noise)
+        for rows in torch.split(part.shared(world), _IMAGES):
+            if len(rows):
+                views = ((start + rows)[:, None] * len(elements) + elements).flatten()
+                yield views, read_spectra(part.take(rows), radius, stack.grid, noise)
+        start += len(part)
 
 
 def _chain(point: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
@@ -105,17 +118,19 @@ def refreshed(
     stacks: tuple[ParticleStack, ParticleStack],
     count: int,
     generator: torch.Generator,
+    world: World = ALONE,
 ) -> Placed:
     """The latent space of a half-set as its model has it, and where the views of both halves lie.
 
     Tried are the points of before and up to ``count`` between them. What predicts the images of the other half best
     is taken, and what is ``placed`` where that is not less. ``stacks`` are the own half and the other one, ``latents``
-    what the linear stage says of them.
+    what the linear stage says of them. Processes of a ``world`` share the images out, and the first says what is taken.
     """
     before = placed.embedding
     tried = [before.density.point]
     if count > len(before.density):
-        tried.append(_chain(cluster(before.own, torch.ones(len(before.own)), count, generator).centroid))
+        chain = _chain(cluster(before.own, torch.ones(len(before.own)), count, generator).centroid)
+        tried.append(world.spread_named({"point": chain})["point"])
     weights = [
         torch.cdist(before.own, point).argmin(1).bincount(minlength=len(point)).double() / len(before.own)
         for point in tried
@@ -128,17 +143,25 @@ def refreshed(
     ]
     known = [_linear(torch.cat(tried), seen) for seen in latents]
     always = known[1].max(1, keepdim=True).values.expand(-1, len(means))
-    own = torch.split(evidence(maps, subspace, stacks[0], known[0]), sizes, 1)
+    own = torch.split(evidence(maps, subspace, stacks[0], known[0], world), sizes, 1)
     every = torch.cat([maps, torch.stack(means)])
     *other, alone = torch.split(
-        evidence(every, subspace, stacks[1], torch.cat([known[1], always], 1)), [*sizes, len(means)], 1
+        evidence(every, subspace, stacks[1], torch.cat([known[1], always], 1), world), [*sizes, len(means)], 1
     )
     found = [placed]
     for point, weight, own_part, other_part, mean in zip(tried, weights, own, other, alone.T, strict=True):
         embedding, gain = _embedded(point, weight, own_part, other_part, before.precision)
         found.append(Placed(embedding, gain, mean))
     image = torch.arange(len(before.other)) // stacks[1].symmetry.order
-    return found[fewest([one.gain for one in found], image)]
+    best = int(world.told(str(fewest([one.gain for one in found], image))))
+    return _spread(found[best], world) if best else placed
+
+
+def _spread(placed: Placed, world: World) -> Placed:
+    """As the first process has it, in all of them."""
+    gains = torch.stack([placed.gain, placed.mean])
+    world.spread_(gains)
+    return Placed(spread_embedding(placed.embedding, world), gains[0], gains[1])
 
 
 def _linear(point: Float[Tensor, "m q"], latents: Latents) -> Float[Tensor, "v m"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.heterogeneity.cells import Cells
-from emsplat.heterogeneity.density import Density
-from emsplat.heterogeneity.evidence import Gain
-from emsplat.heterogeneity.search import Found, Search
-from emsplat.heterogeneity.subspace import Placement, Subspace, posterior
+from emsplat.heterogeneity.search import Search, packed, unpacked
 from emsplat.io.tensors import write_tensors
-from emsplat.sums.lattice import Lattice
+from emsplat.parallel import World
 from emsplat.types import Grid
 
 _CELLS = ("linear", "response", "point", "particles", "noise")
@@ -31,24 +27,8 @@ def save_search(path: Path, search: Search, particles: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    about: dict[str, Any] = {
-        "particles": particles,
-        "components": [asdict(gain) for gain in search.components],
-        "points": [[number, asdict(gain)] for number, gain in search.points.items()],
-    }
-    tensors: dict[str, Tensor] = {}
-    for half, own in enumerate(search.subspaces):
-        about[f"subspace{half}"] = {"radius": own.lattice.radius, "placement": asdict(own.placement)}
-        tensors |= {f"subspace{half}.maps": own.maps, f"subspace{half}.power": own.power}
-    if (found := search.found) is not None:
-        about["count"] = found.count
-        for half in (0, 1):
-            density = found.densities[half]
-            tensors |= {f"density{half}.point": density.point, f"density{half}.weight": density.weight}
-            tensors[f"brightness{half}"] = found.brightness[half]
-            for other in (0, 1):
-                latents = found.latents[half][other]
-                tensors |= {f"latents{half}{other}.b": latents.linear, f"latents{half}{other}.a": latents.quadratic}
+    about, tensors = packed(search)
+    about["particles"] = particles
     write_tensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"emsplat.search": json.dumps(about)})
 
 
@@ -59,31 +39,7 @@ def read_search(path: Path, particles: str) -> Search:
         InputError: it is missing, damaged, something else, or of other particles.
     """
     with _opened(path, "search", particles) as (about, own):
-        subspaces = [
-            Subspace(
-                Lattice(int(about[f"subspace{half}"]["radius"])),
-                own[f"subspace{half}.maps"],
-                own[f"subspace{half}.power"],
-                Placement(**about[f"subspace{half}"]["placement"]),
-            )
-            for half in (0, 1)
-        ]
-        gains = [Gain(**gain) for gain in about["components"]]
-        points = {int(number): Gain(**gain) for number, gain in about["points"]}
-        if "count" not in about:
-            return Search((subspaces[0], subspaces[1]), gains, points, None)
-        densities = [Density(own[f"density{half}.point"], own[f"density{half}.weight"]) for half in (0, 1)]
-        latents = [
-            [posterior(own[f"latents{half}{other}.b"], own[f"latents{half}{other}.a"]) for other in (0, 1)]
-            for half in (0, 1)
-        ]
-        found = Found(
-            int(about["count"]),
-            (densities[0], densities[1]),
-            ((latents[0][0], latents[0][1]), (latents[1][0], latents[1][1])),
-            (own["brightness0"], own["brightness1"]),
-        )
-        return Search((subspaces[0], subspaces[1]), gains, points, found)
+        return unpacked(about, own)
 
 
 def save_cells(path: Path, cells: Cells, particles: str) -> None:
@@ -105,6 +61,16 @@ def read_cells(path: Path, particles: str) -> Cells:
     with _opened(path, "cells", particles) as (about, own):
         grid = Grid(int(about["size"]), float(about["pixel_size"]))
         return Cells(grid, **{name: own[name] for name in _CELLS}, blur=float(about["blur"]))
+
+
+def spread_cells(cells: Cells | None, world: World) -> Cells:
+    """What the first process has, in all of them."""
+    if cells is not None and world.size == 1:
+        return cells
+    numbers = [] if cells is None else [cells.grid.size, cells.grid.pixel_size, cells.blur]
+    size, pixel_size, blur = json.loads(world.told(json.dumps(numbers)))
+    own = world.spread_named({} if cells is None else {name: getattr(cells, name).contiguous() for name in _CELLS})
+    return Cells(Grid(size, pixel_size), **own, blur=blur)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.heterogeneity.density import Density, fit_density
@@ -21,8 +23,19 @@ from emsplat.heterogeneity.evidence import (
     mean_gain,
     point_gains,
 )
-from emsplat.heterogeneity.subspace import Latents, Subspace, consensus, fit_subspace, infer, space_of
+from emsplat.heterogeneity.subspace import (
+    Latents,
+    Placement,
+    Subspace,
+    consensus,
+    fit_subspace,
+    infer,
+    posterior,
+    space_of,
+)
 from emsplat.measures.mask import soft_region
+from emsplat.parallel import World
+from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
 
 _RADII = (0.4, 0.7, 1.0)  # of the finest frequency
@@ -82,21 +95,24 @@ def search(
     seed: int,
     support: Float[Tensor, "z y x"] | None,
     tell: Tell,
+    look: Callable[[], None] = lambda: None,
 ) -> Search:
     """Mean and components of each half, their gain on the other, and the density of the latents.
 
     Components lie within ``support``; without it within each half's own molecule, and where nothing is found there, in
     the whole sphere: what fills the box learns ten times as much noise.
+
+    Of several processes that share the images out all take part and ``look`` from time to time; the first then tells
+    what follows.
     """
     if support is not None:
-        return _search(spectra, components, radius, points, seed, (support, support), tell)
-    inside = _search(
-        spectra, components, radius, points, seed, (_molecule(spectra[0], radius), _molecule(spectra[1], radius)), tell
-    )
+        return _search(spectra, components, radius, points, seed, (support, support), tell, look)
+    molecules = _molecule(spectra[0], radius), _molecule(spectra[1], radius)
+    inside = _search(spectra, components, radius, points, seed, molecules, tell, look)
     if inside.found is not None:
         return inside
     tell("  nothing within the molecule; in the whole sphere")
-    whole = _search(spectra, components, radius, points, seed, (None, None), tell)
+    whole = _search(spectra, components, radius, points, seed, (None, None), tell, look)
     return max(inside, whole, key=lambda own: (own.found is not None, own.gain.value))
 
 
@@ -116,6 +132,7 @@ def _search(
     seed: int,
     supports: tuple[Float[Tensor, "z y x"] | None, Float[Tensor, "z y x"] | None],
     tell: Tell,
+    look: Callable[[], None],
 ) -> Search:
     found = []
     plan = stages(radius)
@@ -127,11 +144,36 @@ def _search(
             subspace = latest
             if (step + 1) % 8 == 0 or step + 1 == total:
                 tell(f"  half {half + 1}: iteration {step + 1} of {total}")
+                look()
         found.append(subspace)
     subspaces = (found[0], found[1])
-    embedded = tuple(tuple(infer(subspace, views) for views in spectra) for subspace in subspaces)
+    embedded = tuple(tuple(_all_of(infer(subspace, views), views) for views in spectra) for subspace in subspaces)
+    bright = brightness(subspaces[0], spectra[0]), brightness(subspaces[1], spectra[1])
+    image = torch.cat([spectra[1].images(), spectra[0].images() + int(spectra[1].images().max()) + 1])
+    world = spectra[0].portion.world
+    told = _judged(subspaces, embedded, bright, image, points, seed, tell) if world.first else None
+    return spread(told, world)
+
+
+def _all_of(latents: Latents, spectra: AnySpectra) -> Latents:
+    """Of the views of all processes."""
+    portion = spectra.portion
+    if portion.rows is None:
+        return latents
+    return posterior(portion.whole(latents.linear), portion.whole(latents.quadratic))
+
+
+def _judged(
+    subspaces: tuple[Subspace, Subspace],
+    embedded: tuple[tuple[Latents, ...], ...],
+    bright: tuple[Float[Tensor, " v"], Float[Tensor, " w"]],
+    image: Int[Tensor, " n"],
+    points: int | None,
+    seed: int,
+    tell: Tell,
+) -> Search:
+    """What the latents of all views say; ``image`` is that of the views of half 2, then of half 1."""
     crossed = _even([component_gains(embedded[half][1 - half]) for half in (0, 1)])
-    image = torch.cat([spectra[1].image, spectra[0].image + int(spectra[1].image.max()) + 1])
     together = [torch.cat(pair) for pair in zip(*crossed, strict=True)]
     gains = [mean_gain(values, image) for values in together]
     count = fewest(together, image)
@@ -156,8 +198,70 @@ def _search(
         .distinct(latents[half][half].quadratic.mean(0))
         for half in (0, 1)
     ]
-    one, other = (brightness(*pair) for pair in zip(subspaces, spectra, strict=True))
-    return Search(subspaces, gains, by_number, Found(count, (densities[0], densities[1]), latents, (one, other)))
+    return Search(subspaces, gains, by_number, Found(count, (densities[0], densities[1]), latents, bright))
+
+
+def packed(search: Search) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What JSON can hold of it, and tensors by name: for a file or another process."""
+    about: dict[str, Any] = {
+        "components": [asdict(gain) for gain in search.components],
+        "points": [[number, asdict(gain)] for number, gain in search.points.items()],
+    }
+    tensors: dict[str, Tensor] = {}
+    for half, own in enumerate(search.subspaces):
+        about[f"subspace{half}"] = {"radius": own.lattice.radius, "placement": asdict(own.placement)}
+        tensors |= {f"subspace{half}.maps": own.maps, f"subspace{half}.power": own.power}
+    if (found := search.found) is not None:
+        about["count"] = found.count
+        for half in (0, 1):
+            density = found.densities[half]
+            tensors |= {f"density{half}.point": density.point, f"density{half}.weight": density.weight}
+            tensors[f"brightness{half}"] = found.brightness[half]
+            for other in (0, 1):
+                latents = found.latents[half][other]
+                tensors |= {f"latents{half}{other}.b": latents.linear, f"latents{half}{other}.a": latents.quadratic}
+    return about, tensors
+
+
+def unpacked(about: dict[str, Any], own: dict[str, Tensor]) -> Search:
+    """From what `packed` gives.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else.
+    """
+    subspaces = [
+        Subspace(
+            Lattice(int(about[f"subspace{half}"]["radius"])),
+            own[f"subspace{half}.maps"],
+            own[f"subspace{half}.power"],
+            Placement(**about[f"subspace{half}"]["placement"]),
+        )
+        for half in (0, 1)
+    ]
+    gains = [Gain(**gain) for gain in about["components"]]
+    points = {int(number): Gain(**gain) for number, gain in about["points"]}
+    if "count" not in about:
+        return Search((subspaces[0], subspaces[1]), gains, points, None)
+    densities = [Density(own[f"density{half}.point"], own[f"density{half}.weight"]) for half in (0, 1)]
+    latents = [
+        [posterior(own[f"latents{half}{other}.b"], own[f"latents{half}{other}.a"]) for other in (0, 1)]
+        for half in (0, 1)
+    ]
+    found = Found(
+        int(about["count"]),
+        (densities[0], densities[1]),
+        ((latents[0][0], latents[0][1]), (latents[1][0], latents[1][1])),
+        (own["brightness0"], own["brightness1"]),
+    )
+    return Search((subspaces[0], subspaces[1]), gains, points, found)
+
+
+def spread(search: Search | None, world: World) -> Search:
+    """What the first process has found, in all of them."""
+    about, tensors = ({}, {}) if search is None else packed(search)
+    about = json.loads(world.told(json.dumps(about)))
+    tensors = world.spread_named({name: tensor.contiguous() for name, tensor in tensors.items()})
+    return unpacked(about, tensors) if search is None else search
 
 
 def _even(gains: list[list[Tensor]]) -> list[list[Tensor]]:

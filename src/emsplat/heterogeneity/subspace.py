@@ -28,6 +28,7 @@ from emsplat.maths.fourier import (
     shell_index,
     widen,
 )
+from emsplat.parallel import ALONE, World
 from emsplat.sums.equations import circulant
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
@@ -108,7 +109,7 @@ class _Seen:
             linear[:, 6:] - (across @ known[:, :, :1]).squeeze(-1), quadratic[:, 6:, 6:] - across @ known[:, :, 1:]
         )
 
-    def placement(self, before: Placement, latents: Latents, share: Float[Tensor, " v"]) -> Placement:
+    def placement(self, before: Placement, latents: Latents, spectra: AnySpectra) -> Placement:
         """The variances that the posteriors of brightness and pose say (one EM step)."""
         precision = self.quadratic[:, :6, :6] + torch.diag(1 / before.variances())
         across = self.quadratic[:, :6, 6:]
@@ -116,10 +117,18 @@ class _Seen:
         mean = covariance @ (self.linear[:, :6, None] - across @ latents.mean[..., None])
         moved = covariance @ across
         spread = torch.diagonal(covariance + moved @ latents.covariance @ moved.mT, dim1=1, dim2=2)
-        weight = share.double() / share.double().sum()
-        second = weight @ (mean.squeeze(-1).square() + spread)
+        second = _weight(spectra) @ (mean.squeeze(-1).square() + spread)
+        spectra.portion.world.sum_(second)
         brightness, turn, shift = float(second[0]), float(second[1:4].mean()), float(second[4:6].mean())
         return Placement(min(brightness, _MOST_BRIGHTNESS), min(turn, _MOST_TURN), shift)
+
+
+def _weight(spectra: AnySpectra) -> Float[Tensor, " v"]:
+    """Of views among those of all processes; adds up to 1."""
+    share = spectra.share.double()
+    total = share.sum()[None]
+    spectra.portion.world.sum_(total)
+    return share / total
 
 
 def _look(subspace: Subspace, spectra: AnySpectra) -> _Seen:
@@ -219,12 +228,18 @@ def ball(size: int, diameter: float = 0.9, edge: float = 0.06) -> Float[Tensor, 
     return 0.5 + 0.5 * torch.cos(math.pi * ((radius - diameter / 2) / edge + 0.5).clamp(0, 1))
 
 
-def _equations(space: Space, spectra: AnySpectra, mean: Tensor, second: Tensor) -> _Equations:
-    """``mean`` is ⟨z̃⟩ and ``second`` ⟨z̃ z̃ᵀ⟩ of each view, z̃ = (1, z)."""
-    size, count = space.lattice.size, mean.shape[1]
-    upper = torch.triu_indices(count, count)
-    share = spectra.share[:, None]
+def _sums(space: Space, spectra: AnySpectra, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """b, and the kernels of K, over the images of all processes; ``mean`` is ⟨z̃⟩ and ``second`` ⟨z̃ z̃ᵀ⟩ of each view,
+    z̃ = (1, z)."""
+    upper, share = torch.triu_indices(mean.shape[1], mean.shape[1]), spectra.share[:, None]
     linear, kernels = space.lattice.insert(mean.float() * share, second[:, upper[0], upper[1]].float() * share, spectra)
+    spectra.portion.world.sum_(linear, kernels)
+    return linear, kernels
+
+
+def _equations(space: Space, linear: Float[Tensor, "c z y x"], kernels: Float[Tensor, "t w v u"]) -> _Equations:
+    size, count = space.lattice.size, len(linear)
+    upper = torch.triu_indices(count, count)
     quadratic = torch.empty(len(space.shells), count, count)
     responses = []
     for number, kernel in enumerate(kernels):
@@ -309,30 +324,49 @@ def maximise(
     The power is that of the solution over the share of it that the data determine (MacKay 1992). Components that the
     data do not support vanish in a few steps, where the EM update (without ``pruning``) takes hundreds. Components that
     have just been drawn at random need that patience.
+
+    Of several processes the first solves for the maps.
     """
-    views = len(spectra)
+    views, world = len(spectra), spectra.portion.world
     own = torch.zeros(views, 0, dtype=torch.float64) if latents is None else latents.mean
     mean = torch.cat([torch.ones(views, 1, dtype=torch.float64), own], 1)
     second = mean[:, :, None] * mean[:, None]
     if latents is not None:
         second[:, 1:, 1:] += latents.covariance
-    coefficients, covariance = _solve(space, _equations(space, spectra, mean, second), power)
+    moments, (linear, kernels) = _moments(second, spectra), _sums(space, spectra, mean, second)
+    found = Subspace(space.lattice, torch.empty_like(linear), torch.empty_like(power))
+    if world.first:
+        found = _solved(space, _equations(space, linear, kernels), power, moments, pruning=pruning)
+    world.spread_(found.maps, found.power)
+    return found
+
+
+def _solved(
+    space: Space, equations: _Equations, power: Float[Tensor, "c s"], moments: Float[Tensor, "c c"], *, pruning: bool
+) -> Subspace:
+    """`maximise` from the sums over all images."""
+    coefficients, covariance = _solve(space, equations, power)
     variance = space.per_shell(torch.diagonal(covariance, dim1=1, dim2=2))
     found = space.per_shell(coefficients.square().sum(2))
     if pruning:
         found = found / (1 - variance / power.T.double().clamp(min=1e-30)).clamp(min=_LEAST_DETERMINED)
     else:
         found = found + variance
-    turn = _standardised(second, spectra.share)
+    turn = _standardised(moments)
     turn = turn @ _principal(torch.einsum("czyx,cd->dzyx", space.maps(coefficients), turn.float()))
     maps = space.maps(torch.einsum("kcr,cd->kdr", coefficients, turn))
-    return Subspace(space.lattice, maps, (found @ turn.square()).T.float().clamp(min=_NOTHING))
+    return Subspace(space.lattice, maps, (found @ turn.square()).T.float().clamp(min=_NOTHING).contiguous())
 
 
-def _standardised(second: Float[Tensor, "v c c"], share: Float[Tensor, " v"]) -> Float[Tensor, "c c"]:
+def _moments(second: Float[Tensor, "v c c"], spectra: AnySpectra) -> Float[Tensor, "c c"]:
+    """The mean of ⟨z̃ z̃ᵀ⟩ over all views."""
+    moments = torch.einsum("v,vab->ab", _weight(spectra), second).contiguous()
+    spectra.portion.world.sum_(moments)
+    return moments
+
+
+def _standardised(moments: Float[Tensor, "c c"]) -> Float[Tensor, "c c"]:
     """How (V0, U) change so that the latents have mean 0 and covariance 1 over all views."""
-    weight = share.double() / share.double().sum()
-    moments = torch.einsum("v,vab->ab", weight, second)
     mean = moments[0, 1:]
     covariance = moments[1:, 1:] - mean[:, None] * mean
     turn = torch.eye(len(moments), dtype=torch.float64)
@@ -363,17 +397,20 @@ def consensus(space: Space, spectra: AnySpectra, steps: int = 3) -> Subspace:
 def begin(space: Space, spectra: AnySpectra, components: int, generator: torch.Generator) -> Subspace:
     """Mean and components that random latents give."""
     power = consensus(space, spectra).power
-    drawn = torch.randn(len(spectra), components, generator=generator, dtype=torch.float64)
+    views = spectra.portion.total(len(spectra))
+    drawn = spectra.portion.of(torch.randn(views, components, generator=generator, dtype=torch.float64))
     none = torch.zeros(len(spectra), components, components, dtype=torch.float64)
     latents = Latents(drawn, none, drawn, none, torch.zeros(len(spectra)))
     return maximise(space, spectra, torch.cat([power, _START * power.expand(components, -1)]), latents, pruning=False)
 
 
-def alive(subspace: Subspace) -> Subspace:
-    """Without components that have vanished."""
+def alive(subspace: Subspace, world: World = ALONE) -> Subspace:
+    """Without components that have vanished, as the first process of a ``world`` finds."""
     strength = subspace.maps.square().sum((1, 2, 3))
-    kept = strength > _DEAD * strength[0]
-    kept[0] = True
+    kept = (strength > _DEAD * strength[0]).to(torch.uint8)
+    kept[0] = 1
+    world.spread_(kept)
+    kept = kept.bool()
     return replace(subspace, maps=subspace.maps[kept], power=subspace.power[kept])
 
 
@@ -412,9 +449,9 @@ def fit_subspace(
         for iteration in range(iterations):
             seen = _look(subspace, spectra)
             latents = seen.latents(subspace.placement)
-            placement = seen.placement(subspace.placement, latents, spectra.share)
+            placement = seen.placement(subspace.placement, latents, spectra)
             found = maximise(space, spectra, subspace.power, latents, pruning=iteration >= _PATIENCE)
-            subspace = replace(alive(found), placement=placement)
+            subspace = replace(alive(found, spectra.portion.world), placement=placement)
             yield subspace
 
 

@@ -39,6 +39,14 @@ class LocalResolution:
     volume: Float[Tensor, "z y x"]
     window: float  # Å, full width of the window at half its height
 
+    def filled(self, mask: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
+        """With a number at every voxel: outside the mask the coarsest value inside, so that no surface turns fine by
+        interpolation, and the width of the window where the maps say nothing, for they have no detail that it could
+        see."""
+        inside = mask > 0.01
+        known = self.volume.nan_to_num(self.window, posinf=self.window)
+        return torch.where(inside, known, known[inside].max() if inside.any() else self.window)
+
     def summary(self, mask: Float[Tensor, "z y x"]) -> dict[str, float] | None:
         """Mean, median and percentiles over the voxels where mask > 0.5; None if nothing is defined there."""
         values = self.volume[(mask > 0.5) & self.volume.isfinite()]

@@ -165,6 +165,11 @@ class ParticleStack:
         """The same particles with the opposite contrast."""
         return replace(self, sign=-self.sign)
 
+    def shared(self, world: World) -> Int[Tensor, " m"]:
+        """Positions of the particles that this process of a ``world`` takes: all rows of one go to the same."""
+        everything = torch.arange(len(self))
+        return everything if world.size == 1 else world.share(everything, particle_numbers(self.table.take(self.rows)))
+
     def without_symmetry(self) -> ParticleStack:
         """The same particles, each in its own pose only."""
         return replace(self, symmetry=C1)

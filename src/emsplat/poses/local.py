@@ -24,6 +24,7 @@ from torch import Tensor
 from emsplat import _native
 from emsplat.device import CPU
 from emsplat.maths.fourier import irfft, rfft
+from emsplat.parallel import ALONE, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
@@ -145,6 +146,20 @@ class Placed:
             *(torch.cat([getattr(p, name) for p in parts])[order] for name in _NUMBERS),
         )
 
+    @classmethod
+    def gathered(cls, parts: list[Placed], rows: Int[Tensor, " q"], count: int, world: World) -> Placed:
+        """What the processes of a ``world`` have found for their own ``rows`` of ``count``, in all of them."""
+        own = cls.joined([_nothing_placed(), *parts], torch.arange(len(rows)))
+        return cls(
+            Poses(*(world.gathered(getattr(own.poses, name), rows, count) for name in ("rotation", "shift"))),
+            *(world.gathered(getattr(own, name), rows, count) for name in _NUMBERS),
+        )
+
+
+def _nothing_placed() -> Placed:
+    none = torch.zeros(0, dtype=torch.float64)
+    return Placed(Poses(none.view(0, 3, 3), none.view(0, 2)), none.view(0, 5, 5), none, none, none, none.long(), none)
+
 
 @dataclass(frozen=True)
 class PoseViews:
@@ -226,11 +241,13 @@ def place(
     noise: list[Tensor],
     search: Search = nearest,
     told: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> Placed:
     """Finds the pose of each particle of a stack from that which it has, under a prior about those ``given``, on the
     CPU.
 
     ``noise`` are the spectra of its `parts`. Images are read once, some at a time; ``told`` hears how many are done.
+    Processes of a ``world`` share the particles out, hear equally often, and have all poses in the end.
 
     Raises:
         InputError: an image cannot be used.
@@ -239,19 +256,33 @@ def place(
     position[stack.rows] = torch.arange(len(stack))
     found, places, done = [], [], 0
     for part, spectrum in zip(stack.parts(), noise, strict=True):
-        for rows in torch.split(torch.arange(len(part)), _CHUNK):
-            some = part.take(rows)
-            place = position[some.rows]
-            views = views_of(reference, some, given[place], spectrum)
-            one = search(reference, views, prior)
-            before = replace(views, rotation=views.given, move=views.origin)
-            known = descend(reference, before, prior, reference.lattice.radius, steps=0).before
-            moved = some.table.poses.shift[some.rows] + one.poses.shift
-            found.append(replace(one, poses=Poses(one.poses.rotation, moved), given=known))
-            places.append(place)
-            done += len(rows)
-            told(done)
+        own, parted = part.shared(world), list[Placed]()
+        for rows in world.in_step(torch.split(own, _CHUNK)):
+            if rows is not None and len(rows):
+                parted.append(_placed(reference, part.take(rows), given, prior, spectrum, search, position))
+                done += len(rows)
+            told(min(world.size * done, len(stack)))
+        found.append(Placed.gathered(parted, own, len(part), world))
+        places.append(position[part.rows])
     return Placed.joined(found, torch.argsort(torch.cat(places)))
+
+
+def _placed(
+    reference: Reference,
+    stack: ParticleStack,
+    given: Poses,
+    prior: Prior,
+    noise: Float[Tensor, "o s"],
+    search: Search,
+    position: Int[Tensor, " n"],
+) -> Placed:
+    """`place` for some particles of one grid; ``position`` says where each row of the table stands in ``given``."""
+    views = views_of(reference, stack, given[position[stack.rows]], noise)
+    one = search(reference, views, prior)
+    before = replace(views, rotation=views.given, move=views.origin)
+    known = descend(reference, before, prior, reference.lattice.radius, steps=0).before
+    moved = stack.table.poses.shift[stack.rows] + one.poses.shift
+    return replace(one, poses=Poses(one.poses.rotation, moved), given=known)
 
 
 def views_of(reference: Reference, stack: ParticleStack, given: Poses, noise: Float[Tensor, "o s"]) -> PoseViews:

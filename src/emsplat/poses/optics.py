@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from emsplat.device import CPU
 from emsplat.imaging.ctf import ctf_at, electron_wavelength
+from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Reference
 from emsplat.sums.spectra import Spectra, read_spectra, whitening
@@ -59,6 +60,13 @@ class Changes:
         """Several one after the other."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
+    @classmethod
+    def gathered(cls, parts: list[Changes], rows: Int[Tensor, " q"], count: int, world: World) -> Changes:
+        """What the processes of a ``world`` have found for their own ``rows`` of ``count``, in all of them."""
+        none = torch.zeros(0, dtype=torch.float64)
+        own = cls.joined([cls(none, none, none, none, none.view(0, 2, 2)), *parts])
+        return cls(*(world.gathered(getattr(own, name), rows, count) for name in cls.__dataclass_fields__))
+
 
 def refine_optics(
     reference: Reference,
@@ -68,10 +76,12 @@ def refine_optics(
     defocus: bool,
     strength: bool,
     told: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> tuple[Optics, Spread]:
     """The optics of the particles of a stack, refined at the poses that they have, and how wide the changes are.
 
-    ``noise`` are the spectra of its `parts`; ``strength`` is scale and B factor. Means over all stay.
+    ``noise`` are the spectra of its `parts`; ``strength`` is scale and B factor. Means over all stay. Processes of a
+    ``world`` share the particles out, hear equally often, and have all in the end.
 
     Raises:
         InputError: an image cannot be used.
@@ -79,24 +89,26 @@ def refine_optics(
     optics = stack.table.optics[stack.rows]
     position = torch.full((len(stack.table),), -1)
     position[stack.rows] = torch.arange(len(stack))
-    found: list[Changes] = []
-    places: list[Tensor] = []
     parts = list(zip(stack.parts(), noise, strict=True))
-    sampled = [
-        changes_of(
-            reference, part.take(_evenly(len(part), _SAMPLE)), spectrum, WIDE, defocus=defocus, strength=strength
-        )
-        for part, spectrum in parts
-    ]
+
+    def asked(some: ParticleStack, spectrum: Tensor, spread: Spread, before: int | None = None) -> Changes:
+        """Of particles of one grid; ``before`` are done, where these count."""
+        own, its, done = some.shared(world), list[Changes](), 0
+        for rows in world.in_step(torch.split(own, _CHUNK)):
+            if rows is not None and len(rows):
+                chosen = some.take(rows)
+                its.append(changes_of(reference, chosen, spectrum, spread, defocus=defocus, strength=strength))
+                done += len(rows)
+            if before is not None:
+                told(before + min(world.size * done, len(some)))
+        return Changes.gathered(its, own, len(some), world)
+
+    sampled = [asked(part.take(_evenly(len(part), _SAMPLE)), spectrum, WIDE) for part, spectrum in parts]
     spread = estimate_spread(Changes.joined(sampled))
-    done = 0
+    found, places = list[Changes](), list[Tensor]()
     for part, spectrum in parts:
-        for rows in torch.split(torch.arange(len(part)), _CHUNK):
-            some = part.take(rows)
-            found.append(changes_of(reference, some, spectrum, spread, defocus=defocus, strength=strength))
-            places.append(position[some.rows])
-            done += len(rows)
-            told(done)
+        found.append(asked(part, spectrum, spread, sum(map(len, places))))
+        places.append(position[part.rows])
     changes, order = Changes.joined(found), torch.argsort(torch.cat(places))
     moved, logscale, b_factor = (x[order] for x in (changes.defocus, changes.logscale, changes.b_factor))
     # A common factor is the map's, and a common defocus hardly told from it.

@@ -10,9 +10,12 @@ worst that can happen is that many starts are made in vain.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius, sum_by_shell
 from emsplat.maths.groups import C1, Symmetry
+from emsplat.parallel import ALONE, World
 from emsplat.poses.abinitio import Ascent, AscentStage, chosen
 from emsplat.poses.axes import Turning, find_frame, find_symmetry, in_frame
 from emsplat.poses.compare import PoseComparison, compare_poses
@@ -79,6 +83,37 @@ class Start:
     steps: int  # until it had settled
     share: float  # of the images that went to this map and not to the others of its start
     others: Float[Tensor, "c z y x"]  # these
+
+
+_TENSORS = ("volume", "noise", "others")  # of a start
+_NUMBERS = ("half", "number", "spread", "likelihood", "axes", "steps", "share")
+
+
+def packed_start(start: Start) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What JSON can hold of a start, and tensors by name: for a file or another process."""
+    tensors = {name: getattr(start, name).contiguous() for name in _TENSORS} | {"elements": start.group.elements}
+    return {name: getattr(start, name) for name in _NUMBERS} | {"group": start.group.symbol}, tensors
+
+
+def unpacked_start(about: dict[str, Any], tensors: dict[str, Tensor]) -> Start:
+    """From what `packed_start` gives.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    group = Symmetry(about["group"], tensors["elements"])
+    own: dict[str, Any] = {name: about[name] for name in _NUMBERS} | {name: tensors[name] for name in _TENSORS}
+    return Start(**own, group=group)
+
+
+def spread_start(start: Start | None, world: World, source: int = 0) -> Start:
+    """The start that one process has, in all of them."""
+    if start is not None and world.size == 1:
+        return start
+    about, tensors = ({}, {}) if start is None else packed_start(start)
+    about = json.loads(world.told(json.dumps(about), source))
+    tensors = world.spread_named(tensors, source)
+    return start if start is not None else unpacked_start(about, tensors)
 
 
 def make_start(
@@ -271,27 +306,46 @@ def find_pair(
     most: int,
     before: dict[tuple[int, int], Start],
     told: Callable[[int, int, int, int], None] = lambda half, number, done, total: None,
+    world: World = ALONE,
+    look: Callable[[], None] = lambda: None,
 ) -> Iterator[Start | Pair]:
     """Starts as they are made, and pairs as they are compared; ends with the first that is found, or after ``most`` of
-    each half. Starts of ``before`` are not made again."""
-    made: tuple[list[Start], list[Start]] = ([], [])
-    for number in range(most):
-        for half in (0, 1):
-            start = before.get((half, number))
-            if start is None:
+    each half. Starts of ``before`` are not made again.
 
-                def tell(done: int, total: int, half: int = half, number: int = number) -> None:
-                    told(half, number, done, total)
+    Processes of a ``world`` make the next start each, at the same time, and ``look`` together meanwhile; pairs are
+    compared in the same order, and the first process says what that says.
+    """
+    known, made = dict(before), (list[Start](), list[Start]())
+    turns = [(half, number) for number in range(most) for half in (0, 1)]
 
-                start = make_start(halves[half], half, number, plan, symmetry, seed, tell)
-                yield start
-            made[half].append(start)
-            for other in made[1 - half]:
-                starts = (other, start) if half else (start, other)
-                pair = compare(halves, starts, plan, symmetry)
-                yield pair
-                if pair.verdict.word == "found":
-                    return
+    def make(turn: tuple[int, int] | None) -> Start | None:
+        if turn is None:
+            return None
+        half, number = turn
+
+        def tell(done: int, total: int) -> None:
+            told(half, number, done, total)
+
+        return make_start(halves[half], half, number, plan, symmetry, seed, tell)
+
+    for at, (half, number) in enumerate(turns):
+        if (half, number) not in known:
+            now = [turn for turn in turns[at:] if turn not in known][: world.size]
+            own = now[world.rank] if world.rank < len(now) else None
+            mine = world.apart(partial(make, own), look)
+            for maker, turn in enumerate(now):
+                known[turn] = spread_start(mine if maker == world.rank else None, world, maker)
+                yield known[turn]
+        start = known[half, number]
+        made[half].append(start)
+        for other in made[1 - half]:
+            starts = (other, start) if half else (start, other)
+            pair = compare(halves, starts, plan, symmetry)
+            verdict = json.loads(world.told(json.dumps(asdict(pair.verdict))))
+            pair = replace(pair, verdict=Verdict(**verdict))
+            yield pair
+            if pair.verdict.word == "found":
+                return
 
 
 def _sampled(images: Spectra) -> Spectra:

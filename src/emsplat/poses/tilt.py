@@ -21,9 +21,10 @@ from torch.nn.functional import pad
 
 from emsplat.device import CPU
 from emsplat.imaging.ctf import beam_tilt, zernike_phase
+from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Reference
-from emsplat.sums.spectra import read_spectra
+from emsplat.sums.spectra import half_plane, read_spectra
 from emsplat.types import Aberrations, Optics
 
 _CHUNK = 512
@@ -51,9 +52,14 @@ class Tilt:
 
 
 def phase_sums(
-    reference: Reference, stack: ParticleStack, noise: list[Tensor], told: Callable[[int], None] = lambda _: None
+    reference: Reference,
+    stack: ParticleStack,
+    noise: list[Tensor],
+    told: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> dict[int, list[PhaseSums]]:
-    """Of each optics group, one for each grid that its images have; ``noise`` are the spectra of the `parts`.
+    """Of each optics group, one for each grid that its images have; ``noise`` are the spectra of the `parts`. Processes
+    of a ``world`` share the images out, hear equally often, and have the sums of all.
 
     Raises:
         InputError: an image cannot be used.
@@ -61,22 +67,22 @@ def phase_sums(
     found: dict[int, list[PhaseSums]] = {}
     done = 0
     for part, spectrum in zip(stack.parts(), noise, strict=True):
-        groups = part.table.optics_group[part.rows]
+        groups, mine = part.table.optics_group[part.rows], part.shared(world)
+        length = reference.grid.length
+        frequency, _ = half_plane(reference.lattice.radius, length / part.grid.length, part.grid.size)
         for group in torch.unique(groups).tolist():
-            cross: Tensor | None = None
-            rows = (groups == group).nonzero()[:, 0]
-            for some in torch.split(rows, _CHUNK):
-                own = part.take(some).without_symmetry().on(CPU)
-                spectra = read_spectra(own, reference.lattice.radius, reference.grid, spectrum)
-                slices = reference.lattice.slices(reference.volume[None], spectra, reference.field)[:, 0]
-                product = (spectra.values.conj() * spectra.transfer * slices).to(torch.complex128).sum(0)
-                cross = product if cross is None else cross + product
-                done += len(some)
-                told(done)
-            if cross is not None:
-                first = part.table.optics[part.rows[rows[:1]]]
-                basis = _basis(first, spectra.frequency.double() / spectra.length)
-                found.setdefault(group, []).append(PhaseSums(basis, cross))
+            cross = torch.zeros(len(frequency), dtype=torch.complex128)
+            for rows in world.in_step(torch.split(mine[groups[mine] == group], _CHUNK)):
+                if rows is not None and len(rows):
+                    own = part.take(rows).without_symmetry().on(CPU)
+                    spectra = read_spectra(own, reference.lattice.radius, reference.grid, spectrum)
+                    slices = reference.lattice.slices(reference.volume[None], spectra, reference.field)[:, 0]
+                    cross += (spectra.values.conj() * spectra.transfer * slices).to(torch.complex128).sum(0)
+                    done += len(rows)
+                told(min(world.size * done, len(stack)))
+            world.sum_(cross)
+            first = part.table.optics[part.rows[(groups == group).nonzero()[:1, 0]]]
+            found.setdefault(group, []).append(PhaseSums(_basis(first, frequency.double() / length), cross))
     return found
 
 

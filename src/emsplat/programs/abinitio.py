@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,24 @@ from emsplat.io.files import json_text
 from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
 from emsplat.maths.groups import Symmetry
+from emsplat.parallel import ALONE, World
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.abinitio import chosen
 from emsplat.poses.equivalents import find_poses, remade
 from emsplat.poses.local import NO_PRIOR, Placed, make_reference, nearest, noise_of, place
-from emsplat.poses.starts import Pair, Start, StartPlan, at_map, common_group, find_pair, kinds
+from emsplat.poses.starts import (
+    Pair,
+    Start,
+    StartPlan,
+    at_map,
+    common_group,
+    find_pair,
+    kinds,
+    packed_start,
+    spread_start,
+    unpacked_start,
+)
 from emsplat.poses.verdict import Verdict, brought_over
 from emsplat.process import threads
 from emsplat.programs.classical import accumulate_all
@@ -48,14 +61,18 @@ _FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
 _FINEST = 11.5  # cycles per diameter: the finest that starts look at
 _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
 _LOOKED = 500  # images at once
-_TENSORS = ("volume", "noise", "others")  # of a start
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
 
 
 @within_memory()
-def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def abinitio(
+    config: AbinitioConfig, particles: Path, output: Path, log: Log | None = None, world: World = ALONE
+) -> dict[str, Any]:
     """Finds poses, or finds that there are none to be believed, and writes maps with them into ``output``; returns
     summary.json.
+
+    Processes of a ``world`` make a start each at a time, and share the particles out in the end; the first writes, the
+    others return nothing once their part is done.
 
     Raises:
         InputError: the input or an option cannot be used.
@@ -63,11 +80,11 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
         Interrupted: asked to stop; ``resume`` goes on with the starts that were made.
     """
     log = log or Log()
-    if (finished := _finished(config, particles, output, log)) is not None:
+    if (finished := _finished(config, particles, output, log, world)) is not None:
         return finished
     _refuse(config)
     with threads(config.run.threads), log.to_the_end(config.run.profile):
-        run = open_run(config, particles, output, log, program="abinitio", need_poses=False)
+        run = open_run(config, particles, output, log, program="abinitio", need_poses=False, world=world)
         run = replace(run, stack=_unposed(run.stack))
         plan = _plan(run)
         halves = _read(run, plan)
@@ -77,33 +94,37 @@ def abinitio(config: AbinitioConfig, particles: Path, output: Path, log: Log | N
         about = _about(run, best, count, plan)
         _say(log, best.verdict, run.stack)
         if best.verdict.word == "not found":
-            return _conclude_without(run, about)
+            return _conclude_without(run, about) if world.first else {}
         with log.part("poses", "all particles against the map of their half"):
             group = common_group(best.starts, run.stack.symmetry)
             found = _found(run, best, plan, halves, group)
         about |= _symmetry_found(run, best, group) | _spread(run, found.placed)
         run = replace(run, stack=run.stack.with_poses(found.placed.poses))
-        _write_particles(run, found, plan)
+        if world.first:
+            _write_particles(run, found, plan)
         if plan.classes > 1:
             about |= _classes(run, found, plan)
             run = replace(run, stack=run.stack.take((found.kind == 0).nonzero()[:, 0]))
-        return finish(run, write_classical(run, accumulate_all(run)), abinitio=about)
+        coverage = write_classical(run, accumulate_all(run))
+        return finish(run, coverage, abinitio=about) if world.first else {}
 
 
 def exit_code(summary: dict[str, Any]) -> int:
     """1 where nothing was found."""
-    return int(summary["abinitio"]["verdict"] == "not found")
+    return int(summary.get("abinitio", {}).get("verdict") == "not found")
 
 
-def _finished(config: AbinitioConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
+def _finished(config: AbinitioConfig, particles: Path, output: Path, log: Log, world: World) -> dict[str, Any] | None:
     """As `found_finished`, also of a run that found nothing."""
-    if config.run.resume:
+    in_vain = dict[str, Any]()
+    if config.run.resume and world.first:
         check_same_run(config, particles, output)
         summary = read_summary(output)
-        if is_finished(summary) and summary.get("abinitio", {}).get("verdict") == "not found":
-            log.line(f"{output}: this run is finished: not found; --overwrite starts anew")
-            return summary
-    return found_finished(config, particles, output, log)
+        in_vain = summary if is_finished(summary) and exit_code(summary) else {}
+    if world.agree(bool(in_vain)):
+        log.line(f"{output}: this run is finished: not found; --overwrite starts anew")
+        return in_vain
+    return found_finished(config, particles, output, log, world)
 
 
 def _refuse(config: AbinitioConfig) -> None:
@@ -167,7 +188,7 @@ def _read(run: Run[AbinitioConfig], plan: StartPlan) -> tuple[Spectra, Spectra]:
 
 def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Spectra]) -> tuple[list[Pair], int]:
     """The pairs that were compared, and how many starts that took."""
-    log, options, stack = run.log, run.config.abinitio, run.stack
+    log, options, stack, world = run.log, run.config.abinitio, run.stack, run.world
     climb = plan.stages()[0].radius
     length = stack.grid.length
     log.line(
@@ -180,15 +201,17 @@ def _search(run: Run[AbinitioConfig], plan: StartPlan, halves: tuple[Spectra, Sp
     names = list(HALVES)
     steps = plan.steps + plan.stages()[2].steps
     with (
-        checkpoints(math.inf, limit=run.config.run.time_limit) as moment,
+        checkpoints(math.inf, world, run.config.run.time_limit) as moment,
         log.progress("starts", 2 * options.starts * steps, unit="steps") as update,
     ):
 
         def told(half: int, number: int, done: int, total: int) -> None:
             update((2 * number + half) * total + done, f"{names[half]}, start {number + 1}")
-            _look_up(moment)
+            if world.size == 1:
+                _look_up(moment)
 
-        for got in find_pair(halves, plan, stack.symmetry, run.config.halves.seed, options.starts, before, told):
+        seed, look = run.config.halves.seed, partial(_look_up, moment)
+        for got in find_pair(halves, plan, stack.symmetry, seed, options.starts, before, told, world, look):
             if isinstance(got, Start):
                 count += 1
                 _save(run, got)
@@ -218,25 +241,37 @@ def _look_up(moment: Checkpoints) -> None:
 
 
 def _save(run: Run[AbinitioConfig], start: Start) -> None:
+    if not run.world.first:
+        return
     name = list(HALVES)[start.half]
-    about = {
-        own: getattr(start, own)
-        for own in ("half", "number", "spread", "likelihood", "axes", "group", "steps", "share")
-    }
-    tensors = {own: getattr(start, own).contiguous() for own in _TENSORS} | {"elements": start.group.elements}
-    about |= {"group": start.group.symbol}
+    about, tensors = packed_start(start)
     write_tensors(run.folder / start_name(name, start.number + 1), tensors, {"emsplat.start": json.dumps(about)})
 
 
 def _made_before(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
-    """Starts that an interrupted run has made.
+    """Starts that an interrupted run has made, as the first process reads them.
 
     Raises:
         InputError: a file cannot be used.
     """
-    found: dict[tuple[int, int], Start] = {}
+    world, found = run.world, dict[tuple[int, int], Start]()
     if not run.config.run.resume:
         return found
+    read = list(_read_starts(run).values()) if world.first else []
+    for which in range(int(world.told(str(len(read))))):
+        start = spread_start(read[which] if world.first else None, world)
+        found[start.half, start.number] = start
+    if found:
+        run.log.line(f"resuming with {len(found)} starts")
+    return found
+
+
+def _read_starts(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
+    """
+    Raises:
+        InputError: a file cannot be used.
+    """
+    found = dict[tuple[int, int], Start]()
     for half, name in enumerate(HALVES):
         for number in range(run.config.abinitio.starts):
             path = run.folder / start_name(name, number + 1)
@@ -245,12 +280,10 @@ def _made_before(run: Run[AbinitioConfig]) -> dict[tuple[int, int], Start]:
             try:
                 with safe_open(path, framework="pt") as file:
                     about = json.loads(file.metadata()["emsplat.start"])
-                    about["group"] = Symmetry(about["group"], file.get_tensor("elements"))
-                    found[half, number] = Start(**{own: file.get_tensor(own) for own in _TENSORS}, **about)
+                    own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    found[half, number] = unpacked_start(about, own)
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error
-    if found:
-        run.log.line(f"resuming with {len(found)} starts")
     return found
 
 
@@ -281,10 +314,11 @@ def _found(
     """Every particle against the map of its own half: the best of a grid, then the nearest minimum. The second map is
     turned to lie on the first. Of a group that nobody has asked for each particle has an element drawn at random: all
     of them are as good, and what follows may know nothing of the group."""
-    second = brought_over(pair.starts[1].volume, pair.comparison, run.stack.grid.length)
+    second = brought_over(pair.starts[1].volume, pair.comparison, run.stack.grid.length).contiguous()
+    run.world.spread_(second)
     parts, rows = [], []
     for half, (name, volume) in enumerate(zip(HALVES, (pair.starts[0].volume, second), strict=True)):
-        parts += _of_half(run, name, pair.starts[half], plan, halves[half], volume, group)
+        parts.append(_of_half(run, name, pair.starts[half], plan, halves[half], volume, group))
         rows.append((run.stack.half == half + 1).nonzero()[:, 0])
     order = torch.argsort(torch.cat(rows))
     placed = Placed.joined([own.placed for own in parts], order)
@@ -303,30 +337,34 @@ def _of_half(
     images: Spectra,
     volume: Float[Tensor, "z y x"],
     symmetry: Symmetry,
-) -> list[_Found]:
-    stack, log = run.stack.only(HALVES[name]), run.log
+) -> _Found:
+    """The particles of a half, each process its share."""
+    stack, log, world = run.stack.only(HALVES[name]), run.log, run.world
     maps = torch.cat([volume[None], start.others])
     if plan.classes > 1:
         rows = (kinds(images, maps, start.noise, start.spread, plan) == 0).nonzero()[:, 0]
         images = chosen(images, rows) if len(rows) else images
-    again = remade(at_map(images, start, plan, symmetry, volume), plan.compared, plan.largest)
+    again = remade(at_map(images, start, plan, symmetry, volume), plan.compared, plan.largest).contiguous()
+    world.spread_(again)
     size = len(again)
     reference = make_reference(again, Grid(size, stack.grid.length / size), plan.largest)
-    noise, found = noise_of(stack), []
+    noise, own, done = noise_of(stack), stack.shared(world), 0
+    placed, kind = list[Placed](), [own[:0]]
     with log.progress(f"poses of {name}", len(stack)) as update:
-        for part in torch.split(torch.arange(len(stack)), _LOOKED):
-            some = stack.take(part)
-            spectra = read_spectra(some.without_symmetry(), plan.largest)
-            seen = at_map(spectra, start, plan, symmetry, again)
-            coarse = find_poses(seen, again, torch.arange(len(part)), symmetry, plan.compared, plan.largest)
-            placed = place(reference, some.with_poses(coarse), coarse, NO_PRIOR, noise, nearest)
-            kind = torch.zeros_like(part)
-            if plan.classes > 1:
-                own = torch.cat([again[None], start.others])
-                kind = kinds(spectra, own, start.noise, start.spread, plan)
-            found.append(_Found(placed, kind))
-            update(int(part[-1]) + 1, "")
-    return found
+        for part in world.in_step(torch.split(own, _LOOKED)):
+            if part is not None and len(part):
+                some = stack.take(part)
+                spectra = read_spectra(some.without_symmetry(), plan.largest, noise=noise[0])
+                seen = at_map(spectra, start, plan, symmetry, again)
+                coarse = find_poses(seen, again, torch.arange(len(part)), symmetry, plan.compared, plan.largest)
+                placed.append(place(reference, some.with_poses(coarse), coarse, NO_PRIOR, noise, nearest))
+                kind.append(torch.zeros_like(part))
+                if plan.classes > 1:
+                    them = torch.cat([again[None], start.others])
+                    kind[-1] = kinds(spectra, them, start.noise, start.spread, plan).to(part)
+                done += len(part)
+            update(min(world.size * done, len(stack)), "")
+    return _Found(Placed.gathered(placed, own, len(stack), world), world.gathered(torch.cat(kind), own, len(stack)))
 
 
 def _about(run: Run[AbinitioConfig], pair: Pair, starts: int, plan: StartPlan) -> dict[str, Any]:

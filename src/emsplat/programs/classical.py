@@ -19,7 +19,7 @@ from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
-from emsplat.parallel import World
+from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks, marks_in, particle_numbers
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -77,7 +77,7 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
         _check_added(run)
         sums = {name: _accumulate_half(run, name) for name in HALVES}
         with run.log.step("classical maps"):
-            return _decided(run.world, settle(run, sums))
+            return settle(run, sums)
 
 
 def _decided(world: World, classical: Classical) -> Classical:
@@ -89,7 +89,7 @@ def _decided(world: World, classical: Classical) -> Classical:
 
 def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
     """Classical maps from the sums of the halves, the mask written, and what is to be said of them."""
-    classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log))
+    classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log), run.world)
     if run.world.first:
         write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
     _tell(classical, run)
@@ -97,8 +97,11 @@ def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classi
     return classical
 
 
-def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor | None = None) -> Classical:
-    """Maps from the sums of the halves of ``stack``, and how far these agree; without ``mask`` in one that is made."""
+def judge(
+    halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor | None = None, world: World = ALONE
+) -> Classical:
+    """Maps from the sums of the halves of ``stack``, and how far these agree; without ``mask`` in one that is made.
+    Processes of a ``world`` have the sums of all."""
     both = _of_all(halves["half1"], halves["half2"])
     solved = {name: part.solve() for name, part in halves.items()} | {"class001": both.solve()}
     raw = {name: volume.cpu() for name, volume in solved.items()}
@@ -109,7 +112,8 @@ def judge(halves: dict[str, NormalEquations], stack: ParticleStack, mask: Tensor
     pair = solved["half1"], solved["half2"]
     validation = CrossValidation(pair, mask.to(pair[0].device), grid, stack.symmetry.order)
     curve = Curve(torch.arange(len(validation.raw)).double() / grid.length, validation.raw)
-    return Classical(halves, both, raw, mask, validation, both.coverage(), resolution(curve, 0.143), evident)
+    found = resolution(curve, 0.143)
+    return _decided(world, Classical(halves, both, raw, mask, validation, both.coverage(), found, evident))
 
 
 def _of_all(one: NormalEquations, other: NormalEquations) -> ClassicalEquations:

@@ -30,7 +30,7 @@ from emsplat.heterogeneity.half import on_grid
 from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.saved import read_search, save_search
-from emsplat.heterogeneity.search import Search, search
+from emsplat.heterogeneity.search import Search, search, spread
 from emsplat.heterogeneity.subspace import ball
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
@@ -39,13 +39,14 @@ from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
 from emsplat.measures.states import moving_mask
 from emsplat.models.decoder import Decoder
+from emsplat.parallel import ALONE, World
 from emsplat.process import threads
 from emsplat.programs.explore import explorer_numbers
 from emsplat.programs.finish import circumstances, describe
 from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
-from emsplat.programs.proof import proofs
+from emsplat.programs.proof import local_of, proofs
 from emsplat.programs.run import Run
 from emsplat.programs.state_engines import (
     StatesFitted,
@@ -71,11 +72,13 @@ from emsplat.run.files import (
     cells_name,
     coarse_model_name,
     half_model_name,
+    state_local_name,
     state_map_name,
     state_name,
 )
 from emsplat.run.folder import finished_summary, write_text
 from emsplat.run.log import Log
+from emsplat.run.stop import require_time
 from emsplat.sums.spectra import read_all_spectra
 from emsplat.sums.statistics import fingerprint, in_one_grey
 
@@ -83,45 +86,55 @@ _FEWEST = 2  # states: one alone is no heterogeneity
 
 
 @within_memory()
-def heterogeneity(config: HeterogeneityConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def heterogeneity(
+    config: HeterogeneityConfig, particles: Path, output: Path, log: Log | None = None, world: World = ALONE
+) -> dict[str, Any]:
     """States of the molecule with half maps, or the finding that there are none, into ``output``; returns summary.json.
+
+    Processes of a ``world`` share the work out; the first writes, the others return nothing once their part is done.
 
     Raises:
         InputError: the input or an option cannot be used.
         OutputError: the folder is not empty or cannot be written.
     """
     log = log or Log()
-    _refuse(config)
-    if (finished := _found_finished(config, particles, output, log)) is not None:
+    _refuse(config, world)
+    if (finished := _found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end(config.run.profile):
-        run = open_run(config, particles, output, log, program="heterogeneity")
+        run = open_run(config, particles, output, log, program="heterogeneity", world=world)
         if engine_of(config) == "images":
             run.stack.require_one_grid()
-        run = replace(run, stack=in_one_grey(run.stack))
+        run = replace(run, stack=in_one_grey(run.stack, world))
         searched = _search(run)
         _say_gains(run.log, searched)
         if searched.found is None:
-            return _conclude(run, searched, None)
+            return _conclude(run, searched, None) if world.first else {}
         window = window_of(searched.subspaces, run.stack.grid)
         fit = fit_on_images if engine_of(config) == "images" else fit_cells
-        return _conclude(run, searched, fit(run, searched, window))
+        fitted = fit(run, searched, window)
+        return {} if fitted is None else _conclude(run, searched, fitted)
 
 
-def _found_finished(config: HeterogeneityConfig, particles: Path, output: Path, log: Log) -> dict[str, Any] | None:
-    """The summary of the run that ``resume`` asks for, where nothing is left of it to do.
+def _found_finished(
+    config: HeterogeneityConfig, particles: Path, output: Path, log: Log, world: World
+) -> dict[str, Any] | None:
+    """The summary of the run that ``resume`` asks for, where nothing is left of it to do; an empty one in processes
+    that have no folder.
 
     Raises:
         InputError: the folder holds no such run.
     """
-    summary = finished_summary(config, particles, output)
-    if summary is None:
+    summary = finished_summary(config, particles, output) if world.first else None
+    if not world.agree(summary is not None):
         return None
+    if summary is None:
+        return {}
     log.line(f"{output}: this run is finished, nothing is left to resume and nothing was done; --overwrite starts anew")
     return summary
 
 
-def _refuse(config: HeterogeneityConfig) -> None:
+def _refuse(config: HeterogeneityConfig, world: World) -> None:
     """
     Raises:
         InputError: an option of other runs that means nothing here, or one of the other engine.
@@ -133,6 +146,11 @@ def _refuse(config: HeterogeneityConfig) -> None:
         raise InputError("--naming: not for heterogeneity; leave it out")
     if given.recipe == "cryospire" and given.engine == "cells":
         raise InputError("--recipe cryospire is fitted to images; leave --engine cells out")
+    if world.size > 1 and engine_of(config) == "images":
+        raise InputError(
+            "--engine images of heterogeneity is not shared out over processes; start it without torchrun, or take "
+            "--engine cells"
+        )
     of_images = {
         "decoder": given.decoder,
         "start": given.start,
@@ -164,14 +182,14 @@ def _refuse(config: HeterogeneityConfig) -> None:
 
 
 def _search(run: Run[HeterogeneityConfig]) -> Search:
-    options, stack = run.config.heterogeneity, run.stack
+    options, stack, world = run.config.heterogeneity, run.stack, run.world
     kept, mark = run.folder / SEARCH, fingerprint(stack)
-    if kept.is_file():
+    if world.agree(world.first and kept.is_file()):
         run.log.line("resuming: the linear stage is done")
-        return read_search(kept, mark)
+        return spread(read_search(kept, mark) if world.first else None, world)
     if options.from_run is not None:
         run.log.line(f"linear stage of {options.from_run}")
-        return read_search(options.from_run / SEARCH, mark)
+        return spread(read_search(options.from_run / SEARCH, mark) if world.first else None, world)
     radius = finest(run)
     halves = [stack.only(half) for half in (1, 2)]
     for half, own in enumerate(halves):
@@ -182,7 +200,11 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             )
     support = _focus(run)
     with run.log.part("reading", "reading the low frequencies of all images"):
-        spectra = (read_all_spectra(halves[0], radius), read_all_spectra(halves[1], radius))
+        spectra = (read_all_spectra(halves[0], radius, world), read_all_spectra(halves[1], radius, world))
+
+    def look() -> None:
+        require_time(run.config.run.time_limit, "in the linear stage, which begins anew", world)
+
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
         searched = search(
             spectra,
@@ -192,8 +214,10 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             run.config.halves.seed,
             support,
             run.log.line,
+            look,
         )
-    save_search(kept, searched, mark)
+    if world.first:
+        save_search(kept, searched, mark)
     return searched
 
 
@@ -292,6 +316,10 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     one, other = (on_grid(_consensus(cells), cells.grid, grid) for cells in fitted.cells)
     consensus = (one + other) / 2
     given = given_mask(run.config.mask, grid, log)
+
+    def mask_of(volume: Tensor) -> Tensor:
+        return particle_mask(volume, grid, stack.diameter, True) if given is None else given
+
     weight = torch.cdist(whole, tried).argmin(1).bincount(minlength=len(tried)).double()
     found = proofs(
         fitted,
@@ -299,7 +327,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         weight,
         consensus,
         grid,
-        lambda volume: particle_mask(volume, grid, stack.diameter, True) if given is None else given,
+        mask_of,
         finest(run),
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
@@ -332,13 +360,21 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
     for number, (latent, share, proof) in enumerate(
         zip(latents, shared.shares, (found[number] for number in kept), strict=True)
     ):
-        halves = [model.map(latent) for model in fitted.models]
+        halves = (fitted.models[0].map(latent), fitted.models[1].map(latent))
+        volume = (halves[0] + halves[1]) / 2
         path = folder / STATES / state_map_name(number)
-        write_map(path, (halves[0] + halves[1]) / 2, grid.pixel_size)
+        write_map(path, volume, grid.pixel_size)
         for half, own in enumerate(halves):
             write_map(folder / STATES / state_map_name(number, half + 1), own, grid.pixel_size)
         write_state_gaussians(fitted.models, latent, path.with_suffix(".ply"))
-        rows.append({"state": number + 1} | asdict(proof) | _population(share, shared.shares))
+        local = local_of(fitted, latent, halves, proof.resolution, grid)
+        about_local = None
+        if local is not None:
+            mask = mask_of(volume)
+            write_map(folder / STATES / state_local_name(number), local.filled(mask), grid.pixel_size)
+            about_local = {"window": round(local.window, 2)} | (local.summary(mask) or {})
+        row = {"state": number + 1} | asdict(proof) | {"local_resolution": about_local}
+        rows.append(row | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")
     _write_table(folder / STATES / STATES_TABLE, rows, latents)

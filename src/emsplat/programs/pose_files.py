@@ -129,7 +129,9 @@ def _write_table(path: Path, table: dict[str, Tensor]) -> None:
 
 
 def save_rounds(run: Run[RefineConfig], state: Refined) -> None:
-    """What --resume needs to go on after a round."""
+    """What --resume needs to go on after a round; the first process writes it."""
+    if not run.world.first:
+        return
     poses = state.stack.table.poses[state.stack.rows]
     tensors: dict[str, Tensor] = {"rotation": poses.rotation, "shift": poses.shift}
     tensors |= {"centre_rotation": state.centre.rotation, "centre_shift": state.centre.shift}
@@ -149,18 +151,23 @@ def save_rounds(run: Run[RefineConfig], state: Refined) -> None:
 
 
 def resumed_rounds(run: Run[RefineConfig]) -> Refined | None:
-    """Where an interrupted run left off, None where it made no round.
+    """Where an interrupted run left off, as the first process reads it; None where it made no round.
 
     Raises:
         InputError: the file cannot be used.
     """
-    path = run.folder / REFINEMENT
-    if not run.config.run.resume or not path.is_file():
+    path, world = run.folder / REFINEMENT, run.world
+    there = world.first and run.config.run.resume and path.is_file()
+    if not world.agree(there):
         return None
+    said, own = "", dict[str, Any]()
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["emsplat.refinement"])
-            own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if there:
+            with safe_open(path, framework="pt") as file:
+                said = file.metadata()["emsplat.refinement"]
+                own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(world.told(said))
+        own = dict[str, Any](world.spread_named(own))
         poses = Poses(own["rotation"], own["shift"])
         rounds = tuple(Round(**one) for one in about["rounds"])
         stack = run.stack.with_poses(poses)

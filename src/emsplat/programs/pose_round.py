@@ -18,6 +18,7 @@ from emsplat.fitting.state import Plan
 from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.imaging.project import voxelize
 from emsplat.io.table import joined_optics
+from emsplat.parallel import World
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference, nearest, noise_of, place, stay
 from emsplat.poses.optics import Spread, refine_optics
@@ -79,8 +80,9 @@ def make_round(
     moment: Checkpoints,
     known: KnownStates | None = None,
 ) -> Refined:
-    """Every particle placed against the reference of its own half, or where states are known that of its state."""
-    log, stack, grid = run.log, before.stack, run.stack.grid
+    """Every particle placed against the reference of its own half, or where states are known that of its state.
+    Processes share the particles out, and have all of them in the end."""
+    log, world, stack, grid = run.log, run.world, before.stack, run.stack.grid
     number = len(before.rounds) + 1
     cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
     options = run.config.refinement
@@ -93,21 +95,21 @@ def make_round(
     optics: list[Optics] = []
     spreads: list[Spread] = []
     phases: dict[int, list[PhaseSums]] = {}
+    references = _references(run, settings, classical, cut) if known is None else []
     rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
     for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
         own = stack.only(half)
         if known is None:
-            whole = Target(_reference(run, settings, classical, name, cut), torch.arange(len(own)))
-            targets = [whole]
+            targets = [Target(references[half - 1], torch.arange(len(own)))]
         else:
-            targets = state_targets(known, half, stack, classical.equations[name], cut)
+            targets = state_targets(known, half, stack, classical.equations[name], cut, world)
             log.line(f"  {name}: compared with maps of {len(targets)} states")
         noise = noise_of(own)
         prior = _prior(run, targets, own, given[own_rows], noise, search)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
             told = partial(_told, update, moment)
-            placed = _placed(targets, own, given[own_rows], prior, noise, search, told)
+            placed = _placed(targets, own, given[own_rows], prior, noise, search, world, told)
         found.append(placed)
         log.line(
             f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å per axis; "
@@ -120,7 +122,7 @@ def make_round(
                 moved = own.with_poses(placed.poses)
                 for target in targets:
                     some = moved.take(target.rows)
-                    sums = phase_sums(target.reference, some, _noise_for(some, own, noise), told)
+                    sums = phase_sums(target.reference, some, _noise_for(some, own, noise), told, world)
                     for group, its in sums.items():
                         phases.setdefault(group, []).extend(its)
         if _DEFOCUS in asked or _SCALE in asked:
@@ -133,6 +135,7 @@ def make_round(
                     defocus=_DEFOCUS in asked,
                     strength=_SCALE in asked,
                     told=partial(_told, update, moment),
+                    world=world,
                 )
             optics.append(changed)
             spreads.append(spread)
@@ -224,8 +227,23 @@ def _search(run: Run[RefineConfig], number: int) -> Search:
     return within(math.radians(float(asked)))
 
 
-def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical, name: str, cut: int) -> Reference:
-    """What the particles of a half are compared with, from its own sums in its own mask."""
+def _references(run: Run[RefineConfig], settings: Settings, classical: Classical, cut: int) -> list[Reference]:
+    """What the particles of each half are compared with. Of several processes two make one each."""
+    world, grid = run.world, run.stack.grid
+    makers = {name: half % world.size for half, name in enumerate(HALVES)}
+    volumes = [
+        _reference(run, settings, classical, name)
+        if maker == world.rank
+        else torch.empty(grid.size, grid.size, grid.size)
+        for name, maker in makers.items()
+    ]
+    for volume, maker in zip(volumes, makers.values(), strict=True):
+        world.spread_(volume, source=maker)
+    return [make_reference(volume, grid, cut) for volume in volumes]
+
+
+def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical, name: str) -> Tensor:
+    """The map of a half from its own sums, in its own mask."""
     stack, grid = run.stack, run.stack.grid
     mask = given_mask(run.config.mask, grid)
     if mask is None:
@@ -244,7 +262,7 @@ def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical,
             pass
         with torch.no_grad():
             volume = voxelize(fitted.kept.model.gaussians(), grid).cpu()
-    return make_reference(volume * mask, grid, cut)
+    return (volume * mask).contiguous()
 
 
 def _prior(
@@ -268,7 +286,7 @@ def _prior(
         rows = torch.cat([target.rows for target in some]).sort().values
         sample = own.take(rows)
         inside = [Target(target.reference, torch.searchsorted(rows, target.rows)) for target in some]
-        placed = _placed(inside, sample, given[rows], wide, _noise_for(sample, own, noise), search)
+        placed = _placed(inside, sample, given[rows], wide, _noise_for(sample, own, noise), search, run.world)
         found = estimate_prior(placed, given[rows])
         turn = math.degrees(found.turn) if turn is None else turn
         shift = found.shift if shift is None else shift
@@ -282,6 +300,7 @@ def _placed(
     prior: Prior,
     noise: list[Tensor],
     search: Search,
+    world: World,
     told: Callable[[int], None] = lambda _: None,
 ) -> Placed:
     """Every particle against its own target."""
@@ -294,7 +313,7 @@ def _placed(
             told(before + count)
 
         about = given[target.rows]
-        found.append(place(target.reference, some, about, prior, _noise_for(some, own, noise), search, also))
+        found.append(place(target.reference, some, about, prior, _noise_for(some, own, noise), search, also, world))
         done += len(some)
     return Placed.joined(found, torch.argsort(torch.cat([target.rows for target in targets])))
 

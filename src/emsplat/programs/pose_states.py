@@ -16,6 +16,7 @@ from emsplat.errors import InputError
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.io.columns import as_whole, read_columns, read_latents
 from emsplat.measures.states import common_mask
+from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Reference, make_reference
 from emsplat.programs.state_particles import row_numbers
@@ -78,10 +79,13 @@ def read_known_states(run: Path, stack: ParticleStack) -> KnownStates:
     return KnownStates((first, second), known.z[line])
 
 
-def state_targets(known: KnownStates, half: int, stack: ParticleStack, own: NormalEquations, cut: int) -> list[Target]:
+def state_targets(
+    known: KnownStates, half: int, stack: ParticleStack, own: NormalEquations, cut: int, world: World = ALONE
+) -> list[Target]:
     """Maps of the states of a half (1 or 2), made by the model of that half alone, and the particles near each.
 
-    Latents are parted by k-means, in units of how well an image tells them.
+    Latents are parted by k-means, in units of how well an image tells them. Processes of a ``world`` take the parting
+    of the first.
     """
     model = known.models[half - 1]
     latent = known.latent[stack.half == half]
@@ -89,9 +93,11 @@ def state_targets(known: KnownStates, half: int, stack: ParticleStack, own: Norm
     count = max(1, min(_STATES, len(latent) // _SHARE))
     seen = (latent @ scale).numpy()
     centre, state = kmeans2(seen, count, iter=_ITERATIONS, minit="++", rng=np.random.default_rng(half))
-    middle = torch.linalg.solve_triangular(scale.T, torch.from_numpy(centre).T, upper=True).T
-    numbers = [number for number in range(count) if bool((state == number).any())]
-    rows = [torch.from_numpy((state == number).nonzero()[0]) for number in numbers]
+    middle = torch.linalg.solve_triangular(scale.T, torch.from_numpy(centre).T, upper=True).T.contiguous()
+    parted = torch.from_numpy(state).long()
+    world.spread_(middle, parted)
+    numbers = [number for number in range(count) if bool((parted == number).any())]
+    rows = [(parted == number).nonzero()[:, 0] for number in numbers]
     maps = torch.stack([model.map(middle[number]) for number in numbers])
     share = torch.tensor([len(one) for one in rows]).double()
     mean = torch.einsum("m,mzyx->zyx", (share / share.sum()).float(), maps)

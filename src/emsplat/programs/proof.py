@@ -15,6 +15,7 @@ from emsplat.heterogeneity.evidence import SIGNIFICANT
 from emsplat.heterogeneity.half import on_grid
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
+from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated
 from emsplat.measures.states import moving_mask
 from emsplat.programs.state_engines import StatesFitted
 from emsplat.types import Grid
@@ -73,6 +74,21 @@ def proofs(
             gain, error = CrossValidation(raw, both, grid).gain((others[0], others[1]), (one, other), last)
         found.append(Proof(seen[0], seen[1], gain, error))
     return found
+
+
+def local_of(
+    fitted: StatesFitted,
+    latent: Float[Tensor, " q"],
+    halves: tuple[Float[Tensor, "z y x"], Float[Tensor, "z y x"]],
+    resolution: float | None,
+    grid: Grid,
+) -> LocalResolution | None:
+    """The cross-validated local resolution of a state: its half maps against what the other half-set's particles say.
+    None where a window would have fewer than four voxels."""
+    window = min(default_window(resolution), grid.length / 2)
+    if window < 4 * grid.pixel_size:
+        return None
+    return local_cross_validated(halves, _raw(fitted, latent, grid), grid, window=window)
 
 
 def _raw(

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from emsplat.assessment.maps import given_mask, is_evident, shared_shell
+from emsplat.assessment.maps import given_mask, shared_shell
 from emsplat.config import RefineConfig
 from emsplat.device import within_memory
 from emsplat.errors import InputError
+from emsplat.parallel import ALONE, World
+from emsplat.particles.copies import particle_numbers
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import threads
@@ -43,8 +44,12 @@ _HARM = 1e-3  # loss of the score beyond which a round is taken back
 
 
 @within_memory()
-def refine(config: RefineConfig, particles: Path, output: Path, log: Log | None = None) -> dict[str, Any]:
+def refine(
+    config: RefineConfig, particles: Path, output: Path, log: Log | None = None, world: World = ALONE
+) -> dict[str, Any]:
     """Refines poses and reconstructs with them into ``output``; returns what was written to summary.json.
+
+    Processes of a ``world`` share the work out; the first writes, the others return nothing once their part is done.
 
     Raises:
         InputError: the input or an option cannot be used.
@@ -52,11 +57,11 @@ def refine(config: RefineConfig, particles: Path, output: Path, log: Log | None 
         Interrupted: asked to stop; ``resume`` goes on from the last round.
     """
     log = log or Log()
-    if (finished := found_finished(config, particles, output, log)) is not None:
+    if (finished := found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end(config.run.profile):
         settings = _settled(config)
-        run = open_run(config, particles, output, log, settings, program="refine")
+        run = open_run(config, particles, output, log, settings, program="refine", world=world)
         _require_poses(run.stack)
         introduce_fit(log, settings)
         _say_origin(run)
@@ -64,9 +69,10 @@ def refine(config: RefineConfig, particles: Path, output: Path, log: Log | None 
         refined, sums = _rounds(run, settings)
         run = replace(run, stack=refined.stack)
         about = about_poses(run, given, refined)
-        write_particles(run, refined, given)
+        if world.first:
+            write_particles(run, refined, given)
         fits, coverage = _fit(run, settings, sums)
-        return finish(run, coverage, compared_with_images(run, fits), refinement=about)
+        return finish(run, coverage, compared_with_images(run, fits), refinement=about) if world.first else {}
 
 
 def _fit(run: Run[RefineConfig], settings: Settings, sums: dict[str, NormalEquations]) -> tuple[Fits, float]:
@@ -156,9 +162,9 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
     known = read_known_states(options.states, given) if options.states is not None else None
     most = options.rounds if known is None else 1  # their maps are not made anew
     state = resumed_rounds(run) or Refined(given, None, None, given.table.poses[given.rows])
-    with log.part("rounds"), checkpoints(math.inf, limit=run.config.run.time_limit) as moment:
+    with log.part("rounds"), checkpoints(math.inf, run.world, run.config.run.time_limit) as moment:
         sums, classical, score = _judged(run, state.stack, moment)
-        if not is_evident(_raw(classical), given.grid, given.diameter):
+        if not classical.evident:
             log.warn(
                 "the half-sets do not agree beyond the first shells: there is nothing that poses could be refined "
                 "against, and they stay as they were given; if they are wrong, find new ones with `emsplat abinitio`"
@@ -191,15 +197,11 @@ def _has_stalled(state: Refined) -> bool:
     return bool(state.rounds) and state.rounds[-1].gained < _STALLED
 
 
-def _raw(classical: Classical) -> tuple[Tensor, Tensor]:
-    return classical.raw["half1"], classical.raw["half2"]
-
-
 def _judged(
     run: Run[RefineConfig], stack: ParticleStack, moment: Checkpoints
 ) -> tuple[dict[str, NormalEquations], Classical, float]:
     """The sums of both halves, what they say, and how well the halves agree."""
-    sums = {}
+    sums, world = {}, run.world
     for name, half in HALVES.items():
         parts = []
         own = stack.only(half)
@@ -207,15 +209,17 @@ def _judged(
             done = 0
             for part in own.parts():
                 statistics = begin(part, stack.grid)
-                for _ in accumulate(statistics, part, estimate_noise(part)):
-                    update(done + min(statistics.particles, len(part)), "")
+                together = particle_numbers(part.table.take(part.rows)) if world.size > 1 else None
+                for _ in accumulate(statistics, part, estimate_noise(part), world, together):
+                    update(done + min(world.size * statistics.particles, len(part)), "")
                     look_up(moment)
+                statistics.gather(world)
                 done += len(part)
                 parts.append(statistics.equations())
         sums[name] = combined(parts)
-    classical = judge(sums, stack, given_mask(run.config.mask, stack.grid))
+    classical = judge(sums, stack, given_mask(run.config.mask, stack.grid), world)
     show(classical, run)
-    return sums, classical, _score(run, classical)
+    return sums, classical, float(world.told(repr(_score(run, classical))))
 
 
 def _score(run: Run[RefineConfig], classical: Classical) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,7 @@ from emsplat.heterogeneity.half import (
     agreement,
     in_frame,
     read_half,
+    spread_half,
     with_residual,
     without_residual,
 )
@@ -43,14 +45,14 @@ from emsplat.heterogeneity.images import (
     steps_of,
 )
 from emsplat.heterogeneity.refresh import Placed, refreshed
-from emsplat.heterogeneity.saved import read_cells, save_cells
+from emsplat.heterogeneity.saved import read_cells, save_cells, spread_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
-from emsplat.run.stop import checkpoints
+from emsplat.run.stop import checkpoints, require_time
 from emsplat.sums.statistics import equations_of, fingerprint
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
@@ -78,28 +80,30 @@ class StatesFitted:
     classes: Classes | None  # where latents form such
 
 
-def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted:
+def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted | None:
     """The fast road: decoders fitted to the sums of cells.
 
     A coarse decoder of the cells of the linear stage shows states more sharply than that could. Particles are placed
     anew by it, and sums over more and smaller cells make the fine decoder, by which they are placed for good.
+
+    Several processes share the images out, and two of them fit the decoders of one half each; the first has the result.
 
     Raises:
         InputError: what an earlier run has kept is damaged.
     """
     if searched.found is None:
         raise ValueError("nothing was found")
-    firsts = searched.found.embeddings()
-    between = not common_classes(*firsts).told
-    models, kept, places = [], [], []
+    firsts, world = searched.found.embeddings(), run.world
+    between = world.agree(world.first and not common_classes(*firsts).told)
+    coarse = _coarse(run, firsts, window)
+    kept, places = [], []
     for half, first in enumerate(firsts):
         gain = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
-        coarse = _coarse(run, half, first, window)
-        placed = _placed_anew(run, searched, half, coarse, Placed(first, gain, torch.zeros_like(gain)), between=between)
-        cells = gathered(run, half, placed.embedding, window, fine=True)
-        models.append(_fine(run, half, coarse, placed.embedding, cells))
-        kept.append(cells)
+        known = Placed(first, gain, torch.zeros_like(gain))
+        placed = _placed_anew(run, searched, half, coarse[half], known, between=between)
+        kept.append(gathered(run, half, placed.embedding, window, fine=True))
         places.append(placed)
+    models = _fine(run, coarse, [placed.embedding for placed in places], kept)
     models = _with_residuals(run, models, [placed.embedding for placed in places], kept)
     embeddings, told = [], []
     for half, (model, before) in enumerate(zip(models, places, strict=True)):
@@ -108,6 +112,8 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
         final = _placed_anew(run, searched, half, model, before, between=again)
         embeddings.append(final.embedding)
         told.append(mean_gain(final.gain - final.mean, torch.arange(len(final.gain)) // run.stack.symmetry.order))
+    if not world.first:
+        return None
     kernels = [_kernel(placed.embedding) for placed in places]
     return _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
 
@@ -125,7 +131,7 @@ def _with_residuals(
             score[kind] = sum(
                 agreement(own[half], cells[1 - half], leading(places[1 - half], places[half])) for half in (0, 1)
             )
-    best = max(score, key=lambda kind: score[kind])
+    best = RESIDUALS[int(run.world.told(str(RESIDUALS.index(max(score, key=lambda kind: score[kind])))))]
     said = ", ".join(f"{kind} {value / 2:.4f}" for kind, value in score.items())
     run.log.line(f"  agreement with cells of the other half: {said}; residual: {best}")
     return found[best]
@@ -136,7 +142,16 @@ def _generator(run: Run[HeterogeneityConfig], half: int) -> torch.Generator:
 
 
 def _told(run: Run[HeterogeneityConfig]) -> Callable[[str], None]:
-    return lambda text: run.log.line(f"  {text}")
+    def tell(text: str) -> None:
+        if run.world.size == 1:
+            _look(run)
+        run.log.line(f"  {text}")
+
+    return tell
+
+
+def _look(run: Run[HeterogeneityConfig]) -> None:
+    require_time(run.config.run.time_limit, "in a decoder, which begins anew", run.world)
 
 
 def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
@@ -144,32 +159,66 @@ def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
     return DecoderPlan(options.parts or 5, options.gaussians)
 
 
-def _coarse(run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window) -> HalfModel:
-    path = run.folder / coarse_model_name(half + 1)
-    if path.is_file():
-        return read_half(path)
-    cells = gathered(run, half, embedding, window)
-    with run.log.part("decoder", f"half {half + 1}: a coarse model of all states"):
-        shared = overlap(embedding.membership)
-        decoder = coarse_decoder(cells, shared, _plan(run), _generator(run, half), _told(run))
-        bare = without_residual(decoder, embedding, run.stack.grid)
-        model = with_residual(bare, embedding, cells, "linear")
-    model.save(path)
-    return model
+def _coarse(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embedding], window: Window) -> list[HalfModel]:
+    """A coarse model of each half."""
+
+    def made(half: int, cells: Cells) -> HalfModel:
+        with run.log.part("decoder", f"half {half + 1}: a coarse model of all states"):
+            shared = overlap(embeddings[half].membership)
+            decoder = coarse_decoder(cells, shared, _plan(run), _generator(run, half), _told(run))
+            bare = without_residual(decoder, embeddings[half], run.stack.grid)
+            return with_residual(bare, embeddings[half], cells, "linear")
+
+    return _of_halves(run, coarse_model_name, lambda half: gathered(run, half, embeddings[half], window), made)
 
 
-def _fine(run: Run[HeterogeneityConfig], half: int, coarse: HalfModel, embedding: Embedding, cells: Cells) -> HalfModel:
-    path = run.folder / half_model_name(half + 1)
-    if path.is_file():
-        return in_frame(read_half(path), identity(embedding.density.point.shape[1]))
-    if not isinstance(coarse.decoder, Decoder):
-        raise InputError(f"{run.folder / coarse_model_name(half + 1)}: holds another decoder; start anew")
-    with run.log.part("decoder", f"half {half + 1}: a fine model of all states"):
-        shared = overlap(embedding.membership)
-        decoder = fine_decoder(coarse.decoder, cells, shared, _plan(run), _generator(run, half), _told(run))
-        model = without_residual(decoder, embedding, run.stack.grid)
-    model.save(path)
-    return model
+def _fine(
+    run: Run[HeterogeneityConfig], coarse: list[HalfModel], embeddings: list[Embedding], cells: list[Cells]
+) -> list[HalfModel]:
+    """A fine model of each half, in the latents of that half."""
+
+    def made(half: int, cells: Cells) -> HalfModel:
+        before = coarse[half].decoder
+        if not isinstance(before, Decoder):
+            raise InputError(f"{run.folder / coarse_model_name(half + 1)}: holds another decoder; start anew")
+        with run.log.part("decoder", f"half {half + 1}: a fine model of all states"):
+            shared = overlap(embeddings[half].membership)
+            decoder = fine_decoder(before, cells, shared, _plan(run), _generator(run, half), _told(run))
+            return without_residual(decoder, embeddings[half], run.stack.grid)
+
+    models = _of_halves(run, half_model_name, lambda half: cells[half], made)
+    return [
+        in_frame(model, identity(own.density.point.shape[1])) for model, own in zip(models, embeddings, strict=True)
+    ]
+
+
+def _of_halves(
+    run: Run[HeterogeneityConfig],
+    name: Callable[[int], str],
+    cells: Callable[[int], Cells],
+    made: Callable[[int, Cells], HalfModel],
+) -> list[HalfModel]:
+    """A model of each half: from its file in the folder, or made now and written. Of several processes two make one
+    each, from the cells that all of them have, and the first writes."""
+    world = run.world
+    paths = [run.folder / name(half + 1) for half in (0, 1)]
+    there = [world.agree(world.first and path.is_file()) for path in paths]
+    makers = [0 if known else half % world.size for half, known in enumerate(there)]
+    given = [None if there[half] else cells(half) for half in (0, 1)]  # before a process goes to work alone
+
+    def mine() -> list[HalfModel | None]:
+        found = list[HalfModel | None]()
+        for half, (path, own) in enumerate(zip(paths, given, strict=True)):
+            known = read_half(path) if there[half] and world.first else None
+            found.append(made(half, own) if own is not None and makers[half] == world.rank else known)
+        return found
+
+    found = world.apart(mine, partial(_look, run))
+    models = [spread_half(model, world, maker) for model, maker in zip(found, makers, strict=True)]
+    for path, model, before in zip(paths, models, there, strict=True):
+        if world.first and not before:
+            model.save(path)
+    return models
 
 
 def _placed_anew(
@@ -184,13 +233,14 @@ def _placed_anew(
     """The latent space as a model has it; also with points ``between`` those that there are."""
     if searched.found is None:
         raise ValueError("nothing was found")
+    require_time(run.config.run.time_limit, f"before particles of half {half + 1} were placed anew")
     stacks = (run.stack.only(half + 1), run.stack.only(2 - half))
     latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
     subspace, count = searched.subspaces[half], len(before.embedding.density)
     if between:
         count = max(count, min(_MOST_POINTS, len(before.embedding.own) // _PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
-        placed = refreshed(model, before, subspace, latents, stacks, count, _generator(run, half))
+        placed = refreshed(model, before, subspace, latents, stacks, count, _generator(run, half), run.world)
     gain, mean = float(placed.gain.mean()), float(placed.mean.mean())
     told = f"{len(placed.embedding.density)} states, gain {gain:.2f} nats per image of the other half"
     run.log.line(f"  {'as before' if placed is before else told + f', {gain - mean:.2f} of it over their mean'}")
@@ -217,19 +267,25 @@ def gathered(
     run: Run[HeterogeneityConfig], half: int, embedding: Embedding, window: Window, *, fine: bool = False
 ) -> Cells:
     """The sums of the cells of a half-set (0 or 1): of this run or of the one that it is ``--from``, or made now."""
-    stack, log = run.stack.only(half + 1), run.log
+    stack, log, world = run.stack.only(half + 1), run.log, run.world
     mark, name = fingerprint(stack), cells_name(half + 1, fine)
     path, source = run.folder / name, run.config.heterogeneity.from_run
     if source is not None and not fine and not path.is_file() and (source / name).is_file():
         path = source / name
-    if path.is_file():
+    if world.agree(world.first and path.is_file()):
         log.line(f"half {half + 1}: sums of cells from {path}")
-        return read_cells(path, mark)
+        return spread_cells(read_cells(path, mark) if world.first else None, world)
     count = len(embedding.density)
     said = f"half {half + 1}: sums of {count} cells, {window.support} voxels across"
     with log.part("cells", said), log.progress("cells", count, unit="cells") as update:
-        cells = cells_of(stack, embedding, window, update)
-    save_cells(path, cells, mark)
+
+        def told(number: int, text: str) -> None:
+            require_time(run.config.run.time_limit, f"after {number} of {count} cells of half {half + 1}", world)
+            update(number, text)
+
+        cells = cells_of(stack, embedding, window, told, world)
+    if world.first:
+        save_cells(path, cells, mark)
     return cells
 
 

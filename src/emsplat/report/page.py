@@ -527,11 +527,12 @@ def states(run: Path) -> str:
                 told,
                 _angstrom(row.get("resolution")),
                 _angstrom(row.get("moving_resolution")),
+                _spread(read.group(row, "local_resolution")),
             )
         )
     if not rows:
         return ""
-    head = ("State", "Particles (95 %)", "Half-sets", "-ln p (kT)", "Resolution", "Where it differs")
+    head = ("State", "Particles (95 %)", "Half-sets", "-ln p (kT)", "Resolution", "Where it differs", "Local (90 %)")
     kind = "classes of latents" if found.get("classes") is True else "groups along a continuous distribution"
     return (
         f'<div class="scroll">{_grid(head, rows)}</div>\n'
@@ -539,13 +540,22 @@ def states(run: Path) -> str:
             f"States are {kind}. Populations are shares of the density of the latents, which no posterior shrinks; "
             f"intervals come from a bootstrap over {_text(found.get('populations_over'))}. Resolutions are "
             "cross-validated at 0.5: the map of each half-set against the back-projection of the other half's "
-            "particles, in the mask of the molecule and where the state differs from the consensus. Shown are states "
+            "particles, in the mask of the molecule and where the state differs from the consensus; local ones so in "
+            "windows, median and 5 to 95 % of the voxels in the mask. Shown are states "
             "that both half-sets confirm: the map of one tells the other's particles of that state better than the "
-            "mean of all other states does, beyond three standard errors. Maps, half maps, "
+            "mean of all other states does, beyond three standard errors. Maps, half maps, local resolution, "
             f"Gaussians and particles of each state are in {files.STATES}/; {files.CHIMERAX} opens all in ChimeraX."
         )
         + _corrected(read.group(found, "motion_corrected"))
     )
+
+
+def _spread(local: Mapping[str, Any]) -> str:
+    """Median and percentiles of a local resolution."""
+    if local.get("median") is None:
+        return ""
+    low, high = (_angstrom(local.get(key)).removesuffix(" Å") for key in ("p5", "p95"))
+    return f"{_angstrom(local['median'])} ({low} to {high})"
 
 
 def _corrected(found: Mapping[str, Any]) -> str:

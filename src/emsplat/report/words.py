@@ -192,7 +192,10 @@ _FILES = (
     (files.DENSITY, "points of the latents' density with weights"),
     (files.FREE_ENERGY, "free energy along each component"),
     (files.LANDSCAPE, "free energy over the first two components"),
-    (files.STATES, "folder: maps, half maps, Gaussians and particles of each state, and a table of them"),
+    (
+        files.STATES,
+        "folder: each state's maps, half maps, local resolution, Gaussians, particles; a table of them",
+    ),
     (files.PARTS, "folder: masks of the rigid parts, what they do"),
     (files.CHIMERAX, "script: opens maps, states and parts in ChimeraX"),
     ("model_half[12].safetensors", "a half-set's model of all states, for `emsplat states`"),

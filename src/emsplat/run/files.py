@@ -151,6 +151,11 @@ def state_star_name(state: int) -> str:
     return f"{state:03d}.star"
 
 
+def state_local_name(state: int) -> str:
+    """The local resolution of the map of a state, counted from 0."""
+    return f"{state:03d}_local_resolution.mrc"
+
+
 def state_map_name(state: int, half: int | None = None) -> str:
     """The map of a state, counted from 0, or that of one half-set."""
     return f"{state:03d}.mrc" if half is None else f"{state:03d}_half{half}.mrc"

@@ -112,6 +112,19 @@ def checkpoints(every: float, world: World = ALONE, limit: str | None = None) ->
         yield Checkpoints(every, stop, world, end)
 
 
+def require_time(limit: str | None, where: str, world: World = ALONE) -> None:
+    """For work that a signal may cut anywhere, since what it goes on from is written whole: asked from time to time, of
+    several processes by all equally often.
+
+    Raises:
+        Interrupted: the ``limit`` is reached.
+        InputError: it is no time.
+    """
+    moment = Checkpoints(math.inf, StopRequest(), world, started() + time_limit(limit))
+    if moment.due():
+        moment.saved(f"{where}; go on with --resume")
+
+
 def time_limit(text: str | None) -> float:
     """Seconds of a time as batch systems write it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
 

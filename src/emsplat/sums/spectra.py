@@ -10,6 +10,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from emsplat.imaging.ctf import in_image, observe
+from emsplat.parallel import ALONE, EVERYTHING, Portion, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.types import Grid
@@ -24,7 +25,8 @@ class Spectra:
     V is the transform Σ v(x) exp(-2πi k x) of a map in the images' grey scale, c the contrast transfer function over
     the noise. Each coefficient of a real image stands here once, without the origin. Coefficients are sorted by
     frequency, so that those within a radius are the first ones. A view is an image under one element of the symmetry;
-    views of an image are neighbours.
+    views of an image are neighbours. ``portion`` says which views of how many these are, where other processes have
+    the others.
     """
 
     values: Complex[Tensor, "i s"]
@@ -35,6 +37,7 @@ class Spectra:
     share: Float[Tensor, " v"]  # weight among the copies of an image
     row: Int[Tensor, " i"]  # of each image in the particle table
     length: float  # of the map's box, Å
+    portion: Portion = EVERYTHING
 
     def __len__(self) -> int:
         """How many views there are."""
@@ -44,6 +47,10 @@ class Spectra:
     def parts(self) -> tuple[Spectra, ...]:
         """As of images of several grids."""
         return (self,)
+
+    def images(self) -> Int[Tensor, " v"]:
+        """A number for the image of each view, of those of all processes."""
+        return _images_of_all(self)
 
     def within(self, radius: float) -> Float[Tensor, "k 2"]:
         """The frequencies of up to ``radius`` cycles per box, which are the first ones."""
@@ -74,12 +81,38 @@ class SpectraOfGrids:
         return torch.cat(images)
 
     @property
+    def row(self) -> Int[Tensor, " i"]:
+        """Of each image in the particle table."""
+        return torch.cat([part.row for part in self.parts])
+
+    @property
     def share(self) -> Float[Tensor, " v"]:
         """Weight of each view among the copies of an image."""
         return torch.cat([part.share for part in self.parts])
 
+    @property
+    def portion(self) -> Portion:
+        """Which views these are, those of all processes in one grid before those in the next."""
+        own = [part.portion for part in self.parts]
+        before, rows = 0, []
+        for one in own:
+            if one.rows is None:
+                return one
+            rows.append(one.rows + before)
+            before += one.count
+        return Portion(own[0].world, torch.cat(rows), before)
+
+    def images(self) -> Int[Tensor, " v"]:
+        """As of `Spectra`."""
+        return _images_of_all(self)
+
 
 AnySpectra = Spectra | SpectraOfGrids
+
+
+def _images_of_all(spectra: AnySpectra) -> Int[Tensor, " v"]:
+    portion, image = spectra.portion, spectra.image.long()
+    return image if portion.rows is None else portion.whole(spectra.row[image])
 
 
 def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
@@ -106,14 +139,25 @@ def whitening(
     return whitened
 
 
-def read_all_spectra(stack: ParticleStack, radius: float) -> AnySpectra:
-    """`read_spectra` of a stack of any grids (`in_one_grey`), up to ``radius`` cycles per box of its grid.
+def read_all_spectra(stack: ParticleStack, radius: float, world: World = ALONE) -> AnySpectra:
+    """`read_spectra` of a stack of any grids (`in_one_grey`), up to ``radius`` cycles per box of its grid; of those
+    images that this process of a ``world`` takes.
 
     Raises:
         InputError: a value is not finite.
     """
-    parts = tuple(read_spectra(part, radius, stack.grid) for part in stack.parts())
+    parts = tuple(_read_portion(part, radius, stack.grid, world) for part in stack.parts())
     return parts[0] if len(parts) == 1 else SpectraOfGrids(parts)
+
+
+def _read_portion(stack: ParticleStack, radius: float, grid: Grid, world: World) -> Spectra:
+    noise = estimate_noise(stack)  # whoever reads an image
+    if world.size == 1:
+        return read_spectra(stack, radius, grid, noise)
+    own, elements = stack.shared(world), stack.symmetry.order
+    views = (own[:, None] * elements + torch.arange(elements)).flatten()
+    portion = Portion(world, views, len(stack) * elements)
+    return replace(read_spectra(stack.take(own), radius, grid, noise), portion=portion)
 
 
 def read_spectra(

@@ -151,6 +151,10 @@ class FourierStatistics:
         if len(self.done) != particles:
             self.done = torch.arange(particles) < self.particles
 
+    def next_stack(self) -> None:
+        """What is added from here on is another stack, none of whose particles is in the sums yet."""
+        self.particles, self.done = 0, self.done[:0]
+
     def check_addable(self, other: FourierStatistics, name: str) -> None:
         """
         Raises:
@@ -362,11 +366,11 @@ def _equations_by_grid(stack: ParticleStack, grid: Grid, world: World) -> list[N
     return equations
 
 
-def in_one_grey(stack: ParticleStack) -> ParticleStack:
+def in_one_grey(stack: ParticleStack, world: World = ALONE) -> ParticleStack:
     """The particles of all grids, those of one beside each other, with the CTF's factor such that one map fits all.
 
-    Each half-set is compared with itself (`relative_gain`). The factors are not for files: columns of the table stay
-    those that were read.
+    Each half-set is compared with itself (`relative_gain`); processes of a ``world`` share its images out. The factors
+    are not for files: columns of the table stay those that were read.
     """
     parts = stack.parts()
     if len(parts) == 1:
@@ -374,9 +378,10 @@ def in_one_grey(stack: ParticleStack) -> ParticleStack:
     grid, scale = Grid(_COARSE, stack.grid.length / _COARSE), stack.table.optics.scale.clone()
     for half in (1, 2):
         own = stack.only(half)
-        equations = _equations_by_grid(own.without_symmetry(), grid, ALONE)
+        equations = _equations_by_grid(own.without_symmetry(), grid, world)
         for part, one in zip(own.parts(), equations, strict=True):
             # A thousandth is enough, and the same in every run.
             scale[part.rows] *= round(relative_gain(equations[0], one), 3)
+    world.spread_(scale)
     table = replace(stack.table, optics=replace(stack.table.optics, scale=scale))
     return replace(stack, table=table, rows=torch.cat([part.rows for part in parts]))
