@@ -31,7 +31,8 @@ _FIXED = 10.5  # seconds of imports, and of a report with figures
 _DISK = 3e8  # bytes per second that a disk gives
 _PROGRAM = 3.8e8  # bytes of Python, PyTorch and what they load
 _FITTING = 2e7  # bytes more that optimisers load
-_SUMS = 63  # bytes for each voxel of the padded box, at the peak
+_PIECES = 6e7  # bytes of what is looked at some planes at a time
+_MAPS = 82  # bytes for each voxel of the box at the peak, when maps of halves are judged beside their equations
 _SPARED = 0.9  # of another thread's time that is not spent on waiting
 _USUAL = 0.52  # of the box, how wide a particle is
 _FILLED = 0.0015  # Gaussians at the start for each voxel of the box
@@ -82,7 +83,7 @@ def estimate(
     cores = threads**_SPARED * speed
     judged = _FIXED / speed + voxels * _JUDGED / cores
     seconds = max(passing / cores, reading) / processes + fitting / cores / shared + judged
-    memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _SUMS * padded + 128 * pixels * 4 * 4
+    memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _PIECES + _MAPS * voxels
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or passing / cores > 2 * 12 * padded / 2 / 2e8 else 0.0
     return Estimate(seconds, memory, 4 * voxels * maps + sums + 5e6)
