@@ -75,14 +75,11 @@ def test_a_run_goes_on_where_it_stopped(particles, tmp_path, monkeypatch):  # no
 _INTERRUPTED = [  # where, and at which call of the run that goes on
     (program, "search", 1),
     (state_engines, "cells_of", 1),
-    (state_engines, "coarse_decoder", 1),
+    (state_engines, "cells_of", 2),
     (state_engines, "refreshed", 1),
-    (state_engines, "fine_decoder", 1),
     (state_engines, "cells_of", 1),
-    (state_engines, "coarse_decoder", 1),
     (state_engines, "refreshed", 2),
     (state_engines, "cells_of", 1),
-    (state_engines, "fine_decoder", 1),
     (state_engines, "with_residual", 3),
     (state_engines, "refreshed", 4),
     (program, "proofs", 1),
@@ -166,7 +163,8 @@ def test_states_from_images(particles, tmp_path, monkeypatch):  # noqa: F811
     due, asked = Checkpoints.due, []
 
     def stop_at_step_four(self):
-        asked.append(None)
+        if self._every < float("inf"):  # within a fit
+            asked.append(None)
         if len(asked) == 4:
             self._stop.number = 15
         return due(self)
