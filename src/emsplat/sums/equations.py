@@ -38,7 +38,9 @@ def synthesis(half_space: Tensor, size: int) -> Float[Tensor, "z y x"]:
     mirror = (-torch.arange(side, device=device)) % side
     # Every entry stands for its Hermitian mirror too; only here does the mirror lie in x >= 0 (or wrap into it).
     ends = ((0, 1), (1, 0), (reach, reach + 1), (reach - 1, reach + 2))
-    mirrored = [(x, _wrapped(half_space[:, :, [column]])[mirror][:, mirror, 0].conj()) for x, column in ends]
+    mirrored = [
+        (x, _wrapped(half_space[:, :, column : column + 1])[..., 0][mirror][:, mirror].conj()) for x, column in ends
+    ]
     rows = torch.empty(size, size, reach + 1, dtype=torch.complex64, device=device)
     for columns in slabs(reach + 1, side**2):
         part = _wrapped(half_space[:, :, columns.start + 1 : columns.stop + 1])
