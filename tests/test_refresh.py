@@ -8,7 +8,7 @@ from emsplat.config import ReconstructConfig, configure
 from emsplat.heterogeneity import refresh
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import embedded
-from emsplat.heterogeneity.refresh import Placed, _chain, _linear, evidence, refreshed
+from emsplat.heterogeneity.refresh import Refreshed, _chain, _linear, evidence, refreshed
 from emsplat.heterogeneity.subspace import fit_subspace, infer
 from emsplat.particles.choose import open_stack
 from emsplat.sums.spectra import read_spectra
@@ -62,7 +62,7 @@ def test_one_state_gains_nothing_over_its_mean(stage, monkeypatch):
     monkeypatch.setattr(refresh, "fewest", lambda gains, image: 1)
     before = embedded(one, latents, latents)
     known = torch.zeros(len(latents)).double()
-    placed = refreshed(None, Placed(before, known, known), subspace, (latents, latents), (stack, stack), 1, None)
+    placed = refreshed(None, Refreshed(before, known, known), subspace, (latents, latents), (stack, stack), 1, None)
     assert float(placed.gain.abs().mean()) > 1e-3
     assert torch.equal(placed.gain, placed.mean)
 
@@ -76,7 +76,7 @@ def test_two_states_gain_over_their_mean(stage, monkeypatch):
     monkeypatch.setattr(refresh, "fewest", lambda gains, image: 1)
     before = embedded(Density(point, torch.full((2,), 0.5).double()), latents, latents)
     known = torch.zeros(len(latents)).double()
-    placed = refreshed(None, Placed(before, known, known), subspace, (latents, latents), (stack, stack), 2, None)
+    placed = refreshed(None, Refreshed(before, known, known), subspace, (latents, latents), (stack, stack), 2, None)
     weight = torch.cdist(before.own, point).argmin(1).bincount(minlength=2) / len(before.own)
     mean = 1.3 * torch.einsum("m,mzyx->zyx", weight.float(), maps)
     alone = evidence(mean[None], subspace, stack, torch.zeros(len(latents), 1).double())[:, 0]

@@ -35,7 +35,7 @@ _EMPTY = 1e-3  # weight of a point that is left out
 
 
 @dataclass(frozen=True)
-class Placed:
+class Refreshed:
     """The latent space of a half-set, and what it says of each view of the other half: the ``gain`` over the mean map
     of the linear stage, and that of the ``mean`` of its states alone. A sharper map gains as well; what states gain is
     the difference."""
@@ -112,14 +112,14 @@ def _chain(point: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
 
 def refreshed(
     model: HalfModel,
-    placed: Placed,
+    placed: Refreshed,
     subspace: Subspace,
     latents: tuple[Latents, Latents],
     stacks: tuple[ParticleStack, ParticleStack],
     count: int,
     generator: torch.Generator,
     world: World = ALONE,
-) -> Placed:
+) -> Refreshed:
     """The latent space of a half-set as its model has it, and where the views of both halves lie.
 
     Tried are the points of before and up to ``count`` between them. What predicts the images of the other half best
@@ -151,17 +151,17 @@ def refreshed(
     found = [placed]
     for point, weight, own_part, other_part, mean in zip(tried, weights, own, other, alone.T, strict=True):
         embedding, gain = _embedded(point, weight, own_part, other_part, before.precision)
-        found.append(Placed(embedding, gain, mean))
+        found.append(Refreshed(embedding, gain, mean))
     image = torch.arange(len(before.other)) // stacks[1].symmetry.order
     best = int(world.told(str(fewest([one.gain for one in found], image))))
     return _spread(found[best], world) if best else placed
 
 
-def _spread(placed: Placed, world: World) -> Placed:
+def _spread(placed: Refreshed, world: World) -> Refreshed:
     """As the first process has it, in all of them."""
     gains = torch.stack([placed.gain, placed.mean])
     world.spread_(gains)
-    return Placed(spread_embedding(placed.embedding, world), gains[0], gains[1])
+    return Refreshed(spread_embedding(placed.embedding, world), gains[0], gains[1])
 
 
 def _linear(point: Float[Tensor, "m q"], latents: Latents) -> Float[Tensor, "v m"]:

@@ -44,7 +44,7 @@ from emsplat.heterogeneity.images import (
     place_latents,
     steps_of,
 )
-from emsplat.heterogeneity.refresh import Placed, refreshed
+from emsplat.heterogeneity.refresh import Refreshed, refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells, spread_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
@@ -99,7 +99,7 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
     kept, places = [], []
     for half, first in enumerate(firsts):
         gain = searched.found.densities[half].gain(searched.found.latents[half][1 - half])
-        known = Placed(first, gain, torch.zeros_like(gain))
+        known = Refreshed(first, gain, torch.zeros_like(gain))
         placed = _placed_anew(run, searched, half, coarse[half], known, between=between)
         kept.append(gathered(run, half, placed.embedding, window, fine=True))
         places.append(placed)
@@ -226,10 +226,10 @@ def _placed_anew(
     searched: Search,
     half: int,
     model: HalfModel,
-    before: Placed,
+    before: Refreshed,
     *,
     between: bool,
-) -> Placed:
+) -> Refreshed:
     """The latent space as a model has it; also with points ``between`` those that there are."""
     if searched.found is None:
         raise ValueError("nothing was found")
