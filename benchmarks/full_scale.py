@@ -126,7 +126,7 @@ def repeat(folder, rows):
 
 
 def command(rows, name, *words):
-    """One emsplat command: its processor time, wall time and peak memory; its last lines are printed."""
+    """One emsplat command: its processor time, wall time and peak memory."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "emsplat", *map(str, words)], text=True)
     _, status, usage = os.wait4(process.pid, 0)

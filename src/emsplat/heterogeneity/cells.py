@@ -18,7 +18,6 @@ from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.extent import Window
 from emsplat.maths.fourier import convolve, crop, frequencies, shell_index
 from emsplat.parallel import ALONE, World
-from emsplat.particles.copies import particle_numbers
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell
@@ -145,11 +144,10 @@ def _gather(
         share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
         for some in replace(turned, share=share).parts():
             statistics.next_stack()
-            together = particle_numbers(some.table.take(some.rows)) if world.size > 1 else None
-            for _ in accumulate(statistics, some, noise[some.grid], world, together):
+            for _ in accumulate(statistics, some, noise[some.grid], world, some.together(world)):
                 pass
     statistics.gather(world)
-    return statistics.equations()
+    return statistics.used_up()
 
 
 def _reduced(

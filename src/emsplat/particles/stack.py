@@ -168,7 +168,12 @@ class ParticleStack:
     def shared(self, world: World) -> Int[Tensor, " m"]:
         """Positions of the particles that this process of a ``world`` takes: all rows of one go to the same."""
         everything = torch.arange(len(self))
-        return everything if world.size == 1 else world.share(everything, particle_numbers(self.table.take(self.rows)))
+        return everything if world.size == 1 else world.share(everything, self.together(world))
+
+    def together(self, world: World) -> Int[Tensor, " p"] | None:
+        """The number of the particle of each row, which processes of a ``world`` keep in one of them; none where there
+        is nobody to share with."""
+        return particle_numbers(self.table.take(self.rows)) if world.size > 1 else None
 
     def without_symmetry(self) -> ParticleStack:
         """The same particles, each in its own pose only."""

@@ -20,7 +20,7 @@ from emsplat.io.mrc import write_map
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import resolution
 from emsplat.parallel import ALONE, World
-from emsplat.particles.copies import image_marks, marks_in, particle_numbers
+from emsplat.particles.copies import image_marks, marks_in
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.run import Run
@@ -263,8 +263,7 @@ def _accumulate_part(
         return statistics.used_up()
     start, before = time.monotonic(), statistics.particles
     with checkpoints(options.checkpoint_every, world, options.time_limit) as moment:
-        together = particle_numbers(part.table.take(part.rows)) if world.size > 1 else None
-        for _ in accumulate(statistics, part, estimate_noise(part), world, together):
+        for _ in accumulate(statistics, part, estimate_noise(part), world, part.together(world)):
             update(min(before + world.size * (statistics.particles - before), len(part)))
             if moment.due():
                 statistics.collect(world)

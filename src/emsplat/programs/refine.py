@@ -19,7 +19,6 @@ from emsplat.config import RefineConfig
 from emsplat.device import within_memory
 from emsplat.errors import InputError
 from emsplat.parallel import ALONE, World
-from emsplat.particles.copies import particle_numbers
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import threads
@@ -209,13 +208,12 @@ def _judged(
             done = 0
             for part in own.parts():
                 statistics = begin(part, stack.grid)
-                together = particle_numbers(part.table.take(part.rows)) if world.size > 1 else None
-                for _ in accumulate(statistics, part, estimate_noise(part), world, together):
+                for _ in accumulate(statistics, part, estimate_noise(part), world, part.together(world)):
                     update(done + min(world.size * statistics.particles, len(part)), "")
                     look_up(moment)
                 statistics.gather(world)
                 done += len(part)
-                parts.append(statistics.equations())
+                parts.append(statistics.used_up())
         sums[name] = combined(parts)
     classical = judge(sums, stack, given_mask(run.config.mask, stack.grid), world)
     show(classical, run)
