@@ -149,12 +149,29 @@ class World:
             (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type == "cpu")
             for name, tensor in (tensors.items() if mine else ())
         ]
-        found = dict(tensors) if mine else {}
+        found = {name: tensor.contiguous() for name, tensor in tensors.items()} if mine else {}
         for name, shape, kind, on_cpu in json.loads(self.told(json.dumps(shapes), source)):
             if not mine:
                 found[name] = torch.empty(shape, dtype=getattr(torch, kind), device="cpu" if on_cpu else device)
         self.spread_(*found.values(), source=source)
         return found
+
+    def spread_packed(
+        self,
+        thing: T | None,
+        pack: Callable[[T], tuple[dict[str, Any], Mapping[str, Tensor]]],
+        unpack: Callable[[dict[str, Any], dict[str, Tensor]], T],
+        source: int = 0,
+        device: torch.device | None = None,
+    ) -> T:
+        """A thing that one process has, in all of them: as what JSON can hold of it and tensors by name."""
+        if thing is not None and self.size == 1:
+            return thing
+        mine = thing if self.rank == source else None
+        about, tensors = ({}, {}) if mine is None else pack(mine)
+        about = json.loads(self.told(json.dumps(about), source))
+        tensors = self.spread_named(tensors, source, device)
+        return unpack(about, tensors) if mine is None else mine
 
     def apart(self, work: Callable[[], T], look: Callable[[], None]) -> T:
         """What ``work`` gives, which every process does for itself in a thread, however long it takes; until all are

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,22 @@ def save_states(path: Path, states: Mapping[str, State[M]], about: Mapping[str, 
     said: dict[str, Any] = {}
     for name, state in states.items():
         state.require_finite()
-        tensors, said[name] = _packed(state)
+        said[name], tensors = _packed(state)
         held |= {f"{name}/{own}" if name else own: tensor.cpu() for own, tensor in tensors.items()}
     told = said[""] if "" in said else {"states": said, "about": dict(about or {})}
     write_tensors(path, held, {"emsplat": json.dumps(told)})
 
 
-def _packed(state: State[M]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _packed(state: State[M]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     saved = state.model.state()
     tensors = {f"model.{name}": tensor for name, tensor in saved.tensors.items()}
     tensors |= {f"adam.{name}": moment for name, moment in state.optimiser.moments().items()}
     terms = {name: float(term) for name, term in state.terms.items()}
     about = {"step": state.step, "kind": saved.kind, "numbers": saved.numbers, "terms": terms}
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, about
+    return about, {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def _unpacked(tensors: Mapping[str, Tensor], about: Mapping[str, Any], read: Reader) -> State[Any]:
+def _unpacked(about: Mapping[str, Any], tensors: Mapping[str, Tensor], read: Reader) -> State[Any]:
     """
     Raises:
         KeyError, TypeError, ValueError: not what `_packed` gives.
@@ -78,7 +79,7 @@ def load_checkpoint(path: Path, device: torch.device = CPU, read: Reader = read_
     """
     with _reading(path):
         tensors, about = _read(path, device)
-        return _unpacked(tensors, about, read)
+        return _unpacked(about, tensors, read)
 
 
 def load_states(
@@ -94,7 +95,7 @@ def load_states(
         states = {}
         for name, about in told["states"].items():
             own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-            states[name] = _unpacked(own, about, read)
+            states[name] = _unpacked(about, own, read)
         return states, dict(told["about"])
 
 
@@ -106,13 +107,7 @@ def spread_state(
     read: Reader = read_gaussian_field,
 ) -> State[Any]:
     """The state that one process has, in all of them; what the others have does not count, and may be nothing."""
-    if state is not None and world.size == 1:
-        return state
-    mine = state is not None and world.rank == source
-    tensors, about = _packed(state) if state is not None and mine else ({}, {})
-    about = json.loads(world.told(json.dumps(about), source))
-    tensors = world.spread_named(tensors, source, device)
-    return state if mine and state is not None else _unpacked(tensors, about, read)
+    return world.spread_packed(state, _packed, partial(_unpacked, read=read), source, device)
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

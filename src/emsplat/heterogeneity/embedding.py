@@ -47,7 +47,7 @@ def spread_embedding(embedding: Embedding, world: World) -> Embedding:
     if world.size == 1:
         return embedding
     fields = ("membership", "others", "own", "other", "gain", "precision")
-    tensors = {name: getattr(embedding, name).contiguous() for name in fields}
+    tensors = {name: getattr(embedding, name) for name in fields}
     own = world.spread_named(tensors | {"point": embedding.density.point, "weight": embedding.density.weight})
     return Embedding(Density(own["point"], own["weight"]), *(own[name] for name in fields))
 

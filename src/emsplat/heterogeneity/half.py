@@ -118,12 +118,7 @@ def _unpacked(about: dict[str, Any], own: dict[str, Tensor]) -> HalfModel:
 
 def spread_half(model: HalfModel | None, world: World, source: int) -> HalfModel:
     """The model that one process has, in all of them."""
-    if model is not None and world.size == 1:
-        return model
-    about, tensors = model.packed() if model is not None and world.rank == source else ({}, {})
-    about = json.loads(world.told(json.dumps(about), source))
-    tensors = world.spread_named(tensors, source)
-    return model if model is not None and world.rank == source else _unpacked(about, tensors)
+    return world.spread_packed(model, HalfModel.packed, _unpacked, source)
 
 
 Residual = Literal["nearby", "linear"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -258,10 +257,7 @@ def unpacked(about: dict[str, Any], own: dict[str, Tensor]) -> Search:
 
 def spread(search: Search | None, world: World) -> Search:
     """What the first process has found, in all of them."""
-    about, tensors = ({}, {}) if search is None else packed(search)
-    about = json.loads(world.told(json.dumps(about)))
-    tensors = world.spread_named({name: tensor.contiguous() for name, tensor in tensors.items()})
-    return unpacked(about, tensors) if search is None else search
+    return world.spread_packed(search, packed, unpacked)
 
 
 def _even(gains: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -108,12 +108,7 @@ def unpacked_start(about: dict[str, Any], tensors: dict[str, Tensor]) -> Start:
 
 def spread_start(start: Start | None, world: World, source: int = 0) -> Start:
     """The start that one process has, in all of them."""
-    if start is not None and world.size == 1:
-        return start
-    about, tensors = ({}, {}) if start is None else packed_start(start)
-    about = json.loads(world.told(json.dumps(about), source))
-    tensors = world.spread_named(tensors, source)
-    return start if start is not None else unpacked_start(about, tensors)
+    return world.spread_packed(start, packed_start, unpacked_start, source)
 
 
 def make_start(
