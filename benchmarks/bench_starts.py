@@ -107,6 +107,7 @@ def found(data, folder, name, seed):
     """One search: what it says of itself, and how far its poses are from those that are known."""
     chosen, star = SETS[name], particles(data, folder, name, seed)
     output = folder / "runs" / f"{name.replace('/', '_').replace(' ', '_')}_{seed}"
+    output.mkdir(parents=True, exist_ok=True)
     config = configure(AbinitioConfig, symmetry=chosen.symmetry, seed=seed, overwrite=True)
     wall = time.monotonic()
     summary, seconds = timed(abinitio, config, star, output)
