@@ -88,7 +88,7 @@ def slice_correlation(
     shift = torch.tensor([0.0, size // 2, size // 2])
     lines, line = _lines(directions.vectors)
     out = []
-    for axes in lines.float().split(max(1, _POINTS // len(u))):
+    for axes in torch.split(lines.float(), max(1, _POINTS // len(u))):
         first, second = _perpendicular(axes)
         points = u[:, None] * first[:, None] + v[:, None] * second[:, None]  # d p 3: (x, y, z) in voxels of the spectra
         points = torch.where(points[..., :1] < 0, -points, points)
@@ -103,7 +103,7 @@ def _lines(vectors: Float[Tensor, "d 3"]) -> tuple[Float[Tensor, "l 3"], Int[Ten
     """The lines along unit vectors, each once, and which of them each vector lies on."""
     steps = (vectors.double() * 2**24).round().long()
     leading = steps.gather(1, (steps != 0).long().argmax(1, keepdim=True))  # the first that is not zero
-    lines, line = (steps * leading.sign()).unique(dim=0, return_inverse=True)
+    lines, line = torch.unique(steps * leading.sign(), dim=0, return_inverse=True)
     return lines / 2**24, line
 
 

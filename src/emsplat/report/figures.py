@@ -541,10 +541,10 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
         yield figure
         # The canvases themselves: `savefig` draws everything twice.
         with replacing(path) as temporary:
-            FigureCanvasAgg(figure).print_png(temporary)
+            FigureCanvasAgg(figure).print_png(temporary)  # type: ignore[no-untyped-call]
         figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
         with replacing(path.with_suffix(".svg")) as temporary:
-            FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})
+            FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})  # type: ignore[no-untyped-call]
 
 
 def always_there() -> bool:
