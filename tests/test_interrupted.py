@@ -24,7 +24,7 @@ from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
-from emsplat.run.files import coarse_model_name, start_name
+from emsplat.run.files import checkpoint_name, coarse_model_name, start_name
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Judged, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
@@ -339,11 +339,40 @@ def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, t
 
 
 @pytest.mark.slow
-def test_states_fitted_to_images_are_not_shared_out(mixed, tmp_path):
-    said = ended_together(start(2, "heterogeneity", mixed, "-o", tmp_path / "run", "--engine", "images"))
-    assert [code for code, *_ in said] == [2, 2]
-    assert said[0][2].startswith("emsplat: --engine images of heterogeneity is not shared out over processes")
-    assert not (tmp_path / "run").exists()
+def test_processes_fit_states_to_images_and_a_signal_ends_all_alike(mixed, tmp_path):
+    words = ["heterogeneity", mixed, *STATES_WORDS, "--engine", "images", "--epochs", "3", "1"]
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one"))
+    assert alone[0] == 0, alone
+    running = start(2, *words, "-o", tmp_path / "cut", "--checkpoint-every", "0.1")
+    wait_for((tmp_path / "cut" / checkpoint_name("half2")).is_file, running)
+    running[1].send_signal(signal.SIGUSR1)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2
+    assert re.fullmatch(r"emsplat: stopped in half2 at step \d+; go on with --resume\n", said[0][2])
+    resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
+    assert [(code, errors) for code, _, errors in resumed] == [(0, "")] * 3
+    assert "resuming half2: goes on after step" in resumed[0][1]
+    one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "cut"))
+    for name in ("components", "points", "states_tried", "states_confirmed", "classes"):
+        assert many[name] == one[name]
+    assert many["states_gain"] == pytest.approx(one["states_gain"], abs=one["states_gain_error"])
+    assert the_same(tmp_path / "cut" / "consensus.mrc", tmp_path / "one" / "consensus.mrc", 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("struck", [0, 1])
+def test_a_signal_that_cuts_a_search_for_states_ends_all_alike(mixed, tmp_path, struck, number):
+    running = start(2, "heterogeneity", mixed, "-o", tmp_path / "run", *STATES_WORDS)
+    log = tmp_path / "run" / "run.log"
+    wait_for(lambda: log.is_file() and "linear stage:" in log.read_text(), running)
+    running[struck].send_signal(number)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + number] * 2
+    name = signal.Signals(number).name
+    assert re.fullmatch(rf"emsplat.*: stopped by {name}.*\n", said[struck][2])
+    ended = rf"emsplat.*rank {struck} of 2 .*has ended: stopped by {name}.*--resume.*\n"
+    assert re.fullmatch(ended, said[1 - struck][2])
 
 
 # A start in two steps, whose verdict is given: what is looked at is who does what.

@@ -98,7 +98,7 @@ def heterogeneity(
         OutputError: the folder is not empty or cannot be written.
     """
     log = log or Log()
-    _refuse(config, world)
+    _refuse(config)
     if (finished := _found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end(config.run.profile):
@@ -134,7 +134,7 @@ def _found_finished(
     return summary
 
 
-def _refuse(config: HeterogeneityConfig, world: World) -> None:
+def _refuse(config: HeterogeneityConfig) -> None:
     """
     Raises:
         InputError: an option of other runs that means nothing here, or one of the other engine.
@@ -146,11 +146,6 @@ def _refuse(config: HeterogeneityConfig, world: World) -> None:
         raise InputError("--naming: not for heterogeneity; leave it out")
     if given.recipe == "cryospire" and given.engine == "cells":
         raise InputError("--recipe cryospire is fitted to images; leave --engine cells out")
-    if world.size > 1 and engine_of(config) == "images":
-        raise InputError(
-            "--engine images of heterogeneity is not shared out over processes; start it without torchrun, or take "
-            "--engine cells"
-        )
     of_images = {
         "decoder": given.decoder,
         "start": given.start,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from emsplat.config import HeterogeneityConfig
 from emsplat.errors import InputError
-from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint, spread_state
 from emsplat.fitting.state import State
 from emsplat.heterogeneity.cells import Cells, cells_of, overlap
 from emsplat.heterogeneity.classes import Classes, common_classes
-from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading
+from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading, spread_embedding
 from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.extent import Window
 from emsplat.heterogeneity.frames import identity
@@ -42,6 +42,7 @@ from emsplat.heterogeneity.images import (
     follow_images,
     image_gain,
     place_latents,
+    shares,
     steps_of,
 )
 from emsplat.heterogeneity.refresh import Refreshed, refreshed
@@ -152,6 +153,10 @@ def _told(run: Run[HeterogeneityConfig]) -> Callable[[str], None]:
 
 def _look(run: Run[HeterogeneityConfig]) -> None:
     require_time(run.config.run.time_limit, "in a decoder, which begins anew", run.world)
+
+
+def _look_around(run: Run[HeterogeneityConfig]) -> None:
+    require_time(run.config.run.time_limit, "while latents were looked for, which begins anew", run.world)
 
 
 def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
@@ -289,8 +294,10 @@ def gathered(
     return cells
 
 
-def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted:
+def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted | None:
     """The paper's road: a decoder and a latent for each image, fitted to the images (`heterogeneity.images`).
+
+    Several processes share each mini-batch out, a particle always to the same; the first has the result.
 
     Raises:
         InputError: the images do not show their own consensus map.
@@ -299,22 +306,25 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
     """
     if searched.found is None:
         raise ValueError("nothing was found")
-    options, embeddings = conformation_options(run.config), searched.found.embeddings()
+    options, embeddings, world = conformation_options(run.config), searched.found.embeddings(), run.world
     fitted = [_fitted_images(run, half, embedding, options) for half, embedding in enumerate(embeddings)]
     found, gains = [], []
     for half, model in enumerate(fitted):
         others = run.stack.only(2 - half)
         with run.log.part("latents", f"half {half + 1}: latents of the other half's images"):
-            placed = place_latents(model, others, options)
+            placed = place_latents(model, others, options, among=shares(others, world), look=partial(_look_around, run))
         count = min(_MOST_CELLS, len(embeddings[half].density))
-        found.append(hard_embedding(model.latent.detach(), placed.latent.detach(), count, _generator(run, half)))
+        own = hard_embedding(model.latent.detach(), placed.latent.detach(), count, _generator(run, half))
+        found.append(spread_embedding(own, world))
         with run.log.part("gain", f"half {half + 1}: what its states say of the other half's images"):
-            gains.append(image_gain(model, found[half].density, others))
+            gains.append(image_gain(model, found[half].density, others, world))
     found = [replace(own, gain=before.gain) for own, before in zip(found, embeddings, strict=True)]
     models, cells = [], []
     for half, model in enumerate(fitted):
         cells.append(gathered(run, half, found[half], window, fine=True))
         models.append(without_residual(model.decoder.cpu(), found[half], run.stack.grid))
+    if not world.first:
+        return None
     kernels = [_kernel(own) for own in found]
     return _together(run, models, cells, kernels, (found[0], found[1]), (gains[0], gains[1]))
 
@@ -368,40 +378,47 @@ def _starts_at_random(config: HeterogeneityConfig) -> bool:
 def _fitted_images(
     run: Run[HeterogeneityConfig], half: int, embedding: Embedding, options: ConformationOptions
 ) -> Conformations:
-    stack = run.stack.only(half + 1)
+    stack, world = run.stack.only(half + 1), run.world
     finished, name = run.folder / state_name(f"half{half + 1}"), f"half{half + 1}"
     state = _saved(run, name)
-    if finished.is_file() and state is not None:
+    if world.agree(world.first and finished.is_file()) and state is not None:
         return state.model
+    among = shares(stack, world)
     with run.log.part("fit", f"half {half + 1}: a decoder and a latent for each image, fitted to the images"):
-        equations = equations_of(stack)
+        equations = equations_of(stack, world=world)
         start = ImageStart(equations.solve(), None if _starts_at_random(run.config) else embedding.own)
         total = steps_of(stack, options)
         before = 0 if state is None else state.step
         with (
             run.log.progress(name, total, before, unit="steps") as update,
-            checkpoints(run.config.run.checkpoint_every, limit=run.config.run.time_limit) as moment,
+            checkpoints(run.config.run.checkpoint_every, world, run.config.run.time_limit) as moment,
         ):
-            for state in follow_images(stack, options, start, state):  # noqa: B020 (its last is the result)
+            for state in follow_images(stack, options, start, state, among):  # noqa: B020 (its last is the result)
                 update(state.step, f"loss {float(state.terms['loss']):.4g}")
                 if moment.due():
-                    save_checkpoint(run.folder / checkpoint_name(name), state)
+                    whole = among.whole(state)
+                    if world.first:
+                        save_checkpoint(run.folder / checkpoint_name(name), whole)
                     moment.saved(f"in {name} at step {state.step}; go on with --resume")
     assert state is not None  # noqa: S101 (options have epochs)
-    save_checkpoint(finished, state)
-    (run.folder / checkpoint_name(name)).unlink(missing_ok=True)
-    return state.model
+    whole = among.whole(state)
+    if world.first:
+        save_checkpoint(finished, whole)
+        (run.folder / checkpoint_name(name)).unlink(missing_ok=True)
+    return whole.model
 
 
 def _saved(run: Run[HeterogeneityConfig], name: str) -> State[Conformations] | None:
-    """Where an interrupted run left a fit."""
-    paths = (run.folder / state_name(name), run.folder / checkpoint_name(name))
+    """Where an interrupted run left a fit, with the latents of all particles."""
+    paths = (run.folder / state_name(name), run.folder / checkpoint_name(name)) if run.world.first else ()
     saved = next((path for path in paths if path.is_file()), None)
-    if saved is None:
+    if not run.world.agree(saved is not None):
         return None
-    state: State[Conformations] = load_checkpoint(saved, run.stack.device, read_conformations)
-    run.log.line(f"resuming {name}: goes on after step {state.step:,}")
-    return state
+    state: State[Conformations] | None = None
+    if saved is not None:
+        state = load_checkpoint(saved, run.stack.device, read_conformations)
+        run.log.line(f"resuming {name}: goes on after step {state.step:,}")
+    return spread_state(state, run.world, device=run.stack.device, read=read_conformations)
 
 
 def _together(
