@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from PIL import Image
 from browser import browsing
 from emsplat.errors import InputError, OutputError
 from emsplat.io.mrc_arrays import read_array
+from emsplat.run.files import slices_name
 from emsplat.run.journal import (
     Begun,
     Ended,
+    Expected,
     Following,
+    Gained,
     Journal,
     Judged,
     Loss,
@@ -193,6 +197,36 @@ def test_progress_has_a_rate_and_a_time_left(tmp_path):
     progress = run._progress_json()
     assert progress is not None
     assert (progress["rate"], progress["left"], progress["done"], progress["name"]) == (50.0, 6.0, 100, "half 1")
+
+
+def test_the_time_left_of_a_run_follows_from_how_its_parts_compare_with_what_was_expected(tmp_path):
+    """Times a pace: what finished parts took over what was expected, and a tenth of the whole as if that were right."""
+    parts = (("reading", 10, 0), ("fits", 40, 1), ("judging", 20, 1), ("report", 30, 2))
+    expected = [Expected(name, float(seconds), turn) for name, seconds, turn in parts]
+    rows = [(100, begun()), *((100, one) for one in expected), (100, Part("reading", ""))]
+    folder = tmp_path / "run"
+
+    def left(*more: tuple[float, Any]) -> float | None:
+        folder.mkdir(exist_ok=True)
+        given = [
+            {"kind": type(what).__name__.lower(), "time": float(when)} | asdict(what) for when, what in [*rows, *more]
+        ]
+        (folder / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+        return watched(folder).left()
+
+    assert left() == 100
+    assert left((104, Progress("images", 10, 100, "images", ""))) == 96
+    slow = (130, Part("fits", ""))  # 30 s in place of 10
+    assert left(slow) == pytest.approx(2 * (40 + 20 + 30))
+    assert left(slow, (150, Part("judging", "")), (160, Part("fits", ""))) == pytest.approx(2 * 90 - 30)
+    assert left(slow, (400, Part("report", ""))) == pytest.approx((300 + 10) / (50 + 10) * 30)
+    # A pass that says itself that it takes longer is believed.
+    passing = [(when, Progress("page", when - 400, 1000, "figures", "")) for when in (400, 401)]
+    assert left(slow, (400, Part("report", "")), *passing) == 999
+    # What goes on later does not wait for what it finds done.
+    again = [(500, begun()), *((500, one) for one in expected), (500, Part("report", ""))]
+    assert left(slow, *again) == 30
+    assert left((110, begun())) is None
 
 
 def test_how_a_run_stands(tmp_path):
@@ -706,6 +740,27 @@ def test_maps_on_their_way_are_shown_until_the_map_is_there(tmp_path):
     (folder / "run_half1_class001_unfil.mrc").write_bytes(b"half a header")
     with pytest.raises(InputError):
         Pictures().slices(tmp_path, "run", "run_half1_class001_unfil.mrc")
+
+
+def test_the_linear_stage_of_states_is_shown_until_there_are_states(tmp_path):
+    folder = make_run(tmp_path / "run", begun("heterogeneity"))
+    for name in ("mean", "component1", "component2"):
+        with mrcfile.new(folder / slices_name(name), np.zeros((3, 8, 8), "f4")) as file:
+            file.set_image_stack()
+    titles = ["mean of the linear stage, half 1", "component 1, half 1", "component 2, half 1"]
+    assert [one.title for one in pictures_of(tmp_path, "run")] == titles
+    journal = Journal(folder)
+    for _ in range(2):  # and again by a run that goes on
+        for count, gain in ((1, 3.0), (0, 0.0), (2, 2.5)):
+            journal.add(Gained("components", count, gain, 0.1))
+        journal.add(Gained("points", 4, 5.0, 0.1))
+    (panel,) = watched(folder).panels()
+    assert [(one["name"], one["x"], one["y"]) for one in panel["curves"]] == [
+        ("by components", [0, 1, 2], [0.0, 3.0, 2.5]),
+        ("by points", [4], [5.0]),
+    ]
+    write_volume(folder / "consensus.mrc", np.zeros((8, 8, 8)))
+    assert [one.title for one in pictures_of(tmp_path, "run")] == ["consensus"]
 
 
 def test_a_map_that_is_sharper_in_its_shells_is_no_difference():

@@ -53,6 +53,7 @@ from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
+from emsplat.run.history import History
 from emsplat.run.stop import checkpoints, require_time
 from emsplat.sums.statistics import equations_of, fingerprint
 
@@ -389,11 +390,16 @@ def _fitted_images(
         start = ImageStart(equations.solve(), None if _starts_at_random(run.config) else embedding.own)
         total = steps_of(stack, options)
         before = 0 if state is None else state.step
+        history = History(run.log.journal, name)
+        history.rewind(before)
+        steps = math.ceil(len(stack) / options.batch)
         with (
             run.log.progress(name, total, before, unit="steps") as update,
             checkpoints(run.config.run.checkpoint_every, world, run.config.run.time_limit) as moment,
         ):
             for state in follow_images(stack, options, start, state, among):  # noqa: B020 (its last is the result)
+                seen = min(state.step * options.batch, state.step * len(stack) // steps)
+                history.add(state.step, state.terms["loss"], steps, seen)
                 update(state.step, f"loss {float(state.terms['loss']):.4g}")
                 if moment.due():
                     whole = among.whole(state)
