@@ -163,7 +163,7 @@ def test_estimates_grow_with_the_work_and_shrink_with_who_shares_it(particles):
 def test_estimates_of_every_command(particles, kind, more):
     """More particles take longer in every part; who shares the work is done earlier."""
     stack = open_particles(particles).with_halves(0)
-    config, many = configure(kind, **more), stack.take(torch.arange(60).repeat(100))
+    config, many = configure(kind, **more), stack.take(torch.arange(60).repeat(400))
     settings = settings_of(config) if isinstance(config, RefineConfig) else None
     one, more_images = (estimate_of(config, own, settings, threads=1) for own in (stack, many))
     assert more_images.seconds > 1.5 * one.seconds

@@ -18,9 +18,11 @@ import torch
 from emsplat.config import AbinitioConfig, HeterogeneityConfig, RefineConfig, RunConfig
 from emsplat.fitting.course import stage_epochs
 from emsplat.fitting.volume import VolumeObjective
+from emsplat.heterogeneity.images import ConformationOptions
 from emsplat.heterogeneity.search import stages
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
+from emsplat.programs.state_options import conformation_options, engine_of
 from emsplat.run.journal import Expected
 from emsplat.run.log import data_size, duration
 from emsplat.sums.lattice import Lattice
@@ -286,22 +288,26 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
     support = min(_WINDOW * box, _MOST_ACROSS)
     grid = box * min(1.0, _MOST_ACROSS / (_WINDOW * box))
     gaussians = options.gaussians or min(max(1.2 * _MOLECULE * grid**3, 2048), 24576)
-    # Twice of each half.
-    cells = 4 * points * (PADDING * grid) ** 3 * _CELL
-    cells += 2 * _MEMBER * images * box**2 * _PIXEL
-    renders = 4 * max(4 * _SOME_STEPS, 16 * points)
-    coarse = 2 * (128 + renders + 2 * max(4 * _SOME_STEPS, 4 * points)) * _COARSE
-    steps = 4 * max(_SOME_STEPS, min(_FINE_STEPS, 6 * points))
-    fine = 2 * steps * (support**3 * _FINE[0] + gaussians * _FINE[1])
+    # Of each half once.
+    cells = 2 * points * (PADDING * grid) ** 3 * _CELL + _MEMBER * images * box**2 * _PIXEL
+    if engine_of(config) == "images":
+        fitted = _fits_to_images(conformation_options(config), images, cells, machine)
+    else:
+        renders = 4 * max(4 * _SOME_STEPS, 16 * points)
+        coarse = 2 * (128 + renders + 2 * max(4 * _SOME_STEPS, 4 * points)) * _COARSE
+        steps = 4 * max(_SOME_STEPS, min(_FINE_STEPS, 6 * points))
+        fine = 2 * steps * (support**3 * _FINE[0] + gaussians * _FINE[1])
+        together = [
+            ("cells", machine.shared(2 * cells)),
+            ("decoder", machine.halves(coarse + fine)),
+            ("latents", machine.shared(images * (_LOOKED[0] + _LOOKED[1] * points))),
+            ("residual", machine.first(points * support**3 * _RESIDUAL)),
+        ]
+        fitted = (together,)
     parts = _expected(
         ("reading", 0.0 if options.from_run else machine.shared(len(stack) * box**2 * _READ)),
         ("linear stage", linear),
-        [
-            ("cells", machine.shared(cells)),
-            ("decoder", machine.halves(coarse + fine)),
-            ("latents", machine.shared(images * (_LOOKED[0] + _LOOKED[1] * points))),
-            ("residual", machine.first(2 * points * support**3 * _RESIDUAL / 2)),
-        ],
+        *fitted,
         ("states", machine.first(options.states * box**3 * _STATE)),
         ("report", machine.alone(_STATES_REPORT)),
     )
@@ -309,6 +315,28 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
     memory = _PROGRAM + _FITTING + _PIECES + max(first, 2 * points * support**3 * _HELD + _MAPS * box**3)
     disk = 4 * box**3 * (4 * options.states + 2) + 4 * points * support**3 + 1e7
     return Estimate(parts, memory, disk, machine.alone(_BEGIN))
+
+
+# Of a fit of states to images: seconds to draw a Gaussian of an image and compare, forward and back; forward alone;
+# between the stages of the paper's networks.
+_DRAWN, _SHOWN, _BETWEEN = {"separable": 3.1e-7, "perceptron": 7.2e-7}, 1e-7, 7.8
+_PLACING, _CANDIDATES = 5, 16  # epochs, and states that are tried (`heterogeneity.images`)
+_GAINING = 2 * 512 * 33  # images and states that the gain is judged by
+
+
+def _fits_to_images(
+    options: ConformationOptions, images: int, cells: float, machine: _Machine
+) -> tuple[tuple[str, float] | list[tuple[str, float]], ...]:
+    each, fine = _DRAWN[options.decoder], options.fine.gaussians
+    fit = images * each * (options.coarse.epochs * options.coarse.gaussians + options.fine.epochs * fine)
+    between = 2 * _BETWEEN if options.decoder == "perceptron" else 0.0
+    placing = images * fine * (_PLACING * each / 2 + _CANDIDATES * _SHOWN)
+    gain = min(_GAINING, 33 * images) * fine * _SHOWN
+    return (
+        ("fit", machine.shared(fit) + machine.first(between)),
+        [("latents", machine.shared(placing)), ("gain", machine.shared(gain))],
+        ("cells", machine.shared(cells)),
+    )
 
 
 def speed_of_core() -> float:

@@ -51,12 +51,11 @@ from emsplat.programs.run import Run
 from emsplat.programs.shown import hide_slices, show_slices
 from emsplat.programs.state_engines import (
     StatesFitted,
-    conformation_options,
-    engine_of,
     finest,
     fit_cells,
     fit_on_images,
 )
+from emsplat.programs.state_options import conformation_options, engine_of
 from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (

@@ -38,7 +38,6 @@ from emsplat.heterogeneity.half import (
 from emsplat.heterogeneity.images import (
     ConformationOptions,
     ImageStart,
-    Pass,
     follow_images,
     image_gain,
     place_latents,
@@ -52,6 +51,7 @@ from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decod
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
+from emsplat.programs.state_options import conformation_options, starts_at_random
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
 from emsplat.run.history import History
 from emsplat.run.stop import checkpoints, require_time
@@ -60,13 +60,6 @@ from emsplat.sums.statistics import equations_of, fingerprint
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
 _MOST_CELLS = 64  # of a fit to images
 _MOST_POINTS, _PER_POINT = 100, 50  # points by which particles are placed, and views that each should have
-_RECIPES = {
-    # The separable decoder from latents of the linear stage, by the noise spectrum.
-    "default": ConformationOptions(
-        decoder="separable", weighted=True, coarse=Pass(2048, 0.02, 6, 5e-3), fine=Pass(8192, 0.01, 4, 2e-3)
-    ),
-    "cryospire": ConformationOptions(),
-}
 
 
 @dataclass(frozen=True)
@@ -334,48 +327,6 @@ def _kernel(embedding: Embedding) -> Float[Tensor, "m m"]:
     return overlap(embedding.membership).float() ** _KERNEL
 
 
-def engine_of(config: HeterogeneityConfig) -> str:
-    """cells or images."""
-    given = config.heterogeneity
-    return given.engine or ("images" if given.recipe == "cryospire" else "cells")
-
-
-def conformation_options(config: HeterogeneityConfig) -> ConformationOptions:
-    """The recipe with what the user puts in place of it.
-
-    Raises:
-        InputError: a number that describes no fit.
-    """
-    given = config.heterogeneity
-    own = _RECIPES[given.recipe]
-    epochs = given.epochs or (own.coarse.epochs, own.fine.epochs)
-    if len(epochs) != 2 or min(epochs) < 1:
-        raise InputError(f"--epochs {' '.join(map(str, epochs))}: expected two numbers above 0, coarse and fine")
-    rate = 1.0 if given.learning_rate is None else given.learning_rate / own.coarse.learning_rate
-    if not 0 < rate < float("inf"):
-        raise InputError(f"--learning-rate {given.learning_rate}: expected a number above 0")
-    coarse, fine = (
-        replace(one, epochs=count, learning_rate=rate * one.learning_rate)
-        for one, count in zip((own.coarse, own.fine), epochs, strict=True)
-    )
-    if given.gaussians is not None:
-        fine = replace(fine, gaussians=given.gaussians)
-    return replace(
-        own,
-        decoder=given.decoder or own.decoder,
-        parts=given.parts,
-        batch=given.batch or own.batch,
-        seed=config.halves.seed,
-        coarse=coarse,
-        fine=fine,
-    )
-
-
-def _starts_at_random(config: HeterogeneityConfig) -> bool:
-    start = config.heterogeneity.start
-    return (config.heterogeneity.recipe == "cryospire") if start is None else start == "random"
-
-
 def _fitted_images(
     run: Run[HeterogeneityConfig], half: int, embedding: Embedding, options: ConformationOptions
 ) -> Conformations:
@@ -387,7 +338,7 @@ def _fitted_images(
     among = shares(stack, world)
     with run.log.part("fit", f"half {half + 1}: a decoder and a latent for each image, fitted to the images"):
         equations = equations_of(stack, world=world)
-        start = ImageStart(equations.solve(), None if _starts_at_random(run.config) else embedding.own)
+        start = ImageStart(equations.solve(), None if starts_at_random(run.config) else embedding.own)
         total = steps_of(stack, options)
         before = 0 if state is None else state.step
         history = History(run.log.journal, name)
