@@ -26,7 +26,7 @@ from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
 from emsplat.run.files import checkpoint_name, coarse_model_name, start_name
 from emsplat.run.folder import read_summary
-from emsplat.run.journal import Judged, Scored, read_journal
+from emsplat.run.journal import Expected, Judged, Part, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
 from emsplat.types import Poses
 from processes import SLOW, SLOW_FIT, ends, start, wait_for
@@ -52,6 +52,7 @@ def whole(particles, tmp_path_factory):
         if name not in made:
             made[name] = folder / name
             reconstruct(config, particles, made[name])
+            expected_parts_came(made[name])
         return made[name]
 
     return give
@@ -78,6 +79,15 @@ def interrupted(config, particles, folder, monkeypatch, look, program=reconstruc
             program(config, particles, folder)
     program(change(config, resume=True), particles, folder)
     return folder
+
+
+def expected_parts_came(folder):
+    """What a run was expected to do is what it did, in that order."""
+    rows = [row.what for row in read_journal(folder)]
+    expected, came = ([row for row in rows if isinstance(row, kind)] for kind in (Expected, Part))
+    turns = [next(one.turn for one in expected if one.name == part.name) for part in came]
+    assert turns == sorted(turns)
+    assert {part.name for part in came} | {"report"} == {one.name for one in expected} | {"report"}
 
 
 def same_maps(one, other):
@@ -127,6 +137,7 @@ def refined(wrong, tmp_path_factory):
     """A refinement that nobody interrupts."""
     folder = tmp_path_factory.mktemp("refined") / "whole"
     refine(REFINE, wrong, folder)
+    expected_parts_came(folder)
     return folder
 
 
@@ -314,6 +325,7 @@ def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, t
     said = ends(start(3, *words, "-o", tmp_path / "many"))
     assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
     assert [text for _, text, _ in said[1:]] == [""] * 2
+    expected_parts_came(tmp_path / "many")
     one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "many"))
     assert one["found"]
     assert one["states_confirmed"] > 1
@@ -352,6 +364,7 @@ def test_processes_fit_states_to_images_and_a_signal_ends_all_alike(mixed, tmp_p
     resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
     assert [(code, errors) for code, _, errors in resumed] == [(0, "")] * 3
     assert "resuming half2: goes on after step" in resumed[0][1]
+    expected_parts_came(tmp_path / "one")
     one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "cut"))
     for name in ("components", "points", "states_tried", "states_confirmed", "classes"):
         assert many[name] == one[name]
@@ -398,6 +411,7 @@ def test_processes_make_a_start_each_and_any_number_goes_on(simulated, tmp_path)
     said = ends(start(3, *words, "-o", tmp_path / "many", program=QUICK_STARTS))
     assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
     assert [text for _, text, _ in said[1:]] == [""] * 2
+    expected_parts_came(tmp_path / "many")
     one, many = (read_summary(tmp_path / name)["abinitio"] for name in ("one", "many"))
     assert one["starts"] == many["starts"] == 4
     assert many["verdict"] == one["verdict"]

@@ -37,6 +37,7 @@ _GAUSSIAN = 1.5e-6  # for each Gaussian
 _RENDERED = 9e-9  # to render and compare a pixel of an image, forward and back
 _JUDGED = 4.5e-6  # seconds of the assessment for a voxel
 _BEGIN, _REPORT, _OF_FITS = 2.5, 3.0, 1.6  # seconds of imports, and of a report with figures; of those of fits
+_EXAMPLES = 0.4  # seconds to compare some images with the fits
 _DISK = 3e8  # bytes per second that a disk gives
 _PROGRAM = 3.8e8  # bytes of Python, PyTorch and what they load
 _FITTING = 2e7  # bytes more that optimisers load
@@ -155,7 +156,9 @@ def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine:
     voxels, padded = stack.grid.size**3, (PADDING * stack.grid.size) ** 3
     passing = _passing(stack)
     reading = len(stack) * sum(own.size**2 for own in stack.disk[:1]) * 4 / _DISK
-    fits = [] if settings is None else [("fits", _fits(stack, settings, machine))]
+    fits = []
+    if settings is not None:
+        fits = [("fits", _fits(stack, settings, machine)), ("residuals", machine.alone(_EXAMPLES))]
     parts = _expected(
         ("accumulation", max(machine.shared(passing), reading / machine.processes)),
         *fits,
@@ -225,7 +228,7 @@ def _of_refinement(
     parts = _expected(
         ("rounds", cost + judged),
         *([("accumulation", by_name["accumulation"])] if kept else []),
-        *((name, by_name[name]) for name in ("fits", "assessment", "report")),
+        *((name, by_name[name]) for name in ("fits", "residuals", "assessment", "report")),
     )
     return Estimate(parts, own.memory + _CHUNKED * stack.grid.size**2, own.disk, own.begin)
 
@@ -291,7 +294,7 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
     # Of each half once.
     cells = 2 * points * (PADDING * grid) ** 3 * _CELL + _MEMBER * images * box**2 * _PIXEL
     if engine_of(config) == "images":
-        fitted = _fits_to_images(conformation_options(config), images, cells, machine)
+        fitted = _fits_to_images(conformation_options(config), images, points, cells, machine)
     else:
         renders = 4 * max(4 * _SOME_STEPS, 16 * points)
         coarse = 2 * (128 + renders + 2 * max(4 * _SOME_STEPS, 4 * points)) * _COARSE
@@ -321,17 +324,18 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
 # between the stages of the paper's networks.
 _DRAWN, _SHOWN, _BETWEEN = {"separable": 3.1e-7, "perceptron": 7.2e-7}, 1e-7, 7.8
 _PLACING, _CANDIDATES = 5, 16  # epochs, and states that are tried (`heterogeneity.images`)
-_GAINING = 2 * 512 * 33  # images and states that the gain is judged by
+_GAINING, _GAINING_STATES, _SHOWN_ALIKE = 512, 32, 6e-8  # images of a half, states; seconds where all images show one
 
 
 def _fits_to_images(
-    options: ConformationOptions, images: int, cells: float, machine: _Machine
+    options: ConformationOptions, images: int, points: int, cells: float, machine: _Machine
 ) -> tuple[tuple[str, float] | list[tuple[str, float]], ...]:
     each, fine = _DRAWN[options.decoder], options.fine.gaussians
     fit = images * each * (options.coarse.epochs * options.coarse.gaussians + options.fine.epochs * fine)
     between = 2 * _BETWEEN if options.decoder == "perceptron" else 0.0
     placing = images * fine * (_PLACING * each / 2 + _CANDIDATES * _SHOWN)
-    gain = min(_GAINING, 33 * images) * fine * _SHOWN
+    states = 1 + min(points, _GAINING_STATES)
+    gain = 2 * min(_GAINING, images // 2) * states * fine * _SHOWN_ALIKE
     return (
         ("fit", machine.shared(fit) + machine.first(between)),
         [("latents", machine.shared(placing)), ("gain", machine.shared(gain))],
