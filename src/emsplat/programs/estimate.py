@@ -238,7 +238,7 @@ _SEARCHED = 12.0  # times the comparisons of a round, where poses are looked for
 _CHUNKED = 6e3  # bytes for each pixel of an image, of which so many are placed at once
 
 # Of starts without poses.
-_START, _SETTLED = 0.156, 0.6  # seconds of a step of 200 images, and how many of the steps are made as a rule
+_START, _SETTLED = 0.17, 0.6  # seconds of a step of 200 images, and how many of the steps are made as a rule
 _MADE = 2  # starts, one of each half, which agree as a rule
 _FOUND = (3.3, 2.6e-3)  # seconds to find poses: to begin with, and for each image
 _WIDE = 0.8  # of the box: a particle that nobody has measured (`abinitio`)
