@@ -1,5 +1,4 @@
-"""Poses refined: experimental beta-galactosidase against 8BK7, and a simulated spike from known errors of its poses;
-and poses from nothing.
+"""Poses refined: experimental beta-galactosidase against 8BK7, and a simulated spike from known errors of its poses.
 
 Times are processor seconds (user and system of this process), since walls mean nothing on a busy machine. "round" is
 what placing 1,000 particles once takes, at about 1,500 coefficients each, the reading of the images included.
@@ -17,7 +16,6 @@ import torch
 from bench_quality import score
 from common import save
 from emsplat.config import (
-    AbinitioConfig,
     ComparePosesConfig,
     ReconstructConfig,
     RefineConfig,
@@ -28,12 +26,9 @@ from emsplat.io.atoms import read_atoms
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import write_used
 from emsplat.maths.geometry import vector_to_matrix
-from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.mask import solvent_mask
 from emsplat.particles.open import open_particles
-from emsplat.poses.compare import compare_poses
 from emsplat.poses.local import Prior, make_reference, noise_of, place
-from emsplat.programs.abinitio import abinitio
 from emsplat.programs.compare_poses import compare
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
@@ -129,75 +124,6 @@ def simulated(rows, data, folder, seed):
         both(rows, name, wrong(star, star, turn, shift, seed), folder, truth, star, **options)
 
 
-def from_nothing(rows, name, star, folder, symmetry, group, seed):
-    """Poses from the images alone, against those that are known; returns the file with them."""
-    output = folder / f"nothing_{name}_{symmetry}_{seed}"
-    config = configure(AbinitioConfig, symmetry=symmetry, seed=seed)
-    summary, seconds = timed(abinitio, config, star, output)
-    found = summary["abinitio"]
-    row = {"name": f"{name} from nothing, {symmetry}, seed {seed}", "processor_seconds": round(seconds, 1)}
-    row |= {key: found[key] for key in ("verdict", "agreement", "gain", "starts")}
-    row |= {"group": found.get("symmetry_found", symmetry)}
-    written = output / "run_data.star"
-    if written.exists():
-        away = compare(star, written, configure(ComparePosesConfig, symmetry=group))
-        row |= {key: round(away[key], 4) for key in ("median", "p90", "within_5", "within_10", "shift_median")}
-    rows.append(row)
-    print(row, flush=True)
-    return written
-
-
-def in_the_frame_of(given, found, symmetry, target):
-    """The same poses in the frame and hand of those that are given: what images cannot tell."""
-    first, second = (open_particles(path) for path in (given, found))
-    poses = second.table.poses[second.rows]
-    known = first.table.poses[first.rows]
-    comparison = compare_poses(known, poses, parse_symmetry(symmetry))
-    flip = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
-    rotation = flip @ poses.rotation @ flip if comparison.mirrored else poses.rotation
-    shift = poses.shift + (rotation @ comparison.centre)[:, :2]
-    moved = second.with_poses(Poses(rotation @ comparison.frame, shift))
-    write_used(moved.table, target, second.table.half)
-    return target
-
-
-def refined_from_nothing(rows, found, star, data, folder, seed):
-    """beta-galactosidase from images alone, refined, against 8BK7."""
-    told = in_the_frame_of(star, found, "D2", found.with_name("framed.star"))
-    volume, grid, mask = bgal_truth(data)
-    for more in ({}, {"refine": "poses,scale"}):
-        output = folder / f"nothing_refined_{seed}_{len(more)}"
-        summary, seconds = timed(refine, configure(RefineConfig, symmetry="D2", **more), told, output)
-        row = {"name": f"8BK7 from images alone, refine {' '.join(more.values())}, seed {seed}".replace(" ,", ",")}
-        row |= {"processor_seconds": round(seconds, 1)} | score(output / "run_class001.mrc", volume, grid, mask)
-        row["back_projection"] = score(output / "backprojection_class001.mrc", volume, grid, mask)
-        row["cross_validated"] = summary["resolution"]["cross_validated"]
-        rows.append(row)
-        print(row, flush=True)
-
-
-# Sets of poses from nothing: model, pixel size, symmetry that is given, symmetry that the particle has.
-SETS = {
-    "GroEL/ES": ("1aon.pdb.gz", 3.8, "C7", "C7"),
-    "spike": ("6vsb.pdb.gz", 3.2, "C1", "C1"),
-    "IgG": ("1hzh.pdb.gz", 3.4, "C1", "C1"),
-}
-
-
-def all_from_nothing(rows, data, folder, seed):
-    star = data / "bgal" / "particles.star"
-    found = from_nothing(rows, "bgal", star, folder, "D2", "D2", seed)
-    if found.exists():
-        refined_from_nothing(rows, found, star, data, folder, seed)
-    from_nothing(rows, "bgal", star, folder, "C1", "D2", seed)
-    for name, (model, pixel_size, symmetry, group) in SETS.items():
-        config = SimulateConfig(box=64, pixel_size=pixel_size, particles=3000, snr=0.1)
-        place = folder / name.replace("/", "_")
-        made = place / "particles.star"
-        made = made if made.exists() else simulate(config, data / "models" / model, place)
-        from_nothing(rows, name, made, folder, symmetry, group, seed)
-
-
 def main():
     data = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")
     rows = []
@@ -205,7 +131,6 @@ def main():
         experimental(rows, data, Path(folder))
         for seed in map(int, sys.argv[2:] or ["1", "2"]):
             simulated(rows, data, Path(folder), seed)
-            all_from_nothing(rows, data, Path(folder), seed)
     save("poses", rows)
 
 

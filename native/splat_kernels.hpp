@@ -19,6 +19,10 @@
 namespace emsplat {
 namespace {
 
+// A splat is a dozen numbers: in a call they would all go through memory, which takes longer than a small footprint.
+#define EMSPLAT_INLINED __attribute__((always_inline))
+#define EMSPLAT_INLINE inline EMSPLAT_INLINED
+
 constexpr int RESTART = 16;
 constexpr int CHUNK = 128;  // Gaussians whose geometry is worked out at a time
 
@@ -101,12 +105,12 @@ inline T minimum(T a, T b) { return a < b ? a : b; }
 template <class T>
 inline T magnitude(T a) { return a < 0 ? -a : a; }
 
-// floor and ceil of numbers that a pixel index can hold; anything further out is outside every image anyway.
+// floor and ceil of numbers that a pixel index can hold; anything further out is outside every image anyway. Without
+// branches, so that a loop over them is one of vectors.
 template <class T>
 inline int floor_index(T x) {
-    if (!(x > T(-1e6))) return -1000000;
-    if (x > T(1e6)) return 1000000;
-    int i = int(x);
+    x = minimum(maximum(x, T(-1e6)), T(1e6));
+    const int i = int(x);
     return i - (T(i) > x);
 }
 template <class T>
@@ -118,14 +122,16 @@ struct Splat {
     T a, b, c;  // conic, 1/pixel²
     T hx, hy;   // half extents of the footprint in pixels
     T decay;    // exp(-c)
+    T leap;     // exp(-b lanes)
     T peak;     // logarithm of the value at the centre
+    int x0, x1, y0, y1;  // first and last column and row of the footprint, in the image or not
 };
 
 // The values of a splat on N times `lanes` columns from `column`, row by row: visit(row, values). far_x is the largest
 // |dx| of the columns that lie in the footprint; the others may underflow to 0. Two vectors side by side hide the time
 // that a multiplication takes to give its result to the next row's.
 template <class T, int N, class Visit>
-inline void walk_block(const Splat<T>& s, int column, T far_x, int row0, int row1, Visit&& visit) {
+EMSPLAT_INLINE void walk_block(const Splat<T>& s, int column, T far_x, int row0, int row1, Visit&& visit) {
     using V = typename Simd<T>::vec;
     const T half = T(0.5);
     V bdx[N], constant[N], g[N], step[N];
@@ -138,6 +144,8 @@ inline void walk_block(const Splat<T>& s, int column, T far_x, int row0, int row
         const T across = half * s.c * dy * dy;
         for (int k = 0; k < N; ++k) g[k] = exponential(constant[k] - dy * bdx[k] - across);
     };
+    // One exponential for all vectors of a row, unless a lane could leave the range of numbers on the way.
+    const bool leaps = magnitude(s.b) * Simd<T>::lanes < T(20);
     const T far_y = maximum(T(row1 - 1) - s.y, s.y - T(row0));
     const T furthest = s.a * far_x * far_x + T(2) * magnitude(s.b) * far_x * far_y + s.c * far_y * far_y;
     if (furthest > T(100)) {  // exp(-50): still far from underflow
@@ -152,7 +160,8 @@ inline void walk_block(const Splat<T>& s, int column, T far_x, int row0, int row
         const T dy = T(begin) - s.y;
         values(dy);
         const T first = -s.c * (dy + half);
-        for (int k = 0; k < N; ++k) step[k] = exponential(first - bdx[k]);
+        step[0] = exponential(first - bdx[0]);
+        for (int k = 1; k < N; ++k) step[k] = leaps ? step[k - 1] * s.leap : exponential(first - bdx[k]);
         for (int row = begin; row < end; ++row) {
             visit(row, g);
             for (int k = 0; k < N; ++k) {
@@ -171,10 +180,10 @@ struct Count {
 // All blocks of a splat: walk(vectors, column, far_x, row0, row1) with rows inside [clip0, clip1); vectors is Count<1>
 // or Count<2>.
 template <class T, class Walk>
-inline void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&& walk) {
+EMSPLAT_INLINE void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&& walk) {
     constexpr int lanes = Simd<T>::lanes;
-    const int x0 = maximum(ceil_index(s.x - s.hx), 0), x1 = minimum(floor_index(s.x + s.hx), size - 1);
-    const int y0 = maximum(ceil_index(s.y - s.hy), clip0), y1 = minimum(floor_index(s.y + s.hy) + 1, clip1);
+    const int x0 = maximum(s.x0, 0), x1 = minimum(s.x1, size - 1);
+    const int y0 = maximum(s.y0, clip0), y1 = minimum(s.y1 + 1, clip1);
     if (x1 < x0 || y1 <= y0) return;
     if (x1 - x0 < lanes) {
         walk(Count<1>(), x0, s.hx, y0, y1);
@@ -188,7 +197,7 @@ inline void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&&
     const T determinant = s.a * s.c - s.b * s.b, inverse = T(1) / s.c;
     const T limit = s.hx * s.hx * determinant;  // c * cutoff²
     const T peak = -s.b * s.hy / s.a;
-    auto rows = [&](auto vectors, int column) {
+    auto rows = [&](auto vectors, int column) EMSPLAT_INLINED {
         const T d0 = T(column) - s.x, d1 = T(minimum(column + vectors.value * lanes - 1, x1)) - s.x;
         const T up = minimum(maximum(peak, d0), d1), low = minimum(maximum(-peak, d0), d1);
         const T top = s.y + (-s.b * up + root(maximum(limit - determinant * up * up, T(0)))) * inverse;
@@ -203,8 +212,8 @@ inline void for_blocks(const Splat<T>& s, int size, int clip0, int clip1, Walk&&
 
 // `image` points at row clip0.
 template <class T>
-inline void add_splat(const Splat<T>& s, T weight, T* image, int stride, int size, int clip0, int clip1) {
-    for_blocks(s, size, clip0, clip1, [&](auto vectors, int column, T far_x, int row0, int row1) {
+EMSPLAT_INLINE void add_splat(const Splat<T>& s, T weight, T* image, int stride, int size, int clip0, int clip1) {
+    for_blocks(s, size, clip0, clip1, [&](auto vectors, int column, T far_x, int row0, int row1) EMSPLAT_INLINED {
         constexpr int N = decltype(vectors)::value;
         using V = typename Simd<T>::vec;
         T* base = image + column;
@@ -218,11 +227,11 @@ inline void add_splat(const Splat<T>& s, T weight, T* image, int stride, int siz
 
 // Moments of upstream * exp(...) about the centre: 1, dx, dy, dx², dx dy, dy², each as a vector that adds up to it.
 template <class T>
-inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int size,
+EMSPLAT_INLINE void splat_moments(const Splat<T>& s, const T* upstream, int stride, int size,
                           typename Simd<T>::vec (&moments)[6]) {
     using V = typename Simd<T>::vec;
     V m0{}, mx{}, my{}, mxx{}, mxy{}, myy{};
-    for_blocks(s, size, 0, size, [&](auto vectors, int column, T far_x, int row0, int row1) {
+    for_blocks(s, size, 0, size, [&](auto vectors, int column, T far_x, int row0, int row1) EMSPLAT_INLINED {
         constexpr int N = decltype(vectors)::value;
         const T* base = upstream + column;
         // Only dy changes down a column, so three sums per row are enough.
@@ -230,12 +239,12 @@ inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int 
         V dy = V{} + (T(row0) - s.y);
         walk_block<T, N>(s, column, far_x, row0, row1, [&](int row, const V(&g)[N]) {
             const T* p = base + long(row) * stride;
+            const V dy2 = dy * dy;
             for (int k = 0; k < N; ++k) {
                 const V weighted = g[k] * Simd<T>::load(p + k * Simd<T>::lanes);
-                const V first = weighted * dy;
                 s0[k] += weighted;
-                s1[k] += first;
-                s2[k] += first * dy;
+                s1[k] += weighted * dy;
+                s2[k] += weighted * dy2;
             }
             dy += T(1);
         });
@@ -257,9 +266,12 @@ inline void splat_moments(const Splat<T>& s, const T* upstream, int stride, int 
 template <class T>
 struct Projected {
     T x[CHUNK], y[CHUNK], a[CHUNK], b[CHUNK], c[CHUNK], hx[CHUNK], hy[CHUNK];
-    T decay[CHUNK];
+    T decay[CHUNK], leap[CHUNK];
+    int x0[CHUNK], x1[CHUNK], y0[CHUNK], y1[CHUNK];
     T norm[CHUNK];  // 1 / (2π √det)
-    Splat<T> splat(int i) const { return {x[i], y[i], a[i], b[i], c[i], hx[i], hy[i], decay[i], T(0)}; }
+    Splat<T> splat(int i) const {
+        return {x[i], y[i], a[i], b[i], c[i], hx[i], hy[i], decay[i], leap[i], T(0), x0[i], x1[i], y0[i], y1[i]};
+    }
 };
 
 template <class T>
@@ -293,10 +305,16 @@ inline void project_geometry(const Mixture<T>& m, const View<T>& view, int first
         out.c[i] = cxx * inverse;
         out.hx[i] = view.cutoff * root(cxx);
         out.hy[i] = view.cutoff * root(cyy);
+        out.x0[i] = ceil_index(out.x[i] - out.hx[i]);
+        out.x1[i] = floor_index(out.x[i] + out.hx[i]);
+        out.y0[i] = ceil_index(out.y[i] - out.hy[i]);
+        out.y1[i] = floor_index(out.y[i] + out.hy[i]);
         out.norm[i] = root(inverse) * T(0.15915494309189535);
     }
-    for (int i = 0; i < last - first; i += Simd<T>::lanes)
+    for (int i = 0; i < last - first; i += Simd<T>::lanes) {
         Simd<T>::store(out.decay + i, exponential(-Simd<T>::load(out.c + i)));
+        Simd<T>::store(out.leap + i, exponential(T(-Simd<T>::lanes) * Simd<T>::load(out.b + i)));
+    }
 }
 
 template <class T>
@@ -387,7 +405,7 @@ struct Solid {
     T slope_x, slope_y;      // how the slice's centre moves with z
     T cxx, cyy;              // covariance of the slice, for its extent
     T szz, norm, cutoff2;    // norm = 1 / ((2π)^1.5 √det Σ)
-    T decay;                 // exp(-c)
+    T decay, leap;           // exp(-c), exp(-b lanes)
     T inverse[6];            // Σ⁻¹: xx xy xz yy yz zz
 
     Solid(const Mixture<T>& m, int j, T scale, int size, T cutoff) {
@@ -408,6 +426,7 @@ struct Solid {
         b = -cxy * reciprocal;
         c = cxx * reciprocal;
         decay = exponential(-c);
+        leap = exponential(T(-Simd<T>::lanes) * b);
         norm = root(reciprocal / szz) * T(0.06349363593424097);
         cutoff2 = cutoff * cutoff;
         const T xz = -(a * slope_x + b * slope_y), yz = -(b * slope_x + c * slope_y);
@@ -422,7 +441,9 @@ struct Solid {
         const T dz = T(slice) - z, depth = dz * dz / szz;
         const T left = cutoff2 - depth;
         if (left <= 0) return false;
-        s = {x + slope_x * dz, y + slope_y * dz, a, b, c, root(left * cxx), root(left * cyy), decay, T(-0.5) * depth};
+        const T hx = root(left * cxx), hy = root(left * cyy), cx = x + slope_x * dz, cy = y + slope_y * dz;
+        s = {cx, cy, a, b, c, hx, hy, decay, leap, T(-0.5) * depth,
+             ceil_index(cx - hx), floor_index(cx + hx), ceil_index(cy - hy), floor_index(cy + hy)};
         return true;
     }
 };

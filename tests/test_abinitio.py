@@ -207,6 +207,12 @@ def test_the_largest_group_of_a_map_is_found(symbol, found):
     assert find_symmetry(Turning(volume, 9, 22)).symmetry.symbol == found
 
 
+@pytest.mark.parametrize(("refused", "found"), [("D2", "C2"), ("C2", "C1")])
+def test_what_is_left_of_a_group_that_was_refused(refused, found):
+    volume = map_turned(blobs(24, 7, "D2", count=4), random_rotations(1, drawn(8)), torch.zeros(3))[0]
+    assert find_symmetry(Turning(volume, 9, 22), refused=[parse_symmetry(refused)]).symmetry.symbol == found
+
+
 def test_a_map_that_is_turned_into_its_frame_is_the_mean_over_its_group():
     frame = GroupFrame(parse_symmetry("C2"), torch.from_numpy(axis_rotation([1.0, 0.0, 0.0], 0.3)), torch.zeros(3), 1.0)
     straight = in_frame(blobs(24, 9), frame)

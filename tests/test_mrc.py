@@ -4,6 +4,7 @@ import bz2
 import gzip
 import itertools
 import lzma
+import os
 
 import mrcfile
 import numpy as np
@@ -253,6 +254,18 @@ def test_images_are_read_only_when_asked_for(tmp_path):
     stack.close()
     stack.read_into(out, [3], [1])  # opens again
     assert set(out[1].ravel().tolist()) == {0.0}
+
+
+def test_a_stack_that_is_cut_while_it_is_read_is_named(tmp_path):
+    with writing_stack(tmp_path / "s.mrcs", 4, Grid(8, 2.0)) as write:
+        write(torch.zeros(4, 8, 8))
+    stack = StackFile(tmp_path / "s.mrcs")
+    os.truncate(tmp_path / "s.mrcs", 1024 + 3 * 256 + 7)
+    out = np.ones((4, 8, 8), np.float32)
+    stack.read_into(out, [0, 2], [0, 2])
+    assert not out[[0, 2]].any()
+    with pytest.raises(InputError, match=r"s\.mrcs: ends after [\d,]+ bytes, within an image .*--resume"):
+        stack.read_into(out, [3], [3])
 
 
 @pytest.mark.parametrize("read", [read_map, StackFile])

@@ -1,4 +1,4 @@
-"""MRC files as NumPy arrays: headers, maps, and image stacks that are memory-mapped (MRC2014).
+"""MRC files as NumPy arrays: headers, maps, and image stacks that are read image by image (MRC2014).
 
 What is read may have any order of axes, its bytes may be signed or not, and maps may be packed with gzip or bzip2
 (docs/conventions.md, 9). Nothing here loads torch, so that a report is drawn without it; `io.mrc` makes tensors of it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import math
-import mmap
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +34,6 @@ _NO_DENSITY = {
     16: "colours",
     101: "4-bit numbers",
 }
-_DROP_AFTER = 64 * 2**20  # bytes read before mapped pages are handed back
 _SAMPLED_IMAGES = 16
 _IMOD_STAMP, _IMOD_SIGNED, _IMOD_4_BIT = 1146047817, 1, 16
 _PIECE = 2**20  # bytes unpacked at once
@@ -331,8 +330,20 @@ def _header_of_stack(path: Path) -> _Header:
     return header
 
 
+class _Reading:
+    """A file that is open as long as somebody holds this."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self._close = os.close  # at the end of Python the module may be gone
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            self._close(self.descriptor)
+
+
 class StackFile:
-    """An image stack on disk, memory-mapped: ``count`` square images of ``box`` pixels.
+    """An image stack on disk: ``count`` square images of ``box`` pixels.
 
     ``pixel_size`` is the header's in Å, or None where it says 0 or exactly 1, as programs do that do not set it.
     ``warnings`` say what had to be assumed of the file.
@@ -362,8 +373,7 @@ class StackFile:
         self.pixel_size = None if header.voxel[0] in (0.0, 1.0) else float(header.voxel[0])
         self.warnings = header.warnings
         self._dtype, self._offset, self._swapped = header.dtype, header.offset, header.axes[0] == 2
-        self._map: mmap.mmap | None = None
-        self._since_drop = 0
+        self._file: _Reading | None = None
         if self._dtype.itemsize == 1:
             signed, said = _signed_bytes(header, self._sample())
             self._dtype, self.warnings = np.dtype("i1" if signed else "u1"), (*self.warnings, *said)
@@ -378,20 +388,31 @@ class StackFile:
 
     def read_into(self, out: NDArray[np.float32], images: Iterable[int], places: Iterable[int]) -> None:
         """Copies the images with these 0-based indices to these places of ``out`` (n, y, x)."""
-        mapped = self._map  # another thread may close the file: it stays open while this one reads
-        if mapped is None:
-            with _speaking(self.path, "an MRC image stack"), self.path.open("rb") as file:
-                mapped = self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        flat = np.frombuffer(mapped, self._dtype, self.count * self.box**2, self._offset)
-        data = flat.reshape(self.count, self.box, self.box)
-        for place, image in zip(places, images, strict=True):
-            out[place] = data[image].T if self._swapped else data[image]
-            self._since_drop += data[image].nbytes
-        if self._since_drop > _DROP_AFTER and hasattr(mmap, "MADV_DONTNEED"):
-            # Pages that were read stay in the system's cache, but no longer count as this process's memory.
-            mapped.madvise(mmap.MADV_DONTNEED)
-            self._since_drop = 0
+        # Not a memory map: images that are read here and there would bring their surroundings into memory, and a file
+        # that was cut meanwhile would end the process.
+        file = self._file  # another thread may close it: it stays open while this one reads
+        length = self.box**2 * self._dtype.itemsize
+        with _speaking(self.path, "an MRC image stack"):
+            if file is None:
+                file = self._file = _Reading(self.path)
+            for place, image in zip(places, images, strict=True):
+                flat = np.frombuffer(self._read(file, self._offset + image * length, length), self._dtype)
+                data = flat.reshape(self.box, self.box)
+                out[place] = data.T if self._swapped else data
+
+    def _read(self, file: _Reading, begin: int, length: int) -> bytes:
+        """So many bytes; a system may give fewer at a time."""
+        data = os.pread(file.descriptor, length, begin)
+        while len(data) < length:
+            more = os.pread(file.descriptor, length - len(data), begin + len(data))
+            if not more:
+                raise InputError(
+                    f"{self.path}: ends after {begin + len(data):,} bytes, within an image that was there when it was "
+                    "opened; something has cut it meanwhile: write or copy it again, and go on with --resume"
+                )
+            data += more
+        return data
 
     def close(self) -> None:
         """Lets go of the file; the next `read_into` opens it again."""
-        self._map = None
+        self._file = None

@@ -20,6 +20,7 @@ from emsplat.measures.curves import resolution
 from emsplat.types import Curve, Grid
 
 _FEW = 20  # frequencies
+_POINTS = 2**18  # of planes at a time
 _PIXELS = 2_000  # points of the sphere that frequencies are collected at for cones: 4.6° apart
 
 
@@ -77,23 +78,33 @@ def slice_correlation(
     """
     size, low, high = _check_band(a, b, grid, band)
     rows = torch.arange(-high, high + 1, dtype=torch.float32)
-    radius = (rows[:, None] ** 2 + rows**2).sqrt()
-    inside = (radius >= low - 0.5) & (radius < high + 0.5)
     u, v = torch.meshgrid(rows, rows, indexing="ij")
+    radius = (u**2 + v**2).sqrt()
+    # The spectra are even: half of each plane is enough, half of the voxels, and one of two opposite directions.
+    inside = (radius >= low - 0.5) & (radius < high + 0.5) & ((v > 0) | ((v == 0) & (u > 0)))
     u, v = u[inside], v[inside]
     spectra = torch.stack(_products(a, b))[None]
+    scale = torch.tensor([2 / (size // 2), 2 / (size - 1), 2 / (size - 1)])
+    shift = torch.tensor([0.0, size // 2, size // 2])
+    lines, line = _lines(directions.vectors)
     out = []
-    for axis in directions.vectors.float():
-        first, second = _perpendicular(axis)
-        points = u[:, None] * first + v[:, None] * second  # (x, y, z) in voxels of Fourier space
-        # The half space kx >= 0 is enough: the three spectra are even.
-        points = torch.where(points[:, :1] < 0, -points, points)
-        scale = torch.tensor([2 / (size // 2), 2 / (size - 1), 2 / (size - 1)])
-        shift = torch.tensor([0.0, size // 2, size // 2])
+    for axes in torch.split(lines.float(), max(1, _POINTS // len(u))):
+        first, second = _perpendicular(axes)
+        points = u[:, None] * first[:, None] + v[:, None] * second[:, None]  # d p 3: (x, y, z) in voxels of the spectra
+        points = torch.where(points[..., :1] < 0, -points, points)
         place = (points + shift) * scale - 1
-        ab, aa, bb = functional.grid_sample(spectra, place[None, None, None], align_corners=True)[0, :, 0, 0].double()
-        out.append(ab.sum() / (aa.sum() * bb.sum()).sqrt().clamp(min=1e-30))
-    return torch.stack(out)
+        found = functional.grid_sample(spectra, place[None, None], align_corners=True)[0, :, 0]
+        ab, aa, bb = found.sum(-1, dtype=torch.float64)
+        out.append(ab / (aa * bb).sqrt().clamp(min=1e-30))
+    return torch.cat(out)[line]
+
+
+def _lines(vectors: Float[Tensor, "d 3"]) -> tuple[Float[Tensor, "l 3"], Int[Tensor, " d"]]:
+    """The lines along unit vectors, each once, and which of them each vector lies on."""
+    steps = (vectors.double() * 2**24).round().long()
+    leading = steps.gather(1, (steps != 0).long().argmax(1, keepdim=True))  # the first that is not zero
+    lines, line = torch.unique(steps * leading.sign(), dim=0, return_inverse=True)
+    return lines / 2**24, line
 
 
 def conical_fsc(
@@ -245,11 +256,10 @@ def _check_band(a: Tensor, b: Tensor, grid: Grid, band: tuple[float, float]) -> 
     return size, low, high
 
 
-def _perpendicular(axis: Float[Tensor, "3"]) -> tuple[Tensor, Tensor]:
-    helper = torch.zeros(3)
-    helper[axis.abs().argmin()] = 1.0
-    first = functional.normalize(torch.linalg.cross(axis, helper), dim=0)
-    return first, torch.linalg.cross(axis, first)
+def _perpendicular(axes: Float[Tensor, "d 3"]) -> tuple[Float[Tensor, "d 3"], Float[Tensor, "d 3"]]:
+    helper = functional.one_hot(axes.abs().argmin(1), 3).to(axes.dtype)
+    first = functional.normalize(torch.linalg.cross(axes, helper), dim=1)
+    return first, torch.linalg.cross(axes, first)
 
 
 def _sphere(tilt: Tensor, rot: Tensor) -> Tensor:

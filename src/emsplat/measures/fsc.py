@@ -54,13 +54,17 @@ def fsc(
     twice = torch.where((half == 0) | (2 * half == size), 1.0, 2.0).double()
     plane = full[:, None] ** 2 + half**2
     sums = torch.zeros(3, shells + 1, dtype=torch.float64, device=a.device)
-    # One z plane at a time: the memory is that of the two transforms.
-    for z, kz in enumerate(full):
+    # Some z planes at a time: the memory is that of the two transforms.
+    for planes in fourier.slabs(size, plane.numel()):
         offset = 0.5 if rule == "relion" else 1.0
-        shell = torch.floor(torch.sqrt(plane + kz**2) + offset).long().clamp(max=shells).flatten()
-        plane_a, plane_b = (torch.view_as_real(s[z]).double() for s in (spectrum_a, spectrum_b))
-        for row, (p, q) in enumerate([(plane_a, plane_b), (plane_a, plane_a), (plane_b, plane_b)]):
-            sums[row] += torch.bincount(shell, (twice * (p * q).sum(-1)).flatten(), minlength=shells + 1)
+        radius = torch.sqrt(plane + full[planes, None, None] ** 2)
+        shell = torch.floor(radius + offset).long().clamp(max=shells).flatten()
+        slab_a, slab_b = (torch.view_as_real(s[planes]).double() for s in (spectrum_a, spectrum_b))
+        for row, (p, q) in enumerate([(slab_a, slab_b), (slab_a, slab_a), (slab_b, slab_b)]):
+            product = p * q  # its parts added as two: a sum over so short an axis takes several times as long
+            sums[row] += torch.bincount(
+                shell, (twice * (product[..., 0] + product[..., 1])).flatten(), minlength=shells + 1
+            )
     cross, power_a, power_b = sums[:, :shells]
     norm = power_a.sqrt() * power_b.sqrt()
     if rule == "cryodrgn":

@@ -7,6 +7,7 @@ together with the centre that the axes go through, and completed to larger group
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -99,17 +100,31 @@ def find_frame(turning: Turning, symmetry: Symmetry) -> GroupFrame:
     return max(refined, key=lambda own: own.agreement)
 
 
-def find_symmetry(turning: Turning, holds: float = HOLDS) -> GroupFrame:
-    """The largest group that a map has."""
+def find_symmetry(turning: Turning, holds: float = HOLDS, refused: Sequence[Symmetry] = ()) -> GroupFrame:
+    """The largest group that a map has. Where some were ``refused`` none that contains one of them counts, and of the
+    others not the largest is given but the one that fits best: a part of the group that was refused."""
     folds = _likely_folds(turning, _LIKELY * holds)
     found = {fold: frame for fold in folds if (frame := find_frame(turning, cyclic(fold))).agreement >= holds}
     larger = [own for own in (icosahedral(), octahedral(), tetrahedral()) if set(_folds(own)) <= set(found)]
     larger += [dihedral(fold) for fold in sorted(found, reverse=True) if 2 in found]
+    fitting = []
     for symmetry in larger:
+        if any(_contains(symmetry, own) for own in refused):
+            continue
         frame = find_frame(turning, symmetry)
         if frame.agreement >= holds:
-            return frame
-    return found[max(found)] if found else find_frame(turning, C1)
+            if not refused:
+                return frame
+            fitting.append(frame)
+    fitting += [found[fold] for fold in sorted(found, reverse=True)]
+    fitting = [frame for frame in fitting if not any(_contains(frame.symmetry, own) for own in refused)]
+    if not fitting:
+        return find_frame(turning, C1)
+    return max(fitting, key=lambda frame: frame.agreement) if refused else fitting[0]
+
+
+def _contains(group: Symmetry, part: Symmetry) -> bool:
+    return group.order >= part.order and set(_folds(part)) <= set(_folds(group))
 
 
 def _likely_folds(turning: Turning, least: float) -> list[int]:

@@ -38,7 +38,7 @@ _SEEDS = 7919  # between starts
 _MARCH = 4  # of the steps of a climb one in so many goes to finer frequencies, the others stay there
 _BLOCK, _SETTLED = 25, 0.02  # steps, and the part of the likelihood that so many gain where a climb has settled
 _SEEMS = 0.4  # agreement of a map with itself turned from which on axes are worth an examination
-_LOOKS = 3  # for groups, larger each time
+_LOOKS = 3  # for groups: larger ones, or those that are left where one was refused
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,10 @@ def _with_symmetry(
 def _examined(ascent: Ascent, images: Spectra, plan: StartPlan, seed: int) -> tuple[Ascent, float]:
     """The climb with the symmetry that images support, or without that which a map only seemed to have."""
     axes = 1.0
+    refused: list[Symmetry] = []
+    told_apart = False
     for look in range(_LOOKS):
-        frame = find_symmetry(turning_of(ascent.volume, images.length, plan), _SEEMS)
+        frame = find_symmetry(turning_of(ascent.volume, images.length, plan), _SEEMS, refused)
         if frame.symmetry.order <= ascent.symmetry.order:
             break
         examined = examine(ascent, frame, plan.compared, plan.largest, seed + look)
@@ -180,11 +182,12 @@ def _examined(ascent: Ascent, images: Spectra, plan: StartPlan, seed: int) -> tu
             ascent = _going_on(ascent, images, plan, examined.symmetry, examined.volume, seed + 3 + look)
             _settle(ascent, plan)
             continue
+        refused.append(frame.symmetry)
         if ascent.symmetry.order == 1:
             # No steps on a coarse grid, which would mix again what was told apart.
             ascent = _going_on(ascent, images, plan, C1, examined.volume, seed + 3 + look)
-        return ascent, axes
-    if ascent.symmetry.order == 1:
+            told_apart = True
+    if ascent.symmetry.order == 1 and not told_apart:
         _settle(ascent, plan)
     return ascent, axes
 

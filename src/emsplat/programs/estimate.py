@@ -28,7 +28,7 @@ from emsplat.run.log import data_size, duration
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.window import PADDING
 
-_TRANSFORM = 4.4e-3  # seconds of one core for the transform of 96³ numbers, where the rates below were measured
+_TRANSFORM = 0.96e-3  # seconds of one core for the transform of 64³ numbers, where the rates below were measured
 _PIXEL = 58e-9  # seconds to read, transform and insert a pixel of an image
 _ELEMENT = (7e-9, 0.33e-9)  # to insert it once more under an element of a symmetry, and more for each pixel of the box
 _STEP = 3e-3  # of a step of a fit
@@ -346,13 +346,12 @@ def _fits_to_images(
 def speed_of_core() -> float:
     """How fast one core of this machine is, in units of the one that rates were measured on; some hundredths of a
     second. The time of the process is taken, not that of the clock: others may be at work."""
-    volume = torch.zeros(96, 96, 96)
+    volume = torch.zeros(64, 64, 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        torch.fft.rfftn(volume)
         best = float("inf")
-        for _ in range(5):
+        for _ in range(24):  # the first ten of a process take up to five times as long
             start = time.process_time()
             torch.fft.rfftn(volume)
             best = min(best, time.process_time() - start)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import tomli_w
 import torch
 
-from emsplat import __version__
+from emsplat import __version__, report
 from emsplat.assessment.maps import given_mask
 from emsplat.assessment.symmetry import Finding, examine_symmetry
 from emsplat.config import RunConfig, change
@@ -69,6 +69,7 @@ def open_run(
         prepare_folder(config, particles, folder)
         process = platform.node(), os.getpid()
         log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume, *process))
+        report.prepare(torch.get_num_threads())
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)

@@ -12,7 +12,8 @@ they look like. `explorer` writes the page of a heterogeneous run, whose parts a
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,18 @@ _SECTIONS: tuple[tuple[str, str, tuple[_Part, ...], frozenset[Kind]], ...] = (
 )
 
 
+# What takes longest is drawn first, so that no process waits for another at the end.
+_LONGEST = (
+    page.directions,
+    page.surface,
+    page.gaussians,
+    page.local_resolution_slices,
+    page.slices,
+    page.convergence,
+    page.fsc,
+    page.local_resolution,
+)
+
 Timed = Callable[[str], AbstractContextManager[None]]  # notes what the work within takes, by its name
 
 
@@ -62,9 +75,17 @@ def _untimed(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def prepare(processes: int) -> None:
+    """Begins to import what a report takes, beside the work whose report it will be; where processes share a report out
+    there is a core for it."""
+    # A variable of the environment, as `figures.load_matplotlib` does it for others, must not change beside threads.
+    if processes > 1 and figures.always_there():
+        threading.Thread(target=figures.load_back_ends, name="imports of the report", daemon=True).start()
+
+
 def write_report(run: Path, timed: Timed = _untimed, processes: int = 1) -> Path:
-    """Draw the figures of a run folder and write ``report.html``; return its path. Each section is drawn within
-    ``timed(its anchor)``, and ``processes`` share them out.
+    """Draw the figures of a run folder and write ``report.html``; return its path. Each part is drawn within
+    ``timed(its name)``, and ``processes`` share them out.
 
     A missing or damaged part of the folder is named in the page, whose other parts are written all the same.
 
@@ -81,8 +102,12 @@ def write_report(run: Path, timed: Timed = _untimed, processes: int = 1) -> Path
     if processes > 1:
         with timed("matplotlib"):
             figures.load_back_ends()  # once for all
-    drawn = shared_out([partial(_drawn, run, anchor, parts, timed) for anchor, _, parts in wanted], processes)
-    sections = [(anchor, title, text) for (anchor, title, _), text in zip(wanted, drawn, strict=True)]
+    parts = sorted(
+        (part for _, _, own in wanted for part in own),
+        key=lambda part: _LONGEST.index(part) if part in _LONGEST else len(_LONGEST),
+    )
+    drawn = dict(zip(parts, shared_out([partial(_drawn, run, part, timed) for part in parts], processes), strict=True))
+    sections = [(anchor, title, "".join(drawn[part] for part in own)) for anchor, title, own in wanted]
     target = run / REPORT
     # Listed last and with the page itself, so that the list shows what the reader finds.
     shown = (f.name for f in run.iterdir() if f.is_file() or f.name in (STATES, PARTS))
@@ -105,6 +130,6 @@ def write_report(run: Path, timed: Timed = _untimed, processes: int = 1) -> Path
     return target
 
 
-def _drawn(run: Path, anchor: str, parts: Sequence[_Part], timed: Timed) -> str:
-    with timed(anchor):
-        return "".join(page.part(partial(part, run)) for part in parts)
+def _drawn(run: Path, part: _Part, timed: Timed) -> str:
+    with timed(part.__name__.replace("_", " ")):
+        return page.part(partial(part, run))

@@ -530,23 +530,31 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure of width × height inches, saved to ``path`` and as SVG beside it at the end."""
     load_matplotlib()
     from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     # Whatever a matplotlibrc or the notebook around has set; it is theirs again afterwards. No pyplot: a figure of its
     # own asks for no back end.
     with style.context(["default", _STYLE]):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
         yield figure
+        # The canvases themselves: `savefig` draws everything twice.
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=160)
+            FigureCanvasAgg(figure).print_png(temporary)  # type: ignore[no-untyped-call]
         figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
         with replacing(path.with_suffix(".svg")) as temporary:
-            figure.savefig(temporary, format="svg", dpi=160, metadata={"Date": None})
+            FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})  # type: ignore[no-untyped-call]
+
+
+def always_there() -> bool:
+    """Whether the back end that MPLBACKEND names, if any, comes with matplotlib."""
+    return os.environ.get("MPLBACKEND", "agg") == "agg"
 
 
 def load_matplotlib() -> None:
     """Imports matplotlib also where MPLBACKEND names a back end that is not installed here (a notebook's)."""
-    if "matplotlib" in sys.modules:
+    if "matplotlib" in sys.modules or always_there():
         return
     wanted = os.environ.pop("MPLBACKEND", None)
     try:

@@ -1,0 +1,184 @@
+"""Poses from nothing, over sets and seeds: how often `emsplat abinitio` finds them, and how often it says so.
+
+Times are processor seconds (user and system of this process). Rows are added to results/starts.json, one for each set
+and seed, as each run ends; those that are there are not made again. With --relion, RELION's InitialModel
+(`relion_refine --denovo_3dref`, an optional rival) makes a map from the same images, with its own defaults.
+
+Usage: bench_starts.py DATA FOLDER [--sets NAME ...] [--seeds 0 1 ...] [--relion]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench_poses import bgal_truth, timed
+from bench_quality import score
+from common import RESULTS, save
+from emsplat.config import AbinitioConfig, ComparePosesConfig, RefineConfig, SimulateConfig, configure
+from emsplat.io.particles import write_used
+from emsplat.maths.groups import parse_symmetry
+from emsplat.particles.open import open_particles
+from emsplat.poses.compare import compare_poses
+from emsplat.programs.abinitio import abinitio
+from emsplat.programs.compare_poses import compare
+from emsplat.programs.refine import refine
+from emsplat.programs.simulate import simulate
+from emsplat.types import Poses
+from heterogeneity_data import merged
+
+
+@dataclass(frozen=True)
+class Set:
+    """Images, the symmetry that is given, and the one that the particle has."""
+
+    symmetry: str
+    group: str
+    model: str = ""  # below models/; experimental beta-galactosidase where there is none
+    pixel_size: float = 3.54  # Å, of 64 pixels
+    noise: bool = False
+
+
+SETS = {
+    "bgal D2": Set("D2", "D2"),
+    "bgal C1": Set("C1", "D2"),
+    "GroEL/ES C7": Set("C7", "C7", "1aon.pdb.gz", 3.8),
+    "GroEL/ES C1": Set("C1", "C7", "1aon.pdb.gz", 3.8),
+    "spike": Set("C1", "C1", "6vsb.pdb.gz", 3.2),
+    "IgG": Set("C1", "C1", "1hzh.pdb.gz", 3.4),
+    "50S": Set("C1", "C1", "50s", 5.0),
+    "noise": Set("C1", "C1", "6vsb.pdb.gz", 3.2, noise=True),
+}
+
+
+def particles(data, folder, name, seed):
+    """The images of a set. Noise is drawn anew for every seed; particles are the same, and only the search differs."""
+    chosen = SETS[name]
+    if not chosen.model:
+        return data / "bgal" / "particles.star"
+    kept = "_".join(filter(None, (chosen.model.split(".")[0], f"noise{seed}" if chosen.noise else "")))
+    star = folder / kept / "particles.star"
+    if not star.exists():
+        model = data / "models" / chosen.model
+        if model.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            model = merged(model, folder / f"{chosen.model}.cif")
+        made = {"box": 64, "pixel_size": chosen.pixel_size, "particles": 3000, "snr": 0.1}
+        made |= {"noise_only": chosen.noise, "seed": seed if chosen.noise else 0}
+        simulate(configure(SimulateConfig, **made), model, star.parent)
+    return star
+
+
+def in_the_frame_of(given, found, symmetry, target):
+    """The same poses in the frame and hand of those that are given: what images cannot tell."""
+    first, second = (open_particles(path) for path in (given, found))
+    poses = second.table.poses[second.rows]
+    known = first.table.poses[first.rows]
+    comparison = compare_poses(known, poses, parse_symmetry(symmetry))
+    flip = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
+    rotation = flip @ poses.rotation @ flip if comparison.mirrored else poses.rotation
+    shift = poses.shift + (rotation @ comparison.centre)[:, :2]
+    moved = second.with_poses(Poses(rotation @ comparison.frame, shift))
+    write_used(moved.table, target, second.table.half)
+    return target
+
+
+def refined_from_nothing(rows, found, star, data, folder, seed):
+    """beta-galactosidase from images alone, refined, against 8BK7."""
+    told = in_the_frame_of(star, found, "D2", found.with_name("framed.star"))
+    volume, grid, mask = bgal_truth(data)
+    for more in ({}, {"refine": "poses,scale"}):
+        output = folder / f"nothing_refined_{seed}_{len(more)}"
+        summary, seconds = timed(refine, configure(RefineConfig, symmetry="D2", **more), told, output)
+        row = {"name": f"8BK7 from images alone, refine {' '.join(more.values())}, seed {seed}".replace(" ,", ",")}
+        row |= {"processor_seconds": round(seconds, 1)} | score(output / "run_class001.mrc", volume, grid, mask)
+        row["back_projection"] = score(output / "backprojection_class001.mrc", volume, grid, mask)
+        row["cross_validated"] = summary["resolution"]["cross_validated"]
+        rows.append(row)
+        print(row, flush=True)
+
+
+def found(data, folder, name, seed):
+    """One search: what it says of itself, and how far its poses are from those that are known."""
+    chosen, star = SETS[name], particles(data, folder, name, seed)
+    output = folder / "runs" / f"{name.replace('/', '_').replace(' ', '_')}_{seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    config = configure(AbinitioConfig, symmetry=chosen.symmetry, seed=seed, overwrite=True)
+    wall = time.monotonic()
+    summary, seconds = timed(abinitio, config, star, output)
+    said = summary["abinitio"]
+    row = {"set": name, "seed": seed, "processor_seconds": round(seconds, 1)}
+    row |= {"wall_seconds": round(time.monotonic() - wall, 1)}
+    row |= {key: said[key] for key in ("verdict", "agreement", "gain", "starts")}
+    row |= {"group": said.get("symmetry_found", chosen.symmetry)}
+    written = output / "run_data.star"
+    if written.exists() and not chosen.noise:
+        away = compare(star, written, configure(ComparePosesConfig, symmetry=chosen.group))
+        row |= {key: round(away[key], 4) for key in ("median", "p90", "within_5", "within_10", "shift_median")}
+    if name == "bgal D2" and written.exists():
+        refined = []
+        refined_from_nothing(refined, written, star, data, output, seed)
+        row["refined"] = refined
+    return row
+
+
+def rival(data, folder, name, seed):
+    """RELION's InitialModel on the same images: its map is aligned by eye or by `emsplat fsc`; here its time."""
+    chosen, star = SETS[name], particles(data, folder, name, seed)
+    output = folder / "relion" / f"{name.replace('/', '_').replace(' ', '_')}_{seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    words = [
+        "relion_refine",
+        "--i",
+        star.name,
+        "--o",
+        output.resolve() / "run",
+        "--denovo_3dref",
+        "--ctf",
+        "--zero_mask",
+    ]
+    words += ["--K", 1, "--sym", chosen.symmetry, "--flatten_solvent", "--particle_diameter", 200, "--oversampling", 1]
+    words += ["--healpix_order", 1, "--offset_range", 6, "--offset_step", 2, "--pad", 1, "--norm", "--scale", "--j", 2]
+    words += ["--random_seed", seed, "--sgd_ini_iter", 50, "--sgd_inbetween_iter", 200, "--sgd_fin_iter", 50]
+    words += ["--sgd_ini_resol", 35, "--sgd_fin_resol", 15, "--sgd_ini_subset", 100, "--sgd_fin_subset", 500]
+    start = time.monotonic()
+    with (output / "log").open("w") as log:
+        process = subprocess.Popen([str(word) for word in words], cwd=star.parent, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    row = {"set": name, "seed": seed, "rival": "relion_refine --denovo_3dref"}
+    row |= {"processor_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
+    row |= {"wall_seconds": round(time.monotonic() - start, 1), "exit": os.waitstatus_to_exitcode(status)}
+    return row
+
+
+def results():
+    """The rows so far, read again each time: several processes may add to them."""
+    kept = RESULTS / "starts.json"
+    return json.loads(kept.read_text())["rows"] if kept.exists() else []
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(range(10)))
+    parser.add_argument("--relion", action="store_true")
+    given = parser.parse_args()
+    run, who = (rival, "relion_refine --denovo_3dref") if given.relion else (found, None)
+    for seed in given.seeds:
+        for name in given.sets:
+            if any((row["set"], row["seed"], row.get("rival")) == (name, seed, who) for row in results()):
+                continue
+            row = run(given.data.resolve(), given.folder.resolve(), name, seed)
+            print(row, flush=True)
+            save("starts", [*results(), row])
+
+
+if __name__ == "__main__":
+    main()
