@@ -9,8 +9,6 @@ Usage: bench_starts.py DATA FOLDER [--sets NAME ...] [--seeds 0 1 ...] [--relion
 
 import argparse
 import json
-import os
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 
 from bench_poses import bgal_truth, timed
 from bench_quality import score
-from common import RESULTS, save
+from common import RESULTS, save, whole_command
 from emsplat.config import AbinitioConfig, ComparePosesConfig, RefineConfig, SimulateConfig, configure
 from emsplat.io.particles import write_used
 from emsplat.maths.groups import parse_symmetry
@@ -146,14 +144,8 @@ def rival(data, folder, name, seed):
     words += ["--healpix_order", 1, "--offset_range", 6, "--offset_step", 2, "--pad", 1, "--norm", "--scale", "--j", 2]
     words += ["--random_seed", seed, "--sgd_ini_iter", 50, "--sgd_inbetween_iter", 200, "--sgd_fin_iter", 50]
     words += ["--sgd_ini_resol", 35, "--sgd_fin_resol", 15, "--sgd_ini_subset", 100, "--sgd_fin_subset", 500]
-    start = time.monotonic()
-    with (output / "log").open("w") as log:
-        process = subprocess.Popen([str(word) for word in words], cwd=star.parent, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
     row = {"set": name, "seed": seed, "rival": "relion_refine --denovo_3dref"}
-    row |= {"processor_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
-    row |= {"wall_seconds": round(time.monotonic() - start, 1), "exit": os.waitstatus_to_exitcode(status)}
-    return row
+    return row | whole_command(*words, folder=star.parent, silent=True)
 
 
 def results():

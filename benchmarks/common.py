@@ -1,8 +1,10 @@
 """What all benchmarks share: synthetic mixtures, timing, and results with machine, commit and versions."""
 
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,25 @@ def best_time(work, repeats=3):
         work()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def whole_command(*words, folder=None, silent=False):
+    """A program as a user runs it: wall time, processor time (user and system), peak memory and exit code."""
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    said = subprocess.DEVNULL if silent else None
+    start = time.monotonic()
+    process = subprocess.Popen([str(word) for word in words], cwd=folder, env=environment, stdout=said, stderr=said)
+    _, status, usage = os.wait4(process.pid, 0)
+    return {
+        "wall_s": round(time.monotonic() - start, 1),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mb": round(usage.ru_maxrss / 1024),
+        "exit": os.waitstatus_to_exitcode(status),
+    }
+
+
+def emsplat(*words, silent=False):
+    return whole_command(sys.executable, "-m", "emsplat", *words, silent=silent)
 
 
 def globule(count, grid, sigma, seed=0):
@@ -61,4 +82,4 @@ def save(name, rows, **machine):
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
-__all__ = ["Grid", "best_time", "globule", "random_poses", "save"]
+__all__ = ["Grid", "best_time", "emsplat", "globule", "random_poses", "save", "whole_command"]

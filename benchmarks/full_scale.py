@@ -13,17 +13,13 @@ The twin is made when FOLDER has none (box 128: 3.4 GB, box 256: 13.8 GB); nothi
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import mrcfile
 import torch
 
-from common import save
+from common import emsplat, save
 from emsplat.io.atoms import Atoms, read_atoms
 from emsplat.io.cryodrgn import read_cryodrgn
 from emsplat.io.mrc import write_map, writing_stack
@@ -126,19 +122,8 @@ def repeat(folder, rows):
 
 
 def command(rows, name, *words):
-    """One emsplat command: its processor time, wall time and peak memory."""
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "emsplat", *map(str, words)], text=True)
-    _, status, usage = os.wait4(process.pid, 0)
-    row = {
-        "what": name,
-        "wall_s": round(time.monotonic() - start, 1),
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mb": round(usage.ru_maxrss / 1024),
-        "exit": os.waitstatus_to_exitcode(status),
-    }
-    rows.append(row)
-    print(row, flush=True)
+    rows.append({"what": name} | emsplat(*words))
+    print(rows[-1], flush=True)
 
 
 def main():

@@ -1,8 +1,10 @@
 """Makes the pictures of the tutorials again: `python docs/pictures.py`, three minutes.
 
-The run is that of `make demo`, with the same seeds; what it prints is what docs/tutorial.md quotes.
+The run is that of `make demo`, with the same seeds; what it prints is what docs/tutorial.md quotes. With --cost the
+picture of docs/cost.md is made instead, from benchmarks/results/cost.json.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +28,29 @@ def shrink(picture: Path, target: Path) -> None:
     image.quantize(256).save(target, optimize=True)
 
 
+def draw_cost() -> None:
+    """Seconds over particles, box and Gaussians, each series with its limit."""
+    from matplotlib.figure import Figure
+
+    rows = json.loads((DOCS.parent / "benchmarks" / "results" / "cost.json").read_text())["rows"]
+    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
+    for axes, size in zip(figure.subplots(1, 3), ("particles", "box", "Gaussians"), strict=True):
+        for number, name in enumerate(dict.fromkeys(row["series"] for row in rows if size in row)):
+            own = [row for row in rows if row["series"] == name]
+            sizes, colour = [row[size] for row in own], ("#0072b2", "#d55e00")[number]
+            axes.loglog(sizes, [row["seconds"] for row in own], "o-", color=colour, label=name)
+            axes.loglog(sizes, [row["limit"] for row in own], ":", color=colour)
+        axes.set(xlabel=size, ylabel="processor seconds")
+        axes.legend(fontsize=8)
+    figure.savefig("cost.png")
+    shrink(Path("cost.png"), DOCS / "images" / "cost.png")
+    Path("cost.png").unlink()
+
+
 def main() -> None:
+    if "--cost" in sys.argv[1:]:
+        return draw_cost()
+
     def emsplat(*words: str) -> None:
         code = subprocess.run([sys.executable, "-m", "emsplat", *words], cwd=folder).returncode
         if code not in (0, 1):  # 1: `check` asks for a look
