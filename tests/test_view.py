@@ -811,7 +811,8 @@ def test_two_runs_are_compared(tmp_path):
 @pytest.mark.slow
 def test_the_page_shows_runs_and_only_text(tmp_path):
     evil = "<img src=x onerror=document.title='hit'>"
-    rows = [Warned(evil), Part("fits", evil), Progress(evil, 1, 4, evil, evil), Loss(evil, 20, 1, 1, 1.0)]
+    rows = [Expected("fits", 60.0, 0), Expected("report", 3600.0, 1)]
+    rows += [Warned(evil), Part("fits", evil), Progress(evil, 1, 4, evil, evil), Loss(evil, 20, 1, 1, 1.0)]
     rows += [Resolved("half1", 1, "cross_validated", 0.5, 10.0, 64.0, [1.0, 0.8, 0.6, 0.2])]
     make_run(tmp_path / "root" / evil.replace("/", ""), begun(), *rows)
     other = make_run(tmp_path / "root" / "other")
@@ -822,6 +823,7 @@ def test_the_page_shows_runs_and_only_text(tmp_path):
     with serving(tmp_path / "root") as (_, port, token), browsing(tmp_path / "profile") as page:
         page.open(f"http://127.0.0.1:{port}/?token={token}")
         page.wait("document.querySelectorAll('.runs tbody tr').length === 2")
+        assert "min left of the run" in page.evaluate("document.querySelector('.runs').textContent")
         assert page.evaluate("location.href") == f"http://127.0.0.1:{port}/"
         assert page.evaluate("document.cookie") == ""
         assert page.evaluate("document.querySelectorAll('img').length") == 0
@@ -830,6 +832,7 @@ def test_the_page_shows_runs_and_only_text(tmp_path):
         )
         page.wait("document.querySelectorAll('.plot svg[tabindex]').length === 2")
         assert page.evaluate("document.querySelector('h1').textContent") == evil
+        assert "left of the run" in page.evaluate("document.querySelector('[aria-label=State]').textContent")
         assert page.evaluate("document.querySelector('.warnings').textContent").endswith(evil)
         assert page.evaluate("[...document.images].length") == 0
         assert page.evaluate("document.querySelector('progress').value") == 0.25
