@@ -1,10 +1,12 @@
 """The compiled module itself: its description for type checkers, and what happens where memory ends."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from emsplat import _native
@@ -65,3 +67,26 @@ def test_shapes_that_do_not_fit_are_refused(name):
     if lead:
         with pytest.raises(ValueError, match="expected"):
             function(*(array[:1] for array in good[:3]), *good[3:], 16, 1.0, 4.0, 1)
+
+
+@pytest.mark.slow
+def test_kernels_of_an_arm64_processor_agree(tmp_path):
+    """The baseline, which is all that there is on arm64 (NEON), built for both and run on the same numbers."""
+    root = Path(__file__).parents[1]
+    for needed in ("g++", "aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(needed) is None:
+            pytest.skip(f"{needed} is not on the path (Debian: g++, g++-aarch64-linux-gnu, qemu-user)")
+    told = []
+    for compiler, runner in (("g++", []), ("aarch64-linux-gnu-g++", ["qemu-aarch64"])):
+        program = tmp_path / compiler
+        flags = ["-static", "-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]  # as in CMakeLists.txt
+        sources = [root / "tests" / "every_kernel.cpp", root / "native" / "splat_baseline.cpp"]
+        subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
+        said = subprocess.run([*runner, program], check=True, capture_output=True).stdout
+        told.append(np.frombuffer(said, np.float32))
+    here, there = told
+    assert len(here) == len(there) > 100_000
+    assert np.isfinite(here).all()
+    assert np.abs(here).max() > 1
+    # Sums of up to some hundred terms, in the same order; products and additions are one operation there.
+    assert np.abs(here - there).max() < 100 * np.finfo(np.float32).eps * np.abs(here).max()

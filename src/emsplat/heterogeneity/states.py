@@ -21,7 +21,7 @@ from emsplat.fitting.objective import KnownGradient
 from emsplat.fitting.state import Optimiser
 from emsplat.heterogeneity.cells import Cells, empirical_map
 from emsplat.imaging.project import voxelize
-from emsplat.maths.fourier import frequencies
+from emsplat.maths.fourier import filtered
 from emsplat.models.base import ParameterGroup
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.types import Gaussians, Grid
@@ -208,10 +208,8 @@ def start(
 
 
 def _lowpassed(volume: Float[Tensor, "z y x"], grid: Grid, width: float) -> Float[Tensor, "z y x"]:
-    kz, ky, kx = frequencies(grid, 3)
-    filtered = torch.fft.rfftn(volume) * torch.exp(-2 * math.pi**2 * width**2 * (kz**2 + ky**2 + kx**2))
-    smooth: Tensor = torch.fft.irfftn(filtered, s=volume.shape)
-    return smooth
+    steepness = 2 * (math.pi * width / grid.length) ** 2
+    return filtered(volume, lambda radius: torch.exp(-steepness * radius**2))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
+from emsplat.heterogeneity.motions import members
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.state_particles import Views, row_numbers
 from emsplat.report.explorer import DecoderNumbers, ExplorerNumbers, ParticleNumbers, StateNumbers
@@ -72,4 +73,5 @@ def _decoder(model: HalfModel, half: int) -> DecoderNumbers:
         unit=model.decoder.unit,
         half=half,
         frame=frame,
+        part=members(model).argmax(1).numpy(),
     )

@@ -48,6 +48,7 @@ class DecoderNumbers:
     unit: float
     half: int = 0
     frame: _Array | None = None  # (own q, q + 1)
+    part: _Array | None = None  # (g,), from 0: what it is shown as; None: the part that it belongs to most
 
     @property
     def own_latents(self) -> int:
@@ -174,6 +175,7 @@ def _encoded_decoder(own: DecoderNumbers) -> dict[str, Any]:
         "weights": [_floats(weight) for weight in own.weights],
         "biases": [_floats(bias) for bias in own.biases],
         "frame": None if own.frame is None else _floats(own.frame),
+        "part": None if own.part is None else _whole(own.part),
     }
 
 
@@ -243,6 +245,8 @@ def _of_decoder(own: DecoderNumbers, latents: int) -> Iterator[tuple[str, Any, t
     yield "widths of Gaussians", own.width, (count,)
     yield "amplitudes of Gaussians", own.amplitude, (count,)
     yield "parts of Gaussians", own.logits, (count, parts)
+    if own.part is not None:
+        yield "parts that Gaussians are shown as", own.part, (count,)
     yield "displacements of Gaussians", own.bend, (count, bends, 3)
     yield "changes of Gaussians", own.change, (count, changes)
     for weight, bias, size in zip(own.weights, own.biases, sizes, strict=True):

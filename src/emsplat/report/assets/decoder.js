@@ -18,16 +18,17 @@ class Decoder {
     this.latents = this.layers[0].inputs;
     this.frame = packed.frame && unpack(packed.frame);
     this.sigma = this.width.map((raw) => this.length * Math.exp(raw));
-    this.#findParts();
+    this.#findParts(packed.part && unpack(packed.part));
   }
 
-  /** Weights of the parts (softmax of the logits), the part that each Gaussian belongs to most, and their origins. */
-  #findParts() {
+  /** Weights of the parts (softmax of the logits), the part that each Gaussian is shown as (`given`, or that which it
+   *  belongs to most), and their origins. */
+  #findParts(given) {
     const { count, parts } = this;
     this.weight = new Float32Array(count * parts);
     this.part = new Uint8Array(count);
     this.origin = new Float64Array(3 * parts);
-    this.mass = new Float64Array(parts); // of the Gaussians that belong to a part most
+    this.mass = new Float64Array(parts); // of the Gaussians that are shown as a part
     const total = new Float64Array(parts);
     const own = new Float64Array(parts);
     for (let i = 0; i < count; i++) {
@@ -38,8 +39,8 @@ class Decoder {
         whole += own[p];
       }
       const amplitude = softplus(this.amplitude[i]);
-      this.part[i] = most;
-      this.mass[most] += amplitude;
+      this.part[i] = given ? given[i] : most;
+      this.mass[this.part[i]] += amplitude;
       for (let p = 0; p < parts; p++) {
         this.weight[i * parts + p] = own[p] / whole;
         const mass = (own[p] / whole) * amplitude;
