@@ -24,9 +24,9 @@ from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
-from emsplat.run.files import coarse_model_name, start_name
+from emsplat.run.files import checkpoint_name, coarse_model_name, start_name
 from emsplat.run.folder import read_summary
-from emsplat.run.journal import Judged, Scored, read_journal
+from emsplat.run.journal import Expected, Judged, Part, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
 from emsplat.types import Poses
 from processes import SLOW, SLOW_FIT, ends, start, wait_for
@@ -52,6 +52,7 @@ def whole(particles, tmp_path_factory):
         if name not in made:
             made[name] = folder / name
             reconstruct(config, particles, made[name])
+            expected_parts_came(made[name])
         return made[name]
 
     return give
@@ -78,6 +79,15 @@ def interrupted(config, particles, folder, monkeypatch, look, program=reconstruc
             program(config, particles, folder)
     program(change(config, resume=True), particles, folder)
     return folder
+
+
+def expected_parts_came(folder):
+    """What a run was expected to do is what it did, in that order."""
+    rows = [row.what for row in read_journal(folder)]
+    expected, came = ([row for row in rows if isinstance(row, kind)] for kind in (Expected, Part))
+    turns = [next(one.turn for one in expected if one.name == part.name) for part in came]
+    assert turns == sorted(turns)
+    assert {part.name for part in came} | {"report"} == {one.name for one in expected} | {"report"}
 
 
 def same_maps(one, other):
@@ -127,6 +137,7 @@ def refined(wrong, tmp_path_factory):
     """A refinement that nobody interrupts."""
     folder = tmp_path_factory.mktemp("refined") / "whole"
     refine(REFINE, wrong, folder)
+    expected_parts_came(folder)
     return folder
 
 
@@ -314,6 +325,7 @@ def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, t
     said = ends(start(3, *words, "-o", tmp_path / "many"))
     assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
     assert [text for _, text, _ in said[1:]] == [""] * 2
+    expected_parts_came(tmp_path / "many")
     one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "many"))
     assert one["found"]
     assert one["states_confirmed"] > 1
@@ -339,11 +351,41 @@ def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, t
 
 
 @pytest.mark.slow
-def test_states_fitted_to_images_are_not_shared_out(mixed, tmp_path):
-    said = ended_together(start(2, "heterogeneity", mixed, "-o", tmp_path / "run", "--engine", "images"))
-    assert [code for code, *_ in said] == [2, 2]
-    assert said[0][2].startswith("emsplat: --engine images of heterogeneity is not shared out over processes")
-    assert not (tmp_path / "run").exists()
+def test_processes_fit_states_to_images_and_a_signal_ends_all_alike(mixed, tmp_path):
+    words = ["heterogeneity", mixed, *STATES_WORDS, "--engine", "images", "--epochs", "3", "1"]
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one"))
+    assert alone[0] == 0, alone
+    running = start(2, *words, "-o", tmp_path / "cut", "--checkpoint-every", "0.1")
+    wait_for((tmp_path / "cut" / checkpoint_name("half2")).is_file, running)
+    running[1].send_signal(signal.SIGUSR1)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2
+    assert re.fullmatch(r"emsplat: stopped in half2 at step \d+; go on with --resume\n", said[0][2])
+    resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
+    assert [(code, errors) for code, _, errors in resumed] == [(0, "")] * 3
+    assert "resuming half2: goes on after step" in resumed[0][1]
+    expected_parts_came(tmp_path / "one")
+    one, many = (read_summary(tmp_path / name)["heterogeneity"] for name in ("one", "cut"))
+    for name in ("components", "points", "states_tried", "states_confirmed", "classes"):
+        assert many[name] == one[name]
+    assert many["states_gain"] == pytest.approx(one["states_gain"], abs=one["states_gain_error"])
+    assert the_same(tmp_path / "cut" / "consensus.mrc", tmp_path / "one" / "consensus.mrc", 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("struck", [0, 1])
+def test_a_signal_that_cuts_a_search_for_states_ends_all_alike(mixed, tmp_path, struck, number):
+    running = start(2, "heterogeneity", mixed, "-o", tmp_path / "run", *STATES_WORDS)
+    log = tmp_path / "run" / "run.log"
+    wait_for(lambda: log.is_file() and "linear stage:" in log.read_text(), running)
+    running[struck].send_signal(number)
+    said = ended_together(running)
+    assert [code for code, *_ in said] == [128 + number] * 2
+    name = signal.Signals(number).name
+    assert re.fullmatch(rf"emsplat.*: stopped by {name}.*\n", said[struck][2])
+    ended = rf"emsplat.*rank {struck} of 2 .*has ended: stopped by {name}.*--resume.*\n"
+    assert re.fullmatch(ended, said[1 - struck][2])
 
 
 # A start in two steps, whose verdict is given: what is looked at is who does what.
@@ -369,6 +411,7 @@ def test_processes_make_a_start_each_and_any_number_goes_on(simulated, tmp_path)
     said = ends(start(3, *words, "-o", tmp_path / "many", program=QUICK_STARTS))
     assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
     assert [text for _, text, _ in said[1:]] == [""] * 2
+    expected_parts_came(tmp_path / "many")
     one, many = (read_summary(tmp_path / name)["abinitio"] for name in ("one", "many"))
     assert one["starts"] == many["starts"] == 2
     assert many["verdict"] == one["verdict"]

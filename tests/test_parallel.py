@@ -20,6 +20,7 @@ from emsplat.poses.optics import refine_optics
 from emsplat.poses.tilt import phase_sums
 from emsplat.sums.spectra import read_all_spectra
 from emsplat.sums.statistics import accumulate, begin, equations_of
+from processes import ends, start
 
 _ONE_OF_MANY = """
 import sys
@@ -75,6 +76,51 @@ with joined() as world:
 
 
 _FROM_MAPS = ("linear", "maps", "latents", "told", "cell", "response")
+
+
+# A decoder and a latent for each view, fitted by all: to images of one half; then latents of others under it.
+_STATES = """
+import sys
+from pathlib import Path
+import torch
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.heterogeneity import images
+from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.images import ConformationOptions, ImageStart, Pass, follow_images, image_gain, place_latents
+from emsplat.heterogeneity.images import shares
+from emsplat.maths.groups import cyclic
+from emsplat.models.conformations import read_conformations
+from emsplat.parallel import joined
+from emsplat.particles.open import open_particles
+from emsplat.sums.statistics import equations_of
+torch.set_num_threads(1)
+images._LESSONS = 5
+folder = Path(sys.argv[2])
+stack = open_particles(Path(sys.argv[1]), symmetry=cyclic(2)).with_halves(0)
+one, other = stack.only(1), stack.only(2)
+stages = {"coarse": Pass(24, 0.05, 1, 1e-2), "fine": Pass(40, 0.04, 1, 1e-2)}
+small = ConformationOptions(sys.argv[3], 12, 2, 16, 1, batch=10, latent_rate=3.0, weighted=True, **stages)
+with joined() as world:
+    among = shares(one, world)
+    start, found, resumed = ImageStart(equations_of(one, world=world).solve()), {}, None
+    if (folder / "left").is_file():
+        resumed = load_checkpoint(folder / "left", read=read_conformations)
+    for state in follow_images(one, small, start, resumed, among):
+        assert len(state.model.latent) < 2 * len(one) or world.size == 1
+        found |= {f"{name} {state.step}": term for name, term in state.terms.items()}
+        whole = among.whole(state)
+        if state.step == 2 and world.size == 2 and world.first:
+            save_checkpoint(folder / "left", whole)
+    model = whole.model
+    assert torch.equal(model.rows, one.rows)
+    placed = place_latents(model, other, small, candidates=3, epochs=1, among=shares(other, world))
+    assert torch.equal(placed.rows, other.rows)
+    density = Density(model.latent.detach()[:5].double(), torch.full((5,), 0.2, dtype=torch.float64))
+    gain = image_gain(model, density, other, world)
+    found |= {"latent": model.latent.detach(), "placed": placed.latent.detach(), "gain": torch.tensor(gain.value)}
+    found |= {f"decoder.{name}": own for name, own in model.decoder.state().tensors.items()}
+    torch.save(found, folder / f"{world.size}_{world.rank}.pt")
+"""
 
 
 def free_port():
@@ -136,6 +182,28 @@ def test_processes_share_the_particles_out(simulated, tmp_path, size):
             error = {"kernel": 3e-5}.get(name, 1e-5 if name in _FROM_MAPS else 1e-6)
             assert float((one[name] - whole).norm() / whole.norm()) < error, name
             assert torch.equal(one[name], found[0][name])
+
+
+@pytest.mark.parametrize(
+    ("decoder", "sizes"), [("perceptron", (1, 2, 1)), pytest.param("separable", (1, 2, 3, 1), marks=pytest.mark.slow)]
+)
+def test_latents_live_with_their_particles(simulated, tmp_path, decoder, sizes):
+    """Losses, decoder and latents are those of one process, also where one goes on with what two have left."""
+    particles, found = simulated(particles=60), list[dict[str, torch.Tensor]]()
+    for size in sizes:
+        said = ends(start(size, particles, tmp_path, decoder, program=_STATES))
+        assert [(code, errors) for code, _, errors in said] == [(0, "")] * size
+        every = [torch.load(tmp_path / f"{size}_{rank}.pt", weights_only=True) for rank in range(size)]
+        for own in every:
+            for name, value in own.items():
+                assert torch.equal(value, every[0][name]), name
+        found.append(every[0])
+    for size, own in zip(sizes[1:], found[1:], strict=True):
+        assert len(own) >= len(found[0]) - 6
+        for name, value in own.items():
+            # Adam's first steps are as long for a gradient that is all rounding as for any other.
+            error = float((value - found[0][name]).double().norm() / found[0][name].double().norm().clamp(min=1e-6))
+            assert error < 2e-3, (size, name, error)
 
 
 def test_shares_are_all_particles_once():

@@ -1,5 +1,6 @@
 """Batch scripts, parts of the particles, and what a run is expected to need."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,16 +10,24 @@ import pytest
 import torch
 
 from emsplat.cli import main
-from emsplat.config import BackprojectConfig, ReconstructConfig, configure
+from emsplat.config import (
+    AbinitioConfig,
+    BackprojectConfig,
+    HeterogeneityConfig,
+    ReconstructConfig,
+    RefineConfig,
+    configure,
+)
 from emsplat.errors import InputError
 from emsplat.io.mrc import read_map
 from emsplat.particles.choose import read_table
 from emsplat.particles.copies import particle_numbers
 from emsplat.particles.open import open_particles
-from emsplat.programs.estimate import estimate, speed_of_core
+from emsplat.programs.estimate import estimate, estimate_of, speed_of_core
 from emsplat.programs.reconstruct import backproject
 from emsplat.programs.settings import settings_of
 from emsplat.run.folder import read_summary
+from emsplat.run.journal import Expected, Part, read_journal
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +68,14 @@ def test_a_job_of_many_processes(particles, capsys):
     assert "srun torchrun --nnodes 2 --nproc-per-node 4" in text
 
 
+@pytest.mark.parametrize("command", ["refine", "abinitio", "heterogeneity"])
+def test_a_job_of_what_takes_longer(particles, capsys, command):
+    text, settings = job(["--processes", 2, command, particles, "-o", "run"], capsys)
+    assert settings["job-name"] == f"emsplat-{command}"
+    assert re.search(r"# Estimated for 60 images: about .* of memory, .* on disk for each process\.\n", text)
+    assert f"-m emsplat {command} " in text.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_a_job_in_parts_runs_without_processes_that_talk(simulated, tmp_path, capsys, monkeypatch):
     """Its commands, run here one after the other, give the map of the whole."""
@@ -90,6 +107,7 @@ def test_a_job_in_parts_runs_without_processes_that_talk(simulated, tmp_path, ca
         (["--parts", "1", "reconstruct", "{}", "-o", "run"], "expected at least 2"),
         (["--parts", "3", "--nodes", "2", "reconstruct", "{}", "-o", "run"], "leave --nodes and --processes out"),
         (["--parts", "3", "reconstruct", "{}", "-o", "run", "--engine", "images"], "needs all of them in one run"),
+        (["--parts", "3", "refine", "{}", "-o", "run"], "refine needs all particles in one run"),
         (["--time", "soon", "reconstruct", "{}", "-o", "run"], "--time-limit soon"),
         (["reconstruct", "none.star", "-o", "run"], "none.star"),
         (["reconstruct", "{}", "-o", "run", "--simmetry", "D2"], "no such option"),
@@ -132,11 +150,46 @@ def test_estimates_grow_with_the_work_and_shrink_with_who_shares_it(particles):
     assert 0 < speed_of_core() < 1000
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (RefineConfig, {"rounds": 1}),
+        (AbinitioConfig, {"starts": 2, "steps": 20}),
+        (HeterogeneityConfig, {"components": 2}),
+        (HeterogeneityConfig, {"engine": "images", "epochs": (1, 1), "components": 2}),
+        (HeterogeneityConfig, {"recipe": "cryospire", "epochs": (1, 1), "components": 2}),
+    ],
+)
+def test_estimates_of_every_command(particles, kind, more):
+    """More particles take longer in every part; who shares the work is done earlier."""
+    stack = open_particles(particles).with_halves(0)
+    config, many = configure(kind, **more), stack.take(torch.arange(60).repeat(400))
+    settings = settings_of(config) if isinstance(config, RefineConfig) else None
+    one, more_images = (estimate_of(config, own, settings, threads=1) for own in (stack, many))
+    assert more_images.seconds > 1.5 * one.seconds
+    assert all(after.seconds >= before.seconds > 0 for before, after in zip(one.parts, more_images.parts, strict=True))
+    for shared in ({"threads": 2}, {"threads": 1, "processes": 2}, {"threads": 1, "speed": 2.0}):
+        assert estimate_of(config, many, settings, **shared).seconds < more_images.seconds
+    assert one.seconds == pytest.approx(one.begin + sum(part.seconds for part in one.parts))
+    assert one.memory > 3e8
+    assert one.disk > 1e6
+    longer = {
+        RefineConfig: {"rounds": 3},
+        AbinitioConfig: {"batch": 400},
+        HeterogeneityConfig: {"components": 8},
+    }[kind]
+    assert estimate_of(configure(kind, **(more | longer)), stack, settings, threads=1).seconds > one.seconds
+
+
 def test_a_run_says_what_it_needed_beside_what_was_expected(particles, tmp_path):
     summary = backproject(configure(BackprojectConfig, threads=1), particles, tmp_path / "run")
     assert summary["estimated"]["seconds"] > 0
+    rows = [row.what for row in read_journal(tmp_path / "run")]
+    expected = {row.name: round(row.seconds, 1) for row in rows if isinstance(row, Expected)}
+    assert summary["estimated"]["seconds_of_parts"] == expected
+    assert set(expected) <= {row.name for row in rows if isinstance(row, Part)}
     text = (tmp_path / "run" / "run.log").read_text()
     assert "  estimated: about " in text
-    assert "MB at most (estimated: about " in text
+    assert re.search(r"MB at most, .* on disk \(estimated: about ", text)
     assert read_summary(tmp_path / "run")["processes"] == 1
     shutil.rmtree(tmp_path / "run")

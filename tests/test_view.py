@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from PIL import Image
 from browser import browsing
 from emsplat.errors import InputError, OutputError
 from emsplat.io.mrc_arrays import read_array
+from emsplat.run.files import slices_name
 from emsplat.run.journal import (
     Begun,
     Ended,
+    Expected,
     Following,
+    Gained,
     Journal,
     Judged,
     Loss,
@@ -193,6 +197,36 @@ def test_progress_has_a_rate_and_a_time_left(tmp_path):
     progress = run._progress_json()
     assert progress is not None
     assert (progress["rate"], progress["left"], progress["done"], progress["name"]) == (50.0, 6.0, 100, "half 1")
+
+
+def test_the_time_left_of_a_run_follows_from_how_its_parts_compare_with_what_was_expected(tmp_path):
+    """Times a pace: what finished parts took over what was expected, and a tenth of the whole as if that were right."""
+    parts = (("reading", 10, 0), ("fits", 40, 1), ("judging", 20, 1), ("report", 30, 2))
+    expected = [Expected(name, float(seconds), turn) for name, seconds, turn in parts]
+    rows = [(100, begun()), *((100, one) for one in expected), (100, Part("reading", ""))]
+    folder = tmp_path / "run"
+
+    def left(*more: tuple[float, Any]) -> float | None:
+        folder.mkdir(exist_ok=True)
+        given = [
+            {"kind": type(what).__name__.lower(), "time": float(when)} | asdict(what) for when, what in [*rows, *more]
+        ]
+        (folder / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+        return watched(folder).left()
+
+    assert left() == 100
+    assert left((104, Progress("images", 10, 100, "images", ""))) == 96
+    slow = (130, Part("fits", ""))  # 30 s in place of 10
+    assert left(slow) == pytest.approx(2 * (40 + 20 + 30))
+    assert left(slow, (150, Part("judging", "")), (160, Part("fits", ""))) == pytest.approx(2 * 90 - 30)
+    assert left(slow, (400, Part("report", ""))) == pytest.approx((300 + 10) / (50 + 10) * 30)
+    # A pass that says itself that it takes longer is believed.
+    passing = [(when, Progress("page", when - 400, 1000, "figures", "")) for when in (400, 401)]
+    assert left(slow, (400, Part("report", "")), *passing) == 999
+    # What goes on later does not wait for what it finds done.
+    again = [(500, begun()), *((500, one) for one in expected), (500, Part("report", ""))]
+    assert left(slow, *again) == 30
+    assert left((110, begun())) is None
 
 
 def test_how_a_run_stands(tmp_path):
@@ -708,6 +742,27 @@ def test_maps_on_their_way_are_shown_until_the_map_is_there(tmp_path):
         Pictures().slices(tmp_path, "run", "run_half1_class001_unfil.mrc")
 
 
+def test_the_linear_stage_of_states_is_shown_until_there_are_states(tmp_path):
+    folder = make_run(tmp_path / "run", begun("heterogeneity"))
+    for name in ("mean", "component1", "component2"):
+        with mrcfile.new(folder / slices_name(name), np.zeros((3, 8, 8), "f4")) as file:
+            file.set_image_stack()
+    titles = ["mean of the linear stage, half 1", "component 1, half 1", "component 2, half 1"]
+    assert [one.title for one in pictures_of(tmp_path, "run")] == titles
+    journal = Journal(folder)
+    for _ in range(2):  # and again by a run that goes on
+        for count, gain in ((1, 3.0), (0, 0.0), (2, 2.5)):
+            journal.add(Gained("components", count, gain, 0.1))
+        journal.add(Gained("points", 4, 5.0, 0.1))
+    (panel,) = watched(folder).panels()
+    assert [(one["name"], one["x"], one["y"]) for one in panel["curves"]] == [
+        ("by components", [0, 1, 2], [0.0, 3.0, 2.5]),
+        ("by points", [4], [5.0]),
+    ]
+    write_volume(folder / "consensus.mrc", np.zeros((8, 8, 8)))
+    assert [one.title for one in pictures_of(tmp_path, "run")] == ["consensus"]
+
+
 def test_a_map_that_is_sharper_in_its_shells_is_no_difference():
     generator = np.random.default_rng(1)
     a = generator.normal(size=(16, 16, 16))
@@ -756,7 +811,8 @@ def test_two_runs_are_compared(tmp_path):
 @pytest.mark.slow
 def test_the_page_shows_runs_and_only_text(tmp_path):
     evil = "<img src=x onerror=document.title='hit'>"
-    rows = [Warned(evil), Part("fits", evil), Progress(evil, 1, 4, evil, evil), Loss(evil, 20, 1, 1, 1.0)]
+    rows = [Expected("fits", 60.0, 0), Expected("report", 3600.0, 1)]
+    rows += [Warned(evil), Part("fits", evil), Progress(evil, 1, 4, evil, evil), Loss(evil, 20, 1, 1, 1.0)]
     rows += [Resolved("half1", 1, "cross_validated", 0.5, 10.0, 64.0, [1.0, 0.8, 0.6, 0.2])]
     make_run(tmp_path / "root" / evil.replace("/", ""), begun(), *rows)
     other = make_run(tmp_path / "root" / "other")
@@ -767,6 +823,7 @@ def test_the_page_shows_runs_and_only_text(tmp_path):
     with serving(tmp_path / "root") as (_, port, token), browsing(tmp_path / "profile") as page:
         page.open(f"http://127.0.0.1:{port}/?token={token}")
         page.wait("document.querySelectorAll('.runs tbody tr').length === 2")
+        assert "min left of the run" in page.evaluate("document.querySelector('.runs').textContent")
         assert page.evaluate("location.href") == f"http://127.0.0.1:{port}/"
         assert page.evaluate("document.cookie") == ""
         assert page.evaluate("document.querySelectorAll('img').length") == 0
@@ -775,6 +832,7 @@ def test_the_page_shows_runs_and_only_text(tmp_path):
         )
         page.wait("document.querySelectorAll('.plot svg[tabindex]').length === 2")
         assert page.evaluate("document.querySelector('h1').textContent") == evil
+        assert "left of the run" in page.evaluate("document.querySelector('[aria-label=State]').textContent")
         assert page.evaluate("document.querySelector('.warnings').textContent").endswith(evil)
         assert page.evaluate("[...document.images].length") == 0
         assert page.evaluate("document.querySelector('progress').value") == 0.25

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -575,7 +575,7 @@ def report(run: Path, /) -> None:
 
 
 def slurm(
-    command: Literal["reconstruct", "backproject"],
+    command: Literal["reconstruct", "backproject", "refine", "abinitio", "heterogeneity"],
     words: str,
     /,
     config: SlurmConfig = SlurmConfig(),  # noqa: B008 (frozen)
@@ -586,7 +586,7 @@ def slurm(
     on where it was stopped.
 
     Args:
-        command: Command that the job runs, reconstruct or backproject.
+        command: Command that the job runs.
         words: What follows it, as on the command line; -o names the run folder.
 
     Examples:
@@ -601,11 +601,16 @@ def slurm(
     from emsplat.config import configure, names
     from emsplat.programs.slurm import script
 
-    kind = {"reconstruct": ReconstructConfig, "backproject": BackprojectConfig}[command]
+    kinds: dict[str, tuple[Any, Callable[..., Any]]] = {
+        "reconstruct": (ReconstructConfig, reconstruct),
+        "backproject": (BackprojectConfig, backproject),
+        "refine": (RefineConfig, refine),
+        "abinitio": (AbinitioConfig, abinitio),
+        "heterogeneity": (HeterogeneityConfig, heterogeneity),
+    }
+    kind, function = kinds[command]
     own = shlex.split(words)
-    (particles,), given = parse(
-        command_of({"reconstruct": reconstruct, "backproject": backproject}[command], f"emsplat {command}"), own
-    )
+    (particles,), given = parse(command_of(function, f"emsplat {command}"), own)
     output = given.pop("output", None)
     if output is None:
         raise InputError(
@@ -754,7 +759,7 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     "Cluster and shell": (slurm, completion),
 }
 _SHARED = ("reconstruct", "backproject", "refine", "heterogeneity", "abinitio")  # over processes
-_JOBS = ("reconstruct", "backproject")  # that `slurm` writes scripts for
+_JOBS = ("reconstruct", "backproject", "refine", "abinitio", "heterogeneity")  # that `slurm` writes scripts for
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
 _FOOTER = (
     "`emsplat COMMAND --help` lists the options of a command, with examples; `emsplat --version` tells the version.",

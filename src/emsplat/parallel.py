@@ -35,11 +35,16 @@ _SILENCE = 25.0  # seconds without one after which a process counts as lost
 _SUSPECT = 6.0  # the same once a connection has broken
 _GRACE = 15.0  # seconds that the work may take to end after a loss, before the process is ended
 _DONE = "done"
+_SIGNALS = 128  # exit codes above it are of signals
 _REMEDY = "go on with --resume, with any number of processes"
 
 
 class Lost(EmsplatError):
-    """Another process has failed, or is not there any more; which, and why."""
+    """Another process has failed, or is not there any more; which, and why. After a signal to one all end alike."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.exit_code = code
 
 
 @dataclass(frozen=True)
@@ -354,6 +359,7 @@ def _leave(world: World, watch: _Watch, error: BaseException) -> None:
     elif isinstance(error, KeyboardInterrupt):
         code = 128 + getattr(error, "number", 2)
         lost = watch.missed()  # torchrun ends the others when one has failed
+        code = lost.exit_code if lost is not None and lost.exit_code > _SIGNALS else code
         text = str(lost or (f"stopped by {text}" if code != 130 else "interrupted"))
     elif isinstance(error, OSError):
         code, text = 2, f"{error.filename or 'a file'}: cannot be used ({error.strerror or error})"
@@ -365,7 +371,7 @@ def _leave(world: World, watch: _Watch, error: BaseException) -> None:
         text = text if world.first else ""  # all have agreed on it
         watch.end()
     elif not isinstance(error, Lost):
-        watch.fail(text)
+        watch.fail(text, code)
     if text and not watch.is_said_by_first(text):
         with suppress(OSError):
             who = "" if world.first and not isinstance(error, Lost) else f", {world.name}"
@@ -409,12 +415,13 @@ class _Watch:
         self._lock = threading.Lock()
         self._state = ""  # of this process, in the place of a number of beats
         self._failure: str | None = None  # of this process
+        self._code = 1  # with which it ends
         self._published = threading.Event()
         self._suspicious = False
         self._said_by_first: str | None = None
         self._seen: dict[int, tuple[str, float]] = {}
         self._contact = time.monotonic()
-        self._lost: str | None = None
+        self._lost: Lost | None = None
         self._since = 0.0
         self._over = False
         self._wake = threading.Event()
@@ -446,9 +453,9 @@ class _Watch:
         for thread in self._threads:
             thread.join(_SUSPECT)
 
-    def fail(self, text: str) -> None:
+    def fail(self, text: str, code: int) -> None:
         """This process ends; the others will know why."""
-        self._failure = text
+        self._failure, self._code = text, code
         self._publish("failed")
 
     def look(self) -> None:
@@ -457,7 +464,7 @@ class _Watch:
             Lost: another process has failed or is gone.
         """
         if self._lost is not None:
-            raise Lost(self._lost)
+            raise self._lost
 
     def explain(self, error: RuntimeError) -> Lost:
         """Why a connection has broken."""
@@ -470,7 +477,7 @@ class _Watch:
         self._suspect()
         while time.monotonic() - began < _SUSPECT + 4 * _BEAT:
             if self._lost is not None:
-                return Lost(self._lost)
+                return self._lost
             with self._lock:
                 seen = [when for rank, (_, when) in self._seen.items() if rank != self._rank]
             if seen and min(seen) > began + _BEAT:
@@ -508,7 +515,7 @@ class _Watch:
             state = self._state
             try:
                 if self._failure is not None:
-                    said = f"{self._rank} {self._failure}"
+                    said = f"{self._rank} {self._code} {self._failure}"
                     self._store.set(f"failure/{self._rank}", self._failure)
                     if not self._store.check(["failure"]):
                         self._store.set("failure", said)
@@ -530,9 +537,10 @@ class _Watch:
     def _read(self) -> None:
         """What is new of others."""
         if self._store.check(["failure"]):
-            rank, _, text = self._store.get("failure").decode().partition(" ")
+            rank, code, text = self._store.get("failure").decode().split(" ", 2)
             if int(rank) != self._rank:
-                self._lose(f"{_name(int(rank), self._size, self.hosts)} has ended: {text}")
+                told = f"{_name(int(rank), self._size, self.hosts)} has ended: {text}"
+                self._lose(told, int(code) if int(code) > _SIGNALS else 1)
         if self._rank and self._store.check(["failure/0"]):
             self._said_by_first = self._store.get("failure/0").decode()
         if not self._suspicious and self._store.check(["suspicious"]):
@@ -572,7 +580,7 @@ class _Watch:
                 if now - self._since > _GRACE:
                     print(f"emsplat, {_name(self._rank, self._size, self.hosts)}: {self._lost}", file=sys.stderr)
                     sys.stderr.flush()
-                    os._exit(1)
+                    os._exit(self._lost.exit_code)
                 continue
             patience = _SUSPECT if self._suspicious else _SILENCE
             if now - self._contact > patience:
@@ -586,11 +594,11 @@ class _Watch:
             if silent[worst] > patience:
                 self._lose(_silent(worst, self._size, self.hosts, silent[worst]))
 
-    def _lose(self, text: str) -> None:
+    def _lose(self, text: str, code: int = 1) -> None:
         if self._lost is None and not self._state:
             self._since = time.monotonic()
             remedy = "" if "--resume" in text else f"; {_REMEDY}"
-            self._lost = f"{text}{remedy}"
+            self._lost = Lost(f"{text}{remedy}", code)
 
 
 def _silent(rank: int, size: int, hosts: tuple[str, ...], seconds: float) -> str:

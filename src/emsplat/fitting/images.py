@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from emsplat.fitting.objective import KnownGradient, error_and_gradient
@@ -26,8 +26,9 @@ class ImageObjective:
     """Images against projections: the papers' training in the image domain, in mini-batches of any size.
 
     Every epoch presents each particle once, in an order that follows from (seed, epoch) alone, so that a run can be
-    resumed at any step. Processes of a ``world`` share each mini-batch out: the loss of all is the sum of theirs.
-    ``noise`` (optics groups, shells) turns the mean squared error into a noise-weighted one.
+    resumed at any step. Processes of a ``world`` share each mini-batch out, or each takes what is its ``own`` of it:
+    the loss of all is the sum of theirs. ``noise`` (optics groups, shells) turns the mean squared error into a
+    noise-weighted one.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class ImageObjective:
         noise: Float[Tensor, "o s"] | None = None,
         cutoff: float = CUTOFF,
         world: World = ALONE,
+        own: Bool[Tensor, " p"] | None = None,
     ) -> None:
         self.stack = stack
         self.world = world
+        self.own = own
         self.batch = batch
         self.seed = seed
         self.cutoff = cutoff
@@ -92,13 +95,8 @@ class ImageObjective:
     def _load(self, step: int) -> Batch:
         if step != self._next_step or step % self.steps_per_epoch == 0:
             epoch, skip = divmod(step, self.steps_per_epoch)
-            self._batches = self.stack.batches(
-                self.batch,
-                seed=self.seed,
-                epoch=epoch,
-                skip=skip,
-                **({} if self.world.size == 1 else {"world": self.world}),
-            )
+            shared: dict[str, Any] = {} if self.world.size == 1 else {"world": self.world, "own": self.own}
+            self._batches = self.stack.batches(self.batch, seed=self.seed, epoch=epoch, skip=skip, **shared)
         self._next_step = step + 1
         return next(self._batches)
 

@@ -53,21 +53,23 @@ class Optimiser:
             parameter.grad = None
 
     def summed(self, terms: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-        """The losses of all processes of a ``world``; gradients are summed as well. Not for sparse groups."""
+        """The losses of all processes of a ``world``; gradients are summed as well, but for those of sparse groups,
+        whose rows are with the one process that has their particles."""
         if world.size == 1:
             return terms
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [
-            parameter.grad.contiguous() for parameter in self.parameters.values() if parameter.grad is not None
-        ]
+        dense = list[torch.nn.Parameter]()
+        for group in self._groups:
+            for parameter in group.parameters.values():
+                if parameter.grad is None:  # none of its particles in this step, which counts all the same
+                    parameter.grad = _no_rows(parameter) if group.sparse else torch.zeros_like(parameter)
+            dense += [] if group.sparse else group.parameters.values()
+        gradients = [parameter.grad.contiguous() for parameter in dense if parameter.grad is not None]
         losses = torch.stack([term.detach() for term in terms.values()])
         together = torch.cat([losses, *(gradient.flatten() for gradient in gradients)])
         world.sum_(together)
         sizes = [len(losses), *(gradient.numel() for gradient in gradients)]
         losses, *parts = torch.split(together, sizes)
-        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+        for parameter, part in zip(dense, parts, strict=True):
             parameter.grad = part.view_as(parameter)
         return dict(zip(terms, losses, strict=True))
 
@@ -108,6 +110,12 @@ class Optimiser:
         for name in self.parameters:
             if f"{name}.step" in moments:
                 self._held[name] = {which: moments[f"{name}.{which}"] for which in _MOMENTS}
+
+
+def _no_rows(parameter: Tensor) -> Tensor:
+    """The gradient of a sparse parameter of which nothing was seen."""
+    index = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    return torch.sparse_coo_tensor(index, parameter.new_empty(0, *parameter.shape[1:]), parameter.shape)
 
 
 @dataclass

@@ -4,21 +4,25 @@ Two stages, as published: a coarse mixture finds out what moves alike, a fine on
 (`models.cryospire`, `parts`). The separable decoder (`models.decoder`) may take the place of the networks; its fine
 mixture lies within the coarse one's Gaussians. Nothing passes between half-sets: latents of the other half are found
 under a model that stays (`place_latents`).
+
+Of several processes each has the latents of its own particles (`Shares`), and all have the decoder, whose gradients
+are summed.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from emsplat.errors import EmsplatError, InputError
+from emsplat.fitting.checkpoint import spread_state
 from emsplat.fitting.images import ImageObjective, noise_weight
 from emsplat.fitting.loop import fit
 from emsplat.fitting.state import Optimiser, Plan, State
@@ -30,10 +34,11 @@ from emsplat.imaging.project import project, voxelize
 from emsplat.maths.fourier import hermitian_weight
 from emsplat.models import decoder as separable
 from emsplat.models.base import Model, ParameterGroup
-from emsplat.models.conformations import Conformations, StateDecoder
+from emsplat.models.conformations import Conformations, StateDecoder, read_conformations
 from emsplat.models.cryospire import Hierarchy, NetworkShape, PartDiscovery
 from emsplat.models.decoder import Decoder
 from emsplat.models.starts import dense_part
+from emsplat.parallel import ALONE, EVERYTHING, Portion, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
 from emsplat.types import Batch, Gaussians, Grid, Poses
@@ -95,6 +100,51 @@ class ImageStart:
     latent: Float[Tensor, "v q"] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Which particles of a stack are this process's ``own`` (None: all), with their rows of the table, and which
+    ``views``, each with a latent."""
+
+    world: World = ALONE
+    own: Bool[Tensor, " p"] | None = None
+    rows: Int[Tensor, " m"] | None = None
+    all_rows: Int[Tensor, " p"] | None = None
+    views: Portion = EVERYTHING
+
+    def part(self, state: State[Conformations]) -> State[Conformations]:
+        """A state of all latents with the own ones alone."""
+        return self._with(state, self.rows, self.views.of)
+
+    def whole(self, state: State[Conformations]) -> State[Conformations]:
+        """A state of the own latents with those of all processes, in each of them."""
+        return self._with(state, self.all_rows, self.views.whole)
+
+    def _with(
+        self, state: State[Conformations], rows: Tensor | None, among: Callable[[Tensor], Tensor]
+    ) -> State[Conformations]:
+        model = state.model
+        if rows is None:
+            return state
+        latent = among(model.latent.detach())
+        other = Conformations(model.decoder, latent, rows.to(latent.device), elements=model.elements, rate=model.rate)
+        moments = state.optimiser.moments()
+        moments |= {
+            name: among(own) for name, own in moments.items() if name in ("latent.exp_avg", "latent.exp_avg_sq")
+        }
+        return state.with_model(other, moments)
+
+
+def shares(stack: ParticleStack, world: World = ALONE) -> Shares:
+    """Who has which particles: all rows of one are with the same process, as everywhere."""
+    if world.size == 1:
+        return Shares()
+    mine, elements = stack.shared(world), stack.symmetry.order
+    own = torch.zeros(len(stack), dtype=torch.bool)
+    own[mine] = True
+    views = (mine[:, None] * elements + torch.arange(elements)).flatten()
+    return Shares(world, own, stack.rows[mine], stack.rows, Portion(world, views, len(stack) * elements))
+
+
 def fit_images(
     stack: ParticleStack, options: ConformationOptions, start: ImageStart
 ) -> tuple[Conformations, Float[Tensor, "v q"]]:
@@ -113,30 +163,36 @@ def fit_images(
 
 
 def follow_images(
-    stack: ParticleStack, options: ConformationOptions, start: ImageStart, resumed: State[Conformations] | None = None
+    stack: ParticleStack,
+    options: ConformationOptions,
+    start: ImageStart,
+    resumed: State[Conformations] | None = None,
+    among: Shares | None = None,
 ) -> Iterator[State[Conformations]]:
     """`fit_images` step by step, from the beginning or from where a checkpoint left off (read by `read_conformations`).
 
-    There are ``coarse.epochs`` + ``fine.epochs`` epochs of ⌈images / batch⌉ steps.
+    There are ``coarse.epochs`` + ``fine.epochs`` epochs of ⌈images / batch⌉ steps. ``start`` and ``resumed`` are of all
+    views; the states that come have the latents of this process (`Shares.whole`).
 
     Raises:
         as `fit_images`.
     """
+    among = among or Shares()
+    world = among.world
     noise = estimate_noise(stack) if options.weighted else None
-    objective = _WithPenalty(
-        ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise), options.penalty
-    )
-    state = resumed or State.begin(_begin(stack, options, start))
+    images = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise, world=world, own=among.own)
+    objective = _WithPenalty(images, options.penalty)
+    state = among.part(resumed or State.begin(_begin(stack, options, start, world)))
     coarse, fine = options.coarse, options.fine
     turn = coarse.epochs * objective.steps_per_epoch
     if state.step < turn:
-        for state in fit(state, objective, coarse.plan()):  # noqa: B020
+        for state in fit(state, objective, coarse.plan(), world=world):  # noqa: B020
             yield state
     if not fine.epochs:
         return
     if state.step == turn:
-        state = State.begin(_refined(state.model, stack.grid, options), turn)
-    yield from fit(state, objective, fine.plan(coarse.epochs))
+        state = among.part(_turned(among.whole(state), stack.grid, options, world))
+    yield from fit(state, objective, fine.plan(coarse.epochs), world=world)
 
 
 def steps_of(stack: ParticleStack, options: ConformationOptions) -> int:
@@ -148,7 +204,7 @@ class _WithPenalty:
     """An objective on images and what feature offsets cost."""
 
     def __init__(self, images: ImageObjective, weight: float) -> None:
-        self.images, self.weight = images, weight
+        self.images, self.weight = images, weight if images.world.first else 0.0  # one process's terms add it
         self.steps_per_epoch = images.steps_per_epoch
 
     def __call__(self, model: Model, step: int) -> dict[str, Tensor]:
@@ -162,7 +218,7 @@ def _generator(seed: int, stage: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * seed + stage)
 
 
-def _begin(stack: ParticleStack, options: ConformationOptions, start: ImageStart) -> Conformations:
+def _begin(stack: ParticleStack, options: ConformationOptions, start: ImageStart, world: World) -> Conformations:
     """The first stage before its first step, as bright as fits the images."""
     grid, elements, rng = stack.grid, stack.symmetry.order, _generator(options.seed, 0)
     views = elements * len(stack)
@@ -185,8 +241,23 @@ def _begin(stack: ParticleStack, options: ConformationOptions, start: ImageStart
         decoder = PartDiscovery(centre, shape, length=width, generator=rng)
     rate = options.latent_rate or (_FROM_RANDOM if start.latent is None else _FROM_GIVEN)
     model = Conformations(decoder, latent, stack.rows, elements=elements, rate=rate).to(stack.device)
-    model.decoder.unit *= _brightness(stack, model)
+    model = _as_first(State.begin(model), world, stack.device).model
+    model.decoder.unit *= _brightness(stack, model, world)
     return model
+
+
+def _as_first(state: State[Conformations] | None, world: World, device: torch.device) -> State[Conformations]:
+    if state is not None and world.size == 1:
+        return state
+    return spread_state(state, world, device=device, read=read_conformations)
+
+
+def _turned(
+    state: State[Conformations], grid: Grid, options: ConformationOptions, world: World
+) -> State[Conformations]:
+    """Between the stages; the first process makes the second one."""
+    made = State.begin(_refined(state.model, grid, options), state.step) if world.first else None
+    return _as_first(made, world, state.model.latent.device)
 
 
 def _refined(model: Conformations, grid: Grid, options: ConformationOptions) -> Conformations:
@@ -314,7 +385,7 @@ def seeds(
 
 
 @torch.no_grad()
-def _brightness(stack: ParticleStack, model: Conformations) -> float:
+def _brightness(stack: ParticleStack, model: Conformations, world: World) -> float:
     """The factor with which the model's reference state fits some images best.
 
     Raises:
@@ -324,17 +395,26 @@ def _brightness(stack: ParticleStack, model: Conformations) -> float:
     some = stack.take(torch.linspace(0, len(stack) - 1, min(_BRIGHT, len(stack))).long())
     weight = hermitian_weight(stack.grid.size, device=stack.device)
     both = own = 0.0
-    for batch in some.sequential(_READ):
+    for batch in _batches(some, world):
         seen = observe(batch, stack.grid, corner=True)
         shown = seen.transfer * torch.fft.rfft2(_projected(mixture, batch, stack.grid))
         both += float(((shown.conj() * seen.spectrum).real * weight).sum())
         own += float((shown.abs().square() * weight).sum())
+    sums = torch.tensor([both, own], dtype=torch.float64)
+    world.sum_(sums)
+    both, own = float(sums[0]), float(sums[1])
     if not both > 0:
         raise InputError(
             "the images do not show the map to start from (their correlation is not positive); is the contrast right "
             "(--invert), and does the map belong to these poses?"
         )
     return both / own
+
+
+def _batches(stack: ParticleStack, world: World) -> Iterator[Batch]:
+    """What this process of a ``world`` looks at, in order."""
+    mine = stack if world.size == 1 else stack.take(stack.shared(world))
+    yield from mine.sequential(_READ) if len(mine) else ()
 
 
 def _projected(mixture: Gaussians, batch: Batch, grid: Grid) -> Float[Tensor, "p y x"]:
@@ -344,27 +424,30 @@ def _projected(mixture: Gaussians, batch: Batch, grid: Grid) -> Float[Tensor, "p
 
 
 @torch.no_grad()
-def misfits(stack: ParticleStack, shown: Sequence[Model | Gaussians]) -> Float[Tensor, "p k"]:
+def misfits(stack: ParticleStack, shown: Sequence[Model | Gaussians], world: World = ALONE) -> Float[Tensor, "p k"]:
     """-log p(image) in nats, up to a constant of the image, for several models or mixtures, by the noise spectrum.
 
-    Rows are the stack's particles in order. Differences between columns are log likelihood ratios; those of a model's
-    own latents are the largest that it can have, not the evidence, which integrates over latents.
+    Rows are the stack's particles in order; processes of a ``world`` look at a share each. Differences between columns
+    are log likelihood ratios; those of a model's own latents are the largest that it can have, not the evidence, which
+    integrates over latents.
     """
     weight = noise_weight(estimate_noise(stack), stack.grid)
     size = stack.grid.size
-    parts = []
-    for batch in stack.sequential(_READ):
+    parts = [torch.empty(0, len(shown))]
+    for batch in _batches(stack, world):
         seen = observe(batch, stack.grid, corner=True)
         own = weight[batch.optics_group]
         if batch.share is not None:
             own = own * batch.share[:, None, None]
         mixtures = (one if isinstance(one, Gaussians) else one.gaussians(batch) for one in shown)
-        parts.append(torch.stack([_misfit(_projected(m, batch, stack.grid), seen, own, size) for m in mixtures], 1))
-    return torch.cat(parts).cpu()
+        found = torch.stack([_misfit(_projected(m, batch, stack.grid), seen, own, size) for m in mixtures], 1)
+        parts.append(found.cpu())
+    together = torch.cat(parts)
+    return together if world.size == 1 else world.gathered(together, stack.shared(world), len(stack))
 
 
 @torch.no_grad()
-def image_gain(model: Conformations, density: Density, stack: ParticleStack) -> Gain:
+def image_gain(model: Conformations, density: Density, stack: ParticleStack, world: World = ALONE) -> Gain:
     """What the states say of images that the model was not fitted to: their log-likelihood under a density of states
     over that under the mean of these states, nats per image. At most 512 images and the 32 heaviest points are used.
     """
@@ -379,7 +462,7 @@ def image_gain(model: Conformations, density: Density, stack: ParticleStack) -> 
     some = stack.take(torch.linspace(0, len(stack) - 1, min(_BRIGHT, len(stack))).long())
     gains = []
     for turned in _views(some):
-        likely = -misfits(turned, [mean, *mixtures]).double()
+        likely = -misfits(turned, [mean, *mixtures], world).double()
         gains.append(torch.logsumexp(likely[:, 1:] + weight.log(), 1) - likely[:, 0])
     image = torch.arange(len(some)).repeat(len(gains))
     return mean_gain(torch.cat(gains), image)
@@ -399,25 +482,37 @@ def _misfit(projection: Tensor, seen: Observed, weight: Tensor, size: int) -> Fl
 
 
 def place_latents(
-    model: Conformations, stack: ParticleStack, options: ConformationOptions, *, candidates: int = 16, epochs: int = 5
+    model: Conformations,
+    stack: ParticleStack,
+    options: ConformationOptions,
+    *,
+    candidates: int = 16,
+    epochs: int = 5,
+    among: Shares | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> Conformations:
     """Latents of images that a model was not fitted to, by their likelihood; its decoder stays.
 
     Each view starts from that of some ``candidates`` among the model's own latents, spread by k-means, which it fits
-    best, and is then moved downhill. The result's ``latent`` has a row for each view of the stack.
+    best, and is then moved downhill. The result's ``latent`` has a row for each view of the stack, whichever process
+    has found it; after each step all ``look``.
     """
+    among = among or Shares()
+    world = among.world
     decoder = copy.deepcopy(model.decoder).requires_grad_(False)
     known = model.latent.detach()
     spread = cluster(known.cpu(), torch.ones(len(known)), candidates, _generator(options.seed, 0)).centroid
-    among = known[torch.cdist(spread.to(known.device), known).argmin(1)]
-    mixtures = decoder.mixtures(among)
-    best = [misfits(turned, mixtures).argmin(1) for turned in _views(stack)]
-    latent = among[torch.stack(best, 1).flatten().to(among.device)].clone()
+    tried = known[torch.cdist(spread.to(known.device), known).argmin(1)]
+    world.spread_(tried)
+    mixtures = decoder.mixtures(tried)
+    best = [misfits(turned, mixtures, world).argmin(1) for turned in _views(stack)]
+    latent = tried[torch.stack(best, 1).flatten().to(tried.device)].clone()
     rows = stack.rows.to(latent.device)
     rate = options.latent_rate or _FROM_GIVEN
     placed = Conformations(decoder, latent, rows, elements=stack.symmetry.order, rate=rate)
     noise = estimate_noise(stack) if options.weighted else None
-    objective = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise)
-    for _ in fit(State.begin(placed), objective, replace(options.fine, epochs=epochs).plan()):
-        pass
-    return placed
+    objective = ImageObjective(stack, batch=options.batch, seed=options.seed, noise=noise, world=world, own=among.own)
+    state = among.part(State.begin(placed))
+    for state in fit(state, objective, replace(options.fine, epochs=epochs).plan(), world=world):  # noqa: B007, B020
+        look()
+    return among.whole(state).model

@@ -50,7 +50,7 @@ class Conformations(torch.nn.Module):
             raise ValueError(f"{len(latent)} latents; expected {elements * len(rows)}, one for each view")
         self.decoder, self.elements, self.rate = decoder, elements, rate
         self.latent = torch.nn.Parameter(latent)
-        place = torch.full((int(rows.max()) + 1,), -1, device=rows.device)
+        place = torch.full((int(rows.max()) + 1 if len(rows) else 0,), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         self.rows: Tensor
         self.place: Tensor

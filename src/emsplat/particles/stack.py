@@ -53,7 +53,14 @@ class Particles(Protocol):
     def take(self, rows: Int[Tensor, " q"]) -> Particles: ...
     def sequential(self, size: int) -> Iterator[Batch]: ...
     def batches(
-        self, size: int, *, seed: int, epoch: int = 0, skip: int = 0, world: World = ALONE
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+        skip: int = 0,
+        world: World = ALONE,
+        own: Bool[Tensor, " p"] | None = None,
     ) -> Iterator[Batch]: ...
 
 
@@ -264,20 +271,30 @@ class ParticleStack:
             settled.only(number)
         return settled
 
-    def batches(self, size: int, *, seed: int, epoch: int = 0, skip: int = 0, world: World = ALONE) -> Iterator[Batch]:
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+        skip: int = 0,
+        world: World = ALONE,
+        own: Bool[Tensor, " p"] | None = None,
+    ) -> Iterator[Batch]:
         """One epoch in random order, every image presented with a random symmetry-equivalent pose.
 
         Order and poses follow from (seed, epoch) alone, and ``skip`` leaves out that many batches, so that a resumed
         run sees what the uninterrupted one would have seen. Images are read ahead by a thread. Processes of a ``world``
-        share each batch out; a share may be empty.
+        share each batch out, or each takes those particles of it that are its ``own``; a share may be empty.
         """
         self.require_one_grid()
         rng = torch.Generator().manual_seed((seed << 24) + epoch)
         order = torch.randperm(len(self), generator=rng)
         element = torch.randint(self.symmetry.order, (len(self),), generator=rng)
         starts = range(skip * size, len(self), size)
-        parts = (world.share(torch.arange(start, min(start + size, len(self)))) for start in starts)
-        return self._stream(((order[part], element[part]) for part in parts), normalised=True)
+        parts = (torch.arange(start, min(start + size, len(self))) for start in starts)
+        mine = (world.share(part) if own is None else part[own[order[part]]] for part in parts)
+        return self._stream(((order[part], element[part]) for part in mine), normalised=True)
 
     def sequential(self, size: int, *, normalised: bool = True) -> Iterator[Batch]:
         """The particles in order, with the poses of the file; bright, but with the grey values of the file where they

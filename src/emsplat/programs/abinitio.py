@@ -46,7 +46,7 @@ from emsplat.poses.starts import (
 from emsplat.poses.verdict import Verdict, brought_over
 from emsplat.process import threads
 from emsplat.programs.classical import accumulate_all
-from emsplat.programs.finish import circumstances, describe, finish, found_finished
+from emsplat.programs.finish import circumstances, describe, finish, found_finished, what_it_took
 from emsplat.programs.opening import open_run
 from emsplat.programs.reconstruct import write_classical
 from emsplat.programs.run import Run
@@ -450,5 +450,6 @@ def _conclude_without(run: Run[AbinitioConfig], about: dict[str, Any]) -> dict[s
     summary = {"abinitio": about, "input": describe(run)} | circumstances(run)
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
-    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; summary in {run.folder}")
+    log.line(what_it_took(run, summary))
+    log.line(f"  summary in {run.folder}")
     return summary

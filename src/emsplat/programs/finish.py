@@ -35,7 +35,7 @@ from emsplat.run.files import (
     statistics_name,
 )
 from emsplat.run.folder import finished_summary, plain, write_text
-from emsplat.run.log import Log, peak_memory
+from emsplat.run.log import Log, data_size, peak_memory
 
 _PACKAGES = ("emsplat", "torch", "numpy", "scipy", "gemmi", "mrcfile")
 
@@ -131,12 +131,20 @@ def circumstances(run: Run[RunConfig]) -> dict[str, Any]:
         **({} if peak is None else {"peak_gpu_memory_mb": round(peak)}),
         "threads": torch.get_num_threads(),
         "processes": run.world.size,
-        "estimated": None if run.estimate is None else asdict(run.estimate),
+        "estimated": None if run.estimate is None else run.estimate.about(),
         "machine": platform.machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "warnings": log.warnings,
         "notes": list(run.stack.table.notes),
     }
+
+
+def what_it_took(run: Run[RunConfig], summary: dict[str, Any]) -> str:
+    """Time, memory and disk, beside what was expected."""
+    files = [path.lstat().st_size for path in run.folder.rglob("*") if path.is_file()]
+    expected = "" if run.estimate is None else f" (estimated: {run.estimate.text})"
+    took = f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most"
+    return f"{took}, {data_size(sum(files))} on disk{expected}"
 
 
 def describe(run: Run[RunConfig]) -> dict[str, Any]:
@@ -175,8 +183,7 @@ def _conclude(run: Run[RunConfig], summary: dict[str, Any]) -> None:
     log = run.log
     for text in [*verdict.lines(summary), *_said_again(summary["warnings"])]:
         log.line(text)
-    expected = "" if run.estimate is None else f" (estimated: {run.estimate.text})"
-    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most{expected}")
+    log.line(what_it_took(run, summary))
     _say_results(log, run.folder)
     if run.config.run.naming != "relion":
         name_results(run.folder, run.config.run.naming, with_boxes(run.stack.table.take(run.stack.rows)), log)

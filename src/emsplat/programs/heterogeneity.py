@@ -42,20 +42,20 @@ from emsplat.models.decoder import Decoder
 from emsplat.parallel import ALONE, World
 from emsplat.process import threads
 from emsplat.programs.explore import explorer_numbers
-from emsplat.programs.finish import circumstances, describe
+from emsplat.programs.finish import circumstances, describe, what_it_took
 from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
 from emsplat.programs.proof import local_of, proofs
 from emsplat.programs.run import Run
+from emsplat.programs.shown import hide_slices, show_slices
 from emsplat.programs.state_engines import (
     StatesFitted,
-    conformation_options,
-    engine_of,
     finest,
     fit_cells,
     fit_on_images,
 )
+from emsplat.programs.state_options import conformation_options, engine_of
 from emsplat.programs.state_particles import Views, row_numbers, write_particles
 from emsplat.report.explorer import write_explorer
 from emsplat.run.files import (
@@ -65,23 +65,28 @@ from emsplat.run.files import (
     EXPLORER,
     HALVES,
     LATENTS,
+    MEAN,
     SEARCH,
     STATES,
     STATES_TABLE,
     SUMMARY,
     cells_name,
     coarse_model_name,
+    component_name,
     half_model_name,
     state_local_name,
     state_map_name,
     state_name,
 )
 from emsplat.run.folder import finished_summary, write_text
+from emsplat.run.journal import Gained
 from emsplat.run.log import Log
 from emsplat.run.stop import require_time
 from emsplat.sums.spectra import read_all_spectra
 from emsplat.sums.statistics import fingerprint, in_one_grey
+from emsplat.types import Grid
 
+_SHOWN = 4  # components to look at on the way
 _FEWEST = 2  # states: one alone is no heterogeneity
 
 
@@ -98,7 +103,7 @@ def heterogeneity(
         OutputError: the folder is not empty or cannot be written.
     """
     log = log or Log()
-    _refuse(config, world)
+    _refuse(config)
     if (finished := _found_finished(config, particles, output, log, world)) is not None:
         return finished
     with threads(config.run.threads), log.to_the_end(config.run.profile):
@@ -108,6 +113,7 @@ def heterogeneity(
         run = replace(run, stack=in_one_grey(run.stack, world))
         searched = _search(run)
         _say_gains(run.log, searched)
+        _show(run, searched)
         if searched.found is None:
             return _conclude(run, searched, None) if world.first else {}
         window = window_of(searched.subspaces, run.stack.grid)
@@ -134,7 +140,7 @@ def _found_finished(
     return summary
 
 
-def _refuse(config: HeterogeneityConfig, world: World) -> None:
+def _refuse(config: HeterogeneityConfig) -> None:
     """
     Raises:
         InputError: an option of other runs that means nothing here, or one of the other engine.
@@ -146,11 +152,6 @@ def _refuse(config: HeterogeneityConfig, world: World) -> None:
         raise InputError("--naming: not for heterogeneity; leave it out")
     if given.recipe == "cryospire" and given.engine == "cells":
         raise InputError("--recipe cryospire is fitted to images; leave --engine cells out")
-    if world.size > 1 and engine_of(config) == "images":
-        raise InputError(
-            "--engine images of heterogeneity is not shared out over processes; start it without torchrun, or take "
-            "--engine cells"
-        )
     of_images = {
         "decoder": given.decoder,
         "start": given.start,
@@ -252,6 +253,20 @@ def _say_gains(log: Log, searched: Search) -> None:
     log.line(f"heterogeneity: {gain.value:.2f} ± {gain.error:.2f} nats per image on images that no model has seen")
 
 
+def _show(run: Run[HeterogeneityConfig], searched: Search) -> None:
+    """For who watches, until there are states: gains, the mean map and the strongest components of the first half."""
+    for number, gain in enumerate(searched.components):
+        run.log.journal.add(Gained("components", number, gain.value, gain.error))
+    for number, gain in searched.points.items():
+        run.log.journal.add(Gained("points", number, gain.value, gain.error))
+    if not run.world.first:
+        return
+    subspace = searched.subspaces[0]
+    grid = Grid(subspace.lattice.size, run.stack.grid.length / subspace.lattice.size)
+    names = [MEAN, *map(component_name, range(1, min(len(subspace.maps), 1 + _SHOWN)))]
+    show_slices(run.folder, dict(zip(names, subspace.maps, strict=False)), grid)
+
+
 def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> Float[Tensor, "s q"]:
     """Latents of the states to look at: of the classes, or of as many groups as were asked for."""
     latent = torch.cat(fitted.latent)
@@ -294,13 +309,15 @@ def _conclude(run: Run[HeterogeneityConfig], searched: Search, fitted: StatesFit
         report.write_report(run.folder, log.step, torch.get_num_threads())
     summary["seconds"] = round(log.seconds, 1)
     write_text(run.folder / SUMMARY, json_text(summary))
-    log.line(f"{summary['seconds']:.0f} s in all, {summary['peak_memory_mb']:,} MB at most; results in {run.folder}")
+    log.line(what_it_took(run, summary))
+    log.line(f"  results in {run.folder}")
     return summary
 
 
 def _clear(run: Run[HeterogeneityConfig], *, found: bool) -> None:
     """Takes away what was kept to go on from, unless it is to be used again, and models whose states are not
     confirmed."""
+    hide_slices(run.folder)
     for name, half in HALVES.items():
         passing = [state_name(name), coarse_model_name(half), cells_name(half, fine=True)]
         passing += [] if run.config.run.keep_statistics else [cells_name(half)]

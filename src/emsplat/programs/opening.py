@@ -26,7 +26,7 @@ from emsplat.particles.choose import open_stack, with_boxes
 from emsplat.particles.copies import Copies, copies, mixed_classes, particle_numbers
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import describe_threads
-from emsplat.programs.estimate import estimate, speed_of_core
+from emsplat.programs.estimate import estimate_of, speed_of_core
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES, PARTICLES, SETTINGS
@@ -80,8 +80,9 @@ def open_run(
         log.line(f"  shared out over {world.size} processes on {counted(len(set(world.hosts)), 'machine')}")
     finding = _look_for_symmetry(stack, log) if need_poses and world.first else None
     needed = None
-    if device.type == "cpu" and program in ("reconstruct", "backproject"):
-        needed = estimate(
+    if device.type == "cpu":
+        needed = estimate_of(
+            config,
             stack,
             settings,
             threads=torch.get_num_threads(),
@@ -90,6 +91,8 @@ def open_run(
             speed=speed_of_core(),
         )
         log.line(f"  estimated: {needed.text}")
+        for part in needed.parts:
+            log.journal.add(part)
     run = Run(config, particles, folder, log, stack, skipped, finding, world, needed)
     if world.first:
         with log.step("particles written"):

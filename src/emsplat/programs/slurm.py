@@ -9,10 +9,20 @@ from pathlib import Path
 import torch
 
 from emsplat import __version__
-from emsplat.config import BackprojectConfig, ReconstructConfig, SlurmConfig, change, configure, flat, names
+from emsplat.config import (
+    BackprojectConfig,
+    ReconstructConfig,
+    RefineConfig,
+    RunConfig,
+    SlurmConfig,
+    change,
+    configure,
+    flat,
+    names,
+)
 from emsplat.errors import InputError
 from emsplat.particles.choose import open_stack
-from emsplat.programs.estimate import Estimate, estimate
+from emsplat.programs.estimate import Estimate, estimate_of
 from emsplat.programs.settings import settings_of
 from emsplat.run.files import SETTINGS
 from emsplat.run.log import counted
@@ -23,11 +33,13 @@ _BEFORE = 5  # minutes before the end of the job in which a run stops in order
 _PORT = 29_400  # of the first machine, where processes find each other
 
 
-def script(command: str, words: list[str], particles: Path, output: Path, config: object, options: SlurmConfig) -> str:
+def script(
+    command: str, words: list[str], particles: Path, output: Path, config: RunConfig, options: SlurmConfig
+) -> str:
     """The text of a batch script that runs ``emsplat command words``.
 
     Args:
-        command: reconstruct or backproject.
+        command: As in `cli.slurm`.
         words: As on the command line, without the name of the command.
         particles: The file that they name.
         output: The run folder that they name.
@@ -37,21 +49,24 @@ def script(command: str, words: list[str], particles: Path, output: Path, config
     Raises:
         InputError: the particles cannot be used, or the options do not fit each other.
     """
-    assert isinstance(config, ReconstructConfig | BackprojectConfig)  # noqa: S101
-    settings = settings_of(config) if isinstance(config, ReconstructConfig) else None
+    settings = settings_of(config) if isinstance(config, ReconstructConfig | RefineConfig) else None
     processes = options.nodes * options.processes
     if options.parts == 1 or options.parts < 0:
         raise InputError(f"--parts {options.parts}: expected at least 2; without it processes share the particles out")
+    if options.parts and command not in ("reconstruct", "backproject"):
+        raise InputError(f"--parts: {command} needs all particles in one run; leave it out, or take --processes")
     if options.parts and (processes > 1 or (settings is not None and settings.engine == "images")):
         raise InputError(
             "--parts: goes with one process, and with the one-pass engine: leave --nodes and --processes out"
             if processes > 1
             else "--parts: the engine of images needs all of them in one run; leave it out, or take --engine one-pass"
         )
-    stack = open_stack(change(config, datadir=None) if "{" in str(config.choice.datadir) else config, particles)
+    here = change(config, datadir=None) if "{" in str(config.choice.datadir) else config
+    stack = open_stack(here, particles, need_poses=command != "abinitio")
     if options.parts:
         stack = stack.take(torch.arange(-(-len(stack) // options.parts)))
-    needed = estimate(
+    needed = estimate_of(
+        config,
         stack,
         settings,
         threads=options.threads,
@@ -62,7 +77,7 @@ def script(command: str, words: list[str], particles: Path, output: Path, config
     lines = _head(command, len(stack), needed, minutes, options)
     stop = f"--time-limit {max(minutes - _BEFORE, 1)}"
     words = [word for word in words if word != "--resume"]
-    if options.parts:
+    if options.parts and isinstance(config, ReconstructConfig | BackprojectConfig):
         return "\n".join([*lines, *_parts(command, words, particles, output, config, options, stop), ""])
     text = shlex.join([command, *words])
     lines += [*_going_on(output), *_launch(f"-m emsplat {text} {stop} $resume", options)]

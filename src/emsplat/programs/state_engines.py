@@ -16,11 +16,11 @@ from torch import Tensor
 
 from emsplat.config import HeterogeneityConfig
 from emsplat.errors import InputError
-from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
+from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint, spread_state
 from emsplat.fitting.state import State
 from emsplat.heterogeneity.cells import Cells, cells_of, overlap
 from emsplat.heterogeneity.classes import Classes, common_classes
-from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading
+from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading, spread_embedding
 from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.extent import Window
 from emsplat.heterogeneity.frames import identity
@@ -38,10 +38,10 @@ from emsplat.heterogeneity.half import (
 from emsplat.heterogeneity.images import (
     ConformationOptions,
     ImageStart,
-    Pass,
     follow_images,
     image_gain,
     place_latents,
+    shares,
     steps_of,
 )
 from emsplat.heterogeneity.refresh import Refreshed, refreshed
@@ -51,20 +51,15 @@ from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decod
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
 from emsplat.programs.run import Run
+from emsplat.programs.state_options import conformation_options, starts_at_random
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
+from emsplat.run.history import History
 from emsplat.run.stop import checkpoints, require_time
 from emsplat.sums.statistics import equations_of, fingerprint
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
 _MOST_CELLS = 64  # of a fit to images
 _MOST_POINTS, _PER_POINT = 100, 50  # points by which particles are placed, and views that each should have
-_RECIPES = {
-    # The separable decoder from latents of the linear stage, by the noise spectrum.
-    "default": ConformationOptions(
-        decoder="separable", weighted=True, coarse=Pass(2048, 0.02, 6, 5e-3), fine=Pass(8192, 0.01, 4, 2e-3)
-    ),
-    "cryospire": ConformationOptions(),
-}
 
 
 @dataclass(frozen=True)
@@ -152,6 +147,10 @@ def _told(run: Run[HeterogeneityConfig]) -> Callable[[str], None]:
 
 def _look(run: Run[HeterogeneityConfig]) -> None:
     require_time(run.config.run.time_limit, "in a decoder, which begins anew", run.world)
+
+
+def _look_around(run: Run[HeterogeneityConfig]) -> None:
+    require_time(run.config.run.time_limit, "while latents were looked for, which begins anew", run.world)
 
 
 def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
@@ -289,8 +288,10 @@ def gathered(
     return cells
 
 
-def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted:
+def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Window) -> StatesFitted | None:
     """The paper's road: a decoder and a latent for each image, fitted to the images (`heterogeneity.images`).
+
+    Several processes share each mini-batch out, a particle always to the same; the first has the result.
 
     Raises:
         InputError: the images do not show their own consensus map.
@@ -299,22 +300,25 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
     """
     if searched.found is None:
         raise ValueError("nothing was found")
-    options, embeddings = conformation_options(run.config), searched.found.embeddings()
+    options, embeddings, world = conformation_options(run.config), searched.found.embeddings(), run.world
     fitted = [_fitted_images(run, half, embedding, options) for half, embedding in enumerate(embeddings)]
     found, gains = [], []
     for half, model in enumerate(fitted):
         others = run.stack.only(2 - half)
         with run.log.part("latents", f"half {half + 1}: latents of the other half's images"):
-            placed = place_latents(model, others, options)
+            placed = place_latents(model, others, options, among=shares(others, world), look=partial(_look_around, run))
         count = min(_MOST_CELLS, len(embeddings[half].density))
-        found.append(hard_embedding(model.latent.detach(), placed.latent.detach(), count, _generator(run, half)))
+        own = hard_embedding(model.latent.detach(), placed.latent.detach(), count, _generator(run, half))
+        found.append(spread_embedding(own, world))
         with run.log.part("gain", f"half {half + 1}: what its states say of the other half's images"):
-            gains.append(image_gain(model, found[half].density, others))
+            gains.append(image_gain(model, found[half].density, others, world))
     found = [replace(own, gain=before.gain) for own, before in zip(found, embeddings, strict=True)]
     models, cells = [], []
     for half, model in enumerate(fitted):
         cells.append(gathered(run, half, found[half], window, fine=True))
         models.append(without_residual(model.decoder.cpu(), found[half], run.stack.grid))
+    if not world.first:
+        return None
     kernels = [_kernel(own) for own in found]
     return _together(run, models, cells, kernels, (found[0], found[1]), (gains[0], gains[1]))
 
@@ -323,85 +327,55 @@ def _kernel(embedding: Embedding) -> Float[Tensor, "m m"]:
     return overlap(embedding.membership).float() ** _KERNEL
 
 
-def engine_of(config: HeterogeneityConfig) -> str:
-    """cells or images."""
-    given = config.heterogeneity
-    return given.engine or ("images" if given.recipe == "cryospire" else "cells")
-
-
-def conformation_options(config: HeterogeneityConfig) -> ConformationOptions:
-    """The recipe with what the user puts in place of it.
-
-    Raises:
-        InputError: a number that describes no fit.
-    """
-    given = config.heterogeneity
-    own = _RECIPES[given.recipe]
-    epochs = given.epochs or (own.coarse.epochs, own.fine.epochs)
-    if len(epochs) != 2 or min(epochs) < 1:
-        raise InputError(f"--epochs {' '.join(map(str, epochs))}: expected two numbers above 0, coarse and fine")
-    rate = 1.0 if given.learning_rate is None else given.learning_rate / own.coarse.learning_rate
-    if not 0 < rate < float("inf"):
-        raise InputError(f"--learning-rate {given.learning_rate}: expected a number above 0")
-    coarse, fine = (
-        replace(one, epochs=count, learning_rate=rate * one.learning_rate)
-        for one, count in zip((own.coarse, own.fine), epochs, strict=True)
-    )
-    if given.gaussians is not None:
-        fine = replace(fine, gaussians=given.gaussians)
-    return replace(
-        own,
-        decoder=given.decoder or own.decoder,
-        parts=given.parts,
-        batch=given.batch or own.batch,
-        seed=config.halves.seed,
-        coarse=coarse,
-        fine=fine,
-    )
-
-
-def _starts_at_random(config: HeterogeneityConfig) -> bool:
-    start = config.heterogeneity.start
-    return (config.heterogeneity.recipe == "cryospire") if start is None else start == "random"
-
-
 def _fitted_images(
     run: Run[HeterogeneityConfig], half: int, embedding: Embedding, options: ConformationOptions
 ) -> Conformations:
-    stack = run.stack.only(half + 1)
+    stack, world = run.stack.only(half + 1), run.world
     finished, name = run.folder / state_name(f"half{half + 1}"), f"half{half + 1}"
     state = _saved(run, name)
-    if finished.is_file() and state is not None:
+    if world.agree(world.first and finished.is_file()) and state is not None:
         return state.model
+    among = shares(stack, world)
     with run.log.part("fit", f"half {half + 1}: a decoder and a latent for each image, fitted to the images"):
-        equations = equations_of(stack)
-        start = ImageStart(equations.solve(), None if _starts_at_random(run.config) else embedding.own)
+        equations = equations_of(stack, world=world)
+        start = ImageStart(equations.solve(), None if starts_at_random(run.config) else embedding.own)
         total = steps_of(stack, options)
         before = 0 if state is None else state.step
+        history = History(run.log.journal, name)
+        history.rewind(before)
+        steps = math.ceil(len(stack) / options.batch)
         with (
             run.log.progress(name, total, before, unit="steps") as update,
-            checkpoints(run.config.run.checkpoint_every, limit=run.config.run.time_limit) as moment,
+            checkpoints(run.config.run.checkpoint_every, world, run.config.run.time_limit) as moment,
         ):
-            for state in follow_images(stack, options, start, state):  # noqa: B020 (its last is the result)
+            for state in follow_images(stack, options, start, state, among):  # noqa: B020 (its last is the result)
+                seen = min(state.step * options.batch, state.step * len(stack) // steps)
+                history.add(state.step, state.terms["loss"], steps, seen)
                 update(state.step, f"loss {float(state.terms['loss']):.4g}")
                 if moment.due():
-                    save_checkpoint(run.folder / checkpoint_name(name), state)
+                    whole = among.whole(state)
+                    if world.first:
+                        save_checkpoint(run.folder / checkpoint_name(name), whole)
                     moment.saved(f"in {name} at step {state.step}; go on with --resume")
     assert state is not None  # noqa: S101 (options have epochs)
-    save_checkpoint(finished, state)
-    (run.folder / checkpoint_name(name)).unlink(missing_ok=True)
-    return state.model
+    whole = among.whole(state)
+    if world.first:
+        save_checkpoint(finished, whole)
+        (run.folder / checkpoint_name(name)).unlink(missing_ok=True)
+    return whole.model
 
 
 def _saved(run: Run[HeterogeneityConfig], name: str) -> State[Conformations] | None:
-    """Where an interrupted run left a fit."""
-    paths = (run.folder / state_name(name), run.folder / checkpoint_name(name))
+    """Where an interrupted run left a fit, with the latents of all particles."""
+    paths = (run.folder / state_name(name), run.folder / checkpoint_name(name)) if run.world.first else ()
     saved = next((path for path in paths if path.is_file()), None)
-    if saved is None:
+    if not run.world.agree(saved is not None):
         return None
-    state: State[Conformations] = load_checkpoint(saved, run.stack.device, read_conformations)
-    run.log.line(f"resuming {name}: goes on after step {state.step:,}")
-    return state
+    state: State[Conformations] | None = None
+    if saved is not None:
+        state = load_checkpoint(saved, run.stack.device, read_conformations)
+        run.log.line(f"resuming {name}: goes on after step {state.step:,}")
+    return spread_state(state, run.world, device=run.stack.device, read=read_conformations)
 
 
 def _together(

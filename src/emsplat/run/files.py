@@ -106,8 +106,17 @@ def state_name(fit: str) -> str:
     return f"run_{fit}.safetensors"
 
 
+MEAN = "mean"
+
+
+def component_name(number: int) -> str:
+    """A component of the linear stage, from 1, for `slices_name`."""
+    return f"component{number}"
+
+
 def slices_name(fit: str) -> str:
-    """Central slices of the map of a fit that is on its way; gone in the end. A pattern with "*"."""
+    """Central slices of the map of a fit that is on its way, or of the `MEAN` and a `component_name` of the linear
+    stage; gone in the end. A pattern with "*"."""
     return f"run_{fit}_slices.mrcs"
 
 

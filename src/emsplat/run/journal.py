@@ -41,6 +41,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """How long parts of this name are expected to take in all. They come in the order of their ``turn``; those of one
+    turn in each other's midst, each perhaps several times."""
+
+    name: str
+    seconds: float
+    turn: int
+
+
+@dataclass(frozen=True)
 class Spent:
     """A part of the work, or a step within one, is over."""
 
@@ -115,6 +125,17 @@ class Resolved:
 
 
 @dataclass(frozen=True)
+class Gained:
+    """What ``count`` components of a linear model of states, or points of their density (``by``), say of images of the
+    other half, in nats per image."""
+
+    by: str
+    count: int
+    gain: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Rewound:
     """What a fit did after ``step`` no longer counts."""
 
@@ -138,10 +159,26 @@ class Ended:
     seconds: float  # since the user began to wait
 
 
-What = Begun | Part | Spent | Progress | Loss | Scored | Judged | Resolved | Rewound | Warned | Ended
+What = (
+    Begun | Part | Expected | Spent | Progress | Loss | Scored | Judged | Resolved | Gained | Rewound | Warned | Ended
+)
 _KINDS: dict[str, type[What]] = {
     kind.__name__.lower(): kind
-    for kind in (Begun, Part, Spent, Progress, Loss, Scored, Judged, Resolved, Rewound, Warned, Ended)
+    for kind in (
+        Begun,
+        Part,
+        Expected,
+        Spent,
+        Progress,
+        Loss,
+        Scored,
+        Judged,
+        Resolved,
+        Gained,
+        Rewound,
+        Warned,
+        Ended,
+    )
 }
 _OF_A_FIT = (Loss, Scored, Judged, Resolved)
 _MOST = 2**22  # bytes of a growing journal that are read at once

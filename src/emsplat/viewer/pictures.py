@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _FITS = ("class001", *files.HALVES)
-_STATES = 6  # shown at most
+_STATES, _COMPONENTS = 6, 4  # shown at most
 _STARTS = 8
 _LARGEST = 2**30  # bytes of a map of which slices are drawn; a larger one would take the memory of the run
 _GAP = 4  # pixels between planes
@@ -52,6 +52,10 @@ def pictures_of(root: Path, folder: str) -> list[Picture]:
         names += [(files.CHECK_MAP, "quick look"), (files.CONSENSUS, "consensus")]
         names += [(f"{files.STATES}/{files.state_map_name(state)}", f"state {state + 1}") for state in range(_STATES)]
         names += _starts(path)
+    if not (path / files.CONSENSUS).is_file():
+        names.append((files.slices_name(files.MEAN), "mean of the linear stage, half 1"))
+        components = range(1, _COMPONENTS + 1)
+        names += [(files.slices_name(files.component_name(one)), f"component {one}, half 1") for one in components]
     shown = []
     for name, title in names:
         if has_file(root, folder, name):

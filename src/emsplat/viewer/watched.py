@@ -22,7 +22,9 @@ from emsplat.run import files
 from emsplat.run.journal import (
     Begun,
     Ended,
+    Expected,
     Following,
+    Gained,
     Judged,
     Loss,
     Part,
@@ -40,6 +42,7 @@ from emsplat.viewer.pictures import Picture, pictures_of
 
 T = TypeVar("T")
 _FRESH = 10.0  # seconds since the last row in which a run is at work, whatever is known of its process
+_TRUST = 0.1  # of the whole estimate, which counts beside what finished parts took
 _QUIET = 15 * 60.0  # seconds without a row after which one whose process cannot be asked is taken for stopped
 _DAY = 86400.0
 _POINTS = 500  # of a curve; more cannot be seen
@@ -105,8 +108,10 @@ class Watched:
         self._ended: Ended | None = None
         self._first = self._last = math.nan
         self._parts: list[tuple[float, Part]] = []
+        self._expected: dict[str, Expected] = {}
         self._pass: _Pass | None = None
         self._of_fits: list[What] = []
+        self._gained: dict[tuple[str, int], Gained] = {}
         self._warnings: dict[str, None] = {}
 
     # What is known
@@ -133,12 +138,16 @@ class Watched:
         match what:
             case Begun():
                 self._begun, self._ended, self._pass = row, None, None
-                self._parts = []
+                self._parts, self._expected = [], {}
             case Part():
                 self._parts.append((row.time, what))
                 self._pass = None
+            case Expected():
+                self._expected[what.name] = what
             case Progress():
                 self._progress(row.time, what)
+            case Gained():
+                self._gained[what.by, what.count] = what
             case Warned():
                 self._warnings[what.text] = None
             case Ended():
@@ -293,6 +302,7 @@ class Watched:
             "seconds": finite(self._ended.seconds) if self._ended else None,
             "part": self._parts[-1][1].name if self._parts and status == "running" else "",
             "progress": self._progress_json() if status == "running" else None,
+            "left": finite(self.left()) if status == "running" else None,
             "headline": self.headline(),
             "warnings": len(self.warnings()),
             "report": self.pages()[0]["url"] if self.pages() and status != "running" else None,
@@ -312,6 +322,30 @@ class Watched:
             "left": finite(now.left),
             "at": finite(now.last[0]),
         }
+
+    def _took(self) -> dict[str, float]:
+        """Seconds that the parts of each name have taken so far."""
+        times = [when for when, _ in self._parts] + [self._last]
+        took: dict[str, float] = {}
+        for number, (when, part) in enumerate(self._parts):
+            seconds = times[number + 1] - when
+            took[part.name] = took.get(part.name, 0.0) + (max(seconds, 0.0) if math.isfinite(seconds) else 0.0)
+        return took
+
+    def left(self) -> float | None:
+        """Seconds to the end of the run, counted from the last row: what parts to come are expected to take, by how
+        those that are done compare with what was expected of them."""
+        if not self._expected or not self._parts:
+            return None
+        took, expected = self._took(), list(self._expected.values())
+        now = max((one.turn for one in expected if one.name in took), default=-1)
+        past = [one for one in expected if one.turn < now and one.name in took]
+        trust = _TRUST * sum(one.seconds for one in expected)
+        pace = (sum(took[one.name] for one in past) + trust) / (sum(one.seconds for one in past) + max(trust, 1e-9))
+        rest = sum(max(pace * one.seconds - took.get(one.name, 0.0), 0.0) for one in expected if one.turn == now)
+        to_come = sum(pace * one.seconds for one in expected if one.turn > now)
+        passing = self._pass.left if self._pass is not None else None
+        return max(rest, passing or 0.0) + to_come
 
     def pages(self) -> list[dict[str, str]]:
         """Pages that the run has written."""
@@ -342,11 +376,10 @@ class Watched:
 
     def _part_list(self) -> list[dict[str, Any]]:
         """Parts that have begun with the seconds that they took, and those that are still to come."""
-        times = [when for when, _ in self._parts] + [self._last]
         parts: dict[str, dict[str, Any]] = {}
-        for number, (when, part) in enumerate(self._parts):
-            own = parts.setdefault(part.name, {"name": part.name, "text": "", "seconds": 0.0, "state": "done"})
-            own["seconds"] += max(times[number + 1] - when, 0) if math.isfinite(times[number + 1] - when) else 0
+        took = self._took()
+        for _, part in self._parts:
+            own = parts.setdefault(part.name, {"name": part.name, "seconds": took[part.name], "state": "done"})
             own["text"] = shown_name(part.text)
         shown = list(parts.values())
         status = self.status
@@ -377,8 +410,12 @@ class Watched:
     # Curves
 
     def panels(self) -> list[dict[str, Any]]:
-        """Plots: the FSC, the score after each epoch, the loss."""
+        """Plots: the FSC, the gain on the other half, the score after each epoch, the loss."""
         own = [_fsc_json(panel) for panel in self.fsc_panels()]
+        gains = self.gains()
+        if gains:
+            curves = [curve_of_points(name, points, place) for place, (name, points) in enumerate(gains.items())]
+            own.append(panel_json("gains", "Gain on the other half", "how many", "nats per image", curves))
         scores = self.scores()
         if scores:
             curves = [
@@ -392,6 +429,13 @@ class Watched:
             ]
             own.append(panel_json("loss", "Loss", "step", "loss, running mean", curves))
         return own
+
+    def gains(self) -> dict[str, list[tuple[float, float]]]:
+        """What numbers of components, and of points, say of images of the other half."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for one in self._gained.values():
+            found.setdefault(f"by {one.by}", []).append((one.count, one.gain))
+        return {name: thinned(sorted(points)) for name, points in found.items()}
 
     def scores(self) -> dict[str, list[tuple[float, float]]]:
         """Epoch and mean cross-validated FSC of each fit."""

@@ -59,13 +59,14 @@ function heading(text, crumb, facts = "") {
   document.getElementById("facts").textContent = facts;
 }
 
-function progress(now) {
-  if (!now) return null;
+function progress(now, whole = null) {
+  const all = whole === null ? "" : `about ${duration(whole)} left of the run`;
+  if (!now) return all ? element("p", {class: "small"}, all) : null;
   const share = Math.min(now.done / now.total, 1);
   const left = now.left === null ? "" : `, about ${duration(now.left)} left in this part`;
   return element("div", {class: "now"},
     element("progress", {max: 1, value: share, "aria-label": now.name}),
-    element("p", {class: "small"}, `${now.name}: ${Math.round(100 * share)} %${left}`));
+    element("p", {class: "small"}, `${now.name}: ${Math.round(100 * share)} %${left}${all && `; ${all}`}`));
 }
 
 // The list
@@ -109,7 +110,7 @@ function rowOf(run) {
       run.report ? element("div", {class: "small"}, element("a", {href: run.report}, "report")) : null,
       run.warnings ? element("div", {class: "small"}, `${run.warnings} warning${run.warnings > 1 ? "s" : ""}`) : null),
     element("td", {"data-label": "Program", class: "tight"}, run.program),
-    element("td", {}, state(run), run.part ? element("span", {class: "small"}, ` ${run.part}`) : null, progress(run.progress)),
+    element("td", {}, state(run), run.part ? element("span", {class: "small"}, ` ${run.part}`) : null, progress(run.progress, run.left)),
     element("td", {"data-label": "Result"}, number ? [number.number, number.final ? null : element("div", {class: "small"}, number.measure)] : ""),
     element("td", {"data-label": "Began", class: "tight"}, moment(run.began)),
     element("td", {"data-label": "Took", class: "tight"}, duration(run.seconds)));
@@ -148,7 +149,7 @@ function stateOf(run) {
   return element("section", {"aria-label": "State"},
     element("p", {}, state(run), run.status_text ? ` (${run.status_text})` : "", run.why ? `: ${run.why}` : "",
       element("span", {class: "quiet"}, ` ${times}${run.status === "finished" ? "" : last}`)),
-    progress(now),
+    progress(now, run.status === "running" ? run.left : null),
     now ? element("p", {class: "small"}, [`${now.done.toLocaleString()} of ${now.total.toLocaleString()} ${now.unit}`,
       now.rate && `${Number(now.rate.toPrecision(3)).toLocaleString()} ${now.unit}/s`, now.remark].filter(Boolean).join(", ")) : null,
     first,
