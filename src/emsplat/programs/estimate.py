@@ -28,7 +28,7 @@ from emsplat.run.log import data_size, duration
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.window import PADDING
 
-_TRANSFORM = 0.96e-3  # seconds of one core for the transform of 64³ numbers, where the rates below were measured
+_TRANSFORM = 0.72e-3  # seconds of one core for the transform of 64³ numbers, where the rates below were measured
 _PIXEL = 58e-9  # seconds to read, transform and insert a pixel of an image
 _ELEMENT = (7e-9, 0.33e-9)  # to insert it once more under an element of a symmetry, and more for each pixel of the box
 _STEP = 3e-3  # of a step of a fit
