@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -351,6 +352,7 @@ def joined(facts: Mapping[str, str] | None = None) -> Iterator[World]:
 
 def _leave(world: World, watch: _Watch, error: BaseException) -> None:
     """Ends this process with one line; at once, since destructors would wait for those that are gone."""
+    _on_the_end(signal.SIG_IGN)  # torchrun ends the others when one has failed: the line is said before
     code, text = 1, str(error) or type(error).__name__
     if isinstance(error, EmsplatError):
         code = error.exit_code
@@ -378,8 +380,15 @@ def _leave(world: World, watch: _Watch, error: BaseException) -> None:
             print(f"emsplat{who}: {text}", file=sys.stderr, flush=True)
     with suppress(Exception):
         sys.stdout.flush()
+    _on_the_end(lambda *_: os._exit(code))
     watch.linger()
     os._exit(code)
+
+
+def _on_the_end(handler: Callable[..., Any] | signal.Handlers) -> None:
+    with suppress(ValueError):  # handlers belong to the main thread
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
 
 def _name(rank: int, size: int, hosts: tuple[str, ...]) -> str:
