@@ -40,8 +40,11 @@ def draw_cost() -> None:
             sizes, colour = [row[size] for row in own], ("#0072b2", "#d55e00")[number]
             axes.loglog(sizes, [row["seconds"] for row in own], "o-", color=colour, label=name)
             axes.loglog(sizes, [row["limit"] for row in own], ":", color=colour)
-        axes.set(xlabel=size, ylabel="processor seconds")
-        axes.legend(fontsize=8)
+        low, high = axes.get_ylim()
+        axes.set(xlabel=size, ylabel="processor seconds", ylim=(low, 30 * high))  # with room for the legend
+        axes.set_xticks(sizes, [f"{value:,}" for value in sizes], fontsize=8)
+        axes.minorticks_off()
+        axes.legend(fontsize=7, loc="upper left")
     figure.savefig("cost.png")
     shrink(Path("cost.png"), DOCS / "images" / "cost.png")
     Path("cost.png").unlink()
