@@ -26,7 +26,7 @@ from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
 from emsplat.run.files import checkpoint_name, coarse_model_name, start_name
 from emsplat.run.folder import read_summary
-from emsplat.run.journal import Expected, Judged, Part, Scored, read_journal
+from emsplat.run.journal import Foreseen, Judged, Part, Scored, read_journal
 from emsplat.run.stop import Checkpoints, StopRequest, time_limit
 from emsplat.types import Poses
 from processes import SLOW, SLOW_FIT, ends, start, wait_for
@@ -84,7 +84,7 @@ def interrupted(config, particles, folder, monkeypatch, look, program=reconstruc
 def expected_parts_came(folder):
     """What a run was expected to do is what it did, in that order."""
     rows = [row.what for row in read_journal(folder)]
-    expected, came = ([row for row in rows if isinstance(row, kind)] for kind in (Expected, Part))
+    expected, came = ([row for row in rows if isinstance(row, kind)] for kind in (Foreseen, Part))
     turns = [next(one.turn for one in expected if one.name == part.name) for part in came]
     assert turns == sorted(turns)
     assert {part.name for part in came} | {"report"} == {one.name for one in expected} | {"report"}

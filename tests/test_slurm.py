@@ -27,7 +27,7 @@ from emsplat.programs.estimate import estimate, estimate_of, speed_of_core
 from emsplat.programs.reconstruct import backproject
 from emsplat.programs.settings import settings_of
 from emsplat.run.folder import read_summary
-from emsplat.run.journal import Expected, Part, read_journal
+from emsplat.run.journal import Foreseen, Part, read_journal
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_run_says_what_it_needed_beside_what_was_expected(particles, tmp_path)
     summary = backproject(configure(BackprojectConfig, threads=1), particles, tmp_path / "run")
     assert summary["estimated"]["seconds"] > 0
     rows = [row.what for row in read_journal(tmp_path / "run")]
-    expected = {row.name: round(row.seconds, 1) for row in rows if isinstance(row, Expected)}
+    expected = {row.name: round(row.seconds, 1) for row in rows if isinstance(row, Foreseen)}
     assert summary["estimated"]["seconds_of_parts"] == expected
     assert set(expected) <= {row.name for row in rows if isinstance(row, Part)}
     text = (tmp_path / "run" / "run.log").read_text()

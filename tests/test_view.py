@@ -29,8 +29,8 @@ from emsplat.run.files import slices_name
 from emsplat.run.journal import (
     Begun,
     Ended,
-    Expected,
     Following,
+    Foreseen,
     Gained,
     Journal,
     Judged,
@@ -202,7 +202,7 @@ def test_progress_has_a_rate_and_a_time_left(tmp_path):
 def test_the_time_left_of_a_run_follows_from_how_its_parts_compare_with_what_was_expected(tmp_path):
     """Times a pace: what finished parts took over what was expected, and a tenth of the whole as if that were right."""
     parts = (("reading", 10, 0), ("fits", 40, 1), ("judging", 20, 1), ("report", 30, 2))
-    expected = [Expected(name, float(seconds), turn) for name, seconds, turn in parts]
+    expected = [Foreseen(name, float(seconds), turn) for name, seconds, turn in parts]
     rows = [(100, begun()), *((100, one) for one in expected), (100, Part("reading", ""))]
     folder = tmp_path / "run"
 
@@ -811,7 +811,7 @@ def test_two_runs_are_compared(tmp_path):
 @pytest.mark.slow
 def test_the_page_shows_runs_and_only_text(tmp_path):
     evil = "<img src=x onerror=document.title='hit'>"
-    rows = [Expected("fits", 60.0, 0), Expected("report", 3600.0, 1)]
+    rows = [Foreseen("fits", 60.0, 0), Foreseen("report", 3600.0, 1)]
     rows += [Warned(evil), Part("fits", evil), Progress(evil, 1, 4, evil, evil), Loss(evil, 20, 1, 1, 1.0)]
     rows += [Resolved("half1", 1, "cross_validated", 0.5, 10.0, 64.0, [1.0, 0.8, 0.6, 0.2])]
     make_run(tmp_path / "root" / evil.replace("/", ""), begun(), *rows)

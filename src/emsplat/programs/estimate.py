@@ -23,7 +23,7 @@ from emsplat.heterogeneity.search import stages
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
 from emsplat.programs.state_options import conformation_options, engine_of
-from emsplat.run.journal import Expected
+from emsplat.run.journal import Foreseen
 from emsplat.run.log import data_size, duration
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.window import PADDING
@@ -53,7 +53,7 @@ _FILLED = 0.002  # Gaussians at the start for each voxel of the box
 class Estimate:
     """What a run will need: wall time, as a whole and of its parts, memory of each process, disk for its results."""
 
-    parts: tuple[Expected, ...]
+    parts: tuple[Foreseen, ...]
     memory: float  # bytes
     disk: float  # bytes
     begin: float = field(default=_BEGIN)  # seconds before the first part
@@ -104,12 +104,12 @@ class _Machine:
         return seconds / self.speed
 
 
-def _expected(*parts: tuple[str, float] | Sequence[tuple[str, float]]) -> tuple[Expected, ...]:
+def _expected(*parts: tuple[str, float] | Sequence[tuple[str, float]]) -> tuple[Foreseen, ...]:
     """Parts in their order; those of a list come in each other's midst."""
     found = []
     for turn, given in enumerate(parts):
         together = [given] if isinstance(given, tuple) else given
-        found += [Expected(name, round(seconds, 3), turn) for name, seconds in together]
+        found += [Foreseen(name, round(seconds, 3), turn) for name, seconds in together]
     return tuple(found)
 
 

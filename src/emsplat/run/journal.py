@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Expected:
+class Foreseen:
     """How long parts of this name are expected to take in all. They come in the order of their ``turn``; those of one
     turn in each other's midst, each perhaps several times."""
 
@@ -160,14 +160,14 @@ class Ended:
 
 
 What = (
-    Begun | Part | Expected | Spent | Progress | Loss | Scored | Judged | Resolved | Gained | Rewound | Warned | Ended
+    Begun | Part | Foreseen | Spent | Progress | Loss | Scored | Judged | Resolved | Gained | Rewound | Warned | Ended
 )
 _KINDS: dict[str, type[What]] = {
     kind.__name__.lower(): kind
     for kind in (
         Begun,
         Part,
-        Expected,
+        Foreseen,
         Spent,
         Progress,
         Loss,

@@ -22,8 +22,8 @@ from emsplat.run import files
 from emsplat.run.journal import (
     Begun,
     Ended,
-    Expected,
     Following,
+    Foreseen,
     Gained,
     Judged,
     Loss,
@@ -108,7 +108,7 @@ class Watched:
         self._ended: Ended | None = None
         self._first = self._last = math.nan
         self._parts: list[tuple[float, Part]] = []
-        self._expected: dict[str, Expected] = {}
+        self._expected: dict[str, Foreseen] = {}
         self._pass: _Pass | None = None
         self._of_fits: list[What] = []
         self._gained: dict[tuple[str, int], Gained] = {}
@@ -142,7 +142,7 @@ class Watched:
             case Part():
                 self._parts.append((row.time, what))
                 self._pass = None
-            case Expected():
+            case Foreseen():
                 self._expected[what.name] = what
             case Progress():
                 self._progress(row.time, what)
