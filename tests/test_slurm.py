@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from emsplat.io.mrc import read_map
 from emsplat.particles.choose import read_table
 from emsplat.particles.copies import particle_numbers
 from emsplat.particles.open import open_particles
-from emsplat.programs.estimate import estimate, estimate_of, speed_of_core
+from emsplat.programs.estimate import estimate_of, speed_of_core
 from emsplat.programs.reconstruct import backproject
 from emsplat.programs.settings import settings_of
 from emsplat.run.folder import read_summary
@@ -138,7 +139,8 @@ def test_what_is_no_part_is_refused(particles, text):
 
 
 def test_estimates_grow_with_the_work_and_shrink_with_who_shares_it(particles):
-    stack, settings = open_particles(particles), settings_of(configure(ReconstructConfig))
+    config = configure(ReconstructConfig)
+    stack, settings, estimate = open_particles(particles), settings_of(config), partial(estimate_of, config)
     many = stack.take(torch.arange(60).repeat(100))
     one = estimate(many, settings, threads=1)
     assert one.seconds > estimate(stack, settings, threads=1).seconds

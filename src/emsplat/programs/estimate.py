@@ -139,19 +139,6 @@ def estimate_of(
     return _of_reconstruction(stack, settings, machine, kept)
 
 
-def estimate(
-    stack: ParticleStack,
-    settings: Settings | None,
-    *,
-    threads: int,
-    processes: int = 1,
-    kept: bool = False,
-    speed: float = 1.0,
-) -> Estimate:
-    """`estimate_of` a reconstruction, or with no ``settings`` of a fit a back-projection."""
-    return _of_reconstruction(stack, settings, _Machine(threads, processes, speed), kept)
-
-
 def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine: _Machine, kept: bool) -> Estimate:
     voxels, padded = stack.grid.size**3, (PADDING * stack.grid.size) ** 3
     passing = _passing(stack)

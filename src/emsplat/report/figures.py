@@ -553,7 +553,8 @@ def always_there() -> bool:
 
 
 def load_matplotlib() -> None:
-    """Imports matplotlib also where MPLBACKEND names a back end that is not installed here (a notebook's)."""
+    """Imports matplotlib where MPLBACKEND names a back end that may not be installed here (a notebook's), which a plain
+    import does not survive; elsewhere there is nothing to do."""
     if "matplotlib" in sys.modules or always_there():
         return
     wanted = os.environ.pop("MPLBACKEND", None)
