@@ -758,8 +758,8 @@ _COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "Cluster and shell": (slurm, completion),
 }
-_SHARED = ("reconstruct", "backproject", "refine", "heterogeneity", "abinitio")  # over processes
-_JOBS = ("reconstruct", "backproject", "refine", "abinitio", "heterogeneity")  # that `slurm` writes scripts for
+# Long runs: over processes where `torchrun` starts them, and what `slurm` writes scripts for.
+_SHARED = ("reconstruct", "backproject", "refine", "heterogeneity", "abinitio")
 _ABOUT = "Cryo-EM reconstruction with mixtures of 3D Gaussians."
 _FOOTER = (
     "`emsplat COMMAND --help` lists the options of a command, with examples; `emsplat --version` tells the version.",
@@ -774,7 +774,7 @@ def commands() -> dict[str, Command]:
 
 def job_words(words: list[str]) -> list[str]:
     """The words of a job with those of its command, which stand after it, as one."""
-    at = next(place for place, word in enumerate(words) if word in _JOBS)
+    at = next(place for place, word in enumerate(words) if word in _SHARED)
     return [*words[: at + 1], "--", shlex.join(words[at + 1 :])]
 
 
@@ -817,7 +817,7 @@ def _run(words: list[str]) -> Any:
             return 0 if words else 2
         case ["help", name, *_] if name in runs:
             return call(command_of(runs[name], f"emsplat {name}"), ["--help"])
-        case ["slurm", *rest] if "--help" not in rest[:1] and set(rest) & set(_JOBS):
+        case ["slurm", *rest] if "--help" not in rest[:1] and set(rest) & set(_SHARED):
             return call(command_of(slurm, "emsplat slurm"), job_words(rest))
         case [name, *_] if name in runs and name not in _SHARED and _is_one_of_many():
             raise InputError(f"{name}: is not shared out over processes; start it without torchrun")
