@@ -51,17 +51,25 @@ def random_equations(grid=GRID, reach=12, seed=1):
     kernel = torch.zeros((side,) * 3, dtype=torch.float64)
     middle = slice(side // 2 - reach // 2, side // 2 + reach // 2 + 1)
     kernel[middle, middle, middle] = correlation
-    return NormalEquations(grid, torch.randn((grid.size,) * 3, generator=rng), kernel.float(), 10)
+    kernel = kernel[side // 2 :].float()
+    return NormalEquations(grid, torch.randn((grid.size,) * 3, generator=rng), kernel, 10)
+
+
+def every_lag(half):
+    """K at lags from -R on along all axes; at z = -R it is 0."""
+    opposite = half[1:].flip(0, 1, 2).roll((1, 1), (1, 2))
+    return torch.cat([torch.zeros_like(half[:1]), opposite, half])
 
 
 def dense(equations):
     """K as a matrix over the voxels of the box."""
-    size, middle = equations.grid.size, len(equations.kernel) // 2
+    size, middle = equations.grid.size, len(equations.kernel)
+    kernel = every_lag(equations.kernel)
     axis = torch.arange(size)
     lag = axis[:, None] - axis + middle
-    inside = (lag >= 0) & (lag < len(equations.kernel))
-    lag = lag.clamp(0, len(equations.kernel) - 1)
-    matrix = equations.kernel[lag][:, :, lag][:, :, :, :, lag]
+    inside = (lag >= 0) & (lag < len(kernel))
+    lag = lag.clamp(0, len(kernel) - 1)
+    matrix = kernel[lag][:, :, lag][:, :, :, :, lag]
     known = inside[:, :, None, None, None, None] & inside[:, :, None, None] & inside
     return (matrix * known).permute(0, 2, 4, 1, 3, 5).reshape(size**3, size**3).double()
 

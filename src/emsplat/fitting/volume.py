@@ -14,7 +14,7 @@ from emsplat.fitting.objective import KnownGradient
 from emsplat.imaging.project import CUTOFF, voxelize
 from emsplat.maths.fourier import convolve, crop, frequencies, is_smooth, shell_index
 from emsplat.models.base import Model
-from emsplat.sums.equations import NormalEquations, mean_per_shell
+from emsplat.sums.equations import NormalEquations, mean_per_shell, response_of
 from emsplat.types import Gaussians, Grid
 
 
@@ -82,11 +82,8 @@ class _Level:
         self.grid = Grid(size, coarsening * equations.grid.pixel_size)
         self.cutoff = cutoff
         self.blur = 0.0 if coarsening == 1 else 0.5 * self.grid.pixel_size
-        width = 3 * support // 2
         self._device = equations.linear.device
-        first = len(equations.kernel) // 2 - width // 2
-        lags = slice(first, first + width)
-        response = torch.fft.rfftn(torch.fft.ifftshift(equations.kernel[lags, lags, lags])).real.clamp(min=0)
+        response = response_of(equations.kernel, 3 * support // 2).clamp_(min=0)
         edge = equations.grid.size // 2 - support // 2
         inside = slice(edge, edge + support)
         linear = equations.linear[inside, inside, inside]

@@ -20,7 +20,7 @@ from emsplat.maths.fourier import convolve, crop, frequencies, shell_index
 from emsplat.parallel import ALONE, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
-from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell
+from emsplat.sums.equations import NormalEquations, circulant, mean_per_shell, response_of
 from emsplat.sums.statistics import accumulate, begin
 from emsplat.types import Grid, Poses
 
@@ -154,16 +154,12 @@ def _reduced(
     equations: NormalEquations, support: int, point: Float[Tensor, " q"], weight: Float[Tensor, "p s"]
 ) -> Cells:
     """The middle of the box alone."""
-    width = 3 * support // 2
-    centred = (torch.arange(width) + width // 2) % width - width // 2
-    lag = centred + len(equations.kernel) // 2
-    response = torch.fft.rfftn(equations.kernel[lag][:, lag][:, :, lag]).real.clamp(min=0)
     edge = equations.grid.size // 2 - support // 2
     inside = slice(edge, edge + support)
     return Cells(
         Grid(support, equations.grid.pixel_size),
         equations.linear[inside, inside, inside].clone()[None],
-        response[None],
+        response_of(equations.kernel, 3 * support // 2).clamp_(min=0)[None],
         point[None],
         weight.sum()[None].float(),
         (weight.square().sum() / weight.sum())[None].float(),
@@ -265,7 +261,8 @@ def _smoothed(curve: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
 
 def _information(response: Float[Tensor, "w v k"], size: int, *, signed: bool = False) -> Float[Tensor, "z y k"]:
     """The circulant matrix nearest to a convolution on a box of ``size`` voxels; not negative unless ``signed``."""
-    kernel = torch.fft.fftshift(torch.fft.irfftn(response, s=(len(response),) * 3))
+    side = len(response)
+    kernel = torch.fft.fftshift(torch.fft.irfftn(response, s=(side,) * 3)[: side // 2], dim=(1, 2))
     return circulant(kernel, size) if signed else circulant(kernel, size).clamp_(min=0)
 
 

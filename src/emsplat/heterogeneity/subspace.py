@@ -22,14 +22,14 @@ from emsplat.maths.fourier import (
     cropped_volume,
     hermitian_weight,
     irfft,
-    is_smooth,
     padded_spectrum,
     rfft,
     shell_index,
+    smooth_size,
     widen,
 )
 from emsplat.parallel import ALONE, World
-from emsplat.sums.equations import circulant
+from emsplat.sums.equations import circulant, response_of
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
 
@@ -245,20 +245,8 @@ def _equations(space: Space, linear: Float[Tensor, "c z y x"], kernels: Float[Te
     for number, kernel in enumerate(kernels):
         j, k = upper[:, number].tolist()
         quadratic[:, j, k] = quadratic[:, k, j] = circulant(kernel, size)[space.inside] / size**3
-        responses.append(_response(kernel))
+        responses.append(response_of(kernel, smooth_size(2 * len(kernel))))
     return _Equations(linear, torch.stack(responses), quadratic)
-
-
-def _response(kernel: Float[Tensor, "w v u"]) -> Float[Tensor, "z y k"]:
-    """The transform of a convolution's kernel on a grid that transforms fast, lag 0 first."""
-    length = side = len(kernel)
-    while not is_smooth(side):
-        side += 2
-    places = (torch.arange(length) - length // 2) % side
-    padded = kernel.new_zeros(side, side, side)
-    padded[places[:, None, None], places[:, None], places] = kernel
-    transform: Tensor = torch.fft.rfftn(padded).real
-    return transform.contiguous()
 
 
 def _solve(space: Space, equations: _Equations, power: Float[Tensor, "c s"]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from typing import cast
 
 import torch
@@ -159,6 +160,11 @@ def is_smooth(size: int) -> bool:
         while size % prime == 0:
             size //= prime
     return size == 1
+
+
+def smooth_size(least: int) -> int:
+    """The first even length from ``least`` on that transforms fast (`is_smooth`)."""
+    return next(size for size in count(least + least % 2, 2) if is_smooth(size))
 
 
 def hermitian_weight(size: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Float[Tensor, " k"]:

@@ -160,16 +160,23 @@ class CrossValidation:
 
         Shells share noise through the mask; n is therefore that of all shells together.
         """
-        spectra = [[self._transform(model) for model in models] for models in (before, after)]
-        power = [[self._sum(spectrum, spectrum) for spectrum in pair] for pair in spectra]
-        first, second = (self._ratio(pair, sums) for pair, sums in zip(spectra, power, strict=True))
-        alike = [self._correlation(*pair) for pair in zip(*spectra, *power, strict=True)]
+        alike, rises = [], []
+        for half, models in enumerate(zip(before, after, strict=True)):  # one at a time: a transform is a map more
+            spectra = [self._transform(model) for model in models]
+            power = [self._sum(spectrum, spectrum) for spectrum in spectra]
+            alike.append(self._correlation(*spectra, *power))
+            other, sums = self._raw[1 - half], self._power[1 - half]
+            first, second = (
+                self._correlation(own, other, square, sums) for own, square in zip(spectra, power, strict=True)
+            )
+            rises.append(second - first)
+        rise = torch.stack(rises).mean(0) / self._support.sqrt()
         variance = (1 - torch.stack(alike).mean(0)).clamp(min=0) * self._noise / (2 * self.together)
         counted = self._counted()
         if last is not None:
             counted = counted & (torch.arange(len(counted)) <= last)
         error = variance[counted].sum().sqrt() / counted.sum()
-        return float((second - first)[counted].mean()), float(error)
+        return float(rise[counted].mean()), float(error)
 
     def _counted(self) -> Bool[Tensor, " s"]:
         """The defined shells, without the mean of the map."""

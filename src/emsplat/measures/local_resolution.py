@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.maths.fourier import crop, is_smooth, radius_slabs, shell_radius, shell_slabs, sum_by_shell
+from emsplat.maths.fourier import crop, radius_slabs, shell_radius, shell_slabs, smooth_size, sum_by_shell
 from emsplat.types import Curve, Grid
 
 _SIGNIFICANT = 3.0  # standard deviations of a local correlation of noise
@@ -198,11 +198,11 @@ def _band_products(
             f"{grid.length / 2:g} Å (half the box)"
         )
     spectra = _whitened(volumes)
-    coarse = min(size, _even(math.ceil(grid.length / (0.5 * _sigma(window)))))
+    coarse = min(size, smooth_size(math.ceil(grid.length / (0.5 * _sigma(window)))))
     for frequency in _bands(grid, window):
         # Products reach twice the band; what they fold onto must stay clear of the frequencies that w lets through.
         need = grid.length * (2 * (frequency + _step(window)) + 3 / (2 * math.pi * _sigma(window)))
-        fine = min(size, _even(max(coarse, math.ceil(need))))
+        fine = min(size, smooth_size(max(coarse, math.ceil(need))))
         filtered: dict[int, Tensor] = {}  # as long as a later pair needs them
         products = []
         for number, pair in enumerate(pairs):
@@ -299,11 +299,3 @@ def _enlarge(volume: Tensor, size: int) -> Tensor:
         weight = part.reshape(shape)
         volume = volume.index_select(axis, low) * (1 - weight) + volume.index_select(axis, (low + 1) % coarse) * weight
     return volume
-
-
-def _even(size: int) -> int:
-    """A length that transforms fast: even, with factors 2, 3 and 5 only."""
-    size += size % 2
-    while not is_smooth(size):
-        size += 2
-    return size

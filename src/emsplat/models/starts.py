@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from emsplat.maths.fourier import slabs
 from emsplat.maths.geometry import principal_axes
 from emsplat.models.gaussians import Bounds, GaussianField, inverse_softplus, raw_scale, unturned
 from emsplat.types import Gaussians, Grid
@@ -114,9 +115,12 @@ def dense_part(volume: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArra
     size = len(volume)
     smooth = gaussian_filter(volume, 0.5)
     axis = np.arange(size) - size // 2
-    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2) / size
-    around = smooth[(radius > _REACH) & (radius < 0.5)]
-    return smooth, (smooth > around.mean() + 3 * around.std()) & (radius < _REACH)
+    inside, around = np.empty(smooth.shape, bool), np.empty(smooth.shape, bool)
+    for z, height in enumerate(axis):  # the radius of all voxels would take as much memory as two maps
+        radius = np.sqrt(height**2 + axis[:, None] ** 2 + axis**2) / size
+        inside[z], around[z] = radius < _REACH, (radius > _REACH) & (radius < 0.5)
+    surroundings = smooth[around]
+    return smooth, inside & (smooth > surroundings.mean() + 3 * surroundings.std())
 
 
 def _lattice(
@@ -125,12 +129,16 @@ def _lattice(
     """Jittered lattice points (z, y, x from the centre, in voxels) above the threshold, and the map's values there."""
     half = len(volume) // 2
     axis = np.arange(-half, half, spacing)
-    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    points += rng.uniform(-0.25, 0.25, points.shape) * spacing
-    points = points[(points**2).sum(1) < (_REACH * len(volume)) ** 2]
-    density = map_coordinates(volume, (points + half).T, order=1).astype(np.float64)
-    dense = density > threshold
-    return points[dense], density[dense]
+    found = []
+    for planes in slabs(len(axis), len(axis) ** 2):  # a box of 512 has a billion points of half a voxel
+        points = np.stack(np.meshgrid(axis[planes], axis, axis, indexing="ij"), -1).reshape(-1, 3)
+        points += rng.uniform(-0.25, 0.25, points.shape) * spacing
+        points = points[(points**2).sum(1) < (_REACH * len(volume)) ** 2]
+        density = map_coordinates(volume, (points + half).T, order=1).astype(np.float64)
+        dense = density > threshold
+        found.append((points[dense], density[dense]))
+    kept, densities = zip(*found, strict=True)
+    return np.concatenate(kept), np.concatenate(densities)
 
 
 def _field(mean: Tensor, scale: Tensor, bounds: Bounds, rotation: bool) -> GaussianField:

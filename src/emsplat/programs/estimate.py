@@ -42,7 +42,10 @@ _DISK = 3e8  # bytes per second that a disk gives
 _PROGRAM = 3.8e8  # bytes of Python, PyTorch and what they load
 _FITTING = 2e7  # bytes more that optimisers load
 _PIECES = 6e7  # bytes of what is looked at some planes at a time
-_MAPS = 82  # bytes for each voxel of the box at the peak, when maps of halves are judged beside their equations
+_MAPS = 68  # bytes for each voxel of the box at the peak, when maps of halves are judged beside their equations
+_STEPPING = (31, 90)  # in steps of both fits: bytes for each voxel of the box, and of the middle that they look at
+_GAINING_MAPS = (59, 36)  # and when two stages are compared
+_MARGIN = 0.1  # of the box, that the fits look at beyond the particle
 _SPARED = 0.9  # of another thread's time that is not spent on waiting
 _USUAL = 0.6  # of the box, how wide a particle is, where nobody has measured it
 _UNMEASURED = 0.89  # of the box: a diameter from there on nobody has given
@@ -152,10 +155,18 @@ def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine:
         ("assessment", machine.first(voxels * _JUDGED)),
         ("report", machine.alone(_REPORT + (_OF_FITS if fits else 0.0))),
     )
-    memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _PIECES + _MAPS * voxels
+    memory = _PROGRAM + _PIECES + voxels * _MAPS
+    if settings is not None:
+        memory = max(memory, _PROGRAM + _PIECES + voxels * _fitting(stack)) + _FITTING
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or machine.first(passing) > 2 * 12 * padded / 2 / 2e8 else 0.0
     return Estimate(parts, memory, 4 * voxels * maps + sums + 5e6, machine.alone(_BEGIN))
+
+
+def _fitting(stack: ParticleStack) -> float:
+    """Bytes for each voxel of the box while two halves are fitted to their sums."""
+    share = min(_width(stack) + _MARGIN, 1.0) ** 3
+    return max(whole + middle * share for whole, middle in (_STEPPING, _GAINING_MAPS))
 
 
 def _passing(stack: ParticleStack) -> float:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from emsplat.maths.fourier import (
+    crop,
     filtered,
     hermitian_weight,
     irfft,
@@ -22,12 +23,14 @@ from emsplat.sums.window import REACH
 from emsplat.types import Grid
 
 
-def kernel_size(size: int) -> int:
-    return 2 * math.ceil(REACH * size)
+def kernel_reach(size: int) -> int:
+    """Where the kernel of `NormalEquations` ends, in voxels of a box of ``size``."""
+    return math.ceil(REACH * size)
 
 
-def synthesis(half_space: Tensor, size: int) -> Float[Tensor, "z y x"]:
-    """The middle ``size`` voxels of Σ_k F(k) exp(2πi k x) on its whole periodic grid, centred, F being Hermitian.
+def synthesis(half_space: Tensor, size: int, first: int = 0) -> Float[Tensor, "z y x"]:
+    """The middle ``size`` voxels of Σ_k F(k) exp(2πi k x) on its whole periodic grid, centred, F being Hermitian; of
+    these the planes from the ``first`` on.
 
     Axis by axis, some columns and then some planes at a time: what is cut off is not transformed further, and neither
     the whole spectrum nor the whole grid is ever there.
@@ -41,16 +44,16 @@ def synthesis(half_space: Tensor, size: int) -> Float[Tensor, "z y x"]:
     mirrored = [
         (x, _wrapped(half_space[:, :, column : column + 1])[..., 0][mirror][:, mirror].conj()) for x, column in ends
     ]
-    rows = torch.empty(size, size, reach + 1, dtype=torch.complex64, device=device)
+    rows = torch.empty(size - first, size, reach + 1, dtype=torch.complex64, device=device)
     for columns in slabs(reach + 1, side**2):
         part = _wrapped(half_space[:, :, columns.start + 1 : columns.stop + 1])
         for x, opposite in mirrored:
             if columns.start <= x < columns.stop:
                 part[:, :, x - columns.start] += opposite
-        planes = torch.fft.ifft(part, dim=0, norm="forward")[middle]
+        planes = torch.fft.ifft(part, dim=0, norm="forward")[middle[first:]]
         rows[:, :, columns] = torch.fft.ifft(planes, dim=1, norm="forward")[:, middle]
-    volume = torch.empty(size, size, size, device=device)
-    for some in slabs(size, size * side):
+    volume = torch.empty(size - first, size, size, device=device)
+    for some in slabs(size - first, size * side):
         volume[some] = torch.fft.irfft(rows[some], n=side, norm="forward")[..., middle]
     return volume
 
@@ -69,7 +72,8 @@ def _wrapped(columns: Shaped[Tensor, "w v k"]) -> Shaped[Tensor, "z y k"]:
 class NormalEquations:
     """The data as a quadratic form of the map: ½ VᵀKV - bᵀV, a negative log-likelihood up to a constant.
 
-    ``linear`` is b on the box; ``kernel`` holds K(τ) at lags up to ``REACH`` of the box, lag 0 at its centre.
+    ``linear`` is b on the box; ``kernel`` holds K(τ), which is K(-τ), up to R = `kernel_reach`, where it has come to 0:
+    at lags from 0 to R - 1 along z, and from -R to R - 1 along y and x.
     """
 
     grid: Grid
@@ -172,25 +176,51 @@ class ClassicalEquations:
 
 
 def circulant(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]:
-    """The circulant matrix on a box of ``size`` voxels that stands for a convolution, lag 0 at its kernel's centre: in
-    rfft order, of either sign.
+    """The circulant matrix on a box of ``size`` voxels that stands for a convolution (its kernel as that of
+    `NormalEquations`): in rfft order, of either sign.
 
     The kernel is tapered by a triangle (whose transform is positive) and wrapped into the box.
     """
-    length = len(kernel)
-    axis = torch.arange(length, device=kernel.device) - length // 2
-    taper = (1 - axis.abs() / (length // 2)).clamp(min=0)
+    reach = len(kernel)
+    axis = torch.arange(-reach, reach, device=kernel.device)
+    taper = 1 - axis.abs() / reach
+    height, half = axis[reach:], taper[reach:].clone()
+    half[0] = 0.5  # z = 0 holds each lag and its opposite
     wrapped = kernel.new_zeros((size,) * 3)
-    for planes in slabs(length, length**2):
-        folded = kernel[planes] * taper[planes, None, None] * taper[:, None] * taper
+    for planes in slabs(reach, 4 * reach**2):
+        folded = kernel[planes] * half[planes, None, None] * taper[:, None] * taper
         for dim in (1, 2):
             shape = list(folded.shape)
             shape[dim] = size
             folded = folded.new_zeros(shape).index_add_(dim, axis % size, folded)
-        wrapped.index_add_(0, axis[planes] % size, folded)
-    # The real part by itself: a view of it would keep the imaginary one.
+        wrapped.index_add_(0, height[planes] % size, folded)
+    # The real part by itself: a view of it would keep the imaginary one. The opposite lags double it.
     spectrum: Tensor = torch.fft.rfftn(wrapped).real.contiguous()
-    return spectrum
+    return spectrum.mul_(2)
+
+
+def response_of(kernel: Float[Tensor, "w v u"], side: int) -> Float[Tensor, "z y k"]:
+    """The transform of a convolution (its kernel as that of `NormalEquations`) on a periodic grid of even ``side``, in
+    rfft order, of either sign. Lags beyond half of it are left out; of two that meet there the mean counts."""
+    reach, device = side // 2, kernel.device
+    least = max(-reach, -len(kernel))
+    lag = torch.arange(least, min(-least + 1, len(kernel)), device=device)
+    share = torch.where(lag.abs() == reach, 0.5, 1.0)
+    inside = slice(least + len(kernel), least + len(kernel) + len(lag))
+    height = share[-least:].clone()
+    height[0] = 0.5  # z = 0 holds each lag and its opposite
+    rows = torch.empty(len(height), side, reach + 1, dtype=torch.complex64, device=device)
+    for planes in slabs(len(height), side**2):
+        part = kernel[planes, inside, inside] * height[planes, None, None] * share[:, None] * share
+        for dim in (1, 2):
+            shape = list(part.shape)
+            shape[dim] = side
+            part = part.new_zeros(shape).index_add_(dim, lag % side, part)
+        rows[planes] = torch.fft.rfft2(part)
+    out = kernel.new_empty(side, side, reach + 1)
+    for columns in slabs(reach + 1, side**2):
+        out[..., columns] = 2 * torch.fft.fft(rows[..., columns], n=side, dim=0).real
+    return out
 
 
 def mean_per_shell(values: Float[Tensor, "z y k"]) -> Float[Tensor, " s"]:
@@ -237,8 +267,9 @@ def contrast(volume: Float[Tensor, "z y x"]) -> float:
     Low frequencies only (32 voxels across). Positive for bright protein with the CTF's sign as in docs/conventions.md;
     negative when the images are inverted.
     """
-    size = len(volume)
-    low = _lowpass(volume, 8.0)
+    size = min(len(volume), 64)  # enough for 8 shells
+    small = volume if size == len(volume) else irfft(crop(rfft(volume, 3), size, 3), 3)
+    low = _lowpass(small, 8.0)
     axis = (torch.arange(size, device=volume.device) - size // 2) / size
     regions = [(-1.0, 0.15), (0.35, 0.5), (-1.0, 0.5)]
     sums = torch.zeros(len(regions), 3, dtype=torch.float64, device=volume.device)  # of values to the power of 0, 1, 2

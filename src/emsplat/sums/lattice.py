@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emsplat import _native
 from emsplat.device import CPU
-from emsplat.maths.fourier import is_smooth
-from emsplat.sums.equations import kernel_size
+from emsplat.maths.fourier import smooth_size
+from emsplat.sums.equations import kernel_reach
 from emsplat.sums.spectra import AnySpectra, Spectra
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 
@@ -45,17 +45,11 @@ class Lattice:
     @property
     def size(self) -> int:
         """n."""
-        size = 2 * self.radius + 2
-        while not is_smooth(size):
-            size += 2
-        return size
+        return smooth_size(2 * self.radius + 2)
 
     @property
     def reach(self) -> int:
-        reach = math.ceil(PADDING * self.size / 2)
-        while not is_smooth(2 * reach):
-            reach += 1
-        return reach
+        return smooth_size(2 * math.ceil(PADDING * self.size / 2)) // 2
 
     @property
     def step(self) -> float:
@@ -128,8 +122,8 @@ class Lattice:
     def insert(
         self, first: Float[Tensor, "v a"], second: Float[Tensor, "v b"], spectra: AnySpectra
     ) -> tuple[Float[Tensor, "a z y x"], Float[Tensor, "b w t s"]]:
-        """Σ first Sᵀ c y as maps, and Σ second Sᵀ c² S as kernels of convolutions at lags up to `REACH` of the box, lag
-        0 in the centre (`NormalEquations`); each coefficient counts with its Hermitian mirror."""
+        """Σ first Sᵀ c y as maps, and Σ second Sᵀ c² S as kernels of convolutions (as that of
+        `NormalEquations`); each coefficient counts with its Hermitian mirror."""
         means, numbers = first.shape[1], 2 * first.shape[1] + second.shape[1]
         moments = torch.zeros(len(spectra), _pitch(numbers))
         moments[:, : 2 * means] = first.repeat_interleave(2, dim=1)
@@ -140,10 +134,11 @@ class Lattice:
             views = self._views(part)
             _native.insert_views(field, means, own.numpy(), part.values.numpy(), part.transfer.numpy(), *views)
         folded = self._folded(torch.from_numpy(field)[..., :numbers], means)
+        reach = kernel_reach(self.size)
         linear = torch.view_as_complex(folded[..., : 2 * means].reshape(*folded.shape[:3], means, 2).contiguous())
         return (
             self._synthesis(linear, self.size),
-            self._synthesis(folded[..., 2 * means :].contiguous(), kernel_size(self.size)) * self._fade(),
+            self._synthesis(folded[..., 2 * means :].contiguous(), 2 * reach, first=reach) * self._fade(reach),
         )
 
     def _views(self, spectra: Spectra) -> tuple[Any, ...]:
@@ -172,20 +167,20 @@ class Lattice:
             out[:, :, x] += sign * wrapped[:, :, column][mirror][:, mirror]
         return out
 
-    def _synthesis(self, spectrum: Tensor, size: int) -> Float[Tensor, "c z y x"]:
-        """The middle of the maps that a half space stands for, with the window divided out."""
+    def _synthesis(self, spectrum: Tensor, size: int, first: int = 0) -> Float[Tensor, "c z y x"]:
+        """The middle of the maps that a half space stands for, with the window divided out; the planes from the
+        ``first`` on."""
         side = 2 * self.reach
         index = (torch.arange(size) - size // 2) % side
         factor = self._window(size)
         maps = []
         for channel in spectrum.to(torch.complex64).unbind(-1):
             volume = torch.fft.irfftn(channel, s=(side,) * 3, norm="forward")
-            volume = volume[index[:, None, None], index[:, None], index]
-            maps.append(volume * factor[:, None, None] * factor[:, None] * factor)
+            volume = volume[index[first:, None, None], index[:, None], index]
+            maps.append(volume * factor[first:, None, None] * factor[:, None] * factor)
         return torch.stack(maps)
 
-    def _fade(self) -> Float[Tensor, "w v u"]:
-        length = kernel_size(self.size)
-        lag = (torch.arange(length) - length // 2).abs() / self.size
+    def _fade(self, reach: int) -> Float[Tensor, "w v u"]:
+        lag = torch.arange(-reach, reach).abs() / self.size
         fade = 0.5 + 0.5 * torch.cos(math.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
-        return fade[:, None, None] * fade[:, None] * fade
+        return fade[reach:, None, None] * fade[:, None] * fade

@@ -40,7 +40,7 @@ from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import Particles, ParticleStack
-from emsplat.sums.equations import NormalEquations, combined, kernel_size, relative_gain, synthesis
+from emsplat.sums.equations import NormalEquations, combined, kernel_reach, relative_gain, synthesis
 from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
 from emsplat.types import Grid, Optics
 
@@ -224,26 +224,28 @@ class FourierStatistics:
         return self._without_window(synthesis(self.numerator, self.grid.size))
 
     def _kernel(self) -> Float[Tensor, "w v u"]:
-        size = kernel_size(self.grid.size)
-        lag = torch.from_numpy(np.abs(np.arange(size) - size // 2) / self.grid.size).float()
+        reach = kernel_reach(self.grid.size)
+        lag = torch.arange(-reach, reach).abs() / self.grid.size
         fade = 0.5 + 0.5 * torch.cos(torch.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
-        return self._without_window(synthesis(self.weight, size), fade)
+        return self._without_window(synthesis(self.weight, 2 * reach, first=reach), fade)
 
     def _without_window(self, volume: Float[Tensor, "z y x"], fade: Tensor | float = 1.0) -> Float[Tensor, "z y x"]:
-        """The volume with the transform of the window divided out, times ``fade`` along each axis; in place."""
-        axis = np.arange(len(volume)) - len(volume) // 2
-        factor = (1 / window_transform(axis / self.side) * fade).to(volume.device)
+        """The volume with the transform of the window divided out, times ``fade`` along each axis; in place. Its planes
+        may be the last ones of a cube."""
+        size = volume.shape[2]
+        factor = (1 / window_transform((np.arange(size) - size // 2) / self.side) * fade).to(volume.device)
         for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
-            volume *= factor.reshape(shape)
+            volume *= factor[-len(volume) :].reshape(shape) if shape[0] < 0 else factor.reshape(shape)
         return volume
 
 
 def memory_of_sums(size: int) -> float:
     """The most bytes that the sums of two halves take one after the other, while the second become equations beside
     those of the first; ``size`` voxels across the box."""
-    sums = 12 * (PADDING * size) ** 3 / 2
-    equations = 4 * (size**3 + kernel_size(size) ** 3)
-    unfinished = 8 * size**2 * (PADDING * size / 2) + 4 * size**3  # b: transformed along two axes, and itself
+    side = PADDING * size
+    sums = 12 * (side + 3) ** 2 * (side / 2 + 3)
+    equations = 4 * (size**3 + 4 * kernel_reach(size) ** 3)
+    unfinished = 8 * size**2 * (side / 2 + 1) + 4 * size**3  # b: transformed along two axes, and itself
     return sums + equations + unfinished
 
 
