@@ -22,6 +22,9 @@ class Memory:
         vars(part).update(vars(self), all=self.all[rows])
         return part
 
+    def shared(self, world, positions):
+        return world.share(positions)
+
     def sequential(self, size):
         for rows in torch.arange(len(self)).split(size):
             yield self.all[rows]

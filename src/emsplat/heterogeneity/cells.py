@@ -144,7 +144,7 @@ def _gather(
         share = before.index_copy(0, part.rows, before[part.rows] * weight[rows, number].to(before))
         for some in replace(turned, share=share).parts():
             statistics.next_stack()
-            for _ in accumulate(statistics, some, noise[some.grid], world, some.together(world)):
+            for _ in accumulate(statistics, some, noise[some.grid], world):
                 pass
     statistics.gather(world)
     return statistics.used_up()

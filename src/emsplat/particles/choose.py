@@ -19,7 +19,7 @@ from emsplat.io.paths import find_stacks, real_paths
 from emsplat.io.pickles import load_arrays
 from emsplat.io.table import ParticleTable, merge_tables
 from emsplat.maths.groups import Symmetry
-from emsplat.parallel import World
+from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import particle_numbers, unique_rows
 from emsplat.particles.open import open_table
 from emsplat.particles.stack import ParticleStack
@@ -89,8 +89,9 @@ def open_images(
     *,
     finer: bool = False,
     recentre: bool | None = None,
+    world: World = ALONE,
 ) -> ParticleStack:
-    """The images of a table as the options describe them; ``finer`` and ``recentre`` as in `open_table`.
+    """The images of a table as the options describe them; ``finer``, ``recentre`` and ``world`` as in `open_table`.
 
     Raises:
         InputError: through `open_table`.
@@ -105,17 +106,21 @@ def open_images(
         pixel_size=images.pixel_size,
         finer=finer,
         recentre=recentre,
+        world=world,
     )
 
 
-def open_stack(config: SourceConfig, particles: Path, *, need_poses: bool = True) -> ParticleStack:
+def open_stack(
+    config: SourceConfig, particles: Path, *, need_poses: bool = True, world: World = ALONE
+) -> ParticleStack:
     """The particles that the options describe, with half-sets; without ``need_poses`` their poses may be missing.
+    Processes of a ``world`` may have different ones of the stacks.
 
     Raises:
         InputError: through `read_table` and `open_table`.
     """
-    table = read_source(config, particles, need_poses=need_poses)
-    return open_images(config.choice, config.images, table).with_halves(config.halves.seed)
+    table = read_source(config, particles, need_stacks=world.size == 1, need_poses=need_poses)
+    return open_images(config.choice, config.images, table, world=world).with_halves(config.halves.seed)
 
 
 def _choose(choice: ChoiceOptions, table: ParticleTable) -> ParticleTable:

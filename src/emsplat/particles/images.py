@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +25,23 @@ _OPEN_STACKS = 64
 _READERS = 8  # threads that fill a batch for a GPU, which takes images faster than one thread copies them
 
 
+@dataclass(frozen=True)
+class StackFacts:
+    """What the header of a stack says, as `StackFile`."""
+
+    count: int
+    box: int
+    pixel_size: float | None
+
+
 class ImageFiles:
-    """The stacks of a table; only a few are open at a time. Several threads may read."""
+    """The stacks of a table; only a few are open at a time. Several threads may read.
+
+    Stacks that other processes have are known by what these say of them (``elsewhere``).
+    """
 
     def __init__(self, table: ParticleTable) -> None:
+        self.elsewhere: dict[int, StackFacts] = {}
         self._table = table
         self._open: OrderedDict[int, StackFile] = OrderedDict()
         self._remarks: dict[Path, tuple[str, ...]] = {}
@@ -41,6 +55,13 @@ class ImageFiles:
             if len(self._open) > _OPEN_STACKS:
                 self._open.popitem(last=False)[1].close()
         return file
+
+    def facts(self, index: int) -> StackFacts:
+        """What the header of a stack says, here or elsewhere."""
+        if index in self.elsewhere:
+            return self.elsewhere[index]
+        file = self.stack(index)
+        return StackFacts(file.count, file.box, file.pixel_size)
 
     def remarks(self) -> list[str]:
         """What had to be assumed of the stacks that have been opened, each assumption once."""
@@ -56,7 +77,7 @@ class ImageFiles:
     def read(self, rows: Int[Tensor, " p"], lane: Lane | None = None) -> Float[Tensor, "p y x"]:
         """Images of these rows of the table, as they are on disk; for a ``lane`` in memory that it can send from."""
         stack, image = self._table.stack[rows].numpy(), self._table.image[rows].numpy()
-        box = self.stack(int(stack[0])).box
+        box = self.facts(int(stack[0])).box
         if lane is None:
             out = np.empty((len(rows), box, box), np.float32)
             self._read_into(out, stack, image, np.arange(len(rows)))

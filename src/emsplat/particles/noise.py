@@ -14,7 +14,8 @@ def estimate_noise(stack: ParticleStack, particles: int = 600) -> Float[Tensor, 
     """Noise power of the normalised images per optics group and shell (0 ... N/2), 1 for unit white noise.
 
     From the pixels outside the particle, with a soft edge that keeps the signal from leaking in. Groups with fewer
-    than 50 of the images looked at share one spectrum.
+    than 50 of the images looked at share one spectrum. Where processes have different images (`Holding`), all of them
+    look at theirs, at the same time.
     """
     grid, device = stack.grid, stack.device
     axis = (torch.arange(grid.size, device=device) - grid.size // 2) * grid.pixel_size
@@ -28,12 +29,15 @@ def estimate_noise(stack: ParticleStack, particles: int = 600) -> Float[Tensor, 
     power = torch.zeros(groups, count, dtype=torch.float64, device=device)
     seen = torch.zeros(groups, device=device)
     positions = torch.linspace(0, len(stack) - 1, min(particles, len(stack))).long()
-    for batch in stack.take(positions).sequential(64):
+    sample = stack.take(positions)
+    for batch in sample.here().sequential(64):
         images = batch.images * window
         spectrum = torch.fft.rfft2(images).abs().square().flatten(1) * weight
         by_shell = spectrum.new_zeros(len(images), count).index_add_(1, shells, spectrum)
         power.index_add_(0, batch.optics_group, by_shell.double())
         seen.index_add_(0, batch.optics_group, seen.new_ones(len(images)))
+    if sample.holding is not None:
+        sample.holding.world.sum_(power, seen)
     per_shell = sum_by_shell(weight, shells, count)
     scale = per_shell * window.square().sum()
     shared = power.sum(0) / (seen.sum() * scale)

@@ -11,6 +11,8 @@ from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.io.table import ParticleTable
 from emsplat.maths.groups import C1, Symmetry
+from emsplat.parallel import ALONE, World
+from emsplat.particles.holding import hold
 from emsplat.particles.images import ImageFiles
 from emsplat.particles.resample import resampled_grid
 from emsplat.particles.stack import ParticleStack
@@ -45,8 +47,10 @@ def open_table(
     pixel_size: float | None = None,
     finer: bool = False,
     recentre: bool | None = None,
+    world: World = ALONE,
 ) -> ParticleStack:
-    """The particles of a table, checked against the headers of their stacks; no image is read.
+    """The particles of a table, checked against the headers of their stacks; no image is read. Processes of a ``world``
+    may have different ones of the stacks (`hold`).
 
     ``box``, ``pixel_size`` (Å) and ``finer`` resample the images while they are read, see `resampled_grid`;
     ``recentre`` moves them by whole pixels, by default where they are cut.
@@ -61,8 +65,12 @@ def open_table(
             "a file with more, or leave out what chooses so few (--first, --subset, --class, --unique)"
         )
     files = ImageFiles(table)
+    holding = hold(table, files, world)
     disk = _grids(table, files, trust_star_pixel_size)
     table = replace(table, warnings=(*table.warnings, *files.remarks()))
+    if holding is not None:
+        groups = tuple(replace(own, box=grid.size) for own, grid in zip(table.groups, disk, strict=True))
+        table = replace(table, groups=groups)
     grids = tuple(resampled_grid(own, box, pixel_size, finer=finer) for own in disk)
     if recentre is None:
         recentre = any(grid.length < 0.999 * own.length for grid, own in zip(grids, disk, strict=True))
@@ -87,6 +95,7 @@ def open_table(
         diameter=0.9 * grid.length if diameter is None else diameter,
         sign=sign,
         recentre=recentre,
+        holding=holding,
     )
 
 
@@ -96,7 +105,7 @@ def _grids(table: ParticleTable, files: ImageFiles, trust_star_pixel_size: bool)
     boxes = {number: group.box for number, group in enumerate(table.groups)}
     pairs = torch.unique(torch.stack([table.stack, table.optics_group], 1), dim=0).tolist()
     for index, number in pairs:
-        path, group, file = table.stacks[index], table.groups[number], files.stack(index)
+        path, group, file = table.stacks[index], table.groups[number], files.facts(index)
         boxes[number] = boxes[number] or file.box
         if file.box != boxes[number]:
             raise InputError(

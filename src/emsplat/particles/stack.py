@@ -19,6 +19,7 @@ from emsplat.maths.groups import C1, Symmetry
 from emsplat.parallel import ALONE, World
 from emsplat.particles.background import MASKED, background_pixels, is_bad
 from emsplat.particles.copies import first_rows, image_numbers, particle_numbers, shares, with_halves
+from emsplat.particles.holding import Holding
 from emsplat.particles.images import ImageFiles
 from emsplat.particles.prefetch import ahead
 from emsplat.particles.resample import resample
@@ -51,6 +52,7 @@ class Particles(Protocol):
     def symmetry(self) -> Symmetry: ...
     def __len__(self) -> int: ...
     def take(self, rows: Int[Tensor, " q"]) -> Particles: ...
+    def shared(self, world: World, positions: Int[Tensor, " p"] | None = None) -> Int[Tensor, " m"]: ...
     def sequential(self, size: int) -> Iterator[Batch]: ...
     def batches(
         self,
@@ -91,6 +93,7 @@ class ParticleStack:
     recentre: bool = False
     share: Float[Tensor, " n"] | None = None  # weight of each row of the table, below 1 for copies (`copies.shares`)
     device: torch.device = CPU
+    holding: Holding | None = None  # who reads which images, where processes have different ones
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -172,15 +175,21 @@ class ParticleStack:
         """The same particles with the opposite contrast."""
         return replace(self, sign=-self.sign)
 
-    def shared(self, world: World) -> Int[Tensor, " m"]:
-        """Positions of the particles that this process of a ``world`` takes: all rows of one go to the same."""
-        everything = torch.arange(len(self))
-        return everything if world.size == 1 else world.share(everything, self.together(world))
+    def shared(self, world: World, positions: Int[Tensor, " p"] | None = None) -> Int[Tensor, " m"]:
+        """Those of the ``positions`` (None: all) that this process of a ``world`` takes: all rows of one particle go to
+        the same."""
+        wanted = torch.arange(len(self)) if positions is None else positions
+        if world.size == 1:
+            return wanted
+        if self.holding is not None:
+            return wanted[self.holding.own(self.rows[wanted])]
+        return world.share(wanted, particle_numbers(self.table.take(self.rows[wanted])))
 
-    def together(self, world: World) -> Int[Tensor, " p"] | None:
-        """The number of the particle of each row, which processes of a ``world`` keep in one of them; none where there
-        is nobody to share with."""
-        return particle_numbers(self.table.take(self.rows)) if world.size > 1 else None
+    def here(self) -> ParticleStack:
+        """The particles whose images this process can read, and nothing of others."""
+        if self.holding is None:
+            return self
+        return replace(self.take(self.holding.own(self.rows).nonzero()[:, 0]), holding=None)
 
     def without_symmetry(self) -> ParticleStack:
         """The same particles, each in its own pose only."""
@@ -293,6 +302,8 @@ class ParticleStack:
         element = torch.randint(self.symmetry.order, (len(self),), generator=rng)
         starts = range(skip * size, len(self), size)
         parts = (torch.arange(start, min(start + size, len(self))) for start in starts)
+        if own is None and self.holding is not None:
+            own = self.holding.own(self.rows)
         mine = (world.share(part) if own is None else part[own[order[part]]] for part in parts)
         return self._stream(((order[part], element[part]) for part in mine), normalised=True)
 
@@ -417,8 +428,8 @@ class ParticleStack:
         flags = torch.zeros(len(self.table), dtype=torch.uint8)
         group = self.table.optics_group[self.rows]
         for disk in dict.fromkeys(self.disk):
-            here = _with_grid(disk, self.disk, group)
-            for rows in torch.split(world.share(self.rows[here]), 256):
+            here = _with_grid(disk, self.disk, group).nonzero()[:, 0]
+            for rows in torch.split(self.rows[self.shared(world, here)], 256):
                 flags[rows] = is_bad(self.files.read(rows)).to(torch.uint8) if len(rows) else flags[rows]
         world.most_(flags)
         bad = flags.bool()

@@ -264,6 +264,7 @@ def place(
             told(min(world.size * done, len(stack)))
         found.append(Placed.gathered(parted, own, len(part), world))
         places.append(position[part.rows])
+    told(len(stack))  # shares may differ
     return Placed.joined(found, torch.argsort(torch.cat(places)))
 
 

@@ -54,7 +54,7 @@ from emsplat.run.files import HALVES, PARTICLES, SUMMARY, start_name
 from emsplat.run.folder import check_same_run, is_finished, read_summary, write_text
 from emsplat.run.log import Log
 from emsplat.run.stop import Checkpoints, checkpoints
-from emsplat.sums.spectra import Spectra, read_spectra
+from emsplat.sums.spectra import Spectra, read_everywhere, read_spectra
 from emsplat.types import Grid, Poses
 
 _FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
@@ -182,7 +182,7 @@ def _read(run: Run[AbinitioConfig], plan: StartPlan) -> tuple[Spectra, Spectra]:
         for half in (1, 2):
             own = run.stack.only(half).without_symmetry()
             rows = torch.linspace(0, len(own) - 1, min(run.config.abinitio.sample, len(own))).long()
-            parts.append(read_spectra(own.take(rows), plan.largest))
+            parts.append(read_everywhere(own.take(rows), plan.largest, run.world))
     return parts[0], parts[1]
 
 

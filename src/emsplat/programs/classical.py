@@ -263,7 +263,7 @@ def _accumulate_part(
         return statistics.used_up()
     start, before = time.monotonic(), statistics.particles
     with checkpoints(options.checkpoint_every, world, options.time_limit) as moment:
-        for _ in accumulate(statistics, part, estimate_noise(part), world, part.together(world)):
+        for _ in accumulate(statistics, part, estimate_noise(part), world):
             update(min(before + world.size * (statistics.particles - before), len(part)))
             if moment.due():
                 statistics.collect(world)

@@ -62,7 +62,7 @@ def open_run(
     forget_peak_memory(device)
     time_limit(config.run.time_limit)
     with log.step("particles"):
-        stack = open_stack(_here(config, world), particles, need_poses=need_poses).on(device)
+        stack = open_stack(_here(config, world), particles, need_poses=need_poses, world=world).on(device)
         _require_usable(stack, config, settings)
     _require_shared_out(stack, world)
     if world.first:
@@ -78,6 +78,8 @@ def open_run(
     log.line(f"  {device_said}")
     if world.size > 1:
         log.line(f"  shared out over {world.size} processes on {counted(len(set(world.hosts)), 'machine')}")
+    if stack.holding is not None:
+        log.line(f"  {stack.holding.text}")
     finding = _look_for_symmetry(stack, log) if need_poses and world.first else None
     needed = None
     if device.type == "cpu":
@@ -137,7 +139,8 @@ def _require_shared_out(stack: ParticleStack, world: World) -> None:
         )
     half = hashlib.sha256(stack.half.numpy().tobytes()).hexdigest()[:16]
     used = torch.unique(stack.table.stack[stack.rows]).tolist()
-    sizes = sum(stack.table.stacks[number].stat().st_size for number in used)
+    there = stack.holding is None  # otherwise each stack was compared by itself
+    sizes = sum(stack.table.stacks[number].stat().st_size for number in used) if there else 0
     world.require_same(
         {
             "list of particles": fingerprint(stack),
@@ -161,7 +164,8 @@ def _look_for_symmetry(stack: ParticleStack, log: Log) -> Finding | None:
     if stack.symmetry.order == 1:
         return None
     with log.step("symmetry"):
-        found = examine_symmetry(stack)
+        own = stack.here()
+        found = None if min(int((own.half == half).sum()) for half in (1, 2)) < 2 else examine_symmetry(own)
     if found is not None:
         (log.warn if found.verdict == "wrong" else log.line)(f"symmetry {found.text}")
     return found

@@ -156,4 +156,5 @@ def compared_with_images(run: Run[ReconstructConfig], fits: Fits) -> Fits:
     """The fits with examples of particles beside their projections; writes what the images leave unexplained."""
     with run.log.part("residuals", "comparing projections with images of the other half"):
         of_halves = {number: fits.by_name[name].model.gaussians() for name, number in HALVES.items()}
-        return replace(fits, examples=tuple(write_residuals(run.stack, of_halves, run.folder)))
+        own = run.stack.here()
+        return replace(fits, examples=tuple(write_residuals(own, of_halves, run.folder)) if len(own) else ())

@@ -208,7 +208,7 @@ def _judged(
             done = 0
             for part in own.parts():
                 statistics = begin(part, stack.grid)
-                for _ in accumulate(statistics, part, estimate_noise(part), world, part.together(world)):
+                for _ in accumulate(statistics, part, estimate_noise(part), world):
                     update(done + min(world.size * statistics.particles, len(part)), "")
                     look_up(moment)
                 statistics.gather(world)

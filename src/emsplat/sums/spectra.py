@@ -160,6 +160,29 @@ def _read_portion(stack: ParticleStack, radius: float, grid: Grid, world: World)
     return replace(read_spectra(stack.take(own), radius, grid, noise), portion=portion)
 
 
+def read_everywhere(stack: ParticleStack, radius: float, world: World = ALONE) -> Spectra:
+    """`read_spectra` of all images in every process of a ``world``, each of which reads a share.
+
+    Raises:
+        InputError: as `read_spectra`.
+    """
+    own = _read_portion(stack, radius, stack.grid, world)
+    if world.size == 1:
+        return own
+    images, views = stack.shared(world), own.portion
+    row, count = world.gathered(own.row, images, len(stack)), len(stack)
+    return replace(
+        own,
+        values=world.gathered(own.values, images, count),
+        transfer=world.gathered(own.transfer, images, count),
+        image=torch.arange(count, dtype=torch.int32).repeat_interleave(stack.symmetry.order),
+        rotation=views.whole(own.rotation),
+        share=views.whole(own.share),
+        row=row,
+        portion=EVERYTHING,
+    )
+
+
 def read_spectra(
     stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o n"] | None = None
 ) -> Spectra:

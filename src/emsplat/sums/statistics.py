@@ -308,13 +308,12 @@ def accumulate(
     stack: Particles,
     noise: Float[Tensor, "o s"],
     world: World = ALONE,
-    together: Int[Tensor, " p"] | None = None,
 ) -> Iterator[FourierStatistics]:
     """Adds particles, each under every element of the symmetry, and yields after each batch.
 
     Goes on where the sums left off (``statistics.done``). ``noise`` is `estimate_noise` of the stack. Processes of a
-    ``world`` share out what is left, rows of one number in ``together`` to one of them, and yield equally often; their
-    sums are to be brought together (`FourierStatistics.gather`).
+    ``world`` share out what is left, and yield equally often; their sums are to be brought together
+    (`FourierStatistics.gather`).
 
     Raises:
         InputError: an image, CTF or pose is not finite.
@@ -327,7 +326,7 @@ def accumulate(
     device = statistics.weight.device
     shells = shell_index(grid.size, device=device)
     precision = (shells <= grid.size // 2) / noise[:, shells.clamp(max=grid.size // 2)] / grid.size**2
-    own = world.share(rest, None if together is None else together[rest])
+    own = stack.shared(world, rest)
     symmetry = stack.symmetry.elements.float().to(device)
     size = _BATCH if device.type == "cpu" else min(_BATCH_GPU, max(1, _PIXELS_GPU // grid.size**2))
     batches = stack.take(own).sequential(size) if len(own) else iter(())
