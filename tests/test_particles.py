@@ -318,6 +318,16 @@ def test_a_stack_introduces_itself(tmp_path):
     assert f"half-sets {COUNT // 2} + {COUNT - COUNT // 2}" in repr(stack.with_halves(0).without_symmetry())
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2)])
+def test_what_a_stack_stores(tmp_path, dtype, size):
+    stack = open_particles(make(tmp_path))
+    with writing_stack(stack.table.stacks[0], COUNT, stack.grid, dtype) as write:
+        write(torch.randn(COUNT, 16, 16))
+    stack = open_particles(tmp_path / stack.table.sources[0].name)
+    assert stack.stored == COUNT * 16**2 * size
+    assert stack.take(torch.arange(3)).stored == 3 * 16**2 * size
+
+
 def test_other_poses_for_some_particles(tmp_path):
     """They replace those of the file in these rows alone; the stack that they come from stays as it is."""
     stack = open_particles(make(tmp_path)).with_halves(3)

@@ -343,7 +343,7 @@ class _Reading:
 
 
 class StackFile:
-    """An image stack on disk: ``count`` square images of ``box`` pixels.
+    """An image stack on disk: ``count`` square images of ``box`` pixels, ``image_bytes`` each.
 
     ``pixel_size`` is the header's in Å, or None where it says 0 or exactly 1, as programs do that do not set it.
     ``warnings`` say what had to be assumed of the file.
@@ -373,6 +373,7 @@ class StackFile:
         self.pixel_size = None if header.voxel[0] in (0.0, 1.0) else float(header.voxel[0])
         self.warnings = header.warnings
         self._dtype, self._offset, self._swapped = header.dtype, header.offset, header.axes[0] == 2
+        self.image_bytes = self.box**2 * self._dtype.itemsize
         self._file: _Reading | None = None
         if self._dtype.itemsize == 1:
             signed, said = _signed_bytes(header, self._sample())
@@ -391,7 +392,7 @@ class StackFile:
         # Not a memory map: images that are read here and there would bring their surroundings into memory, and a file
         # that was cut meanwhile would end the process.
         file = self._file  # another thread may close it: it stays open while this one reads
-        length = self.box**2 * self._dtype.itemsize
+        length = self.image_bytes
         with _speaking(self.path, "an MRC image stack"):
             if file is None:
                 file = self._file = _Reading(self.path)

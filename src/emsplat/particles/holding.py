@@ -73,11 +73,12 @@ def _tell_of_stacks(table: ParticleTable, files: ImageFiles, here: list[int], wo
     Raises:
         InputError: two processes see different things.
     """
-    own = torch.full((len(table.stacks), 4), -1.0, dtype=torch.float64)
+    own = torch.full((len(table.stacks), 5), -1.0, dtype=torch.float64)
     for number in here:
         facts = files.facts(number)
         size = table.stacks[number].stat().st_size
-        own[number] = torch.tensor([facts.count, facts.box, facts.pixel_size or 0.0, size], dtype=torch.float64)
+        said = [facts.count, facts.box, facts.pixel_size or 0.0, facts.image_bytes, size]
+        own[number] = torch.tensor(said, dtype=torch.float64)
     largest = own.clone()
     world.most_(largest)
     differs = [number for number in here if not torch.equal(own[number], largest[number])]
@@ -88,9 +89,9 @@ def _tell_of_stacks(table: ParticleTable, files: ImageFiles, here: list[int], wo
             f"{table.stacks[int(worst)].name}: processes have different files of this name (size, number of images, "
             "box or pixel size); all copies have to be the same"
         )
-    for number, (count, box, pixel_size, _) in enumerate(largest.tolist()):
+    for number, (count, box, pixel_size, image_bytes, _) in enumerate(largest.tolist()):
         if box > 0:
-            files.elsewhere[number] = StackFacts(int(count), int(box), pixel_size or None)
+            files.elsewhere[number] = StackFacts(int(count), int(box), pixel_size or None, int(image_bytes))
 
 
 def readers(particle: Int[Tensor, " n"], stack: Int[Tensor, " n"], has: Bool[Tensor, "w s"]) -> Int[Tensor, " n"]:

@@ -32,6 +32,7 @@ class StackFacts:
     count: int
     box: int
     pixel_size: float | None
+    image_bytes: int
 
 
 class ImageFiles:
@@ -61,7 +62,7 @@ class ImageFiles:
         if index in self.elsewhere:
             return self.elsewhere[index]
         file = self.stack(index)
-        return StackFacts(file.count, file.box, file.pixel_size)
+        return StackFacts(file.count, file.box, file.pixel_size, file.image_bytes)
 
     def remarks(self) -> list[str]:
         """What had to be assumed of the stacks that have been opened, each assumption once."""

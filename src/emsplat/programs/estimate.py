@@ -145,7 +145,7 @@ def estimate_of(
 def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine: _Machine, kept: bool) -> Estimate:
     voxels, padded = stack.grid.size**3, (PADDING * stack.grid.size) ** 3
     passing = _passing(stack)
-    reading = len(stack) * sum(own.size**2 for own in stack.disk[:1]) * 4 / _DISK
+    reading = stack.stored / _DISK
     fits = []
     if settings is not None:
         fits = [("fits", _fits(stack, settings, machine)), ("residuals", machine.alone(_EXAMPLES))]

@@ -206,7 +206,7 @@ def _introduce(log: Log, stack: ParticleStack, config: RunConfig) -> None:
         log.warn(text)
     said = "bright protein" if table.sign > 0 else "dark protein"
     log.line(f"  contrast: {said}, as the file says" + (", inverted with --invert" if config.images.invert else ""))
-    read = data_size(len(stack) * grid.size**2 * 4)
+    read = data_size(stack.stored)
     log.line(
         f"  one pass over {read} of images; {data_size(memory_of_sums(grid.size))} of memory for the sums, "
         f"{describe_threads(config.run.threads)}"
