@@ -317,6 +317,12 @@ def test_shares_are_all_particles_once():
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_processes_of_one_machine_are_counted():
+    assert World(1, 4, ("a", "b", "a", "b")).on_this_machine == 2
+    assert World(0, 3).on_this_machine == 3
+    assert ALONE.on_this_machine == 1
+
+
 def test_a_folder_of_each_process(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("platform.node", lambda: "node7.cluster")

@@ -104,6 +104,24 @@ def test_threads_are_those_asked_for_and_given_back(monkeypatch):
     assert process.describe_threads(None) == "2 threads (limited by CPU affinity)"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "processes", "cores", "found"), [(None, 4, 3, 3), (2, 2, 8, 4), (2, 4, 6, 6), (3, 2, 2, 3), (2, 1, 8, 1)]
+)
+def test_who_goes_on_alone_has_the_threads_of_all(monkeypatch, wanted, processes, cores, found):
+    def granted(environment=None):
+        return Granted(1 if environment is None else cores, "")
+
+    monkeypatch.setattr(process, "granted_cores", granted)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for _ in range(2):  # said twice it is the same
+            process.go_on_alone(wanted, processes)
+            assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("wanted", [-1, 0, 100_000])
 def test_impossible_numbers_of_threads_are_one_line(wanted, particles, tmp_path):
     with pytest.raises(InputError, match=f"--threads {wanted}: expected from 1"):

@@ -63,6 +63,11 @@ class World:
         return self.rank == 0
 
     @property
+    def on_this_machine(self) -> int:
+        """How many of the processes are on the same machine."""
+        return self.hosts.count(self.hosts[self.rank]) if self.hosts else self.size
+
+    @property
     def name(self) -> str:
         """This process, for messages."""
         return self.name_of(self.rank)

@@ -151,6 +151,17 @@ def threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def go_on_alone(wanted: int | None, processes: int) -> None:
+    """Of so many processes on this machine, each with ``wanted`` `threads`, the others are done: their threads are this
+    one's until its own end, as far as so many cores were granted."""
+    import torch
+
+    if processes > 1:
+        rest = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # torchrun sets it
+        each = wanted or granted_cores().cores
+        torch.set_num_threads(max(each, min(processes * each, granted_cores(rest).cores)))
+
+
 def shared_out(tasks: Sequence[Callable[[], str]], processes: int) -> list[str]:
     """What each task gives, with so many processes at work on them; tasks are few (at most 255) and take long.
 
