@@ -175,6 +175,8 @@ def test_estimates_of_every_command(particles, kind, more):
     assert one.seconds == pytest.approx(one.begin + sum(part.seconds for part in one.parts))
     assert one.memory > 3e8
     assert one.disk > 1e6
+    assert (one.longest > one.seconds) == (kind is AbinitioConfig)
+    assert ("where starts do not agree" in one.text) == (kind is AbinitioConfig)
     longer = {
         RefineConfig: {"rounds": 3},
         AbinitioConfig: {"batch": 400},

@@ -60,6 +60,7 @@ class Estimate:
     memory: float  # bytes
     disk: float  # bytes
     begin: float = field(default=_BEGIN)  # seconds before the first part
+    more: float = 0.0  # seconds, where starts from nothing do not agree until all are made
 
     @property
     def seconds(self) -> float:
@@ -67,14 +68,27 @@ class Estimate:
         return self.begin + sum(part.seconds for part in self.parts)
 
     @property
+    def longest(self) -> float:
+        """As `seconds`, where nothing goes as it usually does."""
+        return self.seconds + self.more
+
+    @property
     def text(self) -> str:
         """For the user."""
-        return f"about {duration(self.seconds)}, {data_size(self.memory)} of memory, {data_size(self.disk)} on disk"
+        time = f"about {duration(self.seconds)}"
+        time += f" ({duration(self.longest)} where starts do not agree)" if self.more else ""
+        return f"{time}, {data_size(self.memory)} of memory, {data_size(self.disk)} on disk"
 
     def about(self) -> dict[str, Any]:
         """For the summary, to stand beside what was needed."""
         parts = {part.name: round(part.seconds, 1) for part in self.parts}
-        return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, "seconds_of_parts": parts}
+        return {
+            "seconds": self.seconds,
+            "longest": self.longest,
+            "memory": self.memory,
+            "disk": self.disk,
+            "seconds_of_parts": parts,
+        }
 
 
 @dataclass(frozen=True)
@@ -247,15 +261,16 @@ def _of_abinitio(config: AbinitioConfig, stack: ParticleStack, machine: _Machine
     length = stack.grid.length
     finer = (length / (config.images.diameter or _WIDE * length) * _WIDE) ** 2
     step = _START * finer * options.batch / 200 * options.classes
-    starts = _MADE * (_SETTLED * options.steps + options.steps / 15) * step
+    made = (_SETTLED * options.steps + options.steps / 15) * step
     by_name = {part.name: part.seconds for part in own.parts}
     parts = _expected(
         ("reading", machine.first(min(len(stack), 2 * options.sample) * stack.grid.size**2 * _READ)),
-        ("starts", machine.halves(starts)),
+        ("starts", machine.halves(_MADE * made)),
         ("poses", machine.shared(len(stack) * _FOUND[1] * finer) + machine.first(2 * _FOUND[0] * finer / 2)),
         *((name, by_name[name]) for name in ("accumulation", "assessment", "report")),
     )
-    return Estimate(parts, own.memory, own.disk, own.begin)
+    more = max(machine.shared(2 * options.starts * made) - machine.halves(_MADE * made), 0.0)
+    return Estimate(parts, own.memory, own.disk, own.begin, more)
 
 
 _READ = 26e-9  # seconds of one core to read a pixel of an image and keep its low frequencies

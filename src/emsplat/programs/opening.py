@@ -92,7 +92,7 @@ def open_run(
             kept=config.run.keep_statistics,
             speed=speed_of_core(),
         )
-        log.line(f"  estimated: {needed.text}")
+        log.line(f"  estimated{', from the beginning' if config.run.resume else ''}: {needed.text}")
         for part in needed.parts:
             log.journal.add(part)
     run = Run(config, particles, folder, log, stack, skipped, finding, world, needed)

@@ -73,7 +73,7 @@ def script(
         processes=processes,
         kept=config.run.keep_statistics or options.parts > 0,
     )
-    minutes = _minutes(options.time) if options.time else math.ceil(_SURE_TIME * needed.seconds / 60 / 10 + 1) * 10
+    minutes = _minutes(options.time) if options.time else math.ceil(_SURE_TIME * needed.longest / 60 / 10 + 1) * 10
     lines = _head(command, len(stack), needed, minutes, options)
     stop = f"--time-limit {max(minutes - _BEFORE, 1)}"
     words = [word for word in words if word != "--resume"]
