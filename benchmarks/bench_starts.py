@@ -2,13 +2,14 @@
 
 Times are processor seconds (user and system of this process). Rows are added to results/starts.json, one for each set
 and seed, as each run ends; those that are there are not made again. With --relion, RELION's InitialModel
-(`relion_refine --denovo_3dref`, an optional rival) makes a map from the same images, with its own defaults.
+(`relion_refine --denovo_3dref`, an optional rival) makes a map from the same images.
 
 Usage: bench_starts.py DATA FOLDER [--sets NAME ...] [--seeds 0 1 ...] [--relion]
 """
 
 import argparse
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from bench_poses import bgal_truth, timed
 from bench_quality import score
-from common import RESULTS, save, whole_command
+from common import RESULTS, emsplat, save, whole_command
 from emsplat.config import AbinitioConfig, ComparePosesConfig, RefineConfig, SimulateConfig, configure
 from emsplat.io.particles import write_used
 from emsplat.maths.groups import parse_symmetry
@@ -42,6 +43,7 @@ class Set:
     noise: bool = False
 
 
+RIVAL = "relion_refine --denovo_3dref"
 SETS = {
     "bgal D2": Set("D2", "D2"),
     "bgal C1": Set("C1", "D2"),
@@ -126,26 +128,27 @@ def found(data, folder, name, seed):
 
 
 def rival(data, folder, name, seed):
-    """RELION's InitialModel on the same images: its map is aligned by eye or by `emsplat fsc`; here its time."""
+    """RELION's InitialModel on the same images, with the schedule of its interface. It places particles in subsets, so
+    poses are those of the last time that each was looked at; many are of a map that was still coarse."""
     chosen, star = SETS[name], particles(data, folder, name, seed)
     output = folder / "relion" / f"{name.replace('/', '_').replace(' ', '_')}_{seed}"
-    output.mkdir(parents=True, exist_ok=True)
-    words = [
-        "relion_refine",
-        "--i",
-        star.name,
-        "--o",
-        output.resolve() / "run",
-        "--denovo_3dref",
-        "--ctf",
-        "--zero_mask",
-    ]
-    words += ["--K", 1, "--sym", chosen.symmetry, "--flatten_solvent", "--particle_diameter", 200, "--oversampling", 1]
-    words += ["--healpix_order", 1, "--offset_range", 6, "--offset_step", 2, "--pad", 1, "--norm", "--scale", "--j", 2]
-    words += ["--random_seed", seed, "--sgd_ini_iter", 50, "--sgd_inbetween_iter", 200, "--sgd_fin_iter", 50]
-    words += ["--sgd_ini_resol", 35, "--sgd_fin_resol", 15, "--sgd_ini_subset", 100, "--sgd_fin_subset", 500]
-    row = {"set": name, "seed": seed, "rival": "relion_refine --denovo_3dref"}
-    return row | whole_command(*words, folder=star.parent, silent=True)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    copy = output / "images"  # RELION 3.1 does not read images of 16 bits
+    emsplat("preprocess", star, "-o", copy, "--no-recentre", silent=True)
+    words = "--denovo_3dref --sgd --ctf --zero_mask --K 1 --flatten_solvent --oversampling 1 --healpix_order 1"
+    words += " --pad 1 --norm --scale --offset_range 6 --offset_step 2 --sgd_ini_resol 35 --sgd_fin_resol 15"
+    words += " --sgd_ini_iter 50 --sgd_inbetween_iter 200 --sgd_fin_iter 50 --sgd_ini_subset 100 --sgd_fin_subset 500"
+    size = 0.9 * 64 * chosen.pixel_size
+    own = ["--sym", chosen.symmetry, "--particle_diameter", f"{size:.0f}", "--j", 2, "--random_seed", seed]
+    row = {"set": name, "seed": seed, "rival": RIVAL}
+    row |= whole_command(
+        "relion_refine", "--i", "particles.star", "--o", output / "run", *words.split(), *own, folder=copy, silent=True
+    )
+    if (last := output / "run_it300_data.star").exists() and not chosen.noise:
+        away = compare(star, last, configure(ComparePosesConfig, symmetry=chosen.group, datadir=copy))
+        row |= {key: round(away[key], 4) for key in ("median", "p90", "within_5", "within_10", "shift_median")}
+    return row
 
 
 def results():
@@ -162,7 +165,7 @@ def main():
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(10)))
     parser.add_argument("--relion", action="store_true")
     given = parser.parse_args()
-    run, who = (rival, "relion_refine --denovo_3dref") if given.relion else (found, None)
+    run, who = (rival, RIVAL) if given.relion else (found, None)
     for seed in given.seeds:
         for name in given.sets:
             if any((row["set"], row["seed"], row.get("rival")) == (name, seed, who) for row in results()):

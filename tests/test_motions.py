@@ -136,6 +136,20 @@ def test_a_hinge_is_told_as_it_is(seed, monkeypatch):
     assert f"turns by up to {arm.turn:.0f}°" in arm.words
 
 
+def test_as_many_gaussians_as_are_asked_for(model, monkeypatch):
+    """What is taken by itself has a limit, what is asked for has none."""
+    monkeypatch.setattr(states, "run_stage", lambda *given: None)
+    monkeypatch.setattr(states, "_FIRST", len(model.decoder))
+    monkeypatch.setattr(states, "_MOST", 2 * len(model.decoder))
+    monkeypatch.setattr(states, "_PER_VOXEL", 1e6)
+    latent = turned([0.0, 35.0, 70.0, 100.0])
+    cells, _ = cells_of(model, latent)
+    for asked, found in ((None, 2), (5 * len(model.decoder), 5)):
+        plan = states.DecoderPlan(3, asked)
+        fine = states.fine_decoder(model.decoder, cells, torch.eye(4), plan, torch.Generator(), lambda text: None)
+        assert len(fine) == found * len(model.decoder)
+
+
 def test_a_whole_turn_is_called_one(model):
     arm = motions((model, model), turned(torch.arange(0, 360, 30.0)), 0, members(model))[1]
     assert arm.whole_turn

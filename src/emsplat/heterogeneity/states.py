@@ -132,8 +132,8 @@ def fine_decoder(
     volume = molecule_volume(cells, shared)
     decoder = copy.deepcopy(decoder)
     _run_stages(decoder, cells, _AGAIN, _scale(volume), generator, tell)
-    count = plan.gaussians or round(_PER_VOXEL * volume / cells.grid.pixel_size**3)
-    copies = max(1, round(min(count, _MOST) / _FIRST))
+    count = plan.gaussians or min(round(_PER_VOXEL * volume / cells.grid.pixel_size**3), _MOST)
+    copies = max(1, round(count / _FIRST))
     spacing = (volume / (copies * _FIRST)) ** (1 / 3)
     decoder = decoder.split(copies, max(spacing, 0.8 * cells.grid.pixel_size), generator)
     for rate in _FINE:
