@@ -15,7 +15,15 @@ from tests.conftest import together
 from emsplat.cli import main
 from emsplat.config import HeterogeneityConfig, ReconstructConfig, SimulateConfig, StatesConfig, configure
 from emsplat.errors import InputError, OutputError
-from emsplat.heterogeneity.cells import Cells, empirical_map, few_memberships, gather_cells, joined, overlap
+from emsplat.heterogeneity.cells import (
+    Cells,
+    empirical_map,
+    few_memberships,
+    gather_cells,
+    joined,
+    linear_maps,
+    overlap,
+)
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import Frame
 from emsplat.heterogeneity.half import HalfModel, on_grid, read_half
@@ -559,6 +567,16 @@ def test_cells_add_up(stack):
     difference = (cells.response.sum(0) - whole.response[0]).abs().mean()
     assert difference < 5e-4 * whole.response.max()
     assert torch.allclose(cells.noise.double(), (member**2).sum(0) / member.sum(0), rtol=1e-4)
+
+
+def test_a_point_that_is_nobodys_says_nothing(stack):
+    """Views keep their largest memberships only, so that cells may be empty; the others must not suffer from one."""
+    member = torch.ones(len(stack), 2, dtype=torch.float64) * torch.tensor([1.0, 0.0])
+    both = joined(list(gather_cells(stack, member, torch.zeros(2, 1, dtype=torch.float64), 24)))
+    alone = joined(list(gather_cells(stack, member[:, :1], torch.zeros(1, 1, dtype=torch.float64), 24)))
+    assert both.particles[1] == both.noise[1] == 0
+    torch.testing.assert_close(empirical_map(both, torch.ones(2)), empirical_map(alone, torch.ones(1)))
+    assert bool(torch.isfinite(linear_maps(both, both.linear, 1.0)).all())
 
 
 def random_cells(size=16, count=3):

@@ -162,7 +162,8 @@ def _reduced(
         response_of(equations.kernel, 3 * support // 2).clamp_(min=0)[None],
         point[None],
         weight.sum()[None].float(),
-        (weight.square().sum() / weight.sum())[None].float(),
+        # Of a point that is nobody's, none: views keep only their largest memberships.
+        (weight.square().sum() / weight.sum().clamp(min=1e-30))[None].float(),
     )
 
 
