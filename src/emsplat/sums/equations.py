@@ -182,7 +182,7 @@ def circulant(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k
     The kernel is tapered by a triangle (whose transform is positive) and wrapped into the box.
     """
     reach = len(kernel)
-    axis = torch.arange(-reach, reach, device=kernel.device)
+    axis = torch.arange(2 * reach, device=kernel.device) - reach
     taper = 1 - axis.abs() / reach
     height, half = axis[reach:], taper[reach:].clone()
     half[0] = 0.5  # z = 0 holds each lag and its opposite
@@ -204,7 +204,7 @@ def response_of(kernel: Float[Tensor, "w v u"], side: int) -> Float[Tensor, "z y
     rfft order, of either sign. Lags beyond half of it are left out; of two that meet there the mean counts."""
     reach, device = side // 2, kernel.device
     least = max(-reach, -len(kernel))
-    lag = torch.arange(least, min(-least + 1, len(kernel)), device=device)
+    lag = torch.arange(min(-least + 1, len(kernel)) - least, device=device) + least
     share = torch.where(lag.abs() == reach, 0.5, 1.0)
     inside = slice(least + len(kernel), least + len(kernel) + len(lag))
     height = share[-least:].clone()
