@@ -286,6 +286,10 @@ class Scene(ParticleStack):
     mixture: Gaussians
     noise = 10.0  # standard deviations of the signal
 
+    @property
+    def stored(self):
+        return 0  # nothing is on disk
+
     def sequential(self, size, *, normalised=True):
         for part in torch.split(torch.arange(len(self)), size):
             rows = self.rows[part]
