@@ -67,6 +67,19 @@ def test_start_from_a_map_lies_on_its_density():
     assert len(from_map(torch.zeros(32, 32, 32), GRID, 50, Bounds(20.0, 1.0, 1.0), seed=0)) == 50
 
 
+def test_a_start_lies_where_the_fit_looks():
+    """The brightest place of a map of few images may be at the rim of the box."""
+    place = torch.tensor([[0.0, 0.0, 0.0], [0.0, 22.0, 0.0]])
+    blobs = Gaussians(place, (9 * torch.eye(3)).repeat(2, 1, 1), torch.tensor([1.0, 5.0]))
+    noise = torch.randn(32, 32, 32, generator=torch.Generator().manual_seed(0))
+    volume, bounds = voxelize(blobs, GRID) + 1e-6 * noise, Bounds(20.0, 1.0, 1.0)
+    anywhere = from_map(volume, GRID, 100, bounds, seed=0).gaussians().mean.detach()
+    assert float(anywhere[:, 1].median()) > 15
+    within = from_map(volume, GRID, 100, bounds, seed=0, support=16).gaussians().mean.detach()
+    assert float(within.abs().max()) < 8 * GRID.pixel_size + 1
+    assert float(within.norm(dim=1).median()) < 10
+
+
 def test_bounds_hold_whatever_the_parameters():
     model = wild()
     with torch.no_grad():

@@ -119,6 +119,13 @@ def test_coarse_level_is_the_same_form_of_low_frequencies(stack):
     assert float(coarse(model, 5)["loss"]) == pytest.approx(float(fine(model, 5)["loss"]), rel=1e-6)
 
 
+def test_a_model_that_is_not_seen_keeps_its_amplitude():
+    objective = VolumeObjective(random_equations(), 8)
+    model = field(spread=0.5)
+    model.mean.data += 1000.0 / model.bounds.length
+    assert objective.best_gain(model) == 1.0
+
+
 def test_best_gain_is_at_the_minimum(stack):
     objective = VolumeObjective(equations_of(stack), 32)
     model = field(30, spread=15.0, scale=5.0)

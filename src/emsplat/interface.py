@@ -214,12 +214,13 @@ def fit(
     raw = equations.solve().cpu()
     unit = grid.length if recipe.length_unit is None else recipe.length_unit * grid.pixel_size
     bounds = Bounds(unit, 1.0, recipe.min_scale * grid.pixel_size)
+    support = support_size(grid.size, grid.size) if mask is None else support_of(mask)
     if start is None:
-        count = gaussians or gaussian_count(raw, grid, grid.pixel_size, 3)
-        model = from_map(raw, grid, count, bounds, seed)
+        count = gaussians or gaussian_count(raw, grid, grid.pixel_size, 3, support)
+        model = from_map(raw, grid, count, bounds, seed, support=support)
     else:
         model = from_gaussians(start, bounds)
-    objective = VolumeObjective(equations, support_size(grid.size, grid.size) if mask is None else support_of(mask))
+    objective = VolumeObjective(equations, support)
     model = model.to(equations.linear.device)
     model = model.with_unit(objective.best_gain(model))
     plan = Plan(recipe.epochs if epochs is None else epochs, recipe.learning_rate, recipe.decay)

@@ -36,6 +36,7 @@ class VolumeObjective:
         self, equations: NormalEquations, support: int, *, coarse_steps: int = 0, cutoff: float = CUTOFF
     ) -> None:
         self.images, self.box, self.device = equations.particles, equations.grid, equations.linear.device
+        self.support = support
         self.coarse_steps = coarse_steps
         self._fine = _Level(equations, support, 1, cutoff)
         self._coarse = _Level(equations, support, 2, cutoff) if coarse_steps else self._fine
@@ -56,15 +57,18 @@ class VolumeObjective:
         return self._fine.error_and_gradient(volume)
 
     def best_gain(self, model: Model) -> float:
-        """The factor on all amplitudes that makes the loss smallest; positive."""
+        """The factor on all amplitudes that makes the loss smallest; positive, 1 for a model that is outside of what is
+        looked at."""
         with torch.no_grad():
             volume = self.render(model.gaussians())
         error, gradient = self.error_and_gradient(volume)
         slope = torch.dot(volume.flatten(), gradient.flatten())  # VᵀKV - bᵀV
         curvature = 2 * (slope - error)  # VᵀKV
-        gain = float(1 - slope / curvature) if float(curvature) > 0 else 0.0
+        if not float(curvature) > 0:  # nothing of it is where this looks
+            return 1.0
+        gain = float(1 - slope / curvature)
         # Where the data do not correlate with the start, the amplitude of a random fit is a harmless beginning.
-        return gain if gain > 0 else float(curvature.clamp(min=1e-30).rsqrt())
+        return gain if gain > 0 else float(curvature.rsqrt())
 
     def residual(self, volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
         """The classical map of what a model leaves unexplained: (b - KV) / w, unmeasured frequencies left at 0."""

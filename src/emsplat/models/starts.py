@@ -45,17 +45,19 @@ def from_map(
     bounds: Bounds,
     seed: int,
     *,
+    support: int | None = None,
     isotropic: bool = False,
     rotation: bool = True,
 ) -> GaussianField:
-    """Gaussians on a jittered lattice over the dense part of a map, with the map's values as amplitudes.
+    """Gaussians on a jittered lattice over the dense part of a map, in its middle ``support`` voxels (None: anywhere),
+    with the map's values as amplitudes.
 
     The spacing is such that about ``count`` lattice points lie in the dense part; the densest ``count`` are taken.
     Scales are 0.45 of the spacing, amplitudes have mean 1 (in units of ``bounds.unit``), and axes are turned at random
     so that the three directions of a Gaussian do not start alike. ``grid`` is the map's.
     """
     size, rng = grid.size, np.random.default_rng(seed)
-    smooth, dense = dense_part(volume.numpy())
+    smooth, dense = dense_part(volume.numpy(), support)
     threshold = float(smooth[dense].min()) if dense.any() else np.inf
     # A finer lattice than half a voxel would add points, but no detail.
     spacing = max((int(dense.sum()) / count) ** (1 / 3), 0.5)  # voxels
@@ -110,8 +112,14 @@ def from_gaussians(
 _REACH = 0.42  # of the box: beyond it a map is surroundings
 
 
-def dense_part(volume: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """A map smoothed by half a voxel, and where it exceeds its surroundings by three of their standard deviations."""
+def dense_part(
+    volume: NDArray[np.float32], support: int | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A map smoothed by half a voxel, and where it exceeds its surroundings by three of their standard deviations.
+
+    With ``support`` only its middle voxels count: where a fit does not look, a few bright ones of a map of few images
+    would draw all Gaussians.
+    """
     size = len(volume)
     smooth = gaussian_filter(volume, 0.5)
     axis = np.arange(size) - size // 2
@@ -120,7 +128,15 @@ def dense_part(volume: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArra
         radius = np.sqrt(height**2 + axis[:, None] ** 2 + axis**2) / size
         inside[z], around[z] = radius < _REACH, (radius > _REACH) & (radius < 0.5)
     surroundings = smooth[around]
-    return smooth, inside & (smooth > surroundings.mean() + 3 * surroundings.std())
+    dense = inside & (smooth > surroundings.mean() + 3 * surroundings.std())
+    if support is not None:
+        edge = size // 2 - support // 2
+        middle = (slice(edge, edge + support),) * 3
+        for values, nothing in ((smooth, smooth.min()), (dense, False)):
+            kept = values[middle].copy()
+            values[:] = nothing
+            values[middle] = kept
+    return smooth, dense
 
 
 def _lattice(

@@ -255,7 +255,8 @@ def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical,
     else:
         detail = max(grid.pixel_size, FINEST_DETAIL * (classical.resolution or 0.0))
         objective = VolumeObjective(equations, support_of(mask))
-        model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
+        start = start_model(classical.raw[name], grid, settings, detail, name, objective.support)
+        model = start.to(stack.device)
         fitted = VolumeFit(name, objective, model.with_unit(objective.best_gain(model)))
         plan = Plan(_EPOCHS, settings.learning_rate, settings.decay)
         for _ in follow_course([fitted], plan, [Stage(len(model), _EPOCHS)]):

@@ -109,7 +109,8 @@ def _begin(
     detail = grid.pixel_size
     if _judge(settings, classical) is not None and classical.resolution is not None:
         detail = max(detail, FINEST_DETAIL * classical.resolution)
-    model = start_model(classical.raw[name], grid, settings, detail, name).to(stack.device)
+    support = objective.support
+    model = start_model(classical.raw[name], grid, settings, detail, name, support).to(stack.device)
     model = model.with_unit(objective.best_gain(model))
     model = spread_state(State.begin(model), world, device=stack.device).model
     return VolumeFit(name, objective, model, list(HALVES).index(name) if name in HALVES else 0)
