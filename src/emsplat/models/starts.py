@@ -63,7 +63,7 @@ def from_map(
     spacing = max((int(dense.sum()) / count) ** (1 / 3), 0.5)  # voxels
     points, density = np.empty((0, 3)), np.empty(0)
     while dense.any():
-        points, density = _lattice(smooth, spacing, threshold, rng)
+        points, density = _lattice(smooth, spacing, threshold, rng, support)
         if len(points) >= count or spacing == 0.5:
             break
         spacing = max(0.97 * spacing, 0.5)
@@ -140,15 +140,22 @@ def dense_part(
 
 
 def _lattice(
-    volume: NDArray[np.float32], spacing: float, threshold: float, rng: np.random.Generator
+    volume: NDArray[np.float32],
+    spacing: float,
+    threshold: float,
+    rng: np.random.Generator,
+    support: int | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Jittered lattice points (z, y, x from the centre, in voxels) above the threshold, and the map's values there."""
+    """Jittered lattice points (z, y, x from the centre, in voxels) above the threshold, and the map's values there.
+    Nothing is above it outside of the middle ``support`` voxels."""
     half = len(volume) // 2
     axis = np.arange(-half, half, spacing)
     found = []
     for planes in slabs(len(axis), len(axis) ** 2):  # a box of 512 has a billion points of half a voxel
         points = np.stack(np.meshgrid(axis[planes], axis, axis, indexing="ij"), -1).reshape(-1, 3)
         points += rng.uniform(-0.25, 0.25, points.shape) * spacing
+        if support is not None:
+            points = points[(np.abs(points) < support / 2 + 1).all(1)]
         points = points[(points**2).sum(1) < (_REACH * len(volume)) ** 2]
         density = map_coordinates(volume, (points + half).T, order=1).astype(np.float64)
         dense = density > threshold
