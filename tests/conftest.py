@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ install_import_hook([f"emsplat.{name}" for name in _CHECKED], "checked.typecheck
 
 settings.register_profile("emsplat", deadline=None, derandomize=True)
 settings.load_profile("emsplat")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As for what a script starts in the background. Tests press Ctrl-C in processes that would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

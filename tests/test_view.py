@@ -548,7 +548,7 @@ def serving(*arguments: str | Path) -> Iterator[tuple[str, int, str]]:
             said += line
         yield match[1], int(match[2]), match[3]
         process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
+        assert process.wait(60) == 130
     finally:
         process.kill()
         process.wait()
