@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from emsplat.maths.fourier import (
@@ -19,13 +19,7 @@ from emsplat.maths.fourier import (
     slabs,
     sum_by_shell,
 )
-from emsplat.sums.window import REACH
 from emsplat.types import Grid
-
-
-def kernel_reach(size: int) -> int:
-    """Where the kernel of `NormalEquations` ends, in voxels of a box of ``size``."""
-    return math.ceil(REACH * size)
 
 
 def synthesis(half_space: Tensor, size: int, first: int = 0) -> Float[Tensor, "z y x"]:
@@ -176,49 +170,44 @@ class ClassicalEquations:
 
 
 def circulant(kernel: Float[Tensor, "w v u"], size: int) -> Float[Tensor, "z y k"]:
-    """The circulant matrix on a box of ``size`` voxels that stands for a convolution (its kernel as that of
-    `NormalEquations`): in rfft order, of either sign.
+    """The circulant matrix on a box of ``size`` voxels, at least as many as the kernel reaches, that stands for a
+    convolution (its kernel as that of `NormalEquations`): in rfft order, of either sign.
 
     The kernel is tapered by a triangle (whose transform is positive) and wrapped into the box.
     """
     reach = len(kernel)
-    axis = torch.arange(2 * reach, device=kernel.device) - reach
-    taper = 1 - axis.abs() / reach
-    height, half = axis[reach:], taper[reach:].clone()
-    half[0] = 0.5  # z = 0 holds each lag and its opposite
-    wrapped = kernel.new_zeros((size,) * 3)
-    for planes in slabs(reach, 4 * reach**2):
-        folded = kernel[planes] * half[planes, None, None] * taper[:, None] * taper
-        for dim in (1, 2):
-            shape = list(folded.shape)
-            shape[dim] = size
-            folded = folded.new_zeros(shape).index_add_(dim, axis % size, folded)
-        wrapped.index_add_(0, height[planes] % size, folded)
-    # The real part by itself: a view of it would keep the imaginary one. The opposite lags double it.
-    spectrum: Tensor = torch.fft.rfftn(wrapped).real.contiguous()
-    return spectrum.mul_(2)
+    lag = torch.arange(2 * reach, device=kernel.device) - reach
+    return _transform(kernel, lag, 1 - lag.abs() / reach, size)
 
 
 def response_of(kernel: Float[Tensor, "w v u"], side: int) -> Float[Tensor, "z y k"]:
     """The transform of a convolution (its kernel as that of `NormalEquations`) on a periodic grid of even ``side``, in
     rfft order, of either sign. Lags beyond half of it are left out; of two that meet there the mean counts."""
-    reach, device = side // 2, kernel.device
+    reach = side // 2
     least = max(-reach, -len(kernel))
-    lag = torch.arange(min(-least + 1, len(kernel)) - least, device=device) + least
-    share = torch.where(lag.abs() == reach, 0.5, 1.0)
+    lag = torch.arange(min(-least + 1, len(kernel)) - least, device=kernel.device) + least
     inside = slice(least + len(kernel), least + len(kernel) + len(lag))
-    height = share[-least:].clone()
-    height[0] = 0.5  # z = 0 holds each lag and its opposite
-    rows = torch.empty(len(height), side, reach + 1, dtype=torch.complex64, device=device)
-    for planes in slabs(len(height), side**2):
-        part = kernel[planes, inside, inside] * height[planes, None, None] * share[:, None] * share
+    return _transform(kernel[: reach + 1, inside, inside], lag, torch.where(lag.abs() == reach, 0.5, 1.0), side)
+
+
+def _transform(
+    half: Float[Tensor, "w v v"], lag: Int[Tensor, " v"], share: Float[Tensor, " v"], side: int
+) -> Float[Tensor, "z y k"]:
+    """The transform of a kernel that is its own mirror on a periodic grid of ``side``, in rfft order: of its planes at
+    z = 0, 1, ..., at most ``side``, which stand for their mirrors too, with lags along y and x wrapped, each times the
+    ``share`` of its lag along every axis. Neither the whole grid nor the whole spectrum is ever there."""
+    height = share[-len(half) :].clone()
+    height[0] *= 0.5  # z = 0 holds each lag and its mirror
+    rows = torch.empty(len(half), side, side // 2 + 1, dtype=torch.complex64, device=half.device)
+    for planes in slabs(len(half), max(side, len(lag)) ** 2):
+        part = half[planes] * height[planes, None, None] * share[:, None] * share
         for dim in (1, 2):
             shape = list(part.shape)
             shape[dim] = side
             part = part.new_zeros(shape).index_add_(dim, lag % side, part)
         rows[planes] = torch.fft.rfft2(part)
-    out = kernel.new_empty(side, side, reach + 1)
-    for columns in slabs(reach + 1, side**2):
+    out = half.new_empty(side, side, side // 2 + 1)
+    for columns in slabs(side // 2 + 1, side**2):
         out[..., columns] = 2 * torch.fft.fft(rows[..., columns], n=side, dim=0).real
     return out
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from emsplat import _native
 from emsplat.device import CPU
 from emsplat.maths.fourier import smooth_size
-from emsplat.sums.equations import kernel_reach
 from emsplat.sums.spectra import AnySpectra, Spectra
-from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
+from emsplat.sums.window import PADDING, kernel_fade, kernel_reach, polynomials_on, window_transform
 
 _LANES = 8
 
@@ -134,11 +133,12 @@ class Lattice:
             views = self._views(part)
             _native.insert_views(field, means, own.numpy(), part.values.numpy(), part.transfer.numpy(), *views)
         folded = self._folded(torch.from_numpy(field)[..., :numbers], means)
-        reach = kernel_reach(self.size)
+        reach, fade = kernel_reach(self.size), kernel_fade(self.size)
         linear = torch.view_as_complex(folded[..., : 2 * means].reshape(*folded.shape[:3], means, 2).contiguous())
         return (
             self._synthesis(linear, self.size),
-            self._synthesis(folded[..., 2 * means :].contiguous(), 2 * reach, first=reach) * self._fade(reach),
+            self._synthesis(folded[..., 2 * means :].contiguous(), 2 * reach, first=reach)
+            * (fade[reach:, None, None] * fade[:, None] * fade),
         )
 
     def _views(self, spectra: Spectra) -> tuple[Any, ...]:
@@ -179,8 +179,3 @@ class Lattice:
             volume = volume[index[first:, None, None], index[:, None], index]
             maps.append(volume * factor[first:, None, None] * factor[:, None] * factor)
         return torch.stack(maps)
-
-    def _fade(self, reach: int) -> Float[Tensor, "w v u"]:
-        lag = torch.arange(-reach, reach).abs() / self.size
-        fade = 0.5 + 0.5 * torch.cos(math.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
-        return fade[reach:, None, None] * fade[:, None] * fade

@@ -40,8 +40,8 @@ from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import Particles, ParticleStack
-from emsplat.sums.equations import NormalEquations, combined, kernel_reach, relative_gain, synthesis
-from emsplat.sums.window import FADE, PADDING, REACH, polynomials_on, window_transform
+from emsplat.sums.equations import NormalEquations, combined, relative_gain, synthesis
+from emsplat.sums.window import PADDING, kernel_fade, kernel_reach, polynomials_on, window_transform
 from emsplat.types import Grid, Optics
 
 _BATCH = 64  # images; on a GPU as many as fill it
@@ -225,9 +225,8 @@ class FourierStatistics:
 
     def _kernel(self) -> Float[Tensor, "w v u"]:
         reach = kernel_reach(self.grid.size)
-        lag = torch.arange(-reach, reach).abs() / self.grid.size
-        fade = 0.5 + 0.5 * torch.cos(torch.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
-        return self._without_window(synthesis(self.weight, 2 * reach, first=reach), fade)
+        lags = synthesis(self.weight, 2 * reach, first=reach)
+        return self._without_window(lags, kernel_fade(self.grid.size))
 
     def _without_window(self, volume: Float[Tensor, "z y x"], fade: Tensor | float = 1.0) -> Float[Tensor, "z y x"]:
         """The volume with the transform of the window divided out, times ``fade`` along each axis; in place. Its planes

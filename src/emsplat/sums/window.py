@@ -23,6 +23,18 @@ REACH = 0.75  # of the box: where the kernel ends
 FADE = 0.6  # of the box: from here on it is faded out, since the window hardly carries it there
 
 
+def kernel_reach(size: int) -> int:
+    """R, where the kernel of `NormalEquations` ends, in voxels of a box of ``size``."""
+    return math.ceil(REACH * size)
+
+
+def kernel_fade(size: int) -> Float[Tensor, " u"]:
+    """What the kernel is multiplied by at lags from -R to R - 1 along an axis."""
+    reach = kernel_reach(size)
+    lag = torch.arange(-reach, reach).abs() / size
+    return 0.5 + 0.5 * torch.cos(math.pi * ((lag - FADE) / (REACH - FADE)).clamp(0, 1))
+
+
 @cache
 def _window_polynomials() -> NDArray[np.float64]:
     """The weight of each tap as a polynomial in the fraction, highest power first: (DEGREE + 1, TAPS).
