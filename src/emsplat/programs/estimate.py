@@ -75,9 +75,9 @@ class Estimate:
     @property
     def text(self) -> str:
         """For the user."""
-        time = f"about {duration(self.seconds)}"
-        time += f" ({duration(self.longest)} where starts do not agree)" if self.more else ""
-        return f"{time}, {data_size(self.memory)} of memory, {data_size(self.disk)} on disk"
+        longest = f" ({duration(self.longest)} where starts do not agree)" if self.more else ""
+        needed = f"{data_size(self.memory)} of memory, {data_size(self.disk)} on disk"
+        return f"about {duration(self.seconds)}{longest}, {needed}"
 
     def about(self) -> dict[str, Any]:
         """For the summary, to stand beside what was needed."""
@@ -169,9 +169,8 @@ def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine:
         ("assessment", machine.first(voxels * _JUDGED)),
         ("report", machine.alone(_REPORT + (_OF_FITS if fits else 0.0))),
     )
-    memory = _PROGRAM + _PIECES + voxels * _MAPS
-    if settings is not None:
-        memory = max(memory, _PROGRAM + _PIECES + voxels * _fitting(stack)) + _FITTING
+    each = _MAPS if settings is None else max(_MAPS, _fitting(stack))
+    memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _PIECES + each * voxels
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or machine.first(passing) > 2 * 12 * padded / 2 / 2e8 else 0.0
     return Estimate(parts, memory, 4 * voxels * maps + sums + 5e6, machine.alone(_BEGIN))

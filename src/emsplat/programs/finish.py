@@ -19,7 +19,6 @@ from emsplat.io.particles import count_stacks
 from emsplat.parallel import ALONE, World
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.copies import copies
-from emsplat.process import go_on_alone
 from emsplat.programs.opening import half_sets_from
 from emsplat.programs.run import Fits, Run
 from emsplat.programs.shown import hide_slices
@@ -83,7 +82,7 @@ def finish(
     which should be gone by now: the assessment reads as many maps again. ``altered`` as in `reconstruct`;
     ``refinement`` says what was done to the poses, ``abinitio`` how they were found."""
     log, folder = run.log, run.folder
-    go_on_alone(run.config.run.threads, run.world.on_this_machine)
+    run.go_on_alone()
     hide_slices(folder)
     told = len(log.warnings)
     with log.part("assessment", "assessing the maps: FSC, local resolution, directions"):

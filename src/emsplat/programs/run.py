@@ -12,6 +12,7 @@ from emsplat.fitting.course import Stage
 from emsplat.models.gaussians import GaussianField
 from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
+from emsplat.process import go_on_alone
 from emsplat.programs.estimate import Estimate
 from emsplat.programs.settings import Settings
 from emsplat.run.log import Log
@@ -32,6 +33,10 @@ class Run(Generic[C_co]):
     finding: Finding | None  # what a look at the particles says of their symmetry; None: none was asked for
     world: World = ALONE  # the first process alone reads and writes the folder
     estimate: Estimate | None = None  # what it was expected to need
+
+    def go_on_alone(self) -> None:
+        """The other processes are done (`process.go_on_alone`)."""
+        go_on_alone(self.config.run.threads, self.world.on_this_machine)
 
 
 @dataclass(frozen=True)

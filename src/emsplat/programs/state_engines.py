@@ -50,7 +50,6 @@ from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
-from emsplat.process import go_on_alone
 from emsplat.programs.run import Run
 from emsplat.programs.state_options import conformation_options, starts_at_random
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
@@ -110,7 +109,6 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
         told.append(mean_gain(final.gain - final.mean, torch.arange(len(final.gain)) // run.stack.symmetry.order))
     if not world.first:
         return None
-    go_on_alone(run.config.run.threads, world.on_this_machine)
     kernels = [_kernel(placed.embedding) for placed in places]
     return _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
 
@@ -321,7 +319,6 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
         models.append(without_residual(model.decoder.cpu(), found[half], run.stack.grid))
     if not world.first:
         return None
-    go_on_alone(run.config.run.threads, world.on_this_machine)
     kernels = [_kernel(own) for own in found]
     return _together(run, models, cells, kernels, (found[0], found[1]), (gains[0], gains[1]))
 
@@ -389,7 +386,8 @@ def _together(
     embeddings: tuple[Embedding, Embedding],
     gains: tuple[Gain, Gain],
 ) -> StatesFitted:
-    """Both halves in the latents of the run; their models are written."""
+    """Both halves in the latents of the run, by the first process alone; their models are written."""
+    run.go_on_alone()
     first, second = embeddings
     frames = (identity(first.own.shape[1]), leading(first, second))
     framed = [in_frame(model, frame) for model, frame in zip(models, frames, strict=True)]

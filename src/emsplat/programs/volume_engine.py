@@ -28,7 +28,6 @@ from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.parallel import ALONE, World
-from emsplat.process import go_on_alone
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
 from emsplat.programs.run import Fits, Fitted, Run
@@ -66,7 +65,7 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
         stages, fitted = _carry_out(run, halves, "halves", course, before, sum(planned), world, judge)
         if not world.first:
             return Fits(settings, fitted, tuple(stages))
-        go_on_alone(run.config.run.threads, world.on_this_machine)
+        run.go_on_alone()
         with run.log.step("start of class001"):
             full = [_begin("class001", run, settings, classical, objectives["class001"], ALONE)]
         _taken_up(run, full, "class001", ALONE)
