@@ -324,6 +324,8 @@ def settle() -> None:
             signal.signal(getattr(signal, name), stop)
     # Threads that wait for others shall sleep: where they spin, a step takes many times as long beside other programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PyTorch asks for large pages then: a box of 320 took a fifth less processor time than in pages of 4 kB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Every library that counts cores by itself goes by this: PyTorch where --threads does not reach, OpenBLAS, FINUFFT.
     os.environ["OMP_NUM_THREADS"] = str(granted_cores().cores)
     # A notebook's own back end, which `!emsplat` inherits, need not be installed here; figures go to files.
