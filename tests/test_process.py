@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import torch
 from emsplat import process
 from emsplat.config import AssessConfig, BackprojectConfig, configure
 from emsplat.errors import InputError, Interrupted
-from emsplat.process import Granted, granted_cores, run, shared_out, started
+from emsplat.granted import Granted, free_memory, granted_cores
+from emsplat.process import run, shared_out, started
+from emsplat.programs import opening
 from emsplat.programs.assess import reassess
 from emsplat.programs.finish import exit_code
 from emsplat.programs.reconstruct import backproject
@@ -88,6 +91,67 @@ def test_quota_of_control_groups(many_cores, tmp_path, memberships, files, cores
         path.write_text(text)
     expected = Granted(cores, "CPU quota" if cores < 128 else "")
     assert granted_cores({}, 128, (tmp_path / "memberships", tmp_path / "mount")) == expected
+
+
+@pytest.mark.parametrize(
+    ("memberships", "files", "free"),
+    [
+        ("0::/job\n", {}, 8e9),
+        ("0::/job\n", {"job/memory.max": "max", "job/memory.current": "5", "job/memory.stat": ""}, 8e9),
+        # Pages of files can be given back.
+        ("0::/job\n", {"job/memory.max": "3000000000", "job/memory.current": "1200000000",
+                       "job/memory.stat": "anon 200000000\ninactive_file 1000000000\n"}, 2.8e9),
+        ("0::/slurm/job\n", {"slurm/memory.max": "2000000000", "slurm/memory.current": "500000000",
+                             "slurm/memory.stat": "", "slurm/job/memory.max": "max"}, 1.5e9),
+        ("9:memory:/docker/0123\n", {"memory/memory.limit_in_bytes": "1000000000", "memory/memory.usage_in_bytes": "0",
+                                     "memory/memory.stat": "total_inactive_file 0\n"}, 1e9),
+        ("9:memory:/job\n", {"memory/job/memory.limit_in_bytes": str(2**63 - 4096),
+                             "memory/job/memory.usage_in_bytes": "0", "memory/job/memory.stat": ""}, 8e9),
+        ("0::/job\n", {"job/memory.max": "nonsense"}, 8e9),
+    ],
+)  # fmt: skip
+def test_memory_that_is_free(tmp_path, memberships, files, free):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    7812500 kB\n")
+    (tmp_path / "memberships").write_text(memberships)
+    for name, text in files.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert free_memory(tmp_path / "meminfo", (tmp_path / "memberships", tmp_path / "mount")) == free
+
+
+def test_memory_is_not_known_everywhere(tmp_path):
+    (tmp_path / "other").write_text("MemTotal: 9000000 kB\n")
+    for name in ("missing", "other"):
+        assert free_memory(tmp_path / name, NOWHERE) is None
+
+
+def test_too_little_memory_is_said(particles, tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "free_memory", lambda: 1e8)
+    log = Log()
+    backproject(configure(BackprojectConfig), particles, tmp_path / "run", log)
+    assert any("of memory will be needed, and 100 MB are free" in warning for warning in log.warnings)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is that of glibc")
+@pytest.mark.parametrize("owned", [True, False])
+def test_freed_memory_is_kept_by_the_command_line_alone(owned):
+    """A library gives back what it frees, as whoever calls it expects."""
+    code = f"""
+from emsplat import process
+import torch
+def resident():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+if {owned}:
+    process.settle()
+process.keep_freed_memory()
+before = resident()
+numbers = torch.ones(50_000_000)
+del numbers
+print(resident() - before)
+"""
+    kept = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert kept > 1e8 if owned else kept < 1e8
 
 
 def test_threads_are_those_asked_for_and_given_back(monkeypatch):

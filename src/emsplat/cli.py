@@ -39,7 +39,8 @@ from emsplat.config import (
     StatesConfig,
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
-from emsplat.process import granted_cores, started
+from emsplat.granted import granted_cores
+from emsplat.process import started
 from emsplat.process import threads as with_threads
 from emsplat.run.files import REPORT
 from emsplat.run.log import Log

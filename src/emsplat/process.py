@@ -1,4 +1,4 @@
-"""The process that emsplat runs in: cores that were granted, streams, signals, what libraries read at their start.
+"""The process that emsplat runs in: threads, memory, streams, signals, what libraries read at their start.
 
 A library leaves its process alone: `threads` puts back what it changes. The command line owns its process: `run`
 settles everything before the heavy imports, and ends it with one line whatever happens. Nothing heavy is imported here,
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import ctypes
 import io
 import json
 import logging
-import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -21,17 +22,17 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
 
 from emsplat.errors import EmsplatError, InputError, OutputError
+from emsplat.granted import granted_cores
 
 _IMPORTED = time.monotonic()
-# Cores of a job as queueing systems say them, in the order of how exactly they mean this process and this machine.
-_JOB = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "PBS_NUM_PPN", "NCPUS", "LSB_DJOB_NUMPROC", "NSLOTS")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
+_settled = False  # whether this process is the command line's own
 _STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1")
 # Letters of the field, and lines that tables and help texts are framed with, where a terminal has only ASCII.
 _PLAIN = {
@@ -44,88 +45,6 @@ _PLAIN = {
     **dict.fromkeys("‘’", "'"),
     **dict.fromkeys("“”", '"'),
 }
-
-
-@dataclass(frozen=True)
-class Granted:
-    """How many cores this process may use, and what says so ("" where nothing holds it back)."""
-
-    cores: int
-    source: str
-
-
-def granted_cores(
-    environment: Mapping[str, str] | None = None,
-    allowed: int | None = None,
-    cgroups: tuple[Path, Path] = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")),
-) -> Granted:
-    """The fewest of: cores that exist, CPU affinity (``allowed``), quotas of control groups (v1 and v2), the cores of
-    the job (SLURM, PBS, LSF, Grid Engine), OMP_NUM_THREADS.
-
-    ``cgroups``: the file that says which groups a process is in, and the folder that they are mounted at. A quota of
-    2.5 cores is 3 threads, which together get all of it.
-    """
-    environment = os.environ if environment is None else environment
-    existing = os.cpu_count() or 1
-    if allowed is None:
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else existing
-    found = [Granted(existing, ""), Granted(allowed, "CPU affinity")]
-    quota = _cgroup_quota(*cgroups)
-    if quota is not None:
-        found.append(Granted(max(1, math.ceil(quota)), "CPU quota"))
-    for name in (next((name for name in _JOB if _count(environment.get(name))), None), "OMP_NUM_THREADS"):
-        if name is not None and (count := _count(environment.get(name))):
-            found.append(Granted(count, name))
-    return min(found, key=lambda one: one.cores)  # the first of equals
-
-
-def _count(text: str | None) -> int | None:
-    """A number of cores above 0; of a list, as OMP_NUM_THREADS may hold, the first."""
-    first = (text or "").split(",")[0].strip()
-    return int(first) or None if first.isascii() and first.isdigit() else None
-
-
-def _cgroup_quota(memberships: Path, root: Path) -> float | None:
-    """The smallest quota, in cores, of the groups of this process and of those they lie in.
-
-    In a container the groups' names may be those outside, where only the root of the mount tells.
-    """
-    try:
-        lines = memberships.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return None
-    quotas = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if controllers == "":
-            bases, read = [root, root / "unified"], _quota_v2
-        elif "cpu" in controllers.split(","):
-            bases, read = [root / controllers, root / "cpu"], _quota_v1
-        else:
-            continue
-        below = Path(group.strip("/"))
-        for base in bases:
-            quotas += [read(base / folder) for folder in (below, *below.parents)]
-    return min((quota for quota in quotas if quota is not None), default=None)
-
-
-def _quota_v2(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota, period = (
-            int((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii")) for name in ("quota", "period")
-        )
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
 
 
 @contextmanager
@@ -149,6 +68,18 @@ def threads(wanted: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """What is freed stays with this process for what comes next. The system clears all memory that it hands out, which
+    for boxes above 256 is up to a third of all processor time; what is kept in pieces adds up to a quarter to the peak.
+
+    Does nothing where emsplat is a library in somebody else's process, nor without glibc.
+    """
+    if _settled and platform.libc_ver()[0] == "glibc":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(_MMAP_MAX, 0)
+        malloc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def go_on_alone(wanted: int | None, processes: int) -> None:
@@ -299,6 +230,8 @@ def run(program: str, command: Callable[[], int]) -> int:
 
 def settle() -> None:
     """Streams, signals, and the environment of the libraries that are imported later, for the command line."""
+    global _settled
+    _settled = True
     # A descriptor that a daemon has closed would be given to the next file, and be written into by who prints.
     for number in range(3):
         try:

@@ -8,8 +8,9 @@ from typing import Any
 from emsplat import report
 from emsplat.assessment.assess import assess
 from emsplat.config import AssessConfig
+from emsplat.granted import granted_cores
 from emsplat.io.files import json_text
-from emsplat.process import granted_cores, threads
+from emsplat.process import threads
 from emsplat.report import verdict
 from emsplat.run.aliases import link_results
 from emsplat.run.files import FSC, REPORT, SUMMARY
