@@ -1,7 +1,9 @@
 """Conversion between programs: what is written reads back as it was, at several boxes and through every format."""
 
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from gemmi import cif
 
 from emsplat.cli import main
+from emsplat.errors import InputError
 from emsplat.io.cryosparc import write_cs
 from emsplat.io.gaussians import read_gaussians, write_gaussians
 from emsplat.io.mrc import writing_stack
@@ -363,3 +366,73 @@ def test_no_micrograph_is_made_up(tmp_path, capsys):
     assert not particles.has("_rlnMicrographName")
     assert not read_star_file(tmp_path / "new.star").table("optics").has("_rlnMicrographOriginalPixelSize")
     assert any("half-sets are drawn per stack" in warning for warning in read_star(tmp_path / "new.star").warnings)
+
+
+def test_dark_protein_is_not_forgotten(tmp_path, capsys):
+    """RELION has no column for the contrast of the images; emsplat reads its own, and says what RELION needs."""
+    table = make(tmp_path, sign=-1.0)
+    write_cs(tmp_path / "p.cs", table, table.half)
+    convert(tmp_path / "p.cs", tmp_path / "p.star")
+    assert "protein is dark in these images" in capsys.readouterr().out
+    assert read_particles(tmp_path / "p.star").sign == -1
+    convert(tmp_path / "p.star", tmp_path / "again.star")
+    convert(tmp_path / "again.star", tmp_path / "back.cs")
+    assert set(np.load(tmp_path / "back.cs")["blob/sign"]) == {-1}
+    assert main(["preprocess", str(tmp_path / "again.star"), "-o", str(tmp_path / "bright")]) == 0
+    assert read_particles(tmp_path / "bright" / "particles.star").sign == 1
+    text = (tmp_path / "p.star").read_text()
+    (tmp_path / "odd.star").write_text(re.sub(r" -1$", " 0", text, count=1, flags=re.MULTILINE))
+    with pytest.raises(InputError, match=r"emsplatContrast is -1, 0; expected 1"):
+        read_particles(tmp_path / "odd.star")
+
+
+def test_relion_gets_stacks_by_names_that_it_takes(tmp_path, capsys):
+    """cryoSPARC calls its stacks .mrc, which RELION takes for maps."""
+    table = make(tmp_path)
+    for stack in table.stacks:
+        stack.rename(stack.with_suffix(".mrc"))
+    table = replace(table, stacks=tuple(stack.with_suffix(".mrc") for stack in table.stacks))
+    write_cs(tmp_path / "p.cs", table, table.half)
+    (tmp_path / "relion").mkdir()
+    for source in ("p.cs", "relion/p.star"):  # and from a file that has them already
+        convert(tmp_path / source, tmp_path / "relion" / "p.star", "--overwrite")
+        assert ("called .mrcs" in capsys.readouterr().out) == (source == "p.cs")
+        (particles,) = read_star_file(tmp_path / "relion" / "p.star").tables("_rlnImageName")
+        names = {name.partition("@")[2] for name in particles.text("_rlnImageName")}
+        assert {Path(name).suffix for name in names} == {".mrcs"}
+        assert all((tmp_path / "relion" / name).resolve().suffix == ".mrc" for name in names)
+        assert_same(read_particles(tmp_path / "relion" / "p.star"), table)
+
+
+def test_beam_tilt_of_a_30_file_is_counted_once(tmp_path):
+    table = make(tmp_path)
+    write_table(tmp_path / "new.star", table, table.half)
+    document = cif.read_file(str(tmp_path / "new.star"))
+    particles = document.find_block("particles")
+    tags = particles.find_loop("_rlnImageName").get_loop().tags
+    columns = {tag: list(particles.find_values(tag)) for tag in tags if tag != "_rlnOpticsGroup"}
+    more = {"Voltage": "300", "SphericalAberration": "2.7", "AmplitudeContrast": "0.07", "ImagePixelSize": "1.35"}
+    more |= {"BeamTiltX": "0.5", "BeamTiltY": "-0.3"}
+    columns |= {f"_rln{name}": [text] * COUNT for name, text in more.items()}
+    old = cif.Document()
+    old.add_new_block("").init_loop("", list(columns)).set_all_values(list(columns.values()))
+    old.write_file(str(tmp_path / "old.star"))
+    before = read_particles(tmp_path / "old.star")
+    assert before.optics.aberrations.odd.any()
+    convert(tmp_path / "old.star", tmp_path / "written.star")
+    after = read_particles(tmp_path / "written.star")
+    torch.testing.assert_close(after.optics.aberrations.odd, before.optics.aberrations.odd, rtol=1e-6, atol=1e-6)
+
+
+def test_merged_files_keep_what_their_optics_groups_share(tmp_path, capsys):
+    """And say what only one of them has."""
+    source = with_columns(tmp_path)
+    text = source.read_text().replace("_rlnImageDimensionality\n", "_rlnImageDimensionality\n_rlnMtfFileName\n")
+    one, other = text.replace(" 2 0 0\n", " 2 k3.star 0 0\n"), text.replace(" 2 0 0\n", " 2 falcon.star 0 0\n")
+    source.write_text(one)
+    other = other.replace("_rlnVoltage\n", "_rlnVoltage\n_rlnOwn\n").replace(" 300.0000000 ", " 300.0000000 7 ")
+    (tmp_path / "q.star").write_text(other)
+    convert(source, tmp_path / "both.star", "--merge", tmp_path / "q.star")
+    assert "rlnOwn are not in all of the files; they are left out" in capsys.readouterr().out
+    optics = read_star_file(tmp_path / "both.star").table("optics")
+    assert optics.text("_rlnMtfFileName") == ["k3.star", "falcon.star"]

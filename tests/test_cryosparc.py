@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from emsplat.errors import InputError
-from emsplat.io.cryosparc import read_cs
+from emsplat.io.cryosparc import read_cs, write_cs
+from emsplat.io.particles import read_particles
+from emsplat.maths.geometry import random_rotations
 from emsplat.particles.copies import settle_halves
+from emsplat.types import Poses
 
 POSE = [0.337507, 0.927292, 1.621109]  # docs/conventions.md: (rot, tilt, psi) = (30, 50, 70)°
 MATRIX = [[-0.279454, 0.923721, -0.262003], [-0.694109, -0.005813, 0.719846], [0.663414, 0.383022, 0.642788]]
@@ -154,6 +158,84 @@ def test_passthrough_files_that_differ_are_an_error_unless_named(folder):
     with pytest.raises(InputError, match=r"ctf/df1_A may be that of .*J2_.* or of .*J3_.*, which differ"):
         read(folder, kept)
     assert read(folder, kept, passthrough=[two]).optics.defocus_u[0] == whole["ctf/df1_A"][0] + 500
+
+
+def test_a_group_file_names_the_files(folder):
+    """What cryoSPARC's exports have beside their .cs files."""
+    whole = table()
+    own = {name: values for name, values in whole.items() if name == "uid" or name.startswith(("alignments3D", "blob"))}
+    write(folder / "J2_particles.cs", own)
+    write(folder / "J2_kept.passthrough.cs", {name: v for name, v in whole.items() if name not in own or name == "uid"})
+    (folder / "J2_particles.csg").write_text(
+        "created: 2024-01-01\nresults:\n  blob:\n    metafile: '>J2_particles.cs'\n    num_items: 6\n"
+        "  ctf:\n    metafile: '>J2_kept.passthrough.cs'\n  alignments3D:\n    metafile: >J2_particles.cs\n"
+    )
+    found = read_particles(folder / "J2_particles.csg")
+    assert found.sources == (folder / "J2_particles.cs",)
+    assert found.optics.defocus_u.tolist() == pytest.approx(whole["ctf/df1_A"].tolist())
+    (folder / "empty.csg").write_text("created: 2024-01-01\n")
+    with pytest.raises(InputError, match="names no metafile"):
+        read_particles(folder / "empty.csg")
+
+
+def test_a_written_file_has_what_passed_through(folder):
+    whole = table() | {"location/micrograph_uid": np.arange(6, dtype=np.uint64)}
+    own = {name: values for name, values in whole.items() if name == "uid" or name.startswith("blob/")}
+    write(folder / "J2_passthrough_particles.cs", {n: v for n, v in whole.items() if n not in own or n == "uid"})
+    found = read(folder, own)
+    (folder / "out").mkdir()
+    write_cs(folder / "out" / "p.cs", found.take(torch.tensor([4, 1])), torch.tensor([2, 1]))
+    data = np.load(folder / "out" / "p.cs")
+    assert set(data.dtype.names) == set(whole)
+    for name in set(whole) - {"blob/path", "alignments3D/split"}:
+        assert np.array_equal(data[name], whole[name][[4, 1]]), name
+    assert data["alignments3D/split"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["alignments3D", "alignments3D_multi", None])
+def test_new_poses_and_ctf_take_the_place_of_the_sources(folder, kind):
+    """Of a refinement, of several classes, and of particles that had no poses; other fields stay."""
+    fields = table() | {"alignments3D/alpha": np.full(6, 0.5, np.float32), "own/number": np.arange(6)}
+    if kind != "alignments3D":
+        fields = {name: values for name, values in fields.items() if not name.startswith("alignments3D")}
+    if kind == "alignments3D_multi":
+        fields |= {f"{kind}/{name}": np.zeros((6, 2, n), np.float32) for name, n in (("pose", 3), ("shift", 2))}
+        fields |= {f"{kind}/class_posterior": np.tile(np.array([[0.2, 0.8]], np.float32), (6, 1))}
+    before = read(folder, fields, need_poses=False)
+    rotation = random_rotations(6, torch.Generator().manual_seed(1))
+    poses = Poses(rotation, torch.arange(12.0, dtype=torch.float64).reshape(6, 2))
+    optics = replace(before.optics, defocus_u=before.optics.defocus_u + 100, scale=torch.full((6,), 0.7).double())
+    half = 1 + torch.arange(6) % 2
+    write_cs(folder / "new.cs", replace(before, poses=poses, optics=optics, changed=("poses", "ctf")), half)
+    after = read_cs(folder / "new.cs")
+    torch.testing.assert_close(after.poses.rotation, rotation, atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.poses.shift, poses.shift, atol=1e-5, rtol=0)
+    torch.testing.assert_close(after.optics.defocus_u, optics.defocus_u, rtol=1e-6, atol=0)
+    torch.testing.assert_close(after.optics.scale, optics.scale, rtol=1e-6, atol=0)
+    assert torch.equal(after.half, half)
+    data = np.load(folder / "new.cs")
+    assert data["own/number"].tolist() == list(range(6))
+    if kind == "alignments3D_multi":
+        assert after.particle_class.tolist() == [1] * 6
+        assert not any(name.startswith(kind) for name in data.dtype.names)
+
+
+def test_poses_of_the_job_go_before_those_that_pass_through(folder):
+    """After a heterogeneous refinement of refined particles the file has classes, the passthrough file a consensus."""
+    pose = np.zeros((6, 2, 3), np.float32)
+    pose[:, 1] = POSE
+    multi = {
+        "alignments3D_multi/pose": pose,
+        "alignments3D_multi/shift": np.zeros((6, 2, 2), np.float32),
+        "alignments3D_multi/class_posterior": np.tile(np.array([[0.2, 0.8]], np.float32), (6, 1)),
+        "alignments3D_multi/psize_A": np.full(6, 2.0, np.float32),
+    }
+    consensus = table(**{"alignments3D/pose": np.full((6, 3), 0.1, np.float32)})
+    write(folder / "J2_passthrough_particles.cs", consensus)
+    found = read(folder, without_alignment(**multi))
+    torch.testing.assert_close(found.poses.rotation[0], torch.tensor(MATRIX).double(), atol=1e-5, rtol=0)
+    assert found.particle_class.tolist() == [1] * 6
+    assert found.half.tolist() == [1, 2] * 3  # which the job has not drawn anew
 
 
 def without_alignment(**extra):

@@ -1,5 +1,7 @@
 """New stacks: images and metadata change together, so that the map stays where it was."""
 
+from dataclasses import replace
+
 import mrcfile
 import numpy as np
 import pytest
@@ -7,9 +9,12 @@ import torch
 from gemmi import cif
 
 from emsplat.cli import main
+from emsplat.io.cryosparc import write_cs
 from emsplat.io.mrc import read_map
 from emsplat.io.mrc_arrays import StackFile
+from emsplat.io.particles import read_particles
 from emsplat.io.relion.read import read_star
+from emsplat.io.relion.write import write_table
 from emsplat.maths.fourier import crop, irfft, rfft
 from emsplat.particles.background import background
 from emsplat.particles.open import open_particles
@@ -160,3 +165,49 @@ def test_output_folder_that_is_not_empty_stays(particles, tmp_path, capsys):
     assert main(["preprocess", str(particles), "-o", str(tmp_path)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_input_is_never_replaced(particles, tmp_path, capsys):
+    preprocess(particles, "-o", tmp_path / "out")
+    before = (tmp_path / "out" / "particles.mrcs").read_bytes()
+    words = [str(tmp_path / "out" / "particles.star"), "-o", str(tmp_path / "out"), "--overwrite", "--box", "24"]
+    assert main(["preprocess", *words]) == 2
+    assert "is an input, and would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "out" / "particles.mrcs").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["star", "cs"])
+def test_particles_stay_where_they_are_in_their_micrographs(particles, tmp_path, kind):
+    """A box that is moved has another place; coordinate less origin is the particle's."""
+    placed = replace(
+        read_star(particles),
+        coordinates=torch.linspace(500, 900, 600, dtype=torch.float64).reshape(300, 2),
+        micrograph_pixel_size=torch.full((300,), 1.5, dtype=torch.float64),
+    )
+    groups = tuple(replace(group, original_pixel_size=1.5) for group in placed.groups)
+    write_table(tmp_path / "p.star", replace(placed, groups=groups), placed.half)
+    source = tmp_path / "p.star"
+    if kind == "cs":
+        source = tmp_path / "p.cs"
+        write_cs(source, placed, placed.half)
+        data = np.load(source)
+        names = ("center_x_frac", "center_y_frac", "micrograph_psize_A")
+        fields = [(f"location/{name}", "<f8") for name in names] + [("location/micrograph_shape", "<u4", (2,))]
+        own = [name for name in data.dtype.names if name != "location/micrograph_psize_A"]
+        wide = np.zeros(300, [*((name, data.dtype[name]) for name in own), *fields])
+        for name in own:
+            wide[name] = data[name]
+        wide["location/micrograph_shape"], wide["location/micrograph_psize_A"] = [2000, 1000], 1.5
+        wide["location/center_x_frac"] = placed.coordinates[:, 0] / 1000
+        wide["location/center_y_frac"] = 1 - placed.coordinates[:, 1] / 2000
+        with source.open("wb") as file:
+            np.save(file, wide)
+    preprocess(source, "-o", tmp_path / "out")
+    before = read_particles(source)
+    expected = before.position - before.poses.shift
+    moved = 0.0
+    for name in ("particles.star", *(["particles.cs"] if kind == "cs" else [])):
+        after = read_particles(tmp_path / "out" / name)
+        torch.testing.assert_close(after.position - after.poses.shift, expected, atol=1e-3, rtol=0)
+        moved = float((after.poses.shift - before.poses.shift).abs().max())
+    assert moved > 10

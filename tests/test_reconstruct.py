@@ -383,6 +383,16 @@ def test_folder_that_holds_something_is_left_alone(particles, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["mask", "init"])
+def test_a_run_does_not_remove_what_it_needs(particles, tmp_path, name):
+    backproject(configure(BackprojectConfig), particles, tmp_path / "run")
+    given = tmp_path / "run" / ("mask.mrc" if name == "mask" else "run_class001.mrc")
+    config = change(QUICK, overwrite=True, **{name: given if name == "mask" else str(given)})
+    with pytest.raises(OutputError, match="holds the input"):
+        reconstruct(config, particles, tmp_path / "run")
+    assert given.exists()
+
+
 def test_bad_input_leaves_nothing_behind(particles, tmp_path):
     with pytest.raises(InputError):
         reconstruct(change(QUICK, symmetry="Q7"), particles, tmp_path / "run")

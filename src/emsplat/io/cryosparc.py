@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _TOO_MANY = 10**9  # images of a stack, pixels of a box
 _COUNTED = 2**48
 _SIGNS = (-1.0, 1.0)
 _TOMOGRAPHY = re.compile(r"(sub)?tomo|tilt_?series", re.IGNORECASE)
+_POSE = re.compile(r"(alignments3D|alignments3D_multi|alignments_class_\d+)/pose")
+_METAFILE = re.compile(r"^\s*metafile:\s*['\"]?>?([^'\"\n]+?\.cs)['\"]?\s*$", re.MULTILINE)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -109,9 +112,29 @@ def read_cs(
         notes=tuple(fields.notes),
         sign=sign,
         folders=found.folders,
+        passthrough=tuple(passthrough),
         coordinates=coordinates,
         micrograph_pixel_size=micrograph_pixel_size,
     )
+
+
+def read_group(path: Path) -> tuple[Path, list[Path]]:
+    """The .cs file that a .csg file of cryoSPARC stands for, and the passthrough files that it lists with it.
+
+    Raises:
+        InputError: it cannot be read, or names no .cs file.
+    """
+    require_file(path, "a cryoSPARC .csg file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a cryoSPARC .csg file") from error
+    names = list(dict.fromkeys(_METAFILE.findall(text)))
+    if not names:
+        raise InputError(f"{path}: names no metafile that ends with .cs; give the .cs file itself")
+    files = [path.parent / name for name in names]
+    own = next((file for file in files if "passthrough" not in file.name), files[0])
+    return own, [file for file in files if file != own]
 
 
 def cs_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
@@ -121,7 +144,8 @@ def cs_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
     Raises:
         InputError: a source is no longer readable.
     """
-    own = [_read(path) for path in table.sources]
+    passthrough = table.passthrough if len(table.sources) == 1 else ()
+    own = [_Fields(path, passthrough).joined() for path in table.sources]
     names = [list(data.dtype.names or ()) for data in own]
     ours = [name for name in names[0] if name.startswith(_STAR) and all(name in other for other in names)]
     kept = [name for name in ours if name != _GROUP_NAME]
@@ -132,6 +156,15 @@ def cs_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
         columns[name.removeprefix(_STAR)] = [texts[source][row] for source, row in places]
     other = dict.fromkeys(name for one in names for name in one if name not in {*_CARRIED, *ours})
     return columns, list(other)
+
+
+def cs_names(path: Path) -> list[str]:
+    """Fields of a .cs file and its passthrough files that a table does not carry.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return [name for name in dict.fromkeys(_Fields(path, ()).names) if name not in _CARRIED]
 
 
 def cs_image_keys(path: Path) -> Iterator[tuple[int, str]]:
@@ -194,6 +227,11 @@ class _Fields:
         return any(name in (data.dtype.names or ()) for data in (self._own, *(d for _, d, _ in self._others)))
 
     @property
+    def own(self) -> list[str]:
+        """The columns of the file itself."""
+        return list(self._own.dtype.names or ())
+
+    @property
     def names(self) -> list[str]:
         return [name for data in (self._own, *(d for _, d, _ in self._others)) for name in data.dtype.names or ()]
 
@@ -215,6 +253,14 @@ class _Fields:
         if note not in self.notes:
             self.notes.append(note)
         return np.asarray(values)
+
+    def joined(self) -> Array:
+        """The file with what it lacks from the files that pass it through, but for columns in which these differ."""
+        columns = {}
+        for name in dict.fromkeys(self.names):
+            with suppress(InputError):
+                columns[name] = self.raw(name)
+        return _with(self._own, columns)
 
     def text(self, name: str) -> list[str]:
         values = self.raw(name)
@@ -368,20 +414,24 @@ def _alpha(fields: _Fields, prefix: str, notes: list[str]) -> Tensor:
 def _poses(
     fields: _Fields, pixel_size: NDArray[np.float64], needed: bool
 ) -> tuple[Tensor, NDArray[np.float64], str, Tensor | None]:
-    """Rotations, shifts in Å, the group of fields they come from, and the class of each particle."""
+    """Rotations, shifts in Å, the group of fields they come from, and the class of each particle.
+
+    Those of the file itself, of whatever kind, go before those of its passthrough files, which are of an earlier job.
+    """
     rows = np.arange(len(fields))
     number: NDArray[Any] | None = None
+    names = next((names for names in (fields.own, fields.names) if any(map(_POSE.fullmatch, names))), [])
     classes = sorted(
-        {m[1] for name in fields.names if (m := re.fullmatch(r"(alignments_class_\d+)/pose", name))},
+        {m[1] for name in names if (m := re.fullmatch(r"(alignments_class_\d+)/pose", name))},
         key=lambda name: int(name.rsplit("_", 1)[1]),
     )
-    if fields.has("alignments3D/pose"):
+    if "alignments3D/pose" in names:
         prefix = "alignments3D"
         pose, shift = fields.numbers(f"{prefix}/pose", 3), fields.numbers(f"{prefix}/shift", 2)
         number = (
             fields.whole(f"{prefix}/class", fields.first(f"{prefix}/class")) if fields.has(f"{prefix}/class") else None
         )
-    elif fields.has("alignments3D_multi/pose"):
+    elif "alignments3D_multi/pose" in names:
         prefix = "alignments3D_multi"
         posterior = fields.numbers(f"{prefix}/class_posterior", 0)
         count = posterior.shape[1]
@@ -492,8 +542,9 @@ def write_cs(
     new_images: bool = False,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Particles as a .cs file; of one .cs file with all its fields, else with those that cryoSPARC's refinements use,
-    as also with ``new_images``, where the images are others than those of the source.
+    """Particles as a .cs file; of one .cs file with all its fields and those of its passthrough files, else with those
+    that cryoSPARC's refinements use. What the table has ``changed``, the other hand, and ``new_images``, which are
+    others than those of the source, take the place of the source's fields.
 
     Paths of images stay where they lead to the same stacks from ``path`` too, else they are absolute. ``more`` are
     columns of a STAR file (without "rln") for which cryoSPARC has no field; they are kept as text in fields named
@@ -503,18 +554,12 @@ def write_cs(
         InputError: the source is no longer readable.
         OutputError: it cannot be written.
     """
-    same = not (table.mirrored or new_images)
-    if same and len(table.sources) == 1 and table.sources[0].suffix.lower() == ".cs":
-        data = _read(table.sources[0])[table.row.numpy()]
-        if half is not None and "alignments3D/split" in (data.dtype.names or ()):
-            data["alignments3D/split"] = half.numpy() - 1
-        if "blob/path" in (data.dtype.names or ()):
+    if len(table.sources) == 1 and table.sources[0].suffix.lower() == ".cs":
+        data = _updated(
+            _Fields(table.sources[0], table.passthrough).joined()[table.row.numpy()], table, half, new_images
+        )
+        if not new_images:
             data = _with(data, {"blob/path": _kept_paths(path, table, data["blob/path"])})
-        else:
-            # What came from passthrough files lies elsewhere.
-            whole = _built(table, half, {})
-            own = [name for name in whole.dtype.names or () if name.startswith(("blob/", "ctf/", "location/"))]
-            data = _with(data, {name: whole[name] for name in own if name not in (data.dtype.names or ())})
     else:
         data = _built(table, half, more or {})
         for name in data.dtype.names or ():
@@ -524,9 +569,53 @@ def write_cs(
         np.save(file, data, allow_pickle=False)
 
 
-def _with(data: Array, columns: dict[str, Array]) -> Array:
-    """A table with these columns, in the place of its own ones or after them."""
-    kept = {name: data[name] for name in data.dtype.names or ()} | columns
+def _updated(data: Array, table: ParticleTable, half: Tensor | None, new_images: bool) -> Array:
+    """Rows of a .cs file with what is no longer as it was when they were read."""
+    there = data.dtype.names or ()
+    moved = new_images or table.mirrored or "poses" in table.changed
+    stale = {name for name in there if moved and name.startswith(("alignments3D_multi/", "alignments_class_"))}
+    fresh = set[str]()
+    columns = dict[str, Array]()
+    if moved:
+        fresh |= {f"alignments3D/{name}" for name in ("pose", "shift", "psize_A")}
+        fresh |= {"alignments3D/class"} if stale else set()
+    if new_images:
+        stale |= {name for name in there if name.startswith("blob/")}
+        fresh |= {f"blob/{name}" for name in ("path", "idx", "shape", "psize_A", "sign")}
+        columns |= _places(data, table)
+    if "ctf" in table.changed:
+        fresh |= {f"ctf/{name}" for name in ("df1_A", "df2_A", "scale", "bfactor")}
+        # The scale that was found stands for both factors of cryoSPARC's.
+        columns |= {name: np.ones_like(data[name]) for name in ("alignments3D/alpha",) if name in there}
+    if "aberrations" in table.changed:
+        fresh |= {"ctf/tilt_A", "ctf/anisomag"}
+    if fresh:
+        built = _built(table, half, {})
+        columns |= {name: built[name] for name in built.dtype.names or () if name in fresh}
+    if half is not None:
+        groups = {name.partition("/")[0] for name in {*there, *columns} - stale if _POSE.fullmatch(name)}
+        for name in (f"{group}/split" for group in groups or ("alignments3D",)):
+            own = data[name] if name in there else np.zeros(len(data), np.uint32)
+            split = (half.numpy() - 1).reshape(-1, *[1] * (own.ndim - 1))
+            columns[name] = np.broadcast_to(split, own.shape).astype(own.dtype)
+    return _with(data, columns, without=stale - columns.keys())
+
+
+def _places(data: Array, table: ParticleTable) -> dict[str, Array]:
+    """Where new boxes lie in their micrographs, as cryoSPARC counts it (`_coordinates`), where that is known."""
+    names = [f"location/{name}" for name in ("center_x_frac", "center_y_frac", "micrograph_shape")]
+    if table.coordinates is None or not all(name in (data.dtype.names or ()) for name in names):
+        return {}
+    x, y = table.coordinates.numpy().T
+    rows, columns = data[names[2]].astype(np.float64).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        places = zip(names, (x / columns, 1 - y / rows), strict=False)
+    return {name: np.where(np.isfinite(own), own, data[name]).astype(data[name].dtype) for name, own in places}
+
+
+def _with(data: Array, columns: dict[str, Array], without: Set[str] = frozenset()) -> Array:
+    """A table with these columns, in the place of its own ones or after them, and ``without`` others."""
+    kept = {name: data[name] for name in data.dtype.names or () if name not in without} | columns
     new = np.empty(len(data), np.dtype([(name, values.dtype, values.shape[1:]) for name, values in kept.items()]))
     for name, values in kept.items():
         new[name] = values
@@ -646,8 +735,8 @@ def _drawn(uid: Tensor | None) -> Tensor | None:
 
 
 def _half_sets(fields: _Fields, prefix: str, source: NDArray[np.uint64] | None) -> Tensor | None:
-    name = f"{prefix}/split"
-    if not fields.has(name):
+    name = next((f"{group}/split" for group in (prefix, "alignments3D") if fields.has(f"{group}/split")), None)
+    if name is None:
         return None
     raw = fields.first(name)
     if not np.isin(raw, (0, 1)).all():

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.io.cryodrgn import read_cryodrgn
-from emsplat.io.cryosparc import cs_columns, cs_image_keys, read_cs
+from emsplat.io.cryosparc import cs_columns, cs_image_keys, cs_names, read_cs, read_group
 from emsplat.io.paths import real_paths
 from emsplat.io.relion.read import read_star, star_image_keys
-from emsplat.io.relion.write import common_columns, further_columns, rewrite_table, write_table
+from emsplat.io.relion.write import (
+    common_columns,
+    further_columns,
+    optics_columns,
+    rewrite_table,
+    star_names,
+    write_table,
+)
 from emsplat.io.table import ParticleTable
 
 
@@ -27,8 +34,8 @@ def read_particles(
     need_stacks: bool = True,
     need_poses: bool = True,
 ) -> ParticleTable:
-    """Particles of RELION (.star, .star.gz), of cryoSPARC (.cs, with ``passthrough``), or of cryoDRGN (.mrcs, .mrc or
-    .txt with ``poses`` and ``ctf``).
+    """Particles of RELION (.star, .star.gz), of cryoSPARC (.cs, with ``passthrough``, or the .csg of an export that
+    names both), or of cryoDRGN (.mrcs, .mrc or .txt with ``poses`` and ``ctf``).
 
     Without ``need_stacks`` image stacks may be missing, except cryoDRGN's, which alone know how many images there are.
     Without ``need_poses`` particles that have none are seen from one side, in the centre of their images.
@@ -40,6 +47,9 @@ def read_particles(
     pickles = poses is not None or ctf is not None
     if pickles and kind not in (".mrcs", ".mrc", ".txt"):
         raise InputError(f"{path}: --poses and --ctf go with an image stack (.mrcs, .txt); leave them out")
+    if kind == ".csg":
+        path, listed = read_group(path)
+        kind, passthrough = ".cs", passthrough or listed
     if passthrough and kind != ".cs":
         raise InputError(f"{path}: --passthrough goes with a cryoSPARC .cs file; leave it out")
     if kind == ".gz" and path.with_suffix("").suffix.lower() != ".star":
@@ -94,8 +104,9 @@ def write_used(
     """
     stars = all(is_star(path) for path in table.sources)
     if len(table.sources) > 1 or not stars:
-        kept = common_columns(table) if stars else columns_kept(table)[0]
-        write_table(target, table, half, target.parent if new_images else None, {**kept, **(more or {})})
+        kept = {**(common_columns(table) if stars else columns_kept(table)[0]), **(more or {})}
+        groups = optics_columns(table) if stars else []
+        write_table(target, table, half, target.parent if new_images else None, kept, groups)
     else:
         rewrite_table(table, target, half, new_images=new_images, more=more)
 
@@ -111,7 +122,15 @@ def columns_kept(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]
         return further_columns(table)
     if all(path.suffix.lower() == ".cs" for path in table.sources):
         return cs_columns(table)
-    return {}, []
+    lost = [name for path in table.sources for name in _further_names(path)]
+    return {}, list(dict.fromkeys(lost))
+
+
+def _further_names(path: Path) -> list[str]:
+    """What a file holds besides that which a table carries."""
+    if is_star(path):
+        return star_names(path)
+    return cs_names(path) if path.suffix.lower() == ".cs" else []
 
 
 def image_keys(path: Path) -> Iterator[tuple[int, str]]:

@@ -60,6 +60,7 @@ class ParticleTable:
     sign: float = 1.0  # factor that makes protein bright
     mirrored: bool = False  # poses are those of the other hand than in the sources
     folders: tuple[Path, ...] = ()  # that the names of the stacks start from
+    passthrough: tuple[Path, ...] = ()  # files of cryoSPARC that were named to have what the source lacks
     left_out: int = 0  # rows that repeated an image and were left out for it
     changed: tuple[str, ...] = ()  # not as in the sources: poses, ctf (defocus, scale, B factor), aberrations
 

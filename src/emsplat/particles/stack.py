@@ -14,7 +14,7 @@ from torch import Tensor
 from emsplat.device import CPU, Lane
 from emsplat.errors import InputError
 from emsplat.imaging.ctf import flipped_from_multiplied
-from emsplat.io.table import OpticsGroup, ParticleTable
+from emsplat.io.table import ParticleTable
 from emsplat.maths.groups import C1, Symmetry
 from emsplat.parallel import ALONE, World
 from emsplat.particles.background import MASKED, background_pixels, is_bad
@@ -156,17 +156,22 @@ class ParticleStack:
             optics = replace(optics, treatment=optics.treatment.clamp(max=PHASE_FLIPPED))
         stack, image = torch.zeros_like(group), torch.zeros_like(group)
         shift = table.poses.shift.clone()
+        place, spacing = table.coordinates, table.micrograph_pixel_size
         for number, grid in enumerate(self._kinds()):
             here = _with_grid(grid, self.grids, group)
             part = table.take(here.nonzero()[:, 0])
             stack[here], image[here] = number, image_numbers(part)
             shift[here] -= grid.pixel_size * self._moves(part.poses.shift[first_rows(part)], grid)[image[here]]
+        if place is not None and spacing is not None:  # the box moves with the image, the particle does not
+            known = torch.where(spacing > 0, spacing, torch.inf)[:, None]
+            place = place + (shift - table.poses.shift) / known
         groups = zip(table.groups, self.grids, strict=True)
         return replace(
             table,
+            coordinates=place,
             poses=Poses(table.poses.rotation, shift),
             optics=optics,
-            groups=tuple(OpticsGroup(own.name, grid.pixel_size, grid.size) for own, grid in groups),
+            groups=tuple(replace(own, pixel_size=grid.pixel_size, box=grid.size) for own, grid in groups),
             stacks=tuple(path.absolute() for path in paths),
             stack=stack,
             image=image,

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from emsplat.config import ConvertConfig
 from emsplat.errors import InputError, OutputError
 from emsplat.io.cryodrgn import write_pickles
 from emsplat.io.cryosparc import write_cs
+from emsplat.io.files import replacing
 from emsplat.io.gaussians import convert_model, holds_gaussians
 from emsplat.io.particles import columns_kept, count_stacks, is_star, lost_stacks, write_used
+from emsplat.io.paths import Names
+from emsplat.io.relion.write import lost_in_merging
 from emsplat.io.table import ParticleTable
 from emsplat.particles.choose import read_table, with_boxes
 from emsplat.particles.copies import copies
@@ -86,16 +90,57 @@ def _remarks(table: ParticleTable, config: ConvertConfig, target: Path) -> Itera
 
 def _to_star(table: ParticleTable, target: Path, half: Tensor | None) -> list[str]:
     kept, lost = columns_kept(table)
-    write_used(table, target, half)
     said = []
+    links = _linked(table, target)
+    write_used(table, target, half, more={"ImageName": links} if links else None)
+    if links:
+        said.append(
+            f"RELION takes stacks that are named .mrc for maps; the file names links that are called .mrcs, in "
+            f"{_link_folder(target)}"
+        )
+    if table.sign < 0:
+        said.append(
+            "protein is dark in these images, which emsplat reads from a column of its own, and RELION cannot know; "
+            "for RELION write bright ones: emsplat preprocess"
+        )
     if not table.micrograph_names and "MicrographName" not in kept and not is_star(table.sources[0]):
         said.append(
             "the micrographs are not known, rlnMicrographName is left out; without half-sets they are drawn particle "
             "by particle, or per stack where there are several"
         )
-    if lost and _kinds(table) != {".star"}:
+    if _kinds(table) == {".star"}:
+        if lost := lost_in_merging(table):
+            said.append(f"{_listed(lost, 'rln')} are not in all of the files; they are left out")
+    elif lost:
         said.append(f"a .star file has no place for {_listed(lost, _prefix(table))}; they are left out")
     return said
+
+
+def _linked(table: ParticleTable, target: Path) -> list[str]:
+    """Image names by links to stacks that RELION would take for maps; none where there are no such stacks, or a link
+    cannot be made."""
+    used = torch.unique(table.stack).tolist()
+    files = {number: table.stacks[number] for number in used}
+    wrong = {number: file for number, file in files.items() if file.suffix.lower() == ".mrc" and file.is_file()}
+    if not wrong:
+        return []
+    folder, names = _link_folder(target), Names(target)
+    several = len({file.stem for file in wrong.values()}) < len(wrong)
+    try:
+        folder.mkdir(exist_ok=True)
+        for number, file in wrong.items():
+            link = folder / (f"{number + 1:06d}_{file.stem}.mrcs" if several else f"{file.stem}.mrcs")
+            with replacing(link) as temporary:
+                temporary.symlink_to(file.absolute())
+            files[number] = link
+    except OSError:
+        return []
+    called = {number: names.below(target.parent, file) for number, file in files.items()}
+    return [f"{i + 1:06d}@{called[s]}" for i, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
+
+
+def _link_folder(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_stacks")
 
 
 def _to_cs(table: ParticleTable, target: Path, half: Tensor | None) -> list[str]:

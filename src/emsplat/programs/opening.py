@@ -70,7 +70,7 @@ def open_run(
         _require_usable(stack, config, settings)
     _require_shared_out(stack, world)
     if world.first:
-        prepare_folder(config, particles, folder)
+        prepare_folder(config, particles, folder, stack.table.stacks)
         process = platform.node(), os.getpid()
         log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume, *process))
         report.prepare(torch.get_num_threads())

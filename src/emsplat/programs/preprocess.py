@@ -52,6 +52,10 @@ def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Lo
         raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
     parts = stack.parts()
     paths = [output / f"particles{number or ''}.mrcs" for number in (0, *range(2, len(parts) + 1))]
+    own = {path.resolve() for path in (*table.sources, *table.stacks)}
+    for path in (*paths, output / "particles.star", output / "particles.cs"):
+        if path.resolve() in own:
+            raise OutputError(f"{path}: is an input, and would be replaced; choose another folder with -o")
     start = time.monotonic()
     for part, path in zip(parts, paths, strict=True):
         _write_images(part.once(), path, config, log)

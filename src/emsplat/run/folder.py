@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from emsplat.io.files import TEMPORARY, replacing
 from emsplat.run.files import SETTINGS, SUMMARY
 
 
-def prepare_folder(config: RunConfig, particles: Path, output: Path) -> None:
+def prepare_folder(config: RunConfig, particles: Path, output: Path, stacks: Sequence[Path] = ()) -> None:
     """An empty folder, or with ``resume`` one that holds the same run. Files of a RELION job do not count and stay.
+    ``stacks`` are those of the particles, which are not to be removed any more than other input.
 
     Raises:
         OutputError: it holds something else.
@@ -33,14 +35,26 @@ def prepare_folder(config: RunConfig, particles: Path, output: Path) -> None:
             raise OutputError(
                 f"{output}: does not look like a run folder (no {SETTINGS}); --overwrite removes only those"
             )
-        if particles.resolve().is_relative_to(output.resolve()):
-            raise OutputError(f"{output}: holds the input {particles}; choose another folder with -o")
+        if inside := next((path for path in (particles, *_given(config), *stacks) if _is_below(path, output)), None):
+            raise OutputError(f"{output}: holds the input {inside}; choose another folder with -o")
         for path in _contents(output):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot be made ({error.strerror}); choose another with -o") from error
+
+
+def _given(config: RunConfig) -> Iterator[Path]:
+    """The files and folders that options name."""
+    for value in flat(config).values():
+        for one in value if isinstance(value, tuple) else (value,):
+            if (isinstance(one, Path) and one.exists()) or (isinstance(one, str) and Path(one).is_file()):
+                yield Path(one)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 # What RELION keeps in the folder of a job (RELION_*: how it ended, what it wrote), its pipeliner in hidden files.

@@ -32,6 +32,7 @@ _ASSUMED = {
 }
 _CORRECTED = "CtfDataAreCtfCorrected"
 TREATMENTS = {"CtfDataArePhaseFlipped": PHASE_FLIPPED, "CtfDataAreCtfPremultiplied": PREMULTIPLIED}
+CONTRAST = "emsplatContrast"  # -1 where protein is dark in the images, for which RELION has no column
 MAGNIFICATION = ("MagMat00", "MagMat01", "MagMat10", "MagMat11")
 # What a `ParticleTable` carries from one format to another.
 CARRIED = {
@@ -215,6 +216,7 @@ def read_star(
         micrograph_pixel_size=micrograph_pixel_size,
         warnings=(*_assumptions(columns), *shift_notes, *doubts(path, ctf_values), *found.notes),
         folders=found.folders,
+        sign=_contrast(particles),
     )
 
 
@@ -460,6 +462,18 @@ def _zernikes(columns: _Columns, name: str) -> Float[Tensor, "p z"]:
     width = max(map(len, rows), default=0)
     of_group = np.array([row + [0.0] * (width - len(row)) for row in rows], np.float64).reshape(len(rows), width)
     return torch.from_numpy(of_group[columns.optics_row])
+
+
+def _contrast(particles: Block) -> float:
+    """The factor that makes protein bright; 1 where no column says it, as RELION has it."""
+    tag = f"_{CONTRAST}"
+    found = set(particles.table.text(tag)) if particles.table.has(tag) else {"1"}
+    if not found <= {"1", "-1"} or len(found) != 1:
+        raise InputError(
+            f"{particles.path}: {CONTRAST} is {', '.join(sorted(found)[:5])}; expected 1 (protein is bright) or -1 of "
+            "all particles"
+        )
+    return float(found.pop())
 
 
 def _half_sets(particles: Block) -> Tensor | None:

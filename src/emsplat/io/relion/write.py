@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from emsplat.io.files import require_finite
 from emsplat.io.paths import Names
-from emsplat.io.relion.read import CARRIED, MAGNIFICATION, TREATMENTS, Block, find_tables
+from emsplat.io.relion.read import CARRIED, CONTRAST, MAGNIFICATION, TREATMENTS, Block, find_tables
 from emsplat.io.star import StarFile, Table, Words, read_star_file, write_star_file
 from emsplat.io.table import OpticsGroup, ParticleTable
 from emsplat.maths.geometry import matrix_to_euler
 from emsplat.types import PHASE_FLIPPED, Grid, Optics, Poses
+
+_TILTS = ("BeamTiltX", "BeamTiltY")
 
 
 def rewrite_star(
@@ -109,7 +112,7 @@ def rewrite_table(
     source = table.sources[0]
     file = read_star_file(source)
     particles, optics = find_tables(file)
-    columns: dict[str, list[str]] = {}
+    columns = _contrast(table, particles.table.has(f"_{CONTRAST}"))
     groups: dict[str, list[str]] = {}
     moved = "poses" in table.changed
     if table.mirrored or moved:
@@ -122,6 +125,8 @@ def rewrite_table(
         recorded, rows = _recorded_alike(table.optics, table.groups, table.optics_group)
         columns["OpticsGroup"] = [str(number + 1) for number in recorded.tolist()]
         groups = {name: [row[name] for row in rows] for name in rows[0]}
+        if "OddZernike" in groups:  # which a beam tilt is in now
+            columns |= {name: ["0"] * len(table.row) for name in _TILTS if particles.has(name)}
     else:
         groups = _missing_optics(table, optics)
     if not new_images:
@@ -131,7 +136,7 @@ def rewrite_table(
         columns |= {"ImageName": kept} if kept != written else {}
     else:
         columns["ImageName"] = _new_names(target, table, target.parent)
-        columns |= _flags_of_flipped(particles, table.row)
+        columns |= _flags_of_flipped(particles, table.row) | _places(table, particles)
         pixel_size = torch.tensor([own.pixel_size for own in table.groups], dtype=torch.float64)[table.optics_group]
         if particles.has("Magnification"):
             # 3.0 has the pixel size as that of the detector, in µm, over the magnification.
@@ -152,7 +157,7 @@ def rewrite_table(
         odd = table.optics.aberrations.odd[_first_of_groups(table)]
         groups["OddZernike"] = [f"[{','.join(f'{value:.9g}' for value in row)}]" for row in odd.tolist()]
         # A beam tilt is in the polynomials now.
-        for name in ("BeamTiltX", "BeamTiltY"):
+        for name in _TILTS:
             if optics.has(name):
                 groups[name] = ["0"] * len(table.groups)
             if particles.has(name):
@@ -165,6 +170,24 @@ def rewrite_table(
             if (new_images or moved) and particles.has(f"Origin{axis}PriorAngst"):
                 columns[f"Origin{axis}PriorAngst"] = origins
     _rewrite(file, target, table.row, half, {**columns, **(more or {})}, groups)
+
+
+def _contrast(table: ParticleTable, asked: bool) -> dict[str, list[str]]:
+    """What says that protein is dark: a column of our own, where it is or is ``asked`` for."""
+    return {CONTRAST: [f"{table.sign:.0f}"] * len(table)} if asked or table.sign < 0 else {}
+
+
+def _places(table: ParticleTable, particles: Block) -> dict[str, list[str]]:
+    """Coordinates of new boxes, in which particles may lie elsewhere than in those of the source; its own where the
+    size of a micrograph's pixels is not known."""
+    if table.coordinates is None:
+        return {}
+    places = {}
+    for name, values in zip(("CoordinateX", "CoordinateY"), table.coordinates.T.tolist(), strict=True):
+        texts = particles.text(name)
+        before = [texts[row] for row in table.row.tolist()]
+        places[name] = [f"{v:.6f}" if math.isfinite(v) else text for v, text in zip(values, before, strict=True)]
+    return places
 
 
 def _kept_names(target: Path, table: ParticleTable, written: Sequence[str]) -> list[str]:
@@ -249,15 +272,58 @@ def common_columns(table: ParticleTable) -> dict[str, list[str]]:
 
 def further_columns(table: ParticleTable) -> tuple[dict[str, list[str]], list[str]]:
     """What STAR files hold besides that which a table carries: columns that they share, as in `common_columns`, and the
-    names of those of the optics groups.
+    names of those that only some have, or that belong to optics groups.
 
     Raises:
         InputError: a source is no longer readable.
     """
     columns = {name: texts for name, texts in common_columns(table).items() if name not in CARRIED}
-    optics = [find_tables(read_star_file(path))[1] for path in table.sources]
-    tags = dict.fromkeys(tag.removeprefix("_rln") for block in optics if block is not None for tag in block.table.tags)
-    return columns, [name for name in tags if name not in CARRIED]
+    apart = [*_unshared(table), *(name for group in optics_columns(table) for name in group)]
+    return columns, list(dict.fromkeys(apart))
+
+
+def star_names(path: Path) -> list[str]:
+    """Columns of a STAR file (without "rln"), of particles and optics groups, that a table does not carry.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    particles, optics = find_tables(read_star_file(path))
+    names = [*particles.columns, *([] if optics is None else optics.columns)]
+    return [name for name in dict.fromkeys(names) if name not in CARRIED]
+
+
+def lost_in_merging(table: ParticleTable) -> list[str]:
+    """Columns that only some of the merged STAR files have, and that a file of all therefore lacks.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    groups = optics_columns(table)
+    some = [name for group in groups for name in group if not all(name in other for other in groups)]
+    return list(dict.fromkeys([*_unshared(table), *some]))
+
+
+def _unshared(table: ParticleTable) -> list[str]:
+    own = [find_tables(read_star_file(path))[0].columns for path in table.sources]
+    return [name for names in own for name in names if name not in CARRIED and not all(name in one for one in own)]
+
+
+def optics_columns(table: ParticleTable) -> list[dict[str, str]]:
+    """Of each optics group of a table from STAR files what these say besides that which a table carries; nothing of a
+    3.0 file, which has no such groups.
+
+    Raises:
+        InputError: a source is no longer readable.
+    """
+    rows = []
+    for path in table.sources:
+        _, optics = find_tables(read_star_file(path))
+        names = [] if optics is None else [name for name in optics.columns if name not in CARRIED]
+        texts = [] if optics is None else [optics.text(name) for name in names]
+        count = 1 if optics is None else len(optics.table)
+        rows += [{name: own[row] for name, own in zip(names, texts, strict=True)} for row in range(count)]
+    return rows
 
 
 def write_table(
@@ -266,11 +332,13 @@ def write_table(
     half: Tensor | None,
     folder: Path | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
+    more_of_groups: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """A table from any format as a RELION 3.1 STAR file; images under their full paths, or under paths from ``folder``.
 
     ``more`` are further columns (without "rln"); those that the table itself has go before them. Where image names are
-    among them, these stay if they lead to the same stacks from ``path``.
+    among them, these stay if they lead to the same stacks from ``path``. ``more_of_groups`` are further columns of the
+    optics groups; those that all have are written.
 
     Particles of one optics group that differ in voltage, Cs, amplitude contrast or aberrations become several groups.
 
@@ -287,7 +355,8 @@ def write_table(
     stale = {"AngleRotPrior", "AngleTiltPrior", "AnglePsiPrior"} if table.mirrored else set()
     stale |= {"OriginXPriorAngst", "OriginYPriorAngst"} if folder is not None else set()
     more = {name: texts for name, texts in (more or {}).items() if name not in stale}
-    more = {f"Coordinate{axis}": [f"{v:.6f}" for v in values.tolist()] for axis, values in places_of.items()} | more
+    placed = {f"Coordinate{axis}": [f"{v:.6f}" for v in values.tolist()] for axis, values in places_of.items()}
+    more = (placed | more if folder is None else more | placed) | _contrast(table, False)
     _write_particles(
         path,
         names,
@@ -299,6 +368,7 @@ def write_table(
         half,
         table.particle_class,
         more,
+        more_of_groups,
     )
 
 
@@ -313,8 +383,9 @@ def _write_particles(
     half: Tensor | None,
     particle_class: Tensor | None,
     more: Mapping[str, Sequence[str]],
+    more_of_groups: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    recorded, tables = _recorded_alike(optics, groups, group)
+    recorded, tables = _recorded_alike(optics, groups, group, more_of_groups)
     columns_of = [name for name in tables[0] if all(name in table for table in tables)]
     angles = torch.rad2deg(matrix_to_euler(poses.rotation)).unbind(1)
     numeric = {
@@ -341,14 +412,14 @@ def _write_particles(
     }
     if half is not None:
         columns["RandomSubset"] = [str(value) for value in half.tolist()]
-    apart = {*columns, *TREATMENTS, *MAGNIFICATION, "RandomSubset", "BeamTiltX", "BeamTiltY", "OriginX", "OriginY"}
+    apart = {*columns, *TREATMENTS, *MAGNIFICATION, *_TILTS, "RandomSubset", "OriginX", "OriginY"}
     columns |= {name: list(texts) for name, texts in more.items() if name not in apart}
     recorded_as = {name: [table[name] for table in tables] for name in columns_of}
     write_star_file(path, [("optics", _named(recorded_as)), ("particles", _named(columns))])
 
 
 def _recorded_alike(
-    optics: Optics, groups: Sequence[OpticsGroup], group: Tensor
+    optics: Optics, groups: Sequence[OpticsGroup], group: Tensor, more: Sequence[Mapping[str, str]] = ()
 ) -> tuple[NDArray[np.int64], list[dict[str, str]]]:
     """For each particle the row of an optics table, and that table; RELION keeps these values nowhere else."""
     bent, treatment = optics.aberrations, optics.treatment
@@ -390,5 +461,5 @@ def _recorded_alike(
                 table[name] = f"[{','.join(f'{value:.9g}' for value in coefficients[particle].tolist())}]"
             matrix = bent.magnification[particle].flatten().tolist()
             table |= {name: f"{value:.9g}" for name, value in zip(MAGNIFICATION, matrix, strict=True)}
-        tables.append(table)
+        tables.append(table | dict(more[number] if more else {}))
     return recorded.reshape(-1), tables
