@@ -172,7 +172,8 @@ def test_several_boxes_and_pixel_sizes(several_grids, particles):
         one, other = _equations_by_grid(half, coarse, ALONE)
         assert relative_gain(one, other) == pytest.approx(1, abs=2e-3)
     spectra = (read_all_spectra(halves[0], 10), read_all_spectra(halves[1], 10))
-    searched = search(spectra, 2, 10, None, 0, None, lambda text: None)
+    images = halves[0].image_of_view, halves[1].image_of_view
+    searched = search(spectra, images, 2, 10, None, 0, None, lambda text: None)
     assert searched.found is not None
     assert searched.found.count == 1
     truth = torch.cat([labels(particles), labels(several_grids.parent / "finer" / "particles.star")])
@@ -416,7 +417,10 @@ def test_a_traversal_and_its_movie(run, tmp_path):
         ({}, "either --at"),
         ({"traverse": 9}, "component from 1 to"),
         ({"traverse": 1, "path": (1, 2)}, "either --at"),
-        ({"select": ("z1=0:",), "path": (1, 2)}, "particles are selected without"),
+        ({"select": ("z1=0:",), "path": (1, 2)}, "--path with --select: it belongs to maps"),
+        ({"select": ("z1=0:",), "half": 1}, "--half with --select: it belongs to maps"),
+        ({"path": (1, 2, 2)}, "2 follows 2"),
+        ({"traverse": 1, "straight": True}, "--straight belongs to --path"),
         ({"path": (1,)}, "two states or more"),
         ({"path": (1, 99)}, "from 1 to"),
         ({"path": (1, 2), "frames": 1}, "at least 2 frames"),
@@ -521,8 +525,10 @@ def test_one_state_gives_no_states(simulated, tmp_path, capsys):
         ({"resolution": 2.0}, "at least 4 cycles"),
         ({"components": 0}, "1 c"),
         ({"parts": 0}, "--parts 0: expected at least 1"),
-        ({"points": 0}, "--points 0: expected at least 1"),
-        ({"states": 0}, "--states 0: expected at least 1"),
+        ({"points": 1}, "--points 1: expected at least 2"),
+        ({"states": 1}, "--states 1: expected at least 2"),
+        ({"resolution": float("nan")}, "--resolution nan: expected cycles per box"),
+        ({"engine": "images", "batch": -5}, "--batch -5: expected at least 1"),
         ({"gaussians": 3}, "--gaussians 3: expected at least 10"),
         ({"first": 20}, "particles for 12 components; take more"),
     ],
@@ -621,6 +627,8 @@ def test_memberships_are_few_and_add_up_to_one():
     assert ((few > 0).sum(1) <= 3).all()
     assert (few.argmax(1) == member.argmax(1)).all()
     assert torch.diagonal(overlap(few)) == pytest.approx(1.0)
+    # An image that says nothing belongs somewhere.
+    assert torch.allclose(few_memberships(torch.full((2, 64), 1 / 64)).sum(1), torch.ones(2))
 
 
 def test_the_empirical_map_of_noise_is_empty():

@@ -76,7 +76,7 @@ with joined() as world:
     everywhere = read_everywhere(stack, 5, world)
     found |= {"values": torch.view_as_real(everywhere.values), "turns": everywhere.rotation, "rows": everywhere.row}
     spectra = read_all_spectra(stack, 6, world)
-    assert len(spectra) < 2 * len(stack) and len(torch.unique(spectra.images())) == len(stack)
+    assert len(spectra) < 2 * len(stack)
     *_, subspace = fit_subspace(spectra, 2, torch.Generator().manual_seed(0), ((4, 2), (6, 2)))
     linear = spectra.portion.whole(infer(subspace, spectra).linear)
     (cell,) = gather_cells(stack, torch.ones(2 * len(stack), 1), torch.zeros(1, 1), 24, world=world)

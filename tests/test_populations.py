@@ -116,6 +116,15 @@ def test_a_wide_point_sees_the_integral_over_it():
     assert torch.allclose(cloud.log_likelihood(latents)[:, 0], right, atol=1e-6)
 
 
+def test_no_landscape_along_what_a_half_has_not_found():
+    """Its points lie on a line there, in whatever direction, and have no width across it."""
+    root = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).double()
+    flat = Cloud(torch.zeros(1, 2).double(), torch.ones(1).double(), root)
+    wide = Cloud(torch.zeros(1, 2).double(), torch.ones(1).double(), torch.eye(2).double())
+    assert [flat.fills(axes) for axes in ([0], [1], [0, 1])] == [True, True, False]
+    assert wide.fills([0, 1])
+
+
 def test_a_cloud_in_another_frame():
     cloud = Cloud(torch.tensor([[1.0, 2.0]]).double(), torch.ones(1).double(), 0.1 * torch.eye(2).double())
     frame = Frame(torch.tensor([[0.0, -2.0], [1.0, 0.0]]).double(), torch.tensor([0.5, 0.0]).double())

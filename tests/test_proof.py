@@ -20,7 +20,7 @@ from emsplat.heterogeneity.half import HalfModel
 from emsplat.measures.mask import soft_region
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.programs import heterogeneity as program
-from emsplat.programs.proof import Proof, local_of, proofs
+from emsplat.programs.proof import Proof, _copies, local_of, proofs
 from emsplat.programs.state_engines import StatesFitted
 from emsplat.programs.states import states
 from emsplat.types import Grid
@@ -101,6 +101,17 @@ def test_a_rare_state_and_the_one_of_nearly_all_are_confirmed():
     latents, weight = torch.arange(2).double()[:, None], torch.tensor([0.97, 0.03])
     found = proofs(fitted([true, true], true, 0.3), latents, weight, true[0], GRID, everywhere, 10)
     assert all(one.confirmed for one in found)
+
+
+def test_data_of_a_symmetric_state_count_once():
+    """Under C2: a state to which both views of an image belong, and one that has them singly."""
+    both = fitted([[globule(0, 0, 0)] * 2] * 2, [globule(0, 0, 0)] * 2, 0.3)
+    member = torch.tensor([[1.0, 0.0], [1.0, 0.0]] * 5 + [[0.0, 1.0], [1.0, 0.0]] * 5).double()
+    places = tuple(replace(place, membership=member) for place in both.embeddings)
+    both = replace(both, embeddings=places)
+    copies = [_copies(both, torch.tensor([float(state)]).double(), 2) for state in range(2)]
+    assert copies == pytest.approx([(5 * 4 + 5) / 15, 1.0])
+    assert _copies(both, torch.zeros(1).double(), 1) == 1.0
 
 
 def test_one_state_alone_is_none():

@@ -381,3 +381,13 @@ def test_a_mask_of_ones_own(made, result, tmp_path, capsys):
     write_map(tmp_path / "mask.mrc", torch.zeros(32, 32, 32), 3.0)
     assert main(["score-states", str(result), "--truth", str(made), "--mask", str(tmp_path / "mask.mrc")]) == 2
     assert "mask without a voxel above 0.5" in capsys.readouterr().err
+
+
+def test_a_row_for_each_copy_under_a_symmetry(tmp_path):
+    """A table of emsplat's own is read, and one that repeats particles is not."""
+    lines = [f"{row},1,{copy},{row / 10}" for row in (1, 2) for copy in (1, 2)]
+    (tmp_path / "latents.csv").write_text("row,half,copy,z1\n" + "\n".join(lines) + "\n")
+    assert read_latents(tmp_path / "latents.csv").row.tolist() == [0, 0, 1, 1]
+    (tmp_path / "latents.csv").write_text("row,z1\n1,0.1\n1,0.2\n")
+    with pytest.raises(InputError, match="expected each particle once"):
+        read_latents(tmp_path / "latents.csv")

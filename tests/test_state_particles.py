@@ -1,10 +1,12 @@
 """Particles of states as other programs take them back: of any format, merged, and under a symmetry."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from emsplat.config import ConvertConfig, HeterogeneityConfig, configure
+from emsplat.config import ConvertConfig, HeterogeneityConfig, StatesConfig, configure
 from emsplat.io.cryosparc import read_cs
 from emsplat.io.particles import read_particles
 from emsplat.io.relion.read import find_tables
@@ -14,6 +16,8 @@ from emsplat.particles.choose import open_stack
 from emsplat.particles.copies import copies
 from emsplat.programs.convert import convert
 from emsplat.programs.state_particles import Views, row_numbers, write_particles
+from emsplat.programs.states import states
+from emsplat.sums.statistics import in_one_grey, mark
 
 COUNT = 60
 
@@ -107,6 +111,52 @@ def test_rows_of_merged_files_count_on(star, simulated, tmp_path):
     assert len(own) == COUNT + 40
     assert len(own.stacks) == 2
     assert sum(len(read_particles(path)) for path in (tmp_path / "run" / "states").glob("*.star")) == COUNT + 40
+
+
+def test_rows_of_merged_files_do_not_depend_on_the_order_of_boxes(star, simulated):
+    """Where images of several grids are brought together, those of the commonest come first."""
+    few = simulated(particles=20, box=40, pixel_size=2.4, snr=0.5, atoms=300, seed=4)
+    stack = in_one_grey(open_stack(configure(HeterogeneityConfig, merge=(star,)), few))
+    assert stack.rows.tolist() != sorted(stack.rows.tolist())
+    assert row_numbers(stack).tolist() == list(range(1, COUNT + 21))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_selected_particles_have_the_hand_of_the_run(star, tmp_path, flip):
+    source, run = tmp_path / "particles.cs", tmp_path / "run"
+    convert(ConvertConfig(), star, source)
+    stack = open_stack(configure(HeterogeneityConfig, flip_hand=flip), source)
+    views = views_of(stack)
+    write_particles(stack, views, run)
+    rows = "".join(f"{row + 1},{half},0\n" for row, half in zip(views.row.tolist(), views.half.tolist(), strict=True))
+    (run / "latents.csv").write_text("row,half,z1\n" + rows)
+    (run / "summary.json").write_text(json.dumps({"options": {}, "input": {"file": str(source)}}))
+    paths = states(run, StatesConfig(select=("class=1",)), tmp_path / "out")
+    one, other = (read_particles(path) for path in paths[:2])
+    assert {path.suffix for path in paths[:2]} == {".star", ".cs"}
+    torch.testing.assert_close(one.poses.rotation, other.poses.rotation, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.poses.shift, other.poses.shift, atol=1e-4, rtol=0)
+    assert torch.equal(one.image, other.image)
+
+
+def test_views_of_one_image_go_together(star, tmp_path):
+    """Rows that repeat an image add nothing independent, as little as the elements of a symmetry."""
+    text = star.read_text().rstrip()
+    (star.parent / "twice.star").write_text(text + "\n" + text.splitlines()[-1] + "\n")
+    stack = open_stack(configure(HeterogeneityConfig, symmetry="C2"), star.parent / "twice.star")
+    number = stack.image_of_view
+    assert len(number) == 2 * (COUNT + 1)
+    assert len(torch.unique(number)) == COUNT
+    assert torch.equal(number[::2], number[1::2])
+    assert number[-1] == number[-3]
+
+
+def test_sums_know_what_they_depend_on(star):
+    """Those of other half-sets, symmetries and boxes are not taken for the same."""
+    configs = [{}, {"symmetry": "C2"}, {"box": 24}, {"redraw_halves": True, "seed": 5}]
+    stacks = [open_stack(configure(HeterogeneityConfig, **one), star).only(1) for one in configs]
+    assert len({mark(stack) for stack in stacks}) == len(configs)
+    assert mark(open_stack(configure(HeterogeneityConfig), star).only(1)) == mark(stacks[0])
 
 
 def test_rows_are_those_of_the_input(star, tmp_path):

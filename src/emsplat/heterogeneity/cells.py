@@ -83,7 +83,7 @@ def _sharpening(side: int, pixel_size: float, blur: float) -> Float[Tensor, "z y
 def few_memberships(membership: Float[Tensor, "v m"]) -> Float[Tensor, "v m"]:
     """Only the largest memberships of each view, adding up to 1."""
     value, index = membership.topk(min(_MOST, membership.shape[1]), dim=1)
-    value = torch.where(value < _LEAST, 0.0, value)
+    value[:, 1:] = torch.where(value[:, 1:] < _LEAST, 0.0, value[:, 1:])  # the largest stays, however small
     kept = torch.zeros_like(membership).scatter_(1, index, value)
     return kept / kept.sum(1, keepdim=True)
 

@@ -234,7 +234,7 @@ def _begin(stack: ParticleStack, options: ConformationOptions, start: ImageStart
     centre = seeds(start.volume, grid, count, options.threshold, rng)
     decoder: StateDecoder
     if options.decoder == "separable":
-        own = separable.Shape(latent.shape[1])
+        own = separable.Shape(latent.shape[1], **({} if options.parts is None else {"parts": options.parts}))
         decoder = Decoder(centre, torch.full((count,), width), torch.ones(count), own, generator=rng)
     else:
         shape = NetworkShape(options.features, latent.shape[1], options.hidden)

@@ -29,6 +29,7 @@ _DRAWN = 25  # draws at a time
 _AT_ONCE = 2**22  # numbers of a block of views
 _SAMPLES = 256  # of a point, that tell which states it belongs to
 _ROUNDING = 1e-4  # of all particles
+_FLAT = 1e-6  # of the largest variance: no width
 _SURE, _SEEN = 10.0, 1.0  # images that are known to be at a place, and its standard error in kT, if it is shown
 
 
@@ -88,6 +89,12 @@ class Cloud:
     def within(self, frame: Frame) -> Cloud:
         """In another latent space."""
         return Cloud(frame(self.point), self.weight, frame.turn @ self.root)
+
+    def fills(self, axes: Sequence[int]) -> bool:
+        """Whether its width is of as many dimensions as these axes."""
+        own = torch.linalg.eigvalsh((self.root @ self.root.T)[list(axes)][:, list(axes)])
+        whole = torch.linalg.eigvalsh(self.root @ self.root.T)
+        return bool(own[0] > _FLAT * whole[-1])
 
     def kernel(self, place: Float[Tensor, "p d"], axes: Sequence[int]) -> tuple[Float[Tensor, "p m"], float]:
         """How much each point counts at places along some of the axes, 1 at itself, and the integral of that."""

@@ -152,8 +152,7 @@ def refreshed(
     for point, weight, own_part, other_part, mean in zip(tried, weights, own, other, alone.T, strict=True):
         embedding, gain = _embedded(point, weight, own_part, other_part, before.precision)
         found.append(Refreshed(embedding, gain, mean))
-    image = torch.arange(len(before.other)) // stacks[1].symmetry.order
-    best = int(world.told(str(fewest([one.gain for one in found], image))))
+    best = int(world.told(str(fewest([one.gain for one in found], stacks[1].image_of_view))))
     return _spread(found[best], world) if best else placed
 
 

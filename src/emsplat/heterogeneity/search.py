@@ -88,6 +88,7 @@ def stages(radius: int) -> tuple[tuple[int, int], ...]:
 
 def search(
     spectra: tuple[AnySpectra, AnySpectra],
+    images: tuple[Int[Tensor, " v"], Int[Tensor, " w"]],
     components: int,
     radius: int,
     points: int | None,
@@ -105,13 +106,13 @@ def search(
     what follows.
     """
     if support is not None:
-        return _search(spectra, components, radius, points, seed, (support, support), tell, look)
+        return _search(spectra, images, components, radius, points, seed, (support, support), tell, look)
     molecules = _molecule(spectra[0], radius), _molecule(spectra[1], radius)
-    inside = _search(spectra, components, radius, points, seed, molecules, tell, look)
+    inside = _search(spectra, images, components, radius, points, seed, molecules, tell, look)
     if inside.found is not None:
         return inside
     tell("  nothing within the molecule; in the whole sphere")
-    whole = _search(spectra, components, radius, points, seed, (None, None), tell, look)
+    whole = _search(spectra, images, components, radius, points, seed, (None, None), tell, look)
     return max(inside, whole, key=lambda own: (own.found is not None, own.gain.value))
 
 
@@ -125,6 +126,7 @@ def _molecule(spectra: AnySpectra, radius: int) -> Float[Tensor, "z y x"]:
 
 def _search(
     spectra: tuple[AnySpectra, AnySpectra],
+    images: tuple[Int[Tensor, " v"], Int[Tensor, " w"]],
     components: int,
     radius: int,
     points: int | None,
@@ -148,7 +150,7 @@ def _search(
     subspaces = (found[0], found[1])
     embedded = tuple(tuple(_all_of(infer(subspace, views), views) for views in spectra) for subspace in subspaces)
     bright = brightness(subspaces[0], spectra[0]), brightness(subspaces[1], spectra[1])
-    image = torch.cat([spectra[1].images(), spectra[0].images() + int(spectra[1].images().max()) + 1])
+    image = torch.cat([images[1], images[0] + int(images[1].max()) + 1])
     world = spectra[0].portion.world
     told = _judged(subspaces, embedded, bright, image, points, seed, tell) if world.first else None
     return spread(told, world)
@@ -197,6 +199,8 @@ def _judged(
         .distinct(latents[half][half].quadratic.mean(0))
         for half in (0, 1)
     ]
+    if min(map(len, densities)) < 2:  # one state each: halves that differ in their mean map
+        return Search(subspaces, gains, by_number, None)
     return Search(subspaces, gains, by_number, Found(count, (densities[0], densities[1]), latents, bright))
 
 

@@ -102,7 +102,8 @@ def read_latents(path: Path) -> LatentTable:
     row = classes = None
     if "row" in columns:
         row = as_whole(path, "row", columns["row"]) - 1
-        if len(set(row.tolist())) < len(row) or int(row.min()) < 0:
+        copy = columns.get("copy", [""] * len(row))  # under a symmetry
+        if len(set(zip(row.tolist(), copy, strict=True))) < len(row) or int(row.min()) < 0:
             raise InputError(f"{path}: column row; expected each particle once, counted from 1")
     if "class" in columns and any(columns["class"]):
         _, number = np.unique(np.array(columns["class"]), return_inverse=True)

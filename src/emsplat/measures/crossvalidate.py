@@ -72,8 +72,9 @@ def _voxels(size: int, device: torch.device) -> Float[Tensor, " s"]:
 class CrossValidation:
     """The two back-projections and a mask: all that stays the same while models come and go.
 
-    ``copies`` is the number of elements of the symmetry that was imposed on the maps: of as many coefficients only one
-    is independent. Maps may be on a GPU, all on the same device; what is made of their shells is on the CPU.
+    ``copies`` is the number of elements of the symmetry that was imposed on the maps, or fewer where only some images
+    count under all of them: of as many coefficients only one is independent. Maps may be on a GPU, all on the same
+    device; what is made of their shells is on the CPU.
 
     Raises:
         InputError: through `fsc`, when maps and mask do not belong together.
@@ -84,7 +85,7 @@ class CrossValidation:
         raw: tuple[Float[Tensor, "z y x"], Float[Tensor, "z y x"]],
         mask: Float[Tensor, "z y x"],
         grid: Grid,
-        copies: int = 1,
+        copies: float = 1.0,
     ) -> None:
         self.grid = grid
         self._mask = mask

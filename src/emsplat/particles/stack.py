@@ -143,6 +143,12 @@ class ParticleStack:
         used = {grid for number, grid in enumerate(self.grids) if number in present}
         return [grid for grid in dict.fromkeys((self.grid, *self.grids)) if grid in used]
 
+    @property
+    def image_of_view(self) -> Int[Tensor, " v"]:
+        """Equal numbers for views of one particle: all its rows, each under every element of the symmetry. Views of a
+        row are neighbours."""
+        return particle_numbers(self.table.take(self.rows)).repeat_interleave(self.symmetry.order)
+
     def once(self) -> ParticleStack:
         """These particles with each image once, in its first row."""
         return self.take(first_rows(self.table.take(self.rows)))

@@ -83,7 +83,7 @@ from emsplat.run.journal import Gained
 from emsplat.run.log import Log
 from emsplat.run.stop import require_time
 from emsplat.sums.spectra import read_all_spectra
-from emsplat.sums.statistics import fingerprint, in_one_grey
+from emsplat.sums.statistics import in_one_grey, mark
 from emsplat.types import Grid
 
 _SHOWN = 4  # components to look at on the way
@@ -164,13 +164,16 @@ def _refuse(config: HeterogeneityConfig) -> None:
     if engine_of(config) == "images":
         conformation_options(config)
     for name, value, least in (
-        ("points", given.points, 1),
+        ("points", given.points, 2),
         ("parts", given.parts, 1),
-        ("states", given.states, 1),
+        ("states", given.states, 2),
+        ("batch", given.batch, 1),
         ("gaussians", given.gaussians, 2 * (given.parts or 5)),
     ):
         if value is not None and value < least:
             raise InputError(f"--{name} {value}: expected at least {least}")
+    if not math.isfinite(given.resolution):
+        raise InputError(f"--resolution {given.resolution}: expected cycles per box, such as 20")
     if given.from_run is not None:
         asked = HeterogeneityOptions()
         for name in ("components", "points", "resolution", "focus"):
@@ -184,15 +187,16 @@ def _refuse(config: HeterogeneityConfig) -> None:
 
 def _search(run: Run[HeterogeneityConfig]) -> Search:
     options, stack, world = run.config.heterogeneity, run.stack, run.world
-    kept, mark = run.folder / SEARCH, fingerprint(stack)
+    kept = run.folder / SEARCH
+    halves = [stack.only(half) for half in (1, 2)]
+    of_particles = " ".join(map(mark, halves))
     if world.agree(world.first and kept.is_file()):
         run.log.line("resuming: the linear stage is done")
-        return spread(read_search(kept, mark) if world.first else None, world)
+        return spread(read_search(kept, of_particles) if world.first else None, world)
     if options.from_run is not None:
         run.log.line(f"linear stage of {options.from_run}")
-        return spread(read_search(options.from_run / SEARCH, mark) if world.first else None, world)
+        return spread(read_search(options.from_run / SEARCH, of_particles) if world.first else None, world)
     radius = finest(run)
-    halves = [stack.only(half) for half in (1, 2)]
     for half, own in enumerate(halves):
         if len(own) <= options.components:
             raise InputError(
@@ -209,6 +213,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
     with run.log.part("linear stage", "linear stage: directions in which particles differ"):
         searched = search(
             spectra,
+            (halves[0].image_of_view, halves[1].image_of_view),
             options.components,
             radius,
             options.points,
@@ -218,7 +223,7 @@ def _search(run: Run[HeterogeneityConfig]) -> Search:
             look,
         )
     if world.first:
-        save_search(kept, searched, mark)
+        save_search(kept, searched, of_particles)
     return searched
 
 
@@ -345,7 +350,8 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         consensus,
         grid,
         mask_of,
-        finest(run),
+        searched.subspaces[0].lattice.radius,
+        stack.symmetry.order,
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
     linear = searched.found if engine_of(run.config) == "cells" else None
@@ -439,7 +445,8 @@ def _correct(
     for kind, ((one, raw_one), (other, raw_other)) in (("", maps), ("plain_", plain)):
         for name, mask in masks.items():
             if mask is not None:
-                curve = CrossValidation((raw_one, raw_other), mask, grid).curve((one, other))
+                validation = CrossValidation((raw_one, raw_other), mask, grid, run.stack.symmetry.order)
+                curve = validation.curve((one, other))
                 about[kind + name] = resolution(curve, 0.5)
     for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs")):
         corrected, uncorrected = (_spacing(about.get(kind + name)) for kind in ("", "plain_"))

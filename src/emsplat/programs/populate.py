@@ -82,7 +82,7 @@ def populations(
     members = [own.membership for own in embeddings]
     smoothed = None
     if found is not None and classes is None:
-        image = [torch.arange(len(own)) // order for own in rows]
+        image = [stack.only(half).image_of_view for half in (1, 2)]
         smoothed = _smoothed(found, back, (image[0], image[1]), counts, seed)
         # Points stand for what lies about them.
         placed = [replace(own, root=wide.root) for own, wide in zip(placed, smoothed.clouds, strict=True)]
@@ -134,9 +134,11 @@ def _units(stack: ParticleStack, rows: Int[Tensor, " v"]) -> tuple[Int[Tensor, "
 
 def _landscape(weighed: Weighed) -> tuple[list[FreeEnergy], FreeEnergy | None]:
     count = weighed.clouds[0].point.shape[1]
+    # A half may have found fewer components, and then no width along the others.
+    count = next((k for k in range(count) if not all(cloud.fills([k]) for cloud in weighed.clouds)), count)
     lines = [torch.linspace(*span(weighed, axis), _PROFILE, dtype=torch.float64) for axis in range(count)]
     profiles = [weighed.free_energy(line[:, None], [axis]) for axis, line in enumerate(lines)]
-    if count < 2:
+    if count < 2 or not all(cloud.fills([0, 1]) for cloud in weighed.clouds):
         return profiles, None
     across, up = (torch.linspace(*span(weighed, axis), _PLANE, dtype=torch.float64) for axis in (0, 1))
     return profiles, weighed.free_energy(torch.cartesian_prod(across, up), [0, 1])

@@ -126,6 +126,11 @@ def _matched(path: Path, latents: LatentTable, truth: Truth, *, partial: bool) -
     """The rows of the truth that latents belong to."""
     count, known = len(latents.z), len(truth.state)
     row = latents.row
+    if row is not None and len(torch.unique(row)) < len(row):
+        raise InputError(
+            f"{path}: particles stand there once for each element of a symmetry, which the truth does not have; "
+            "score a run without --symmetry"
+        )
     if row is not None and int(row.max()) >= known:
         raise InputError(
             f"{path}: row {int(row.max()) + 1}, but {truth.folder} has {known:,} particles; expected the truth of the "

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,11 @@ def _write_cs(run: Path, table: ParticleTable, lines: _Lines, target: Path, rows
     if source is not None and source.suffix.lower() == ".cs" and source.is_file() and "copy" not in lines.columns:
         whole = read_cs(source, need_stacks=False)
         if int(lines.row.max()) <= len(whole):
-            write_cs(target, whole.take(lines.row[rows] - 1), half)
+            chosen, found = whole.take(lines.row[rows] - 1), table.take(rows).poses
+            # The run may have taken the other hand.
+            if not torch.allclose(chosen.poses.rotation, found.rotation, atol=1e-5):
+                chosen = replace(chosen, poses=found, changed=("poses",))
+            write_cs(target, chosen, half)
             return
     own = table.take(rows)
     write_cs(target, own, half, more=columns_kept(own)[0])

@@ -55,7 +55,7 @@ from emsplat.programs.state_options import conformation_options, starts_at_rando
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
 from emsplat.run.history import History
 from emsplat.run.stop import checkpoints, require_time
-from emsplat.sums.statistics import equations_of, fingerprint
+from emsplat.sums.statistics import equations_of, mark
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
 _MOST_CELLS = 64  # of a fit to images
@@ -106,7 +106,7 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
         again = between and before.embedding is firsts[half]
         final = _placed_anew(run, searched, half, model, before, between=again)
         embeddings.append(final.embedding)
-        told.append(mean_gain(final.gain - final.mean, torch.arange(len(final.gain)) // run.stack.symmetry.order))
+        told.append(mean_gain(final.gain - final.mean, run.stack.only(2 - half).image_of_view))
     if not world.first:
         return None
     kernels = [_kernel(placed.embedding) for placed in places]
@@ -267,13 +267,13 @@ def gathered(
 ) -> Cells:
     """The sums of the cells of a half-set (0 or 1): of this run or of the one that it is ``--from``, or made now."""
     stack, log, world = run.stack.only(half + 1), run.log, run.world
-    mark, name = fingerprint(stack), cells_name(half + 1, fine)
+    of_particles, name = mark(stack), cells_name(half + 1, fine)
     path, source = run.folder / name, run.config.heterogeneity.from_run
     if source is not None and not fine and not path.is_file() and (source / name).is_file():
         path = source / name
     if world.agree(world.first and path.is_file()):
         log.line(f"half {half + 1}: sums of cells from {path}")
-        return spread_cells(read_cells(path, mark) if world.first else None, world)
+        return spread_cells(read_cells(path, of_particles) if world.first else None, world)
     count = len(embedding.density)
     said = f"half {half + 1}: sums of {count} cells, {window.support} voxels across"
     with log.part("cells", said), log.progress("cells", count, unit="cells") as update:
@@ -284,7 +284,7 @@ def gathered(
 
         cells = cells_of(stack, embedding, window, told, world)
     if world.first:
-        save_cells(path, cells, mark)
+        save_cells(path, cells, of_particles)
     return cells
 
 

@@ -41,7 +41,7 @@ def row_numbers(stack: ParticleStack) -> Int[Tensor, " p"]:
     place among all particles that are used."""
     number = stack.table.row + 1
     if len(stack.table.sources) > 1:
-        number = torch.zeros_like(number).index_copy(0, stack.rows, torch.arange(1, len(stack) + 1))
+        number = torch.zeros_like(number).index_copy(0, stack.rows.sort().values, torch.arange(1, len(stack) + 1))
     return number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,9 @@ def states(run: Path, config: StatesConfig, output: Path, log: Log | None = None
     """
     log = log or Log()
     if config.select:
-        if config.at is not None or config.path or config.traverse is not None or config.movie:
-            raise InputError("--select: particles are selected without --at, --path, --traverse and --movie")
+        maps = ("at", "half", "path", "straight", "traverse", "frames", "movie", "gaussians")
+        if others := [name for name in maps if getattr(config, name) != getattr(StatesConfig(), name)]:
+            raise InputError(f"--{others[0]} with --select: it belongs to maps; select particles without it")
         return select_particles(run, config.select, output, config.overwrite, log)
     with threads(config.threads):
         models = read_models(run)
@@ -99,7 +101,11 @@ def _latents(run: Path, config: StatesConfig, model: HalfModel) -> Float[Tensor,
             "component, or --select"
         )
     count = model.density.point.shape[1]
+    if config.straight and not config.path:
+        raise InputError("--straight belongs to --path; leave it out or add that")
     if config.at is not None:
+        if config.frames != StatesConfig().frames:
+            raise InputError("--frames with --at: there is one map for each row of the table; leave it out")
         return _table(config.at, count)
     if config.frames < 2:
         raise InputError(f"--frames {config.frames}: expected at least 2 frames")
@@ -113,6 +119,8 @@ def _latents(run: Path, config: StatesConfig, model: HalfModel) -> Float[Tensor,
             f"--path {' '.join(map(str, config.path))}: expected two states or more from 1 to {len(known)} "
             f"({run / STATES / STATES_TABLE})"
         )
+    if twice := next((one for one, other in itertools.pairwise(config.path) if one == other), None):
+        raise InputError(f"--path: {twice} follows {twice}; expected two different states one after the other")
     corners = known[[number - 1 for number in config.path]]
     if not config.straight:
         corners = through_density(corners, model.density.point, model.density.weight, model.precision)

@@ -48,10 +48,6 @@ class Spectra:
         """As of images of several grids."""
         return (self,)
 
-    def images(self) -> Int[Tensor, " v"]:
-        """A number for the image of each view, of those of all processes."""
-        return _images_of_all(self)
-
     def within(self, radius: float) -> Float[Tensor, "k 2"]:
         """The frequencies of up to ``radius`` cycles per box, which are the first ones."""
         inside = torch.linalg.vector_norm(self.frequency, dim=1) <= radius
@@ -102,17 +98,8 @@ class SpectraOfGrids:
             before += one.count
         return Portion(own[0].world, torch.cat(rows), before)
 
-    def images(self) -> Int[Tensor, " v"]:
-        """As of `Spectra`."""
-        return _images_of_all(self)
-
 
 AnySpectra = Spectra | SpectraOfGrids
-
-
-def _images_of_all(spectra: AnySpectra) -> Int[Tensor, " v"]:
-    portion, image = spectra.portion, spectra.image.long()
-    return image if portion.rows is None else portion.whole(spectra.row[image])
 
 
 def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:

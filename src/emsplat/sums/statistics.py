@@ -272,6 +272,13 @@ def fingerprint(stack: ParticleStack) -> str:
     return digest.hexdigest()[:16]
 
 
+def mark(stack: ParticleStack) -> str:
+    """A short name of all that sums over these particles depend on: their list, the symmetry, and the grid."""
+    elements = stack.symmetry.elements.numpy().round(6).tobytes()
+    about = f"{fingerprint(stack)} {stack.grid.size} {stack.grid.pixel_size:.6f}".encode()
+    return hashlib.sha256(about + elements).hexdigest()[:16]
+
+
 def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
     """Empty sums for a stack, on its own grid or another, where its images come."""
     elements = hashlib.sha256(stack.symmetry.elements.numpy().round(6).tobytes()).hexdigest()[:8]
