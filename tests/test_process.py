@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -131,27 +130,6 @@ def test_too_little_memory_is_said(particles, tmp_path, monkeypatch):
     log = Log()
     backproject(configure(BackprojectConfig), particles, tmp_path / "run", log)
     assert any("of memory will be needed, and 100 MB are free" in warning for warning in log.warnings)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is that of glibc")
-@pytest.mark.parametrize("owned", [True, False])
-def test_freed_memory_is_kept_by_the_command_line_alone(owned):
-    """A library gives back what it frees, as whoever calls it expects."""
-    code = f"""
-from emsplat import process
-import torch
-def resident():
-    return 4096 * int(open("/proc/self/statm").read().split()[1])
-if {owned}:
-    process.settle()
-process.keep_freed_memory()
-before = resident()
-numbers = torch.ones(50_000_000)
-del numbers
-print(resident() - before)
-"""
-    kept = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert kept > 1e8 if owned else kept < 1e8
 
 
 def test_threads_are_those_asked_for_and_given_back(monkeypatch):

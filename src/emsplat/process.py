@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import atexit
 import codecs
-import ctypes
 import io
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -31,8 +29,6 @@ from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.granted import granted_cores
 
 _IMPORTED = time.monotonic()
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
-_settled = False  # whether this process is the command line's own
 _STOPPING = ("SIGTERM", "SIGHUP", "SIGUSR1")
 # Letters of the field, and lines that tables and help texts are framed with, where a terminal has only ASCII.
 _PLAIN = {
@@ -68,18 +64,6 @@ def threads(wanted: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> None:
-    """What is freed stays with this process for what comes next. The system clears all memory that it hands out, which
-    for boxes above 256 is up to a third of all processor time; what is kept in pieces adds up to a quarter to the peak.
-
-    Does nothing where emsplat is a library in somebody else's process, nor without glibc.
-    """
-    if _settled and platform.libc_ver()[0] == "glibc":
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(_MMAP_MAX, 0)
-        malloc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def go_on_alone(wanted: int | None, processes: int) -> None:
@@ -230,8 +214,6 @@ def run(program: str, command: Callable[[], int]) -> int:
 
 def settle() -> None:
     """Streams, signals, and the environment of the libraries that are imported later, for the command line."""
-    global _settled
-    _settled = True
     # A descriptor that a daemon has closed would be given to the next file, and be written into by who prints.
     for number in range(3):
         try:

@@ -26,7 +26,7 @@ from emsplat.parallel import ALONE, World
 from emsplat.particles.choose import open_stack, with_boxes
 from emsplat.particles.copies import Copies, copies, mixed_classes, particle_numbers
 from emsplat.particles.stack import ParticleStack
-from emsplat.process import describe_threads, keep_freed_memory
+from emsplat.process import describe_threads
 from emsplat.programs.estimate import estimate_of, speed_of_core
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
@@ -39,8 +39,6 @@ from emsplat.sums.statistics import fingerprint, memory_of_sums
 from emsplat.types import Grid
 
 C = TypeVar("C", bound=RunConfig)
-_PLENTY = 2.0  # times what a run needs
-_LARGE = 200  # pixels: what maps of fewer have freed is kept anyway
 _OF_THE_FILE = "of the file"
 
 
@@ -97,7 +95,7 @@ def open_run(
             speed=speed_of_core(),
         )
         log.line(f"  estimated{', from the beginning' if config.run.resume else ''}: {needed.text}")
-        _use_memory(needed.memory * world.on_this_machine, stack.grid, log)
+        _look_at_memory(needed.memory * world.on_this_machine, stack.grid, log)
         for part in needed.parts:
             log.journal.add(part)
     run = Run(config, particles, folder, log, stack, skipped, finding, world, needed)
@@ -109,18 +107,14 @@ def open_run(
     return run
 
 
-def _use_memory(needed: float, grid: Grid, log: Log) -> None:
-    """Takes memory for speed where there is plenty, and warns where there is too little."""
+def _look_at_memory(needed: float, grid: Grid, log: Log) -> None:
+    """Warns where there is less than will be needed."""
     free = free_memory()
-    if free is None:
-        return
-    if needed > free:
+    if free is not None and needed > free:
         log.warn(
             f"about {data_size(needed)} of memory will be needed, and {data_size(free)} are free: the system may end "
             f"this run. Close other programs, ask the queue for more, or take fewer pixels than {grid.size} (--box)"
         )
-    elif grid.size > _LARGE and _PLENTY * needed < free:
-        keep_freed_memory()
 
 
 def _require_usable(stack: ParticleStack, config: RunConfig, settings: Settings | None) -> None:
