@@ -15,7 +15,6 @@ from emsplat.io.cryosparc import write_cs
 from emsplat.io.files import replacing
 from emsplat.io.gaussians import convert_model, holds_gaussians
 from emsplat.io.particles import columns_kept, count_stacks, is_star, lost_stacks, write_used
-from emsplat.io.paths import Names
 from emsplat.io.relion.write import lost_in_merging
 from emsplat.io.table import ParticleTable
 from emsplat.particles.choose import read_table, with_boxes
@@ -124,10 +123,10 @@ def _linked(table: ParticleTable, target: Path) -> list[str]:
     wrong = {number: file for number, file in files.items() if file.suffix.lower() == ".mrc" and file.is_file()}
     if not wrong:
         return []
-    folder, names = _link_folder(target), Names(target)
+    folder = _link_folder(target).absolute()  # RELION looks from where it runs
     several = len({file.stem for file in wrong.values()}) < len(wrong)
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for number, file in wrong.items():
             link = folder / (f"{number + 1:06d}_{file.stem}.mrcs" if several else f"{file.stem}.mrcs")
             with replacing(link) as temporary:
@@ -135,8 +134,7 @@ def _linked(table: ParticleTable, target: Path) -> list[str]:
             files[number] = link
     except OSError:
         return []
-    called = {number: names.below(target.parent, file) for number, file in files.items()}
-    return [f"{i + 1:06d}@{called[s]}" for i, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
+    return [f"{i + 1:06d}@{files[s]}" for i, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
 
 
 def _link_folder(target: Path) -> Path:
