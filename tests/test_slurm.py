@@ -82,7 +82,8 @@ def test_a_job_in_parts_runs_without_processes_that_talk(simulated, tmp_path, ca
     """Its commands, run here one after the other, give the map of the whole."""
     particles = simulated(particles=300)
     monkeypatch.chdir(tmp_path)
-    text, _ = job(["--parts", 3, "--threads", 1, "backproject", particles, "-o", "my run", "--diameter", 100], capsys)
+    given = ["--parts", 3, "--threads", 1, "--time", "2:00:00"]  # not the estimate: this machine may have more to do
+    text, _ = job([*given, "backproject", particles, "-o", "my run", "--diameter", 100], capsys)
     (tmp_path / "job.sh").write_text(text)
     assert "--array=2-3 job.sh" in text
     ran = []
