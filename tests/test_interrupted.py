@@ -314,15 +314,25 @@ def mixed(simulated, tmp_path_factory):
     return simulate(configure(SimulateConfig, **known), folder / "model.pdb", folder / "particles")
 
 
+# Decoders of few Gaussians, and of fewer steps: what is looked at is who does what.
+QUICK_STATES = """
+import sys
+from emsplat.process import settle
+settle()
+import emsplat.heterogeneity.states as states
+states._FIRST, states._FINE = 256, (0.4, 0.1)
+from emsplat.__main__ import main
+sys.exit(main())
+"""
 STATES_WORDS = ["--components", "1", "--points", "3", "--resolution", "8", "--gaussians", "64", "--threads", "1"]
 
 
 @pytest.mark.slow
 def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, tmp_path):
     words = ["heterogeneity", mixed, *STATES_WORDS]
-    (alone,) = ends(start(1, *words, "-o", tmp_path / "one"))
+    (alone,) = ends(start(1, *words, "-o", tmp_path / "one", program=QUICK_STATES))
     assert alone[0] == 0, alone
-    said = ends(start(3, *words, "-o", tmp_path / "many"))
+    said = ends(start(3, *words, "-o", tmp_path / "many", program=QUICK_STATES))
     assert [(code, errors) for code, _, errors in said] == [(0, "")] * 3
     assert [text for _, text, _ in said[1:]] == [""] * 2
     expected_parts_came(tmp_path / "many")
@@ -338,13 +348,13 @@ def test_processes_share_a_search_for_states_out_and_any_number_goes_on(mixed, t
     assert many["states_gain"] == pytest.approx(one["states_gain"], abs=one["states_gain_error"])
     assert the_same(tmp_path / "many" / "consensus.mrc", tmp_path / "one" / "consensus.mrc", 1e-2)
     # One is killed once a coarse model is written; another number goes on.
-    running = start(2, *words, "-o", tmp_path / "cut")
+    running = start(2, *words, "-o", tmp_path / "cut", program=QUICK_STATES)
     wait_for((tmp_path / "cut" / coarse_model_name(2)).is_file, running)
     running[1].kill()
     said = ended_together(running)
     assert said[0][0] == 1
     assert re.fullmatch(r"emsplat, rank 0 of 2 \(.*\): rank 1 of 2 \(.*--resume.*\n", said[0][2])
-    resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
+    resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume", program=QUICK_STATES))
     assert [code for code, *_ in resumed] == [0] * 3, resumed
     assert "resuming: the linear stage is done" in resumed[0][1]
     assert read_summary(tmp_path / "cut")["heterogeneity"]["states_confirmed"] == one["states_confirmed"]
