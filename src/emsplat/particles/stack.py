@@ -217,6 +217,12 @@ class ParticleStack:
         """The same particles, each in its own pose only."""
         return replace(self, symmetry=C1)
 
+    def in_grey(self, grey: Float[Tensor, " n"]) -> ParticleStack:
+        """The same particles with the CTF's factor times one of each row of the table, such that one map fits all
+        grids. It is not for files: columns of the table stay those that were read."""
+        optics = self.table.optics
+        return replace(self, table=replace(self.table, optics=replace(optics, scale=optics.scale * grey)))
+
     def with_poses(self, poses: Poses) -> ParticleStack:
         """The same particles in other poses, one for each (float64); those of other rows of the table stay.
 

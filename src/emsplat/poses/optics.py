@@ -80,8 +80,8 @@ def refine_optics(
 ) -> tuple[Optics, Spread]:
     """The optics of the particles of a stack, refined at the poses that they have, and how wide the changes are.
 
-    ``noise`` are the spectra of its `parts`; ``strength`` is scale and B factor. Means over all stay. Processes of a
-    ``world`` share the particles out, hear equally often, and have all in the end.
+    ``noise`` are the spectra of its `parts`; ``strength`` is scale and B factor. Means over all stay, of the scale
+    those over each part. Processes of a ``world`` share the particles out, hear equally often, and have all in the end.
 
     Raises:
         InputError: an image cannot be used.
@@ -109,10 +109,11 @@ def refine_optics(
     for part, spectrum in parts:
         found.append(asked(part, spectrum, spread, sum(map(len, places))))
         places.append(position[part.rows])
+    # A common factor is the map's, or that of a grid's grey values; a common defocus is hardly told from it.
+    found = [replace(own, logscale=own.logscale - own.logscale.mean()) for own in found]
     changes, order = Changes.joined(found), torch.argsort(torch.cat(places))
     moved, logscale, b_factor = (x[order] for x in (changes.defocus, changes.logscale, changes.b_factor))
-    # A common factor is the map's, and a common defocus hardly told from it.
-    moved, logscale, b_factor = moved - moved.mean(), logscale - logscale.mean(), b_factor - b_factor.mean()
+    moved, b_factor = moved - moved.mean(), b_factor - b_factor.mean()
     changed = replace(
         optics,
         defocus_u=optics.defocus_u + moved,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.assessment.maps import given_mask, particle_mask
@@ -77,10 +77,12 @@ def make_round(
     settings: Settings,
     before: Refined,
     classical: Classical,
+    grey: Float[Tensor, " n"],
     moment: Checkpoints,
     known: KnownStates | None = None,
 ) -> Refined:
-    """Every particle placed against the reference of its own half, or where states are known that of its state.
+    """Every particle placed against the reference of its own half, or where states are known that of its state;
+    ``grey`` are factors of rows of the table that bring it to their grey values (`ParticleStack.in_grey`).
     Processes share the particles out, and have all of them in the end."""
     log, world, stack, grid = run.log, run.world, before.stack, run.stack.grid
     number = len(before.rounds) + 1
@@ -98,7 +100,7 @@ def make_round(
     references = _references(run, settings, classical, cut) if known is None else []
     rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
     for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
-        own = stack.only(half)
+        own = stack.in_grey(grey).only(half)
         if known is None:
             targets = [Target(references[half - 1], torch.arange(len(own)))]
         else:
@@ -137,7 +139,7 @@ def make_round(
                     told=partial(_told, update, moment),
                     world=world,
                 )
-            optics.append(changed)
+            optics.append(replace(changed, scale=changed.scale / grey[own.rows]))
             spreads.append(spread)
             said = [f"defocus by {spread.defocus:.0f} Å"] * (_DEFOCUS in asked)
             said += [f"scale by {spread.scale:.1%}, B factor by {spread.b_factor:.1f} Å²"] * (_SCALE in asked)

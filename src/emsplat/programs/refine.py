@@ -8,11 +8,13 @@ says whether a round has gained; and two numbers per stage of the fits in the en
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from emsplat.assessment.maps import given_mask, shared_shell
 from emsplat.config import RefineConfig
@@ -35,11 +37,21 @@ from emsplat.programs.volume_engine import fit_volumes
 from emsplat.run.files import HALVES
 from emsplat.run.log import Log
 from emsplat.run.stop import Checkpoints, checkpoints
-from emsplat.sums.equations import NormalEquations, combined
+from emsplat.sums.equations import NormalEquations, combined, relative_gains
 from emsplat.sums.statistics import accumulate, begin
 
 _STALLED = 2e-3  # gain of the score that is none
 _HARM = 1e-3  # loss of the score beyond which a round is taken back
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What the sums of both halves say."""
+
+    sums: dict[str, NormalEquations]
+    classical: Classical
+    score: float  # how well the halves agree
+    grey: Float[Tensor, " n"]  # of images relative to the maps of their half, for each row of the table
 
 
 @within_memory()
@@ -162,33 +174,30 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
     most = options.rounds if known is None else 1  # their maps are not made anew
     state = resumed_rounds(run) or Refined(given, None, None, given.table.poses[given.rows])
     with log.part("rounds"), checkpoints(math.inf, run.world, run.config.run.time_limit) as moment:
-        sums, classical, score = _judged(run, state.stack, moment)
-        if not classical.evident:
+        judged = _judged(run, state.stack, moment)
+        if not judged.classical.evident:
             log.warn(
                 "the half-sets do not agree beyond the first shells: there is nothing that poses could be refined "
                 "against, and they stay as they were given; if they are wrong, find new ones with `emsplat abinitio`"
             )
-            return state, sums
-        log.line(f"poses as they are: mean correlation with the truth {score:.4f} (of the back-projections)")
+            return state, judged.sums
+        log.line(f"poses as they are: mean correlation with the truth {judged.score:.4f} (of the back-projections)")
         while len(state.rounds) < most and not _has_stalled(state):
-            after = make_round(run, settings, state, classical, moment, known)
-            new_sums, new_classical, new_score = _judged(run, after.stack, moment)
+            after = make_round(run, settings, state, judged.classical, judged.grey, moment, known)
+            new = _judged(run, after.stack, moment)
+            gained = new.score - judged.score
             # The map of all particles is sharpest in poses that make up for motion: it is no judge of states.
-            kept = known is not None or new_score > score - _HARM
-            gained = new_score - score
-            done = replace(after.rounds[-1], score=round(new_score, 5), gained=round(gained, 5), kept=kept)
-            log.line(
-                f"  afterwards {new_score:.4f}, gain {new_score - score:+.4f}"
-                + ("" if kept else " (worse: taken back)")
-            )
+            kept = known is not None or gained > -_HARM
+            done = replace(after.rounds[-1], score=round(new.score, 5), gained=round(gained, 5), kept=kept)
+            log.line(f"  afterwards {new.score:.4f}, gain {gained:+.4f}" + ("" if kept else " (worse: taken back)"))
             rounds = (*after.rounds[:-1], done)
             if not kept:
                 state = replace(state, rounds=rounds)
                 save_rounds(run, state)
                 continue
-            state, sums, classical, score = replace(after, rounds=rounds), new_sums, new_classical, new_score
+            state, judged = replace(after, rounds=rounds), new
             save_rounds(run, state)
-    return state, sums
+    return state, judged.sums
 
 
 def _has_stalled(state: Refined) -> bool:
@@ -196,11 +205,9 @@ def _has_stalled(state: Refined) -> bool:
     return bool(state.rounds) and state.rounds[-1].gained < _STALLED
 
 
-def _judged(
-    run: Run[RefineConfig], stack: ParticleStack, moment: Checkpoints
-) -> tuple[dict[str, NormalEquations], Classical, float]:
-    """The sums of both halves, what they say, and how well the halves agree."""
-    sums, world = {}, run.world
+def _judged(run: Run[RefineConfig], stack: ParticleStack, moment: Checkpoints) -> _Judged:
+    """The sums of both halves of a stack."""
+    sums, world, grey = {}, run.world, torch.ones(len(stack.table), dtype=torch.float64)
     for name, half in HALVES.items():
         parts = []
         own = stack.only(half)
@@ -214,10 +221,14 @@ def _judged(
                 statistics.gather(world)
                 done += len(part)
                 parts.append(statistics.used_up())
-        sums[name] = combined(parts)
+        gains = relative_gains(parts)
+        sums[name] = combined(parts, gains)
+        for part, gain in zip(own.parts(), gains, strict=True):
+            grey[part.rows] = gain
+    world.spread_(grey)
     classical = judge(sums, stack, given_mask(run.config.mask, stack.grid), world)
     show(classical, run)
-    return sums, classical, float(world.told(repr(_score(run, classical))))
+    return _Judged(sums, classical, float(world.told(repr(_score(run, classical)))), grey)
 
 
 def _score(run: Run[RefineConfig], classical: Classical) -> float:

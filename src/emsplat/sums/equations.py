@@ -223,17 +223,22 @@ def mean_per_shell(values: Float[Tensor, "z y k"]) -> Float[Tensor, " s"]:
     return (total / count)[: size // 2 + 1].float()
 
 
-def combined(parts: list[NormalEquations]) -> NormalEquations:
-    """The sum of several sets of particles, brought to the grey scale of the first."""
+def combined(parts: list[NormalEquations], gains: list[float] | None = None) -> NormalEquations:
+    """The sum of several sets of particles, brought to the grey scale of the first; ``gains`` are their
+    `relative_gains` where these are known."""
     first, *others = parts
     if not others:
         return first
-    gains = [relative_gain(first, other) for other in others]
     linear, kernel = first.linear.clone(), first.kernel.clone()
-    for gain, other in zip(gains, others, strict=True):
+    for gain, other in zip((gains or relative_gains(parts))[1:], others, strict=True):
         linear.add_(other.linear, alpha=gain)
         kernel.add_(other.kernel, alpha=gain**2)
     return NormalEquations(first.grid, linear, kernel, sum(part.particles for part in parts))
+
+
+def relative_gains(parts: list[NormalEquations]) -> list[float]:
+    """`relative_gain` of each of several sets, and of the first, to the first."""
+    return [1.0, *(relative_gain(parts[0], other) for other in parts[1:])]
 
 
 def relative_gain(one: NormalEquations, other: NormalEquations) -> float:

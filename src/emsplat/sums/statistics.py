@@ -40,7 +40,7 @@ from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import Particles, ParticleStack
-from emsplat.sums.equations import NormalEquations, combined, relative_gain, synthesis
+from emsplat.sums.equations import NormalEquations, combined, relative_gains, synthesis
 from emsplat.sums.window import PADDING, kernel_fade, kernel_reach, polynomials_on, window_transform
 from emsplat.types import Grid, Optics
 
@@ -376,19 +376,17 @@ def _equations_by_grid(stack: ParticleStack, grid: Grid, world: World) -> list[N
 def in_one_grey(stack: ParticleStack, world: World = ALONE) -> ParticleStack:
     """The particles of all grids, those of one beside each other, with the CTF's factor such that one map fits all.
 
-    Each half-set is compared with itself (`relative_gain`); processes of a ``world`` share its images out. The factors
-    are not for files: columns of the table stay those that were read.
+    Each half-set is compared with itself (`relative_gains`); processes of a ``world`` share its images out.
     """
     parts = stack.parts()
     if len(parts) == 1:
         return stack
-    grid, scale = Grid(_COARSE, stack.grid.length / _COARSE), stack.table.optics.scale.clone()
+    grid, grey = Grid(_COARSE, stack.grid.length / _COARSE), torch.ones_like(stack.table.optics.scale)
     for half in (1, 2):
         own = stack.only(half)
         equations = _equations_by_grid(own.without_symmetry(), grid, world)
-        for part, one in zip(own.parts(), equations, strict=True):
+        for part, gain in zip(own.parts(), relative_gains(equations), strict=True):
             # A thousandth is enough, and the same in every run.
-            scale[part.rows] *= round(relative_gain(equations[0], one), 3)
-    world.spread_(scale)
-    table = replace(stack.table, optics=replace(stack.table.optics, scale=scale))
-    return replace(stack, table=table, rows=torch.cat([part.rows for part in parts]))
+            grey[part.rows] = round(gain, 3)
+    world.spread_(grey)
+    return replace(stack.in_grey(grey), rows=torch.cat([part.rows for part in parts]))
