@@ -47,9 +47,9 @@ from emsplat.run.files import half_model_name
 from emsplat.run.log import Log
 from emsplat.simulation.truth import read_truth
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import Spectra, half_plane
+from emsplat.sums.spectra import Spectra, frequencies_within, half_plane
 from emsplat.sums.statistics import equations_of
-from emsplat.types import Grid, Poses
+from emsplat.types import Aberrations, Grid, Poses
 
 RADIUS, LENGTH, IMAGES = 8, 96.0, 4
 FREQUENCY, _ = half_plane(RADIUS, 1.0, 32)
@@ -600,6 +600,29 @@ def test_a_wrong_beam_tilt_is_found(simulated):
     again = wrong.with_aberrations(tilted(wrong.table.optics, found.tilt.expand(200, 2)))
     left = solve_tilt(phase_sums(reference, again, noise_of(again))[0])
     assert bool((left.tilt.abs() < 0.02).all())
+
+
+def test_distorted_images_are_compared_within_the_reference(simulated):
+    """Anisotropic magnification carries frequencies of an image beyond those that the map is cut at, of some images
+    only: all are compared up to the same."""
+    stack = open_particles(simulated(particles=60, snr=2.0))
+    magnification = torch.eye(2).double().repeat(60, 1, 1)
+    magnification[30:] = torch.tensor([[1.1, 0.05], [-0.05, 0.9]]).double()
+    none = torch.zeros(60, 0).double()
+    bent = stack.with_aberrations(Aberrations(magnification, none, none))
+    truth, grid = read_map(stack.table.sources[0].parent / "truth.mrc")
+    reference, noise = make_reference(equations_of(stack).gain(truth) * truth, grid, 14), noise_of(bent)
+    within = [frequencies_within(14, some, grid)[0] for some in (stack, bent, bent.take(torch.arange(30)))]
+    assert torch.equal(within[1], within[2])
+    furthest = [torch.linalg.vector_norm(frequency, dim=1).max() for frequency in within]
+    assert furthest[0] == pytest.approx(14, abs=0.1)
+    assert furthest[1] == pytest.approx(14 / 1.1, abs=0.3)
+    found = place(reference, bent, bent.table.poses, NO_PRIOR, noise)
+    away = torch.linalg.vector_norm(turns(found.poses.rotation, bent.table.poses.rotation), dim=1)
+    assert away[:30].median() < math.radians(3)
+    ((_, (sums,)),) = phase_sums(reference, bent, noise).items()
+    assert len(sums.cross) == len(within[1])
+    refine_optics(reference, bent, noise, defocus=True, strength=True)
 
 
 @pytest.mark.slow

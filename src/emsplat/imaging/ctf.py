@@ -149,6 +149,15 @@ def in_image(rotation: Float[Tensor, "p 3 3"], optics: Optics) -> Float[Tensor, 
     return torch.cat([seen, rotation[:, 2:]], 1)
 
 
+def stretch_of(seen: Float[Tensor, "p r d"]) -> Float[Tensor, ""]:
+    """The largest factor by which the first two rows of matrices (`in_image`, or magnifications transposed) stretch a
+    frequency of an image; 1 for rotations, which no further rotation of the object changes."""
+    x, y = seen[:, 0], seen[:, 1]
+    xx, xy, yy = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
+    largest = 0.5 * (xx + yy) + torch.hypot(0.5 * (xx - yy), xy)  # eigenvalue of the rows' inner products
+    return largest.max().sqrt().clamp(min=1.0)
+
+
 @dataclass(frozen=True)
 class Observed:
     """A batch as a model is compared with it: its transforms, and the real factor between a projection and them."""

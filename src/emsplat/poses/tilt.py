@@ -24,7 +24,7 @@ from emsplat.imaging.ctf import beam_tilt, zernike_phase
 from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Reference
-from emsplat.sums.spectra import half_plane, read_spectra
+from emsplat.sums.spectra import frequencies_within, read_spectra
 from emsplat.types import Aberrations, Optics
 
 _CHUNK = 512
@@ -69,7 +69,7 @@ def phase_sums(
     for part, spectrum in zip(stack.parts(), noise, strict=True):
         groups, mine = part.table.optics_group[part.rows], part.shared(world)
         length = reference.grid.length
-        frequency, _ = half_plane(reference.lattice.radius, length / part.grid.length, part.grid.size)
+        frequency, _ = frequencies_within(reference.lattice.radius, part, reference.grid)
         for group in torch.unique(groups).tolist():
             cross = torch.zeros(len(frequency), dtype=torch.complex128)
             for rows in world.in_step(torch.split(mine[groups[mine] == group], _CHUNK)):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from emsplat.imaging.ctf import in_image, observe
+from emsplat.imaging.ctf import in_image, observe, stretch_of
 from emsplat.parallel import ALONE, EVERYTHING, Portion, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -117,6 +117,17 @@ def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s
     return torch.stack([kx, ky], 1) * ratio, place
 
 
+def frequencies_within(
+    radius: float, stack: ParticleStack, grid: Grid
+) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
+    """`half_plane` of the images of a stack of one grid: those frequencies that lie within ``radius`` cycles per box of
+    ``grid`` in the object too, however anisotropic magnification stretches them. The whole table counts, so that all
+    parts of a stack have the same."""
+    bent = stack.table.optics.aberrations
+    stretch = 1.0 if bent is None else float(stretch_of(bent.magnification.mT))
+    return half_plane(radius / stretch, grid.length / stack.grid.length, stack.grid.size)
+
+
 def whitening(
     noise: Float[Tensor, "o n"], frequency: Float[Tensor, "s 2"], ratio: float, size: int
 ) -> Float[Tensor, "o s"]:
@@ -173,7 +184,8 @@ def read_everywhere(stack: ParticleStack, radius: float, world: World = ALONE) -
 def read_spectra(
     stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o n"] | None = None
 ) -> Spectra:
-    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack).
+    """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack), in the
+    images and in the object (`frequencies_within`).
 
     ``noise`` is the power of noise per optics group and shell where it is known, else `estimate_noise` of the stack.
 
@@ -182,7 +194,7 @@ def read_spectra(
     """
     box = grid or stack.grid
     own = stack.grid
-    frequency, place = half_plane(radius, box.length / own.length, own.size)
+    frequency, place = frequencies_within(radius, stack, box)
     noise = estimate_noise(stack) if noise is None else noise
     scale = whitening(noise, frequency, box.length / own.length, own.size)
     values = torch.empty(len(stack), len(place), dtype=torch.complex64)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from emsplat.device import CPU
 from emsplat.errors import InputError
-from emsplat.imaging.ctf import in_image, observe
+from emsplat.imaging.ctf import in_image, observe, stretch_of
 from emsplat.io.tensors import write_tensors
 from emsplat.kernels import backend
 from emsplat.maths.fourier import shell_index
@@ -102,7 +102,7 @@ class FourierStatistics:
         """
         # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each. All that has
         # to be known is asked for at once: a GPU is waited for once per call.
-        sums = [numerator.sum().abs(), weight.sum(), rotation.sum(), _stretch(rotation)]
+        sums = [numerator.sum().abs(), weight.sum(), rotation.sum(), stretch_of(rotation)]
         *totals, stretch = torch.stack([value.double() for value in sums]).tolist()
         for name, total in zip(("image", "weight", "pose"), totals, strict=True):
             if not math.isfinite(total):
@@ -246,15 +246,6 @@ def memory_of_sums(size: int) -> float:
     equations = 4 * (size**3 + 4 * kernel_reach(size) ** 3)
     unfinished = 8 * size**2 * (side / 2 + 1) + 4 * size**3  # b: transformed along two axes, and itself
     return sums + equations + unfinished
-
-
-def _stretch(rotation: Float[Tensor, "p 3 3"]) -> Float[Tensor, ""]:
-    """The largest factor by which the first two rows stretch a frequency of an image; 1 for rotations, which no further
-    rotation of the object changes."""
-    x, y = rotation[:, 0], rotation[:, 1]
-    xx, xy, yy = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
-    largest = 0.5 * (xx + yy) + torch.hypot(0.5 * (xx - yy), xy)  # eigenvalue of the rows' inner products
-    return largest.max().sqrt().clamp(min=1.0)
 
 
 def fingerprint(stack: ParticleStack) -> str:
