@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gemmi import cif
 
 import emsplat as em
 from emsplat.assessment.maps import sphere
@@ -427,6 +428,30 @@ def test_options_that_mean_nothing(simulated, tmp_path, options):
     star = simulated(particles=60)
     with pytest.raises(InputError):
         run(star, tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize(
+    ("column", "refine", "refused"),
+    [
+        ("ArePhaseFlipped", "poses,defocus", True),
+        ("AreCtfPremultiplied", "defocus", True),
+        ("AreCtfPremultiplied", "poses,scale", True),
+        ("ArePhaseFlipped", "scale", False),  # |C| times a factor is still |C|
+        ("AreCtfPremultiplied", "poses,tilt", False),
+    ],
+)
+def test_the_ctf_of_treated_images_is_not_refined(simulated, tmp_path, monkeypatch, column, refine, refused):
+    star = simulated(particles=60)
+    document = cif.read_file(str(star))
+    document.find_block("optics").find_loop(f"_rlnCtfData{column}")[0] = "1"
+    document.write_file(str(star))
+
+    def stop(*_):
+        raise Interrupted("stopped", 2)
+
+    monkeypatch.setattr("emsplat.programs.refine._rounds", stop)
+    with pytest.raises(InputError if refused else Interrupted, match="expected raw images" if refused else "stopped"):
+        run(star, tmp_path / "run", refine=refine)
 
 
 def test_refinement_in_python(wrong, tmp_path):

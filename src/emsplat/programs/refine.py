@@ -35,10 +35,11 @@ from emsplat.programs.run import Fits, Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
 from emsplat.run.files import HALVES
-from emsplat.run.log import Log
+from emsplat.run.log import Log, counted
 from emsplat.run.stop import Checkpoints, checkpoints
 from emsplat.sums.equations import NormalEquations, combined, relative_gains
 from emsplat.sums.statistics import accumulate, begin
+from emsplat.types import PHASE_FLIPPED, PREMULTIPLIED
 
 _STALLED = 2e-3  # gain of the score that is none
 _HARM = 1e-3  # loss of the score beyond which a round is taken back
@@ -74,6 +75,7 @@ def refine(
         settings = _settled(config)
         run = open_run(config, particles, output, log, settings, program="refine", world=world)
         _require_poses(run.stack)
+        _require_untreated(run.stack, config.refinement.refine)
         introduce_fit(log, settings)
         _say_origin(run)
         given = run.stack
@@ -147,6 +149,24 @@ def _require_poses(stack: ParticleStack) -> None:
         raise InputError(
             f"{stack.table.name}: all particles have the same orientation, their poses are not known yet; find them "
             "with `emsplat abinitio`"
+        )
+
+
+def _require_untreated(stack: ParticleStack, refine: str) -> None:
+    """
+    Raises:
+        InputError: the CTF that is to be refined has been applied to images.
+    """
+    asked, treatment = set(refine.split(",")) & {"defocus", "scale"}, stack.table.optics.treatment
+    if not asked or treatment is None:
+        return
+    least = PHASE_FLIPPED if "defocus" in asked else PREMULTIPLIED  # a scale changes no sign
+    if treated := int((treatment[stack.rows] >= least).sum()):
+        how = "phase-flipped or multiplied" if least == PHASE_FLIPPED else "multiplied"
+        raise InputError(
+            f"--refine {refine}: {treated:,} of {counted(len(stack), 'image')} of {stack.table.name} were {how} by the "
+            "CTF that the file gives, which has to stay; expected raw images: extract them again without CTF, "
+            f"or leave {' and '.join(sorted(asked))} out"
         )
 
 
