@@ -422,6 +422,7 @@ def test_poses_that_are_not_there(simulated, tmp_path):
         {"angle_error": -1.0},
         {"shared_to": 0.0},
         {"engine": "images"},
+        {"refine": "scale", "search": "global"},
     ],
 )
 def test_options_that_mean_nothing(simulated, tmp_path, options):
@@ -665,10 +666,15 @@ def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
     assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
-@pytest.mark.slow
-def test_the_defocus_that_is_refined_is_written(simulated, tmp_path):
-    star = simulated(particles=200)
-    run(star, tmp_path / "run", refine="defocus,scale", rounds=1)
+def test_poses_that_stay_tell_nothing_of_their_errors(wrong, tmp_path):
+    """Nor is there a prior about them: their uncertainty is what the images say."""
+    star, _ = wrong(4.0, 3.0, particles=200)
+    summary = run(star, tmp_path / "run", refine="defocus,scale", rounds=1)
+    (done,) = summary["refinement"]["rounds"]
+    assert done["angle_error"] is None
+    assert done["shift_error"] is None
+    assert "given poses are off" not in (tmp_path / "run" / "run.log").read_text()
+    assert summary["refinement"]["angle_uncertainty"]["median"] > 1.0
     before, after = (read_particles(path) for path in (star, tmp_path / "run" / "run_data.star"))
     assert (before.optics.defocus_u - after.optics.defocus_u).abs().max() > 1
     assert (after.optics.scale - 1).abs().max() > 1e-3

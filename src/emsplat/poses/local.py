@@ -127,6 +127,13 @@ class Placed:
         covariance: Tensor = torch.linalg.inv(2 * (self.hessian + own))
         return covariance
 
+    def uncertainty(self, prior: Prior, length: float) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
+        """Standard deviations about an axis (degrees) and along one (Å), in the mean of the axes; at most half a turn
+        and the ``length`` of the box."""
+        variance = torch.diagonal(self.covariance(prior), dim1=1, dim2=2)
+        turn, shift = variance[:, :3].mean(1).sqrt(), variance[:, 3:].mean(1).sqrt()
+        return torch.rad2deg(turn).clamp(max=180.0), shift.clamp(max=length)
+
     def take(self, rows: Int[Tensor, " q"]) -> Placed:
         """Some of the images."""
         return Placed(self.poses[rows], *(getattr(self, name)[rows] for name in _NUMBERS))

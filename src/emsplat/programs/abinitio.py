@@ -404,7 +404,7 @@ def _spread(run: Run[AbinitioConfig], placed: Placed) -> dict[str, Any]:
             f"{far:,} of {len(away):,} particles lie more than {limit:.0f} Å from the centre of their image, a part of "
             "them is cut off; extract them again about the origins that were found"
         )
-    turn, shift = _uncertainty(placed)
+    turn, shift = placed.uncertainty(NO_PRIOR, run.stack.grid.length)
     return {
         "shift_rms": round(float(away.square().mean().sqrt()), 3),
         "angle_uncertainty": round(float(turn.median()), 3),
@@ -420,20 +420,14 @@ def _classes(run: Run[AbinitioConfig], found: _Found, plan: StartPlan) -> dict[s
     return {"particles_of_classes": counts}
 
 
-def _uncertainty(placed: Placed) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Standard deviations about an axis (degrees) and along one (Å), in the mean of the axes."""
-    variance = torch.diagonal(placed.covariance(NO_PRIOR), dim1=1, dim2=2)
-    return torch.rad2deg(variance[:, :3].mean(1).sqrt()), variance[:, 3:].mean(1).sqrt()
-
-
 def _write_particles(run: Run[AbinitioConfig], found: _Found, plan: StartPlan) -> None:
     """run_data.star: poses, their uncertainty and likelihood."""
     stack, placed = run.stack, found.placed
-    turn, shift = _uncertainty(placed)
+    turn, shift = placed.uncertainty(NO_PRIOR, stack.grid.length)
     numbers = {
         "LogLikeliContribution": placed.after,
-        "emsplatAngleUncertainty": turn.clamp(max=180.0),
-        "emsplatOriginUncertainty": shift.clamp(max=stack.grid.length),
+        "emsplatAngleUncertainty": turn,
+        "emsplatOriginUncertainty": shift,
     }
     more = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in numbers.items()}
     more |= {"ClassNumber": [str(kind + 1) for kind in found.kind.tolist()]} if plan.classes > 1 else {}

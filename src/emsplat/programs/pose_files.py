@@ -85,13 +85,12 @@ def _moves(given: ParticleStack, now: ParticleStack) -> tuple[Float[Tensor, " p"
 
 
 def _uncertainty(refined: Refined) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Standard deviations of the posterior about an axis (degrees) and along one (Å), in the mean of the axes."""
+    """Standard deviations of the posterior about an axis (degrees) and along one (Å)."""
     if refined.placed is None or refined.prior is None:
         raise ValueError("nothing was placed")
-    half = refined.stack.half
-    first, second = (torch.diagonal(refined.placed.covariance(prior), dim1=1, dim2=2) for prior in refined.prior)
-    variance = torch.where((half == 1)[:, None], first, second)
-    return torch.rad2deg(variance[:, :3].mean(1).sqrt()), variance[:, 3:].mean(1).sqrt()
+    of_first, length = refined.stack.half == 1, refined.stack.grid.length
+    first, second = (refined.placed.uncertainty(prior, length) for prior in refined.prior)
+    return torch.where(of_first, first[0], second[0]), torch.where(of_first, first[1], second[1])
 
 
 def write_particles(run: Run[RefineConfig], refined: Refined, given: ParticleStack) -> None:

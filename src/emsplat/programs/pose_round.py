@@ -20,7 +20,18 @@ from emsplat.imaging.project import voxelize
 from emsplat.io.table import joined_optics
 from emsplat.parallel import World
 from emsplat.particles.stack import ParticleStack
-from emsplat.poses.local import Placed, Prior, Reference, Search, make_reference, nearest, noise_of, place, stay
+from emsplat.poses.local import (
+    NO_PRIOR,
+    Placed,
+    Prior,
+    Reference,
+    Search,
+    make_reference,
+    nearest,
+    noise_of,
+    place,
+    stay,
+)
 from emsplat.poses.optics import Spread, refine_optics
 from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import everywhere, within
@@ -48,8 +59,8 @@ class Round:
     """What a round did, for the summary."""
 
     compared_to: float  # Å, where the references were cut
-    angle_error: list[float]  # degrees about each axis, of the poses that were given, for each half
-    shift_error: list[float]  # Å
+    angle_error: list[float] | None  # degrees about each axis, of the poses that were given, for each half
+    shift_error: list[float] | None  # Å; None where poses stay, which then tell nothing of their errors
     looks: float  # comparisons per particle
     gain: float  # of the log-likelihood, nats per particle
     score: float  # afterwards: mean correlation of the back-projections with the truth, over all shells
@@ -107,17 +118,18 @@ def make_round(
             targets = state_targets(known, half, stack, classical.equations[name], cut, world)
             log.line(f"  {name}: compared with maps of {len(targets)} states")
         noise = noise_of(own)
-        prior = _prior(run, targets, own, given[own_rows], noise, search)
+        prior = NO_PRIOR if search is stay else _prior(run, targets, own, given[own_rows], noise, search)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
             told = partial(_told, update, moment)
             placed = _placed(targets, own, given[own_rows], prior, noise, search, world, told)
         found.append(placed)
-        log.line(
-            f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å per axis; "
-            f"log-likelihood {float((placed.after - placed.before).mean()):+.2f} per particle in "
-            f"{float(placed.looks.double().mean()):.1f} comparisons"
-        )
+        if search is not stay:
+            log.line(
+                f"  {name}: given poses are off by {math.degrees(prior.turn):.2f}° and {prior.shift:.2f} Å per axis; "
+                f"log-likelihood {float((placed.after - placed.before).mean()):+.2f} per particle in "
+                f"{float(placed.looks.double().mean()):.1f} comparisons"
+            )
         if _TILT in asked:
             with log.progress(f"beam tilt of {name}", len(own)) as update:
                 told = partial(_told, update, moment)
@@ -149,8 +161,8 @@ def make_round(
     placed = Placed.joined(found, order)
     done = Round(
         round(grid.length / cut, 3),
-        [round(math.degrees(prior.turn), 4) for prior in priors],
-        [round(prior.shift, 4) for prior in priors],
+        None if search is stay else [round(math.degrees(prior.turn), 4) for prior in priors],
+        None if search is stay else [round(prior.shift, 4) for prior in priors],
         round(float(placed.looks.double().mean()), 2),
         round(float((placed.after - placed.before).mean()), 4),
         math.nan,

@@ -121,6 +121,12 @@ def _settled(config: RefineConfig) -> Settings:
             raise InputError(f"--refine {own.refine}: with --states poses and tilt are refined; leave the others out")
     if unknown := [name for name in own.refine.split(",") if name not in REFINED]:
         raise InputError(f"--refine {own.refine}: {unknown[0]!r} is none of {', '.join(REFINED)}")
+    if "poses" not in own.refine.split(","):
+        for name in ("search", "angle_error", "shift_error"):
+            if getattr(own, name) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: --refine {own.refine} leaves the poses alone; leave it out"
+                )
     return settings
 
 
