@@ -22,6 +22,7 @@ from emsplat.maths.geometry import random_rotations, vector_to_matrix
 from emsplat.maths.groups import C1, dihedral
 from emsplat.measures.fsc import fsc_curve
 from emsplat.models.decoder import Decoder, Shape
+from emsplat.parallel import ALONE
 from emsplat.particles.open import open_particles
 from emsplat.poses.local import (
     NO_PRIOR,
@@ -41,6 +42,8 @@ from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, unlike, within
 from emsplat.poses.tilt import PhaseSums, phase_likelihood, phase_sums, solve_tilt, tilted
 from emsplat.programs import compare_poses
+from emsplat.programs.pose_round import _placed
+from emsplat.programs.pose_states import Target
 from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
 from emsplat.report import write_report
@@ -694,6 +697,24 @@ def test_the_page_shows_the_poses(wrong, tmp_path):
     (tmp_path / "run" / "poses.csv").write_text("rot\n")
     write_report(tmp_path / "run")
     assert "poses.csv" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_which_particles_are_poor_is_said_of_all(simulated, monkeypatch):
+    """Lost ones stand side by side, most of those that are looked at together."""
+    stack = open_particles(simulated(particles=60, snr=2.0))
+    truth, grid = read_map(stack.table.sources[0].parent / "truth.mrc")
+    fine = (torch.arange(17) > 3).float()  # what all views show says nothing of them
+    reference = make_reference(equations_of(stack).gain(truth) * truth, grid, 12, fine)
+    true = stack.table.poses
+    lost = stack.with_poses(Poses(torch.cat([random_rotations(9, drawn(1)), true.rotation[9:]]), true.shift))
+    found = []
+    for chunk in (512, 10):
+        monkeypatch.setattr("emsplat.poses.local._CHUNK", chunk)
+        target, prior, far = Target(reference, torch.arange(60)), Prior(math.radians(2), 2.0), everywhere(C1.elements)
+        own = _placed([target], lost, lost.table.poses, prior, noise_of(lost), nearest, far, ALONE)
+        found.append(torch.linalg.vector_norm(turns(own.poses.rotation, true.rotation), dim=1))
+    assert (found[0][:9] < math.radians(15)).sum() >= 5
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.slow

@@ -41,29 +41,23 @@ def within(extent: float) -> Search:
     return search
 
 
-def everywhere(elements: Float[Tensor, "s 3 3"], *, poor_alone: bool = False) -> Search:
-    """A search through all orientations that a point group leaves different, or only for views whose likelihood in
-    their nearest minimum is poor."""
+def everywhere(elements: Float[Tensor, "s 3 3"]) -> Search:
+    """A search through all orientations that a point group leaves different."""
 
     def search(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
-        found = nearest(reference, views, prior)
-        chosen = poor(found) if poor_alone else torch.arange(len(found.after))
-        if not len(chosen):
-            return found
         radius = _coarse(reference)
         grid = unlike(rotations(4 * _CAUGHT / radius), elements)
-        some = views.take(chosen)
         loose = Prior(math.inf, max(_LOOSE * reference.grid.length, prior.shift))
-        best = _looked_at(reference, some, loose, radius, grid)
-        further = _followed(reference, some, loose, radius, best)
-        return found.with_rows(chosen, _better(found.take(chosen), further, len(grid)))
+        best = _looked_at(reference, views, loose, radius, grid)
+        further = _followed(reference, views, loose, radius, best)
+        return _better(nearest(reference, views, prior), further, len(grid))
 
     return search
 
 
 def poor(found: Placed) -> Int[Tensor, " v"]:
-    """Views that agree with their slices by much less than good ones do: Re Σ ȳ C P / Σ |C P|², which is 1 for a right
-    pose and a right reference."""
+    """Views that agree with their slices by much less than good ones of all do: Re Σ ȳ C P / Σ |C P|², which is 1 for a
+    right pose and a right reference."""
     agreement = 0.5 * (found.after / found.power.clamp(min=1e-30) + 1)
     return (agreement < _POOR * agreement.quantile(0.75)).nonzero()[:, 0]
 

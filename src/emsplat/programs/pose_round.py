@@ -34,7 +34,7 @@ from emsplat.poses.local import (
 )
 from emsplat.poses.optics import Spread, refine_optics
 from emsplat.poses.prior import estimate_prior, turns
-from emsplat.poses.search import everywhere, within
+from emsplat.poses.search import everywhere, poor, within
 from emsplat.poses.tilt import PhaseSums, Tilt, phase_sums, solve_tilt, tilted
 from emsplat.programs.begin import FINEST_DETAIL, start_model
 from emsplat.programs.classical import Classical
@@ -100,7 +100,7 @@ def make_round(
     cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
     options = run.config.refinement
     asked = options.refine.split(",")
-    search = _search(run, number)
+    search, again = _search(run, number)
     log.line(f"round {number}: compared down to {grid.length / cut:.2f} Å, where the halves agree")
     given = before.centre
     found: list[Placed] = []
@@ -118,11 +118,11 @@ def make_round(
             targets = state_targets(known, half, stack, classical.equations[name], cut, world)
             log.line(f"  {name}: compared with maps of {len(targets)} states")
         noise = noise_of(own)
-        prior = NO_PRIOR if search is stay else _prior(run, targets, own, given[own_rows], noise, search)
+        prior = NO_PRIOR if search is stay else _prior(run, targets, own, given[own_rows], noise, search, again)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
             told = partial(_told, update, moment)
-            placed = _placed(targets, own, given[own_rows], prior, noise, search, world, told)
+            placed = _placed(targets, own, given[own_rows], prior, noise, search, again, world, told)
         found.append(placed)
         if search is not stay:
             log.line(
@@ -177,7 +177,8 @@ def make_round(
         stack = stack.with_optics(joined_optics(optics)[order])
     if tilts:
         stack, placed, given = _tilted(stack, placed, given, tilts)
-    centre = _recentred(given, placed, stack.half, priors) if search is not nearest else given
+    local = search is nearest and again is None
+    centre = given if local else _recentred(given, placed, stack.half, priors)
     return Refined(stack, placed, (priors[0], priors[1]), centre, (*before.rounds, done))
 
 
@@ -229,16 +230,17 @@ def _told(update: Callable[[int, str], None], moment: Checkpoints, done: int) ->
     look_up(moment)
 
 
-def _search(run: Run[RefineConfig], number: int) -> Search:
-    """How poses are looked for in a round."""
+def _search(run: Run[RefineConfig], number: int) -> tuple[Search, Search | None]:
+    """How poses are looked for in a round, and how once more those of particles that agree poorly then."""
     if "poses" not in run.config.refinement.refine.split(","):
-        return stay
+        return stay, None
     asked = run.config.refinement.search
     if asked is None or number > 1:
-        return nearest
+        return nearest, None
     if asked in ("global", "poor"):
-        return everywhere(run.stack.symmetry.elements, poor_alone=asked == "poor")
-    return within(math.radians(float(asked)))
+        far = everywhere(run.stack.symmetry.elements)
+        return (far, None) if asked == "global" else (nearest, far)
+    return within(math.radians(float(asked))), None
 
 
 def _references(run: Run[RefineConfig], settings: Settings, classical: Classical, cut: int) -> list[Reference]:
@@ -287,6 +289,7 @@ def _prior(
     given: Poses,
     noise: list[Tensor],
     search: Search,
+    again: Search | None,
 ) -> Prior:
     """How far the poses that were given are off: as the user says, or as a sample of a half shows."""
     options = run.config.refinement
@@ -297,11 +300,19 @@ def _prior(
         some = []
         for target in targets:
             chosen = torch.linspace(0, len(target.rows) - 1, max(1, round(part * len(target.rows)))).long()
-            some.append(Target(target.reference, target.rows[chosen]))
-        rows = torch.cat([target.rows for target in some]).sort().values
+            some.append(target.rows[chosen])
+        rows = torch.cat(some).sort().values
         sample = own.take(rows)
-        inside = [Target(target.reference, torch.searchsorted(rows, target.rows)) for target in some]
-        placed = _placed(inside, sample, given[rows], wide, _noise_for(sample, own, noise), search, run.world)
+        placed = _placed(
+            _targets_of(targets, rows),
+            sample,
+            given[rows],
+            wide,
+            _noise_for(sample, own, noise),
+            search,
+            again,
+            run.world,
+        )
         found = estimate_prior(placed, given[rows])
         turn = math.degrees(found.turn) if turn is None else turn
         shift = found.shift if shift is None else shift
@@ -315,10 +326,12 @@ def _placed(
     prior: Prior,
     noise: list[Tensor],
     search: Search,
+    again: Search | None,
     world: World,
     told: Callable[[int], None] = lambda _: None,
 ) -> Placed:
-    """Every particle against its own target."""
+    """Every particle against its own target; then ``again`` those that agree with it by much less than good ones of
+    all, whatever part of these is looked at together."""
     found, done = [], 0
     for target in targets:
         some = own.take(target.rows)
@@ -330,7 +343,23 @@ def _placed(
         about = given[target.rows]
         found.append(place(target.reference, some, about, prior, _noise_for(some, own, noise), search, also, world))
         done += len(some)
-    return Placed.joined(found, torch.argsort(torch.cat([target.rows for target in targets])))
+    placed = Placed.joined(found, torch.argsort(torch.cat([target.rows for target in targets])))
+    if again is None or not len(rows := poor(placed)):
+        return placed
+    some, its = own.take(rows), _targets_of(targets, rows)
+    told_all = partial(_all_told, told, len(own))
+    better = _placed(its, some, given[rows], prior, _noise_for(some, own, noise), again, None, world, told_all)
+    return placed.with_rows(rows, better)
+
+
+def _all_told(told: Callable[[int], None], count: int, _: int) -> None:
+    told(count)
+
+
+def _targets_of(targets: list[Target], rows: Int[Tensor, " q"]) -> list[Target]:
+    """The targets of some particles, with their places among these; ``rows`` are sorted."""
+    some = [(target.reference, target.rows[torch.isin(target.rows, rows)]) for target in targets]
+    return [Target(reference, torch.searchsorted(rows, own)) for reference, own in some if len(own)]
 
 
 def _noise_for(sample: ParticleStack, own: ParticleStack, noise: list[Tensor]) -> list[Tensor]:
