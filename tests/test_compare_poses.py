@@ -3,8 +3,10 @@
 import json
 import math
 
+import mrcfile
 import pytest
 import torch
+from gemmi import cif
 
 from emsplat.cli import main
 from emsplat.errors import InputError
@@ -77,9 +79,47 @@ def test_particles_are_matched_by_their_images(simulated, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["particles"] == 40
     assert found["of"] == [60, 40]
+    assert found["matched_by"] == "image"
     assert found["p90"] < 1e-3
     assert main(["compare-poses", str(star), str(star.parent / "some.star"), "--symmetry", "D2"]) == 0
     assert "40 particles in both" in capsys.readouterr().out
+
+
+def placed(star, rows, folder):
+    """Images of some particles of a file in a stack of the same name elsewhere, with their places in a micrograph."""
+    folder.mkdir()
+    stack = star.parent / "particles.mrcs"
+    with mrcfile.new(folder / "particles.mrcs") as file:
+        file.set_data(mrcfile.read(stack)[rows])
+        file.set_image_stack()
+    document = cif.read_file(str(star))
+    block = document.find_block("particles")
+    loop = block.find_loop("_rlnImageName").get_loop()
+    columns = {tag: [loop[row, column] for row in rows] for column, tag in enumerate(loop.tags)}
+    block.find_loop("_rlnImageName").erase()
+    columns["_rlnImageName"] = [f"{number + 1}@particles.mrcs" for number in range(len(rows))]
+    columns["_rlnMicrographName"] = ["mic.mrc"] * len(rows)
+    for number, axis in enumerate("XY"):
+        columns[f"_rlnCoordinate{axis}"] = [str(40 + 15 * (row // 8 if number else row % 8)) for row in rows]
+    block.init_loop("", list(columns)).set_all_values(list(columns.values()))
+    document.write_file(str(folder / "particles.star"))
+    return folder / "particles.star"
+
+
+def test_stacks_of_one_name_are_not_one_stack(simulated, tmp_path, capsys):
+    """Extracted again, with one particle fewer: images of one number are different ones."""
+    star = simulated(particles=60)
+    one, other = placed(star, list(range(60)), tmp_path / "one"), placed(star, list(range(1, 60)), tmp_path / "two")
+    assert main(["compare-poses", str(one), str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["matched_by"] == "place in the micrograph"
+    assert found["particles"] == 59
+    assert found["p90"] < 1e-3
+    # Where one of the stacks is not there its name has to do.
+    (tmp_path / "two" / "particles.mrcs").unlink()
+    other.write_text(other.read_text().replace("mic.mrc", "else.mrc"))
+    assert main(["compare-poses", str(one), str(other)]) == 0
+    assert "matched by names of stacks" in capsys.readouterr().out
 
 
 def test_other_particles_are_refused(simulated, capsys):

@@ -442,6 +442,20 @@ def _places(table: ParticleTable) -> Int[Tensor, " p"]:
     return _counted(torch.from_numpy(component.astype(np.int64)))
 
 
+def same_places(table: ParticleTable, first: int) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """Rows before ``first`` and rows from there on that are nearest to each other in their micrograph, and lie within
+    `SAME_PLACE`."""
+    rows, place = _points(table)
+    sides = [np.flatnonzero(rows < first), np.flatnonzero(rows >= first)]
+    if not all(map(len, sides)):
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    trees = [cKDTree(place[side]) for side in sides]
+    away, forth = map(np.asarray, trees[1].query(place[sides[0]]))
+    back = np.asarray(trees[0].query(place[sides[1]])[1])
+    mutual = (away <= SAME_PLACE) & (back[forth] == np.arange(len(forth)))
+    return torch.from_numpy(rows[sides[0][mutual]]), torch.from_numpy(rows[sides[1][forth[mutual]]])
+
+
 def _beside_other_half(table: ParticleTable, half: Int[Tensor, " p"]) -> Tensor:
     """Which rows have one of the other half-set within `SAME_PLACE` in their micrograph."""
     found = torch.zeros(len(table), dtype=torch.bool)
