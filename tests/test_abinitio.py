@@ -12,6 +12,7 @@ from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import axis_rotation, random_rotations
 from emsplat.maths.groups import C1, parse_symmetry
+from emsplat.particles.choose import open_stack
 from emsplat.poses.abinitio import Ascent, AscentStage, centre_of_mass
 from emsplat.poses.axes import GroupFrame, Turning, find_frame, find_symmetry, in_frame, map_turned
 from emsplat.poses.compare import compare_poses
@@ -20,7 +21,7 @@ from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
 from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
 from emsplat.poses.starts import StartPlan, kinds, spherical_mean
 from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, mirror_image, shell_correlation
-from emsplat.programs.abinitio import abinitio
+from emsplat.programs.abinitio import _posed, _unposed, abinitio
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, half_plane
 from emsplat.types import Poses
@@ -398,6 +399,23 @@ def test_poses_that_are_missing_are_no_obstacle_here_and_named_elsewhere(simulat
     table = read_particles(star, need_poses=False)
     assert torch.equal(table.poses.rotation, torch.eye(3, dtype=torch.float64).expand(20, 3, 3))
     assert not table.poses.shift.any()
+
+
+@pytest.mark.parametrize("symbol", ["C1", "T"])
+def test_the_other_hand_of_poses_that_were_found(simulated, symbol):
+    """Whatever hand the poses of the file would have had, which are not used."""
+    group = parse_symmetry(symbol)
+    config = AbinitioConfig(choice=ChoiceOptions(flip_hand=True))
+    stack = _unposed(open_stack(config, simulated(particles=20), need_poses=False))
+    assert not stack.table.mirrored
+    found = Poses(random_rotations(20, drawn(1)), torch.randn(20, 2, generator=drawn(2)).double())
+    one, other = (_posed(stack, found, group, mirrored=flip).table for flip in (False, True))
+    assert torch.equal(one.poses.rotation, found.rotation)
+    assert torch.equal(other.poses.shift, found.shift)
+    assert other.mirrored
+    compared = compare_poses(one.poses, other.poses, group)
+    assert compared.mirrored
+    assert compared.angle.max() < 1e-6
 
 
 @pytest.mark.slow

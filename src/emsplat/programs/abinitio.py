@@ -26,7 +26,7 @@ from emsplat.io.particles import write_used
 from emsplat.io.tensors import write_tensors
 from emsplat.maths.groups import Symmetry
 from emsplat.parallel import ALONE, World
-from emsplat.particles.choose import with_boxes
+from emsplat.particles.choose import flip_hand, with_boxes
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.abinitio import chosen
 from emsplat.poses.equivalents import find_poses, remade
@@ -99,7 +99,7 @@ def abinitio(
             group = common_group(best.starts, run.stack.symmetry)
             found = _found(run, best, plan, halves, group)
         about |= _symmetry_found(run, best, group) | _spread(run, found.placed)
-        run = replace(run, stack=run.stack.with_poses(found.placed.poses))
+        run = replace(run, stack=_posed(run.stack, found.placed.poses, group, mirrored=config.choice.flip_hand))
         if world.first:
             _write_particles(run, found, plan)
         if plan.classes > 1:
@@ -144,9 +144,17 @@ def _refuse(config: AbinitioConfig) -> None:
 
 
 def _unposed(stack: ParticleStack) -> ParticleStack:
-    """Every particle as it lies in its image, seen from one side."""
+    """Every particle as it lies in its image, seen from one side, in no hand."""
     unturned = torch.eye(3, dtype=torch.float64).repeat(len(stack), 1, 1)
-    return stack.with_poses(Poses(unturned, torch.zeros(len(stack), 2, dtype=torch.float64)))
+    stack = stack.with_poses(Poses(unturned, torch.zeros(len(stack), 2, dtype=torch.float64)))
+    return replace(stack, table=replace(stack.table, mirrored=False))
+
+
+def _posed(stack: ParticleStack, poses: Poses, group: Symmetry, *, mirrored: bool) -> ParticleStack:
+    """The particles in the poses that were found, or in those of the other hand, with the axes of ``group`` in its
+    setting."""
+    stack = stack.with_poses(poses)
+    return replace(stack, table=flip_hand(stack.table, group)) if mirrored else stack
 
 
 def _plan(run: Run[AbinitioConfig]) -> StartPlan:
@@ -297,7 +305,7 @@ def _say(log: Log, verdict: Verdict, stack: ParticleStack) -> None:
     if verdict.word == "uncertain":
         log.warn(f"uncertain whether poses were found: {agreed}; try more --starts, or another --seed")
     if verdict.word == "found":
-        log.line("  the hand is not determined: images do not tell it (--flip-hand turns it)")
+        log.line("  the hand is not determined: images do not tell it (--flip-hand gives the other one)")
 
 
 @dataclass(frozen=True)
