@@ -626,6 +626,9 @@ def test_a_wrong_beam_tilt_is_found(simulated):
         assert bool((found.error < 0.2).all())
         assert bool(((found.tilt + said).abs() < 4 * found.error).all())
         assert found.move.tolist() == pytest.approx([move, move], abs=0.1)
+    twice = wrong.take(torch.arange(200).repeat(2))
+    (sums,) = phase_sums(reference, twice, noise_of(twice))[0]
+    assert torch.allclose(solve_tilt([sums]).error, found.error, rtol=0.02)  # copies of an image are no further ones
     again = wrong.with_aberrations(tilted(wrong.table.optics, found.tilt.expand(200, 2)))
     left = solve_tilt(phase_sums(reference, again, noise_of(again))[0])
     assert bool((left.tilt.abs() < 0.02).all())

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from emsplat.device import CPU
 from emsplat.imaging.ctf import beam_tilt, zernike_phase
 from emsplat.parallel import ALONE, World
+from emsplat.particles.copies import image_numbers
 from emsplat.particles.stack import ParticleStack
 from emsplat.poses.local import Reference
 from emsplat.sums.spectra import frequencies_within, read_spectra
@@ -58,14 +59,17 @@ def phase_sums(
     told: Callable[[int], None] = lambda _: None,
     world: World = ALONE,
 ) -> dict[int, list[PhaseSums]]:
-    """Of each optics group, one for each grid that its images have; ``noise`` are the spectra of the `parts`. Processes
-    of a ``world`` share the images out, hear equally often, and have the sums of all.
+    """Of each optics group, one for each grid that its images have; ``noise`` are the spectra of the `parts`. An image
+    counts once, however many rows name it. Processes of a ``world`` share the images out, hear equally often, and have
+    the sums of all.
 
     Raises:
         InputError: an image cannot be used.
     """
     found: dict[int, list[PhaseSums]] = {}
     done = 0
+    number, weight = image_numbers(stack.table.take(stack.rows)), torch.zeros(len(stack.table))
+    weight[stack.rows] = 1 / torch.bincount(number)[number]
     for part, spectrum in zip(stack.parts(), noise, strict=True):
         groups, mine = part.table.optics_group[part.rows], part.shared(world)
         length = reference.grid.length
@@ -77,7 +81,8 @@ def phase_sums(
                     own = part.take(rows).without_symmetry().on(CPU)
                     spectra = read_spectra(own, reference.lattice.radius, reference.grid, spectrum)
                     slices = reference.lattice.slices(reference.volume[None], spectra, reference.field)[:, 0]
-                    cross += (spectra.values.conj() * spectra.transfer * slices).to(torch.complex128).sum(0)
+                    each = (spectra.values.conj() * spectra.transfer * slices).to(torch.complex128)
+                    cross += (weight[own.rows, None] * each).sum(0)
                     done += len(rows)
                 told(min(world.size * done, len(stack)))
             world.sum_(cross)
