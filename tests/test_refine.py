@@ -42,7 +42,8 @@ from emsplat.poses.prior import estimate_prior, turns
 from emsplat.poses.search import ball_lattice, everywhere, poor, rotations, unlike, within
 from emsplat.poses.tilt import PhaseSums, phase_likelihood, phase_sums, solve_tilt, tilted
 from emsplat.programs import compare_poses
-from emsplat.programs.pose_round import _placed
+from emsplat.programs.pose_files import _uncertainty
+from emsplat.programs.pose_round import Given, Refined, _placed
 from emsplat.programs.pose_states import Target
 from emsplat.programs.refine import refine
 from emsplat.programs.simulate import simulate
@@ -714,10 +715,27 @@ def test_which_particles_are_poor_is_said_of_all(simulated, monkeypatch):
     for chunk in (512, 10):
         monkeypatch.setattr("emsplat.poses.local._CHUNK", chunk)
         target, prior, far = Target(reference, torch.arange(60)), Prior(math.radians(2), 2.0), everywhere(C1.elements)
-        own = _placed([target], lost, lost.table.poses, prior, noise_of(lost), nearest, far, ALONE)
+        own = _placed([target], lost, Given.all_of(lost.table.poses), prior, noise_of(lost), nearest, far, ALONE)
         found.append(torch.linalg.vector_norm(turns(own.poses.rotation, true.rotation), dim=1))
     assert (found[0][:9] < math.radians(15)).sum() >= 5
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_what_was_found_far_away_is_held_to_nothing(simulated):
+    """Neither where it is looked for nor in what is said of it; its gain is over the pose that was given."""
+    stack = open_particles(simulated(particles=60, snr=2.0)).with_halves(0)
+    truth, grid = read_map(stack.table.sources[0].parent / "truth.mrc")
+    reference = make_reference(equations_of(stack).gain(truth) * truth, grid, 12)
+    true, lost = stack.table.poses, torch.arange(60) < 9
+    wrong = Poses(torch.cat([random_rotations(9, drawn(1)), true.rotation[9:]]), true.shift)
+    prior, targets = Prior(math.radians(0.5), 0.5), [Target(reference, torch.arange(60))]
+    placed = _placed(targets, stack, Given(wrong, lost), prior, noise_of(stack), nearest, None, ALONE)
+    free = place(reference, stack, true, NO_PRIOR, noise_of(stack))
+    torch.testing.assert_close(placed.poses.rotation[:9], free.poses.rotation[:9])
+    assert (placed.after - placed.given)[:9].median() > 20
+    turn, _ = _uncertainty(Refined(stack, placed, (prior, prior), Given(wrong, lost)))
+    assert turn[9:].max() < 0.5
+    torch.testing.assert_close(turn[:9], free.uncertainty(NO_PRIOR, grid.length)[0][:9], rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow

@@ -22,10 +22,10 @@ from emsplat.io.tensors import write_tensors
 from emsplat.maths.geometry import matrix_to_euler
 from emsplat.particles.choose import with_boxes
 from emsplat.particles.stack import ParticleStack
-from emsplat.poses.local import Placed, Prior
+from emsplat.poses.local import NO_PRIOR, Placed, Prior
 from emsplat.poses.prior import turns
 from emsplat.programs.opening import half_sets_from
-from emsplat.programs.pose_round import Refined, Round
+from emsplat.programs.pose_round import Given, Refined, Round
 from emsplat.programs.run import Run
 from emsplat.run.files import PARTICLES, POSES, REFINEMENT
 from emsplat.types import Aberrations, Poses
@@ -88,9 +88,10 @@ def _uncertainty(refined: Refined) -> tuple[Float[Tensor, " p"], Float[Tensor, "
     """Standard deviations of the posterior about an axis (degrees) and along one (Å)."""
     if refined.placed is None or refined.prior is None:
         raise ValueError("nothing was placed")
-    of_first, length = refined.stack.half == 1, refined.stack.grid.length
-    first, second = (refined.placed.uncertainty(prior, length) for prior in refined.prior)
-    return torch.where(of_first, first[0], second[0]), torch.where(of_first, first[1], second[1])
+    under = [refined.placed.uncertainty(prior, refined.stack.grid.length) for prior in (*refined.prior, NO_PRIOR)]
+    own, rows = torch.where(refined.given.lost, 2, refined.stack.half - 1), torch.arange(len(refined.stack))
+    turn, shift = (torch.stack(values)[own, rows] for values in zip(*under, strict=True))
+    return turn, shift
 
 
 def write_particles(run: Run[RefineConfig], refined: Refined, given: ParticleStack) -> None:
@@ -133,7 +134,8 @@ def save_rounds(run: Run[RefineConfig], state: Refined) -> None:
         return
     poses = state.stack.table.poses[state.stack.rows]
     tensors: dict[str, Tensor] = {"rotation": poses.rotation, "shift": poses.shift}
-    tensors |= {"centre_rotation": state.centre.rotation, "centre_shift": state.centre.shift}
+    given = state.given
+    tensors |= {"given_rotation": given.poses.rotation, "given_shift": given.poses.shift, "lost": given.lost.byte()}
     if "ctf" in state.stack.table.changed:
         optics = state.stack.table.optics[state.stack.rows]
         tensors |= {name: getattr(optics, name) for name in _OPTICS}
@@ -176,11 +178,11 @@ def resumed_rounds(run: Run[RefineConfig]) -> Refined | None:
         if _BENT[0] in own:
             stack = stack.with_aberrations(Aberrations(*(own[name] for name in _BENT)))
         run.log.line(f"resuming after round {len(rounds)}")
-        centre = Poses(own["centre_rotation"], own["centre_shift"])
+        given = Given(Poses(own["given_rotation"], own["given_shift"]), own["lost"].bool())
         if not about["priors"]:
-            return Refined(stack, None, None, centre, rounds)
+            return Refined(stack, None, None, given, rounds)
         placed = Placed(poses, *(own[name] for name in _KEPT))
         first, second = (Prior(*pair) for pair in about["priors"])
-        return Refined(stack, placed, (first, second), centre, rounds)
+        return Refined(stack, placed, (first, second), given, rounds)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); remove it, or start anew with --overwrite") from error

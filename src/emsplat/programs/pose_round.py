@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from emsplat.assessment.maps import given_mask, particle_mask
@@ -73,13 +73,30 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Given:
+    """The poses that were given."""
+
+    poses: Poses
+    lost: Bool[Tensor, " p"]  # whether a search has found the particle elsewhere: no prior holds it to this one
+
+    @classmethod
+    def all_of(cls, poses: Poses) -> Given:
+        """Before any search."""
+        return cls(poses, torch.zeros(len(poses), dtype=torch.bool))
+
+    def take(self, rows: Int[Tensor, " q"]) -> Given:
+        """Those of some particles."""
+        return Given(self.poses[rows], self.lost[rows])
+
+
+@dataclass(frozen=True)
 class Refined:
     """Particles with their poses, and what is known of these; rows as in the stack."""
 
     stack: ParticleStack
     placed: Placed | None  # None: nothing was moved
     prior: tuple[Prior, Prior] | None
-    centre: Poses  # of the priors: the poses that were given, or found by a search far from these
+    given: Given
     rounds: tuple[Round, ...] = ()
 
 
@@ -102,7 +119,7 @@ def make_round(
     asked = options.refine.split(",")
     search, again = _search(run, number)
     log.line(f"round {number}: compared down to {grid.length / cut:.2f} Å, where the halves agree")
-    given = before.centre
+    given = before.given
     found: list[Placed] = []
     priors: list[Prior] = []
     optics: list[Optics] = []
@@ -118,11 +135,11 @@ def make_round(
             targets = state_targets(known, half, stack, classical.equations[name], cut, world)
             log.line(f"  {name}: compared with maps of {len(targets)} states")
         noise = noise_of(own)
-        prior = NO_PRIOR if search is stay else _prior(run, targets, own, given[own_rows], noise, search, again)
+        prior = NO_PRIOR if search is stay else _prior(run, targets, own, given.take(own_rows), noise, search, again)
         priors.append(prior)
         with log.progress(f"poses of {name}", len(own)) as update:
             told = partial(_told, update, moment)
-            placed = _placed(targets, own, given[own_rows], prior, noise, search, again, world, told)
+            placed = _placed(targets, own, given.take(own_rows), prior, noise, search, again, world, told)
         found.append(placed)
         if search is not stay:
             log.line(
@@ -177,9 +194,9 @@ def make_round(
         stack = stack.with_optics(joined_optics(optics)[order])
     if tilts:
         stack, placed, given = _tilted(stack, placed, given, tilts)
-    local = search is nearest and again is None
-    centre = given if local else _recentred(given, placed, stack.half, priors)
-    return Refined(stack, placed, (priors[0], priors[1]), centre, (*before.rounds, done))
+    if search is not nearest or again is not None:
+        given = replace(given, lost=given.lost | _far(given.poses, placed, stack.half, priors))
+    return Refined(stack, placed, (priors[0], priors[1]), given, (*before.rounds, done))
 
 
 def _said_of(run: Run[RefineConfig], stack: ParticleStack, tilts: dict[int, Tilt]) -> dict[str, list[float]] | None:
@@ -202,8 +219,8 @@ def _is_certain(tilt: Tilt) -> bool:
 
 
 def _tilted(
-    stack: ParticleStack, placed: Placed, given: Poses, tilts: dict[int, Tilt]
-) -> tuple[ParticleStack, Placed, Poses]:
+    stack: ParticleStack, placed: Placed, given: Given, tilts: dict[int, Tilt]
+) -> tuple[ParticleStack, Placed, Given]:
     """Particles with the beam tilt of their groups, and with the move that goes with it; so are the poses that were
     given, about which priors are."""
     change, move = torch.zeros(2, len(stack.table.groups), 2, dtype=torch.float64)
@@ -214,15 +231,15 @@ def _tilted(
     placed = replace(placed, poses=Poses(placed.poses.rotation, placed.poses.shift + by))
     stack = stack.with_poses(placed.poses)
     aberrations = tilted(stack.table.optics, change[stack.table.optics_group])
-    return stack.with_aberrations(aberrations), placed, Poses(given.rotation, given.shift + by)
+    given = replace(given, poses=Poses(given.poses.rotation, given.poses.shift + by))
+    return stack.with_aberrations(aberrations), placed, given
 
 
-def _recentred(given: Poses, placed: Placed, half: Int[Tensor, " p"], priors: list[Prior]) -> Poses:
-    """Where priors are centred after a search: what was found far away says that the pose that was given is none."""
+def _far(given: Poses, placed: Placed, half: Int[Tensor, " p"], priors: list[Prior]) -> Bool[Tensor, " p"]:
+    """What a search has found so far away that the pose that was given is none."""
     width = torch.tensor([prior.turn for prior in priors], dtype=torch.float64)[half - 1]
-    far = torch.linalg.vector_norm(turns(placed.poses.rotation, given.rotation), dim=1) > _ELSEWHERE * width
-    rotation = torch.where(far[:, None, None], placed.poses.rotation, given.rotation)
-    return Poses(rotation, torch.where(far[:, None], placed.poses.shift, given.shift))
+    away: Tensor = torch.linalg.vector_norm(turns(placed.poses.rotation, given.rotation), dim=1)
+    return away > _ELSEWHERE * width
 
 
 def _told(update: Callable[[int, str], None], moment: Checkpoints, done: int) -> None:
@@ -286,7 +303,7 @@ def _prior(
     run: Run[RefineConfig],
     targets: list[Target],
     own: ParticleStack,
-    given: Poses,
+    given: Given,
     noise: list[Tensor],
     search: Search,
     again: Search | None,
@@ -306,14 +323,14 @@ def _prior(
         placed = _placed(
             _targets_of(targets, rows),
             sample,
-            given[rows],
+            given.take(rows),
             wide,
             _noise_for(sample, own, noise),
             search,
             again,
             run.world,
         )
-        found = estimate_prior(placed, given[rows])
+        found = estimate_prior(placed, given.poses[rows])
         turn = math.degrees(found.turn) if turn is None else turn
         shift = found.shift if shift is None else shift
     return Prior(math.radians(turn), shift)
@@ -322,7 +339,7 @@ def _prior(
 def _placed(
     targets: list[Target],
     own: ParticleStack,
-    given: Poses,
+    given: Given,
     prior: Prior,
     noise: list[Tensor],
     search: Search,
@@ -332,28 +349,29 @@ def _placed(
 ) -> Placed:
     """Every particle against its own target; then ``again`` those that agree with it by much less than good ones of
     all, whatever part of these is looked at together."""
-    found, done = [], 0
+    found, order, done = list[Placed](), list[Tensor](), 0
     for target in targets:
-        some = own.take(target.rows)
-        before = done
-
-        def also(count: int, before: int = before) -> None:
-            told(before + count)
-
-        about = given[target.rows]
-        found.append(place(target.reference, some, about, prior, _noise_for(some, own, noise), search, also, world))
-        done += len(some)
-    placed = Placed.joined(found, torch.argsort(torch.cat([target.rows for target in targets])))
+        lost = given.lost[target.rows]
+        for held, rows in ((prior, target.rows[~lost]), (NO_PRIOR, target.rows[lost])):
+            if not len(rows):
+                continue
+            some = own.take(rows)
+            also = partial(_told_after, told, done)
+            spectra = _noise_for(some, own, noise)
+            found.append(place(target.reference, some, given.poses[rows], held, spectra, search, also, world))
+            order.append(rows)
+            done += len(rows)
+    placed = Placed.joined(found, torch.argsort(torch.cat(order)))
     if again is None or not len(rows := poor(placed)):
         return placed
     some, its = own.take(rows), _targets_of(targets, rows)
-    told_all = partial(_all_told, told, len(own))
-    better = _placed(its, some, given[rows], prior, _noise_for(some, own, noise), again, None, world, told_all)
+    spectra = _noise_for(some, own, noise)
+    better = _placed(its, some, given.take(rows), prior, spectra, again, None, world, lambda _: told(len(own)))
     return placed.with_rows(rows, better)
 
 
-def _all_told(told: Callable[[int], None], count: int, _: int) -> None:
-    told(count)
+def _told_after(told: Callable[[int], None], before: int, count: int) -> None:
+    told(before + count)
 
 
 def _targets_of(targets: list[Target], rows: Int[Tensor, " q"]) -> list[Target]:

@@ -28,7 +28,7 @@ from emsplat.programs.classical import Classical, accumulate_all, judge, settle,
 from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.opening import half_sets_from, introduce_fit, open_run
 from emsplat.programs.pose_files import about_poses, resumed_rounds, save_rounds, write_particles
-from emsplat.programs.pose_round import REFINED, Refined, look_up, make_round
+from emsplat.programs.pose_round import REFINED, Given, Refined, look_up, make_round
 from emsplat.programs.pose_states import read_known_states
 from emsplat.programs.reconstruct import compared_with_images, write_fits
 from emsplat.programs.run import Fits, Run
@@ -198,7 +198,7 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
     options, log, given = run.config.refinement, run.log, run.stack
     known = read_known_states(options.states, given) if options.states is not None else None
     most = options.rounds if known is None else 1  # their maps are not made anew
-    state = resumed_rounds(run) or Refined(given, None, None, given.table.poses[given.rows])
+    state = resumed_rounds(run) or Refined(given, None, None, Given.all_of(given.table.poses[given.rows]))
     with log.part("rounds"), checkpoints(math.inf, run.world, run.config.run.time_limit) as moment:
         judged = _judged(run, state.stack, moment)
         if not judged.classical.evident:
