@@ -15,7 +15,7 @@ from emsplat.errors import InputError, Interrupted
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import identity
 from emsplat.heterogeneity.half import HalfModel
-from emsplat.io.mrc import read_map
+from emsplat.io.mrc import read_map, write_map
 from emsplat.io.particles import read_particles, write_used
 from emsplat.maths.fourier import irfft, rfft
 from emsplat.maths.geometry import random_rotations, vector_to_matrix
@@ -397,6 +397,17 @@ def test_noise_alone_has_nothing_to_refine_against(simulated, tmp_path):
     assert summary["refinement"]["rounds"] == []
     assert any("emsplat abinitio" in text for text in summary["warnings"])
     assert compare(star, tmp_path / "run" / "run_data.star")["p90"] < 1e-3
+
+
+def test_a_mask_beside_the_particle_shows_nothing_to_refine_against(wrong, tmp_path):
+    """As far as the halves go, which do not agree in it: not to the end of the pixels."""
+    star, _ = wrong(3.0, 2.0, particles=120)
+    away = (torch.arange(32) - 29).square()
+    distance = (away + away[:, None] + away[:, None, None]).sqrt()
+    write_map(tmp_path / "mask.mrc", (3 - distance).clamp(0, 1), 4.0)
+    summary = run(star, tmp_path / "run", mask=tmp_path / "mask.mrc")
+    assert summary["refinement"]["rounds"] == []
+    assert any("in the mask, which may lie beside" in text for text in summary["warnings"])
 
 
 @pytest.mark.slow

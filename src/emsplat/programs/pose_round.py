@@ -114,7 +114,9 @@ def make_round(
     Processes share the particles out, and have all of them in the end."""
     log, world, stack, grid = run.log, run.world, before.stack, run.stack.grid
     number = len(before.rounds) + 1
-    cut = min(grid.size // 2 - 1, math.floor(grid.length / (classical.resolution or grid.nyquist) + 1e-6))
+    if classical.resolution is None:
+        raise ValueError("the halves agree nowhere: there is nothing to compare particles with")
+    cut = min(grid.size // 2 - 1, math.floor(grid.length / classical.resolution + 1e-6))
     options = run.config.refinement
     asked = options.refine.split(",")
     search, again = _search(run, number)

@@ -201,14 +201,19 @@ def _rounds(run: Run[RefineConfig], settings: Settings) -> tuple[Refined, dict[s
     state = resumed_rounds(run) or Refined(given, None, None, Given.all_of(given.table.poses[given.rows]))
     with log.part("rounds"), checkpoints(math.inf, run.world, run.config.run.time_limit) as moment:
         judged = _judged(run, state.stack, moment)
-        if not judged.classical.evident:
+        if not judged.classical.evident or judged.classical.resolution is None:
+            where = (
+                "in the mask, which may lie beside the particle"
+                if judged.classical.evident
+                else "beyond the first shells"
+            )
             log.warn(
-                "the half-sets do not agree beyond the first shells: there is nothing that poses could be refined "
-                "against, and they stay as they were given; if they are wrong, find new ones with `emsplat abinitio`"
+                f"the half-sets do not agree {where}: there is nothing that poses could be refined against, and they "
+                "stay as they were given; if they are wrong, find new ones with `emsplat abinitio`"
             )
             return state, judged.sums
         log.line(f"poses as they are: mean correlation with the truth {judged.score:.4f} (of the back-projections)")
-        while len(state.rounds) < most and not _has_stalled(state):
+        while judged.classical.resolution is not None and len(state.rounds) < most and not _has_stalled(state):
             after = make_round(run, settings, state, judged.classical, judged.grey, moment, known)
             new = _judged(run, after.stack, moment)
             gained = new.score - judged.score
