@@ -13,7 +13,8 @@ from emsplat.poses.local import Placed, Prior
 from emsplat.types import Poses
 
 _BEGIN = Prior(math.radians(3), 3.0)
-_ITERATIONS = 60
+_ITERATIONS = 1000
+_SETTLED = 1e-3  # part of the variances that an iteration changes: where there is no error they shrink by less and less
 _FAR = 3.0  # widths beyond which an image is no measure of the width: it was found elsewhere, or shows something else
 
 
@@ -30,14 +31,27 @@ def estimate_prior(placed: Placed, given: Poses) -> Prior:
     """
     away = torch.cat([turns(placed.poses.rotation, given.rotation), placed.poses.shift - given.shift], 1)
     precision = 2 * placed.hessian
-    turn, shift = _BEGIN.turn**2, _BEGIN.shift**2
+    widths = torch.tensor([_BEGIN.turn**2, _BEGIN.shift**2], dtype=torch.float64)  # variances
+    # How far an image was found, and how far noise alone takes it.
+    distance = _by_kind(away.square())
+    noise = _by_kind(torch.diagonal(torch.linalg.inv(precision + _precision(widths)), dim1=1, dim2=2))
     for _ in range(_ITERATIONS):
-        prior = torch.diag(torch.tensor([1 / turn] * 3 + [1 / shift] * 2, dtype=torch.float64))
-        covariance = torch.linalg.inv(precision + prior)
+        covariance = torch.linalg.inv(precision + _precision(widths))
         mean = (covariance @ precision @ away[..., None]).squeeze(-1)
-        second = mean.square() + torch.diagonal(covariance, dim1=1, dim2=2)
-        near = (away[:, :3].square().mean(1) < _FAR**2 * turn) & (away[:, 3:].square().mean(1) < _FAR**2 * shift)
+        near = (distance < _FAR**2 * (widths + noise)).all(1)
         if not near.any():
             break
-        turn, shift = (max(float(part[near].mean()), 1e-12) for part in (second[:, :3], second[:, 3:]))
-    return Prior(math.sqrt(turn), math.sqrt(shift))
+        second = _by_kind(mean.square() + torch.diagonal(covariance, dim1=1, dim2=2))
+        before, widths = widths, second[near].mean(0).clamp(min=1e-12)
+        if bool(((widths - before).abs() < _SETTLED * before).all()):
+            break
+    return Prior(*widths.sqrt().tolist())
+
+
+def _by_kind(values: Float[Tensor, "p 5"]) -> Float[Tensor, "p 2"]:
+    """Means over the axes of turns and of shifts."""
+    return torch.stack([values[:, :3].mean(1), values[:, 3:].mean(1)], 1)
+
+
+def _precision(widths: Float[Tensor, "2"]) -> Float[Tensor, "5 5"]:
+    return torch.diag(1 / widths.repeat_interleave(torch.tensor([3, 2])))
