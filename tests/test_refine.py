@@ -231,7 +231,7 @@ def test_errors_of_poses_below_the_noise_of_single_images():
     assert prior.shift == pytest.approx(0.15, rel=0.3)
     none = estimate_prior(*planted(4000, 0.0, 0.0, 10))
     assert none.turn < 0.002
-    assert none.shift < 0.075
+    assert none.shift < 0.12
 
 
 def test_images_that_were_found_elsewhere_do_not_widen_the_prior():
@@ -693,8 +693,8 @@ def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
     assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
-def test_poses_that_stay_tell_nothing_of_their_errors(wrong, tmp_path):
-    """Nor is there a prior about them: their uncertainty is what the images say."""
+def test_the_defocus_that_is_refined_is_written(wrong, tmp_path):
+    """Poses that stay tell nothing of their errors, and have no prior: their uncertainty is what the images say."""
     star, _ = wrong(4.0, 3.0, particles=200)
     summary = run(star, tmp_path / "run", refine="defocus,scale", rounds=1)
     (done,) = summary["refinement"]["rounds"]
