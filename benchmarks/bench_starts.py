@@ -41,6 +41,7 @@ class Set:
     model: str = ""  # below models/; experimental beta-galactosidase where there is none
     pixel_size: float = 3.54  # Å, of 64 pixels
     noise: bool = False
+    particles: int = 3000
 
 
 RIVAL = "relion_refine --denovo_3dref"
@@ -53,23 +54,26 @@ SETS = {
     "IgG": Set("C1", "C1", "1hzh.pdb.gz", 3.4),
     "50S": Set("C1", "C1", "50s", 5.0),
     "noise": Set("C1", "C1", "6vsb.pdb.gz", 3.2, noise=True),
+    # So few that not every search can succeed: is that said?
+    **{f"spike, {n} images": Set("C1", "C1", "6vsb.pdb.gz", 3.2, particles=n) for n in (60, 120, 240, 480)},
 }
 
 
 def particles(data, folder, name, seed):
-    """The images of a set. Noise is drawn anew for every seed; particles are the same, and only the search differs."""
+    """The images of a set. Noise and small sets are drawn anew for every seed; of the others only the search differs."""
     chosen = SETS[name]
     if not chosen.model:
         return data / "bgal" / "particles.star"
-    kept = "_".join(filter(None, (chosen.model.split(".")[0], f"noise{seed}" if chosen.noise else "")))
+    few = chosen.particles < 3000
+    kept = chosen.model.split(".")[0] + f"_noise{seed}" * chosen.noise + f"_{chosen.particles}_{seed}" * few
     star = folder / kept / "particles.star"
     if not star.exists():
         model = data / "models" / chosen.model
         if model.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             model = merged(model, folder / f"{chosen.model}.cif")
-        made = {"box": 64, "pixel_size": chosen.pixel_size, "particles": 3000, "snr": 0.1}
-        made |= {"noise_only": chosen.noise, "seed": seed if chosen.noise else 0}
+        made = {"box": 64, "pixel_size": chosen.pixel_size, "particles": chosen.particles, "snr": 0.1}
+        made |= {"noise_only": chosen.noise, "seed": seed if chosen.noise or few else 0}
         simulate(configure(SimulateConfig, **made), model, star.parent)
     return star
 
