@@ -42,6 +42,7 @@ class Set:
     pixel_size: float = 3.54  # Å, of 64 pixels
     noise: bool = False
     particles: int = 3000
+    snr: float = 0.1
 
 
 RIVAL = "relion_refine --denovo_3dref"
@@ -54,25 +55,27 @@ SETS = {
     "IgG": Set("C1", "C1", "1hzh.pdb.gz", 3.4),
     "50S": Set("C1", "C1", "50s", 5.0),
     "noise": Set("C1", "C1", "6vsb.pdb.gz", 3.2, noise=True),
-    # So few that not every search can succeed: is that said?
-    **{f"spike, {n} images": Set("C1", "C1", "6vsb.pdb.gz", 3.2, particles=n) for n in (60, 120, 240, 480)},
+    # So little that not every search can succeed: is that said?
+    **{f"50S, SNR {snr}": Set("C1", "C1", "50s", 5.0, particles=400, snr=snr) for snr in (0.05, 0.02, 0.012, 0.008)},
+    **{f"spike, SNR {snr}": Set("C1", "C1", "6vsb.pdb.gz", 3.2, particles=400, snr=snr) for snr in (0.1, 0.03, 0.015)},
 }
 
 
 def particles(data, folder, name, seed):
-    """The images of a set. Noise and small sets are drawn anew for every seed; of the others only the search differs."""
+    """The images of a set. Noise and small sets are drawn anew for every seed, of others only the search differs."""
     chosen = SETS[name]
     if not chosen.model:
         return data / "bgal" / "particles.star"
     few = chosen.particles < 3000
-    kept = chosen.model.split(".")[0] + f"_noise{seed}" * chosen.noise + f"_{chosen.particles}_{seed}" * few
+    kept = chosen.model.split(".")[0] + f"_noise{seed}" * chosen.noise
+    kept += f"_{chosen.particles}_{chosen.snr}_{seed}" * few
     star = folder / kept / "particles.star"
     if not star.exists():
         model = data / "models" / chosen.model
         if model.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             model = merged(model, folder / f"{chosen.model}.cif")
-        made = {"box": 64, "pixel_size": chosen.pixel_size, "particles": chosen.particles, "snr": 0.1}
+        made = {"box": 64, "pixel_size": chosen.pixel_size, "particles": chosen.particles, "snr": chosen.snr}
         made |= {"noise_only": chosen.noise, "seed": seed if chosen.noise or few else 0}
         simulate(configure(SimulateConfig, **made), model, star.parent)
     return star
