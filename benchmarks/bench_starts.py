@@ -124,7 +124,7 @@ def found(data, folder, name, seed):
     row |= {key: said[key] for key in ("verdict", "agreement", "gain", "starts")}
     row |= {"group": said.get("symmetry_found", chosen.symmetry)}
     written = output / "run_data.star"
-    if written.exists() and not chosen.noise:
+    if written.exists() and said["verdict"] != "not found" and not chosen.noise:
         away = compare(star, written, configure(ComparePosesConfig, symmetry=chosen.group))
         row |= {key: round(away[key], 4) for key in ("median", "p90", "within_5", "within_10", "shift_median")}
     if name == "bgal D2" and written.exists():
