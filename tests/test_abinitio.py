@@ -11,7 +11,7 @@ from emsplat.config import AbinitioConfig, AbinitioOptions, ChoiceOptions, Image
 from emsplat.errors import InputError
 from emsplat.io.particles import read_particles
 from emsplat.maths.geometry import axis_rotation, random_rotations
-from emsplat.maths.groups import C1, parse_symmetry
+from emsplat.maths.groups import C1, cyclic, parse_symmetry
 from emsplat.particles.choose import open_stack
 from emsplat.poses.abinitio import Ascent, AscentStage, centre_of_mass
 from emsplat.poses.axes import GroupFrame, Turning, find_frame, find_symmetry, in_frame, map_turned
@@ -21,7 +21,7 @@ from emsplat.poses.grids import HALF_TURN, half_grid, shift_grid, sphere
 from emsplat.poses.scores import Trial, expect, expect_slowly, most_likely
 from emsplat.poses.starts import StartPlan, kinds, spherical_mean
 from emsplat.poses.verdict import Verdict, agreement, brought_over, decide, last_shell, mirror_image, shell_correlation
-from emsplat.programs.abinitio import _posed, _unposed, abinitio
+from emsplat.programs.abinitio import _doubt, _posed, _unposed, abinitio
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, half_plane
 from emsplat.types import Poses
@@ -480,3 +480,9 @@ def test_starts_that_were_made_are_not_made_again(simulated, tmp_path, monkeypat
 def test_what_cannot_be_started_from(simulated, tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         abinitio(replace(options(), **change), simulated(particles=240, noise_only=True), tmp_path / "run")
+
+
+def test_a_group_that_few_images_tell_is_said():
+    """Too few cannot break the symmetry of a trimer with one arm raised."""
+    assert _doubt(cyclic(3), 400).startswith("C3 was judged by 400 images of a half-set, too few")
+    assert not _doubt(cyclic(3), 1000)

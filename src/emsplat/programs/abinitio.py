@@ -62,6 +62,7 @@ _FINEST = 11.5  # cycles per diameter: the finest that starts look at
 _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
 _LOOKED = 500  # images at once
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
+_TELLING = 1000  # images of a half-set that tell a trimer with one arm raised from a trimer
 
 
 @within_memory()
@@ -395,12 +396,24 @@ def _symmetry_found(run: Run[AbinitioConfig], pair: Pair, group: Symmetry) -> di
         return {}
     if group.order > 1:
         run.log.line(
-            f"  the particle has {group.symbol}: in both half-sets, images that were left out fit the symmetric map "
-            f"better than one without; its axes are turned into RELION's setting, and --symmetry {group.symbol} makes "
-            "use of them"
+            f"  the particle has {group.symbol}: in both half-sets, images that were left out fit no map without it "
+            f"better than the symmetric one; its axes are turned into RELION's setting, and --symmetry {group.symbol} "
+            "makes use of them"
         )
+        if doubt := _doubt(group, min(len(run.stack.only(half)) for half in (1, 2))):
+            run.log.warn(doubt)
     agreement = min(own.axes for own in pair.starts)
     return {"symmetry_found": group.symbol, "symmetry_agreement": round(agreement, 3)}
+
+
+def _doubt(group: Symmetry, images: int) -> str:
+    """What there is to say of a group that so many images of a half-set have told; "" where they are enough."""
+    if images >= _TELLING:
+        return ""
+    return (
+        f"{group.symbol} was judged by {images:,} images of a half-set, too few to tell a particle that has it from "
+        f"one that nearly has it; expected {_TELLING:,} or more, take more particles to be sure"
+    )
 
 
 def _spread(run: Run[AbinitioConfig], placed: Placed) -> dict[str, Any]:
