@@ -29,7 +29,9 @@ _STEPS = 12
 _SCAN = 25  # values of the defocus that are tried
 _REACH = 3.0  # of its widths that they span
 _WIDE = (800.0, 0.5, 100.0)  # priors that hardly hold: defocus (Å), ln scale, B factor (Å²)
-_ITERATIONS, _SETTLED = 1000, 1e-3  # of EM: at most, and the part of the variances that an iteration changes in the end
+# Of EM: at most, and the part of the variances that an iteration changes in the end. It creeps: a larger one would
+# leave the result to how often rounding lets it go on.
+_ITERATIONS, _SETTLED = 1000, 1e-5
 _LEAST = 1e-6
 
 
@@ -138,7 +140,7 @@ def estimate_spread(changes: Changes) -> Spread:
     linear = ((own + wide) @ known[..., None]).squeeze(-1)
     first = (changes.defocus_precision + 1 / defocus) * changes.defocus
     for _ in range(_ITERATIONS):
-        before = torch.tensor([defocus, scale, b_factor])
+        before = torch.tensor([defocus, scale, b_factor], dtype=torch.float64)
         precision = changes.defocus_precision + 1 / defocus
         defocus = max(float(((first / precision).square() + 1 / precision).mean()), _LEAST)
         prior = torch.diag(1 / torch.tensor([scale, b_factor], dtype=torch.float64))
@@ -146,7 +148,9 @@ def estimate_spread(changes: Changes) -> Spread:
         mean = (covariance @ linear[..., None]).squeeze(-1)
         second = (mean.square() + torch.diagonal(covariance, dim1=1, dim2=2)).mean(0)
         scale, b_factor = (max(float(value), _LEAST) for value in second)
-        if bool(((torch.tensor([defocus, scale, b_factor]) - before).abs() < _SETTLED * before).all()):
+        if bool(
+            ((torch.tensor([defocus, scale, b_factor], dtype=torch.float64) - before).abs() < _SETTLED * before).all()
+        ):
             break
     return Spread(math.sqrt(defocus), math.sqrt(scale), math.sqrt(b_factor))
 

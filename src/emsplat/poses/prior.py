@@ -14,7 +14,7 @@ from emsplat.types import Poses
 
 _BEGIN = Prior(math.radians(3), 3.0)
 _ITERATIONS = 1000
-_SETTLED = 1e-3  # part of the variances that an iteration changes: where there is no error they shrink by less and less
+_SETTLED = 1e-5  # part of the variances that an iteration changes: where there is no error they shrink by less and less
 _FAR = 3.0  # widths beyond which an image is no measure of the width: it was found elsewhere, or shows something else
 
 
