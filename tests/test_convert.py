@@ -404,6 +404,19 @@ def test_relion_gets_stacks_by_names_that_it_takes(tmp_path, capsys):
         assert_same(read_particles(tmp_path / "relion" / "p.star"), table)
 
 
+def test_no_stack_is_replaced_by_a_link(tmp_path):
+    table = make(tmp_path)
+    for stack in table.stacks:
+        stack.rename(stack.with_suffix(".mrc"))
+    table = replace(table, stacks=tuple(stack.with_suffix(".mrc") for stack in table.stacks))
+    write_cs(tmp_path / "p.cs", table, table.half)
+    (tmp_path / "q_stacks").mkdir()
+    (tmp_path / "q_stacks" / "a.mrcs").write_text("somebody's")
+    convert(tmp_path / "p.cs", tmp_path / "q.star")
+    assert (tmp_path / "q_stacks" / "a.mrcs").read_text() == "somebody's"
+    assert_same(read_particles(tmp_path / "q.star"), table)
+
+
 def test_beam_tilt_of_a_30_file_is_counted_once(tmp_path):
     table = make(tmp_path)
     write_table(tmp_path / "new.star", table, table.half)

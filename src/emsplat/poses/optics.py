@@ -148,9 +148,8 @@ def estimate_spread(changes: Changes) -> Spread:
         mean = (covariance @ linear[..., None]).squeeze(-1)
         second = (mean.square() + torch.diagonal(covariance, dim1=1, dim2=2)).mean(0)
         scale, b_factor = (max(float(value), _LEAST) for value in second)
-        if bool(
-            ((torch.tensor([defocus, scale, b_factor], dtype=torch.float64) - before).abs() < _SETTLED * before).all()
-        ):
+        after = torch.tensor([defocus, scale, b_factor], dtype=torch.float64)
+        if bool(((after - before).abs() < _SETTLED * before).all()):
             break
     return Spread(math.sqrt(defocus), math.sqrt(scale), math.sqrt(b_factor))
 

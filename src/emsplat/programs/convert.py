@@ -108,7 +108,7 @@ def _to_star(table: ParticleTable, target: Path, half: Tensor | None) -> list[st
             "by particle, or per stack where there are several"
         )
     if _kinds(table) == {".star"}:
-        if lost := lost_in_merging(table):
+        if len(table.sources) > 1 and (lost := lost_in_merging(table)):
             said.append(f"{_listed(lost, 'rln')} are not in all of the files; they are left out")
     elif lost:
         said.append(f"a .star file has no place for {_listed(lost, _prefix(table))}; they are left out")
@@ -125,15 +125,19 @@ def _linked(table: ParticleTable, target: Path) -> list[str]:
         return []
     folder = _link_folder(target).absolute()  # RELION looks from where it runs
     several = len({file.stem for file in wrong.values()}) < len(wrong)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, file in wrong.items():
-            link = folder / (f"{number + 1:06d}_{file.stem}.mrcs" if several else f"{file.stem}.mrcs")
-            with replacing(link) as temporary:
-                temporary.symlink_to(file.absolute())
-            files[number] = link
-    except OSError:
+    links = {
+        number: folder / (f"{number + 1:06d}_{file.stem}.mrcs" if several else f"{file.stem}.mrcs")
+        for number, file in wrong.items()
+    }
+    if any(link.exists() and not link.is_symlink() for link in links.values()):  # a stack of somebody's
         return []
+    try:
+        for number, link in links.items():
+            with replacing(link) as temporary:
+                temporary.symlink_to(wrong[number].absolute())
+    except OutputError:
+        return []
+    files |= links
     return [f"{i + 1:06d}@{files[s]}" for i, s in zip(table.image.tolist(), table.stack.tolist(), strict=True)]
 
 

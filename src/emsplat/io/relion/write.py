@@ -305,6 +305,8 @@ def lost_in_merging(table: ParticleTable) -> list[str]:
 
 
 def _unshared(table: ParticleTable) -> list[str]:
+    if len(table.sources) == 1:
+        return []
     own = [find_tables(read_star_file(path))[0].columns for path in table.sources]
     return [name for names in own for name in names if name not in CARRIED and not all(name in one for one in own)]
 
