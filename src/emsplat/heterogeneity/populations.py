@@ -26,11 +26,51 @@ WIDTHS = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25)  # of a point, in standard deviations 
 _STEPS = 20
 _TRIED, _ENOUGH = 6000, 20000  # views that tell the width, and that a density is fitted to
 _DRAWN = 25  # draws at a time
-_AT_ONCE = 2**22  # numbers of a block of views
+_AT_ONCE = 2**15  # views
 _SAMPLES = 256  # of a point, that tell which states it belongs to
 _ROUNDING = 1e-4  # of all particles
 _FLAT = 1e-6  # of the largest variance: no width
 _SURE, _SEEN = 10.0, 1.0  # images that are known to be at a place, and its standard error in kT, if it is shown
+
+
+@dataclass(frozen=True)
+class _Blurred:
+    """What views say of points whose latents spread about them: log p(y|μ) - log p(y|0) = base + b·μ - μᵀA μ/2, and the
+    latent is expected at centre + pull μ.
+
+    With W the root of the width and S = W (1 + Wᵀ A₀ W)⁻¹ Wᵀ, the covariance of a latent about its point given the
+    view, completing the square in b₀·z - zᵀA₀ z/2 under z ~ N(μ, W Wᵀ) gives b = b₀ - A₀ S b₀, A = A₀ - A₀ S A₀,
+    centre = S b₀ and pull = 1 - S A₀. None of it depends on the points.
+    """
+
+    base: Float[Tensor, "v 1"]
+    linear: Float[Tensor, "v q"]  # b
+    quadratic: Float[Tensor, "v q q"]  # A
+    centre: Float[Tensor, "v q"]
+    pull: Float[Tensor, "v q q"]
+
+    @classmethod
+    def of(cls, latents: Latents, root: Float[Tensor, "q q"], rows: slice = slice(None)) -> _Blurred:
+        """For some views."""
+        linear, quadratic = latents.linear[rows], latents.quadratic[rows]
+        eye = torch.eye(len(root), dtype=root.dtype)
+        factor = torch.linalg.cholesky(eye + root.T @ quadratic @ root)
+        half = torch.linalg.solve_triangular(factor, root.T.expand_as(quadratic), upper=False)
+        spread = half.mT @ half
+        centre = (spread @ linear[..., None]).squeeze(-1)
+        pull = eye - spread @ quadratic
+        determinant = torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
+        base = 0.5 * (linear * centre).sum(1) - determinant
+        return cls(base[:, None], (pull.mT @ linear[..., None]).squeeze(-1), quadratic @ pull, centre, pull)
+
+    def log_likelihood(self, point: Float[Tensor, "m q"]) -> Float[Tensor, "v m"]:
+        square = (point[:, :, None] * point[:, None]).flatten(1)
+        return self.base + self.linear @ point.T - 0.5 * (self.quadratic.flatten(1) @ square.T)
+
+    def place(self, point: Float[Tensor, "m q"], member: Float[Tensor, "v m"]) -> Float[Tensor, "m q"]:
+        """Σ of the expected latents of each point's views, as far as they are members."""
+        pull = (member.T @ self.pull.flatten(1)).reshape(-1, *self.pull.shape[1:])
+        return member.T @ self.centre + (pull @ point[..., None]).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -43,26 +83,16 @@ class Cloud:
 
     def log_likelihood(self, latents: Latents) -> Float[Tensor, "v m"]:
         """log p(y|point) - log p(y|0) of each view, with the latent spread about the point."""
-        rows = max(1, _AT_ONCE // max(1, self.point.numel()))
-        parts = [self._block(latents, slice(i, i + rows))[0] for i in range(0, len(latents), rows)]
+        parts = [
+            _Blurred.of(latents, self.root, slice(i, i + _AT_ONCE)).log_likelihood(self.point)
+            for i in range(0, len(latents), _AT_ONCE)
+        ]
         return torch.cat(parts)
 
     def likelihood(self, latents: Latents) -> Float[Tensor, "v m"]:
         """The same without its logarithm, over the largest of each view."""
         likely = self.log_likelihood(latents)
         return torch.exp(likely - likely.max(1, keepdim=True).values)
-
-    def _block(self, latents: Latents, rows: slice) -> tuple[Float[Tensor, "v m"], Float[Tensor, "v m q"]]:
-        """The same of some views, and where each point puts their latents."""
-        linear, quadratic = latents.linear[rows], latents.quadratic[rows]
-        left = linear[:, None] - torch.einsum("vqr,mr->vmq", quadratic, self.point)  # b - A μ
-        base = 0.5 * torch.einsum("vmq,mq->vm", linear[:, None] + left, self.point)
-        inner = torch.eye(len(self.root), dtype=self.root.dtype) + self.root.T @ quadratic @ self.root
-        factor = torch.linalg.cholesky(inner)
-        slope = left @ self.root
-        step = torch.cholesky_solve(slope.mT, factor).mT
-        determinant = torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
-        return base + 0.5 * (slope * step).sum(2) - determinant[:, None], self.point + step @ self.root.T
 
     def membership(self, latents: Latents) -> Float[Tensor, "v m"]:
         """Posterior probability of each point for each view."""
@@ -74,17 +104,13 @@ class Cloud:
 
     def fitted(self, latents: Latents, steps: int = _STEPS) -> Cloud:
         """Points and weights that make these views likelier, by EM; the width stays."""
-        cloud = self
-        rows = max(1, _AT_ONCE // max(1, self.point.numel()))
+        blurred, point, weight = _Blurred.of(latents, self.root), self.point, self.weight
         for _ in range(steps):
-            mass, place = torch.zeros_like(cloud.weight), torch.zeros_like(cloud.point)
-            for start in range(0, len(latents), rows):
-                likely, centre = cloud._block(latents, slice(start, start + rows))
-                member = torch.softmax(likely + cloud.weight.clamp(min=1e-300).log(), 1)
-                mass += member.sum(0)
-                place += torch.einsum("vm,vmq->mq", member, centre)
-            cloud = Cloud(place / mass.clamp(min=1e-12)[:, None], mass / mass.sum(), self.root)
-        return cloud
+            member = torch.softmax(blurred.log_likelihood(point) + weight.clamp(min=1e-300).log(), 1)
+            mass = member.sum(0)
+            point = blurred.place(point, member) / mass.clamp(min=1e-12)[:, None]
+            weight = mass / mass.sum()
+        return Cloud(point, weight, self.root)
 
     def within(self, frame: Frame) -> Cloud:
         """In another latent space."""
