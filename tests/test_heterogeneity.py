@@ -716,10 +716,11 @@ centre = torch.randn(12, 3, generator=rng)
 cells = Cells(
     Grid(8, 3.0), torch.randn(2, 8, 8, 8), torch.ones(2, 12, 12, 7), torch.zeros(2, 1), torch.ones(2), torch.ones(2)
 )
-run_stage(
+for _ in run_stage(
     Decoder(centre, torch.full((12,), 4.0), torch.ones(12), Shape(1, 2), generator=rng),
     cells, DecoderStage(0.0, 1), rng, only=0,
-)
+):
+    pass
 shape, member = NetworkShape(4, 1, 4), torch.zeros(12, dtype=torch.int64)
 before = PartDiscovery(centre, shape, length=4.0, generator=rng)
 after = Hierarchy(centre, member, torch.zeros(1, 4), torch.zeros(1, 3), member[:1], shape, length=4.0, generator=rng)

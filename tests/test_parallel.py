@@ -13,7 +13,7 @@ import torch
 
 from emsplat.heterogeneity.cells import gather_cells
 from emsplat.heterogeneity.refresh import evidence
-from emsplat.heterogeneity.subspace import fit_subspace, infer
+from emsplat.heterogeneity.subspace import SubspaceStage, fit_subspace, infer
 from emsplat.io.mrc import read_map, writing_stack
 from emsplat.io.mrc_arrays import StackFile
 from emsplat.maths.groups import cyclic
@@ -33,7 +33,7 @@ _ONE_OF_MANY = """
 import sys
 from emsplat.heterogeneity.cells import gather_cells
 from emsplat.heterogeneity.refresh import evidence
-from emsplat.heterogeneity.subspace import fit_subspace, infer
+from emsplat.heterogeneity.subspace import SubspaceStage, fit_subspace, infer
 from emsplat.sums.spectra import read_all_spectra, read_everywhere
 from pathlib import Path
 import torch
@@ -77,7 +77,8 @@ with joined() as world:
     found |= {"values": torch.view_as_real(everywhere.values), "turns": everywhere.rotation, "rows": everywhere.row}
     spectra = read_all_spectra(stack, 6, world)
     assert len(spectra) < 2 * len(stack)
-    *_, subspace = fit_subspace(spectra, 2, torch.Generator().manual_seed(0), ((4, 2), (6, 2)))
+    stages = (SubspaceStage(4, 2), SubspaceStage(6, 2, 20))
+    *_, subspace = fit_subspace(spectra, 2, torch.Generator().manual_seed(0), stages)
     linear = spectra.portion.whole(infer(subspace, spectra).linear)
     (cell,) = gather_cells(stack, torch.ones(2 * len(stack), 1), torch.zeros(1, 1), 24, world=world)
     told = evidence(subspace.maps, subspace, stack, torch.zeros(2 * len(stack), len(subspace.maps)).double(), world)
@@ -208,7 +209,8 @@ def test_processes_share_the_particles_out(simulated, tmp_path, size, apart):
     expected |= {"looks": placed.looks.double(), "defocus": optics.defocus_u, "b_factor": optics.b_factor}
     expected |= {"basis": phases.basis, "phases": torch.view_as_real(phases.cross)}
     spectra = read_all_spectra(stack, 6)
-    *_, subspace = fit_subspace(spectra, 2, torch.Generator().manual_seed(0), ((4, 2), (6, 2)))
+    stages = (SubspaceStage(4, 2), SubspaceStage(6, 2, 20))
+    *_, subspace = fit_subspace(spectra, 2, torch.Generator().manual_seed(0), stages)
     known = torch.zeros(2 * len(stack), len(subspace.maps)).double()
     expected |= {"maps": subspace.maps, "latents": infer(subspace, spectra).linear}
     expected |= {"told": evidence(subspace.maps, subspace, stack, known)}

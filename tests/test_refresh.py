@@ -9,7 +9,7 @@ from emsplat.heterogeneity import refresh
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import embedded
 from emsplat.heterogeneity.refresh import Refreshed, _chain, _linear, evidence, refreshed
-from emsplat.heterogeneity.subspace import fit_subspace, infer
+from emsplat.heterogeneity.subspace import SubspaceStage, fit_subspace, infer
 from emsplat.particles.choose import open_stack
 from emsplat.sums.spectra import read_spectra
 
@@ -19,7 +19,7 @@ def stage(particles):  # noqa: F811
     """A linear stage of 150 views with two components, and what it says of these."""
     stack = open_stack(configure(ReconstructConfig, first=300), particles).only(1)
     spectra = read_spectra(stack, 7)
-    for subspace in fit_subspace(spectra, 2, torch.Generator().manual_seed(0), ((7, 4),)):
+    for subspace in fit_subspace(spectra, 2, torch.Generator().manual_seed(0), (SubspaceStage(7, 4),)):
         last = subspace
     return stack, last, infer(last, spectra)
 

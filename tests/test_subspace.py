@@ -1,6 +1,7 @@
 """The linear stage: slices and sums against direct ones, posteriors, planted components, the gain on the other half."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,19 @@ import torch
 from emsplat.heterogeneity.density import Density, fit_density
 from emsplat.heterogeneity.evidence import Gain, component_gains, fewest, first_components, mean_gain
 from emsplat.heterogeneity.frames import cross_embedding
-from emsplat.heterogeneity.subspace import Latents, Space, ball, consensus, fit_subspace, infer, posterior
+from emsplat.heterogeneity.subspace import (
+    Latents,
+    Space,
+    SubspaceStage,
+    ball,
+    consensus,
+    fit_subspace,
+    infer,
+    posterior,
+)
 from emsplat.maths.geometry import random_rotations
 from emsplat.sums.lattice import Lattice
-from emsplat.sums.spectra import Spectra, half_plane
+from emsplat.sums.spectra import Spectra, SpectraOfGrids, half_plane
 
 
 def drawn(seed: int) -> torch.Generator:
@@ -179,7 +189,7 @@ def planted(count: int, amplitude: float, seed: int, noise: float = 1.0) -> tupl
     return Spectra(values, transfer, frequency, views, rotation, torch.ones(count), torch.arange(count), 100.0), latent
 
 
-STAGES = ((4, 12), (6, 12))
+STAGES = (SubspaceStage(4, 12), SubspaceStage(6, 12))
 
 
 def last(spectra: Spectra, components: int, seed: int):
@@ -204,6 +214,32 @@ def test_a_planted_component_is_found():
     assert gain.value == pytest.approx(float(found.gain.mean()), rel=0.2)
 
 
+def test_some_of_the_images_tell_coarse_components():
+    spectra, latent = planted(3000, 0.5, 7)
+    stages = (SubspaceStage(4, 12, 1000), SubspaceStage(6, 12))
+    subspace = list(fit_subspace(spectra, 4, drawn(0), stages))[-1]
+    assert subspace.components == 1
+    found = infer(subspace, spectra)
+    assert torch.corrcoef(torch.stack([found.mean[:, 0].float(), latent]))[0, 1].abs() > 0.9
+    # The last know all images: as if there had been no others, but for what EM still moves.
+    whole = infer(last(spectra, 4, 0), spectra)
+    assert float(found.gain.mean()) == pytest.approx(float(whole.gain.mean()), rel=5e-3)
+
+
+def test_a_sample_has_all_views_of_its_images(seen):
+    image, rotation = torch.arange(4, dtype=torch.int32).repeat_interleave(2), random_rotations(8, drawn(2)).float()
+    spectra = replace(seen, image=image, share=torch.ones(8), rotation=rotation)
+    assert spectra.images == 4
+    found = spectra.sample(3, drawn(3))
+    assert found.images == 3
+    chosen = found.image[::2]
+    assert chosen.unique().tolist() == chosen.tolist() == found.image[1::2].tolist()
+    assert torch.equal(found.rotation, spectra.rotation.reshape(4, 2, 3, 3)[chosen.long()].flatten(0, 1))
+    assert torch.equal(spectra.sample(4, drawn(3)).image, spectra.image)
+    both = SpectraOfGrids((spectra, spectra)).sample(4, drawn(4))
+    assert [part.images for part in both.parts] == [2, 2]
+
+
 def test_nothing_is_found_where_nothing_is():
     spectra, _ = planted(1500, 0.0, 9)
     assert last(spectra, 4, 0).components == 0
@@ -216,7 +252,7 @@ def test_nothing_is_found_where_nothing_is():
 def test_hardly_more_images_than_components(seed):
     """What a few views say of a coefficient is no positive matrix, and the circulant ones are far off."""
     spectra, _ = planted(6, 0.5, seed)
-    for subspace in fit_subspace(spectra, 4, drawn(seed), ((4, 8), (6, 8))):
+    for subspace in fit_subspace(spectra, 4, drawn(seed), (SubspaceStage(4, 8), SubspaceStage(6, 8))):
         assert subspace.maps.isfinite().all()
         assert subspace.maps.abs().max() < 1  # of 0.15 for what is there
 

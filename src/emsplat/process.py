@@ -20,10 +20,11 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.granted import granted_cores
@@ -64,6 +65,24 @@ def threads(wanted: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def side_by_side(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` of ``count`` things that takes them at a time, with a share of the threads each: what is short gains less
+    from more threads. Where there are too few threads it takes one after the other."""
+    import torch
+
+    available = torch.get_num_threads()
+    if not 1 < count <= available:
+        yield map
+        return
+    share = available // count
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        try:
+            yield pool.map
+        finally:
+            torch.set_num_threads(available)  # some libraries have one number for all threads
 
 
 def go_on_alone(wanted: int | None, processes: int) -> None:

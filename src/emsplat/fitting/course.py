@@ -12,13 +12,10 @@ losses beyond chance are not: so threads, machines and half-sets agree on the co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +30,7 @@ from emsplat.imaging.project import voxelize
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.models.gaussians import GaussianField
 from emsplat.parallel import ALONE, World
+from emsplat.process import side_by_side
 
 _COARSE = 0.25  # of the epochs of the first stage
 _FIRST = 2 / 3  # of the epochs where stages follow: what is to be split need not have converged
@@ -177,7 +175,7 @@ def _steps(
     fits: Sequence[VolumeFit], running: dict[str, Iterator[State[GaussianField]]], last: int, world: World
 ) -> Iterator[VolumeFit]:
     """Every fit in step until it stands at the ``last``."""
-    with _side_by_side(len(running), fits[0].objective.device) as all_of:
+    with side_by_side(len(running) if fits[0].objective.device.type == "cpu" else 1) as all_of:
         while fits[0].state.step < last:
             moved = dict(zip(running, all_of(next, running.values()), strict=True))
             for one in fits:
@@ -186,22 +184,6 @@ def _steps(
             yield from fits
     for one in fits:
         one.spread(world)
-
-
-@contextmanager
-def _side_by_side(count: int, device: torch.device) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` of ``count`` things that takes them at a time, with a share of the threads each: a step is short, and
-    more threads hasten it by less. On a GPU, and where there are too few threads, it takes one after the other."""
-    threads = torch.get_num_threads()
-    if count < 2 or threads < count or device.type != "cpu":
-        yield map
-        return
-    share = threads // count
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        try:
-            yield pool.map
-        finally:
-            torch.set_num_threads(threads)  # some libraries have one number for all threads
 
 
 def _tell_losses(fits: Sequence[VolumeFit], world: World) -> None:

@@ -26,6 +26,7 @@ from emsplat.heterogeneity.subspace import (
     Latents,
     Placement,
     Subspace,
+    SubspaceStage,
     consensus,
     fit_subspace,
     infer,
@@ -37,8 +38,8 @@ from emsplat.parallel import World
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
 
-_RADII = (0.4, 0.7, 1.0)  # of the finest frequency
-_ITERATIONS = (8, 8, 8)
+_RADII, _ITERATIONS = (0.4, 0.7, 1.0), 8  # of the finest frequency, and at each
+_SAMPLE = 10000  # images of a half-set that tell coarse components
 _DENSE = 0.1  # of the maximum of the mean map: less is no molecule
 _EMPTY = 2e-3  # weight of a point that is left out
 
@@ -81,9 +82,10 @@ class Search:
         return max(self.points.values() or self.components, key=lambda gain: gain.value)
 
 
-def stages(radius: int) -> tuple[tuple[int, int], ...]:
-    """Radii of the linear stage and the iterations at each."""
-    return tuple((max(4, round(share * radius)), count) for share, count in zip(_RADII, _ITERATIONS, strict=True))
+def stages(radius: int) -> tuple[SubspaceStage, ...]:
+    """Those of the linear stage. All images are needed where the smallest changes are to be seen."""
+    radii = [max(4, round(share * radius)) for share in _RADII]
+    return tuple(SubspaceStage(own, _ITERATIONS, None if own == radii[-1] else _SAMPLE) for own in radii)
 
 
 def search(
@@ -140,7 +142,7 @@ def _search(
     for half, (own, support) in enumerate(zip(spectra, supports, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + half)
         steps = fit_subspace(own, components, generator, plan, support)
-        total = sum(count for _, count in plan)
+        total = sum(stage.iterations for stage in plan)
         for step, latest in enumerate(steps):
             subspace = latest
             if (step + 1) % 8 == 0 or step + 1 == total:

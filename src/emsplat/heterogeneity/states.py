@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,9 @@ from emsplat.maths.fourier import filtered
 from emsplat.models.base import ParameterGroup
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.types import Gaussians, Grid
+
+T = TypeVar("T")
+Fitting = Generator[str, None, T]  # says what begins, and "" after each step; what it returns is the result
 
 _RATE = 5e-3
 _FEWEST_STEPS = 64  # of a stage
@@ -107,16 +111,16 @@ def coarse_decoder(
     shared: Float[Tensor, "m m"],
     plan: DecoderPlan,
     generator: torch.Generator,
-    tell: Callable[[str], None],
-) -> Decoder:
+) -> Fitting[Decoder]:
     """A decoder of all cells with few wide Gaussians, which says where things go."""
     reference = reference_cell(cells)
     scale = _scale(molecule_volume(cells, shared))
     shape = Shape(latents=cells.point.shape[1], parts=plan.parts)
     decoder = start(cells, shared, _FIRST, scale * _WIDTH, shape, generator)
-    tell("the reference cell")
-    run_stage(decoder, cells, replace(_REFERENCE, resolution=scale * _REFERENCE.resolution), generator, only=reference)
-    _run_stages(decoder, cells, _COARSE, scale, generator, tell)
+    yield "the reference cell"
+    first = replace(_REFERENCE, resolution=scale * _REFERENCE.resolution)
+    yield from run_stage(decoder, cells, first, generator, only=reference)
+    yield from _run_stages(decoder, cells, _COARSE, scale, generator)
     return decoder
 
 
@@ -126,20 +130,19 @@ def fine_decoder(
     shared: Float[Tensor, "m m"],
     plan: DecoderPlan,
     generator: torch.Generator,
-    tell: Callable[[str], None],
-) -> Decoder:
+) -> Fitting[Decoder]:
     """A decoder of all cells with many narrow Gaussians, from a coarse one."""
     volume = molecule_volume(cells, shared)
     decoder = copy.deepcopy(decoder)
-    _run_stages(decoder, cells, _AGAIN, _scale(volume), generator, tell)
+    yield from _run_stages(decoder, cells, _AGAIN, _scale(volume), generator)
     count = plan.gaussians or min(round(_PER_VOXEL * volume / cells.grid.pixel_size**3), _MOST)
     copies = max(1, round(count / _FIRST))
     spacing = (volume / (copies * _FIRST)) ** (1 / 3)
     decoder = decoder.split(copies, max(spacing, 0.8 * cells.grid.pixel_size), generator)
     for rate in _FINE:
-        tell(f"all frequencies, {len(decoder):,} Gaussians, rate {rate:g}")
+        yield f"all frequencies, {len(decoder):,} Gaussians, rate {rate:g}"
         epochs = max(1, min(_FINE_EPOCHS, round(_FINE_STEPS / len(cells))))
-        run_stage(decoder, cells, DecoderStage(0.0, epochs, rate, batch=1), generator)
+        yield from run_stage(decoder, cells, DecoderStage(0.0, epochs, rate, batch=1), generator)
     return decoder
 
 
@@ -154,11 +157,10 @@ def _run_stages(
     stages: Iterable[DecoderStage],
     scale: float,
     generator: torch.Generator,
-    tell: Callable[[str], None],
-) -> None:
+) -> Fitting[None]:
     for stage in stages:
-        tell(f"all cells at {scale * stage.resolution:.0f} Å")
-        run_stage(decoder, cells, replace(stage, resolution=scale * stage.resolution), generator)
+        yield f"all cells at {scale * stage.resolution:.0f} Å"
+        yield from run_stage(decoder, cells, replace(stage, resolution=scale * stage.resolution), generator)
 
 
 def molecule_volume(cells: Cells, shared: Float[Tensor, "m m"]) -> float:
@@ -230,7 +232,7 @@ def _groups(decoder: Decoder, stage: DecoderStage) -> list[ParameterGroup]:
 
 def run_stage(
     decoder: Decoder, cells: Cells, stage: DecoderStage, generator: torch.Generator, only: int | None = None
-) -> None:
+) -> Fitting[None]:
     """Fits the decoder to cells at one resolution (to one cell with ``only``)."""
     coarse = cells.coarse(stage.resolution) if stage.resolution else cells
     optimiser = Optimiser(_groups(decoder, stage))
@@ -243,3 +245,4 @@ def run_stage(
         value = loss(decoder, coarse, chosen)
         value.backward()  # type: ignore[no-untyped-call]
         optimiser.step(_RATE * stage.rate)
+        yield ""

@@ -415,31 +415,42 @@ def reseeded(subspace: Subspace, space: Space, components: int, generator: torch
     return replace(subspace, maps=torch.cat([subspace.maps, seeds]), power=power)
 
 
+@dataclass(frozen=True)
+class SubspaceStage:
+    """So many iterations at a radius, in cycles per box; over at most so many ``images`` of a half-set, which are drawn
+    at random, or over all."""
+
+    radius: int
+    iterations: int
+    images: int | None = None
+
+
 def fit_subspace(
     spectra: AnySpectra,
     components: int,
     generator: torch.Generator,
-    stages: Sequence[tuple[int, int]],
+    stages: Sequence[SubspaceStage],
     support: Float[Tensor, "z y x"] | None = None,
 ) -> Iterator[Subspace]:
-    """Mean and components by EM, low frequencies first, after each iteration: ``stages`` are (radius in cycles per box,
-    iterations). Components lie within ``support``, a mask of the box at any sampling; those that the images do not
-    support vanish.
+    """Mean and components by EM, low frequencies first, after each iteration. Components lie within ``support``, a mask
+    of the box at any sampling; those that the images do not support vanish.
     """
     subspace: Subspace | None = None
-    for radius, iterations in stages:
-        space = space_of(radius, support)
+    for stage in stages:
+        space, seen = space_of(stage.radius, support), spectra
+        if stage.images is not None and stage.images < spectra.images:
+            seen = spectra.sample(stage.images, generator)
         if subspace is None or not subspace.components:
             placement = Placement() if subspace is None else subspace.placement
-            subspace = replace(begin(space, spectra, components, generator), placement=placement)
+            subspace = replace(begin(space, seen, components, generator), placement=placement)
         else:
-            subspace = reseeded(_widened(subspace, space, spectra), space, components, generator)
-        for iteration in range(iterations):
-            seen = _look(subspace, spectra)
-            latents = seen.latents(subspace.placement)
-            placement = seen.placement(subspace.placement, latents, spectra)
-            found = maximise(space, spectra, subspace.power, latents, pruning=iteration >= _PATIENCE)
-            subspace = replace(alive(found, spectra.portion.world), placement=placement)
+            subspace = reseeded(_widened(subspace, space, seen), space, components, generator)
+        for iteration in range(stage.iterations):
+            look = _look(subspace, seen)
+            latents = look.latents(subspace.placement)
+            placement = look.placement(subspace.placement, latents, seen)
+            found = maximise(space, seen, subspace.power, latents, pruning=iteration >= _PATIENCE)
+            subspace = replace(alive(found, seen.portion.world), placement=placement)
             yield subspace
 
 

@@ -295,9 +295,11 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
     options, box, images = config.heterogeneity, stack.grid.size, len(stack) * stack.symmetry.order
     radius = min(math.floor(options.resolution), box // 2 - 1)
     pairs = (options.components + 1) * (options.components + 2) / 2
-    lattice = [(Lattice(own).size ** 3, math.pi / 2 * own**2, count) for own, count in stages(max(radius, 1))]
-    solving = sum(2 * count * points * pairs * _LINEAR[1] for points, _, count in lattice)
-    looking = sum(count * area * pairs * _LINEAR[2] * images for _, area, count in lattice)
+    plan = stages(max(radius, 1))
+    solving = sum(2 * own.iterations * Lattice(own.radius).size ** 3 * pairs * _LINEAR[1] for own in plan)
+    share = [min(1.0, 2 * (own.images or len(stack)) / len(stack)) for own in plan]
+    looked = sum(own.iterations * math.pi / 2 * own.radius**2 * part for own, part in zip(plan, share, strict=True))
+    looking = looked * pairs * _LINEAR[2] * images
     linear = 0.0 if options.from_run else _LINEAR[0] + machine.first(solving) + machine.shared(looking)
     points = options.points or max(2, min(_POINTS, images // 2 // _FEW))
     support = min(_WINDOW * box, _MOST_ACROSS)

@@ -6,9 +6,10 @@ What a run goes on from after an interruption is in its folder: sums of cells, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -47,9 +48,10 @@ from emsplat.heterogeneity.images import (
 from emsplat.heterogeneity.refresh import Refreshed, refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells, spread_cells
 from emsplat.heterogeneity.search import Search
-from emsplat.heterogeneity.states import DecoderPlan, coarse_decoder, fine_decoder
+from emsplat.heterogeneity.states import DecoderPlan, Fitting, coarse_decoder, fine_decoder
 from emsplat.models.conformations import Conformations, read_conformations
 from emsplat.models.decoder import Decoder
+from emsplat.process import side_by_side
 from emsplat.programs.run import Run
 from emsplat.programs.state_options import conformation_options, starts_at_random
 from emsplat.run.files import cells_name, checkpoint_name, coarse_model_name, half_model_name, state_name
@@ -119,13 +121,15 @@ def _with_residuals(
     """With the kind of residual by which both halves tell the other's cells best."""
     found: dict[Residual, list[HalfModel]] = {}
     score: dict[Residual, float] = {}
-    with run.log.part("residual", "what the Gaussians leave of the cells"):
+
+    def tried(half: int, kind: Residual) -> tuple[HalfModel, float]:
+        own = with_residual(models[half], places[half], cells[half], kind)
+        return own, agreement(own, cells[1 - half], leading(places[1 - half], places[half]))
+
+    with run.log.part("residual", "what the Gaussians leave of the cells"), side_by_side(len(models)) as all_of:
         for kind in RESIDUALS:
-            own = [with_residual(*both, kind) for both in zip(models, places, cells, strict=True)]
-            found[kind] = own
-            score[kind] = sum(
-                agreement(own[half], cells[1 - half], leading(places[1 - half], places[half])) for half in (0, 1)
-            )
+            own, scores = zip(*all_of(partial(tried, kind=kind), range(len(models))), strict=True)
+            found[kind], score[kind] = list(own), sum(scores)
     best = RESIDUALS[int(run.world.told(str(RESIDUALS.index(max(score, key=lambda kind: score[kind])))))]
     said = ", ".join(f"{kind} {value / 2:.4f}" for kind, value in score.items())
     run.log.line(f"  agreement with cells of the other half: {said}; residual: {best}")
@@ -161,14 +165,14 @@ def _plan(run: Run[HeterogeneityConfig]) -> DecoderPlan:
 def _coarse(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embedding], window: Window) -> list[HalfModel]:
     """A coarse model of each half."""
 
-    def made(half: int, cells: Cells) -> HalfModel:
-        with run.log.part("decoder", f"half {half + 1}: a coarse model of all states"):
-            shared = overlap(embeddings[half].membership)
-            decoder = coarse_decoder(cells, shared, _plan(run), _generator(run, half), _told(run))
-            bare = without_residual(decoder, embeddings[half], run.stack.grid)
-            return with_residual(bare, embeddings[half], cells, "linear")
+    def made(half: int, cells: Cells) -> Fitting[HalfModel]:
+        shared = overlap(embeddings[half].membership)
+        decoder = yield from coarse_decoder(cells, shared, _plan(run), _generator(run, half))
+        bare = without_residual(decoder, embeddings[half], run.stack.grid)
+        return with_residual(bare, embeddings[half], cells, "linear")
 
-    return _of_halves(run, coarse_model_name, lambda half: gathered(run, half, embeddings[half], window), made)
+    said = "coarse models of all states"
+    return _of_halves(run, coarse_model_name, said, lambda half: gathered(run, half, embeddings[half], window), made)
 
 
 def _fine(
@@ -176,16 +180,15 @@ def _fine(
 ) -> list[HalfModel]:
     """A fine model of each half, in the latents of that half."""
 
-    def made(half: int, cells: Cells) -> HalfModel:
+    def made(half: int, cells: Cells) -> Fitting[HalfModel]:
         before = coarse[half].decoder
         if not isinstance(before, Decoder):
             raise InputError(f"{run.folder / coarse_model_name(half + 1)}: holds another decoder; start anew")
-        with run.log.part("decoder", f"half {half + 1}: a fine model of all states"):
-            shared = overlap(embeddings[half].membership)
-            decoder = fine_decoder(before, cells, shared, _plan(run), _generator(run, half), _told(run))
-            return without_residual(decoder, embeddings[half], run.stack.grid)
+        shared = overlap(embeddings[half].membership)
+        decoder = yield from fine_decoder(before, cells, shared, _plan(run), _generator(run, half))
+        return without_residual(decoder, embeddings[half], run.stack.grid)
 
-    models = _of_halves(run, half_model_name, lambda half: cells[half], made)
+    models = _of_halves(run, half_model_name, "fine models of all states", lambda half: cells[half], made)
     return [
         in_frame(model, identity(own.density.point.shape[1])) for model, own in zip(models, embeddings, strict=True)
     ]
@@ -194,8 +197,9 @@ def _fine(
 def _of_halves(
     run: Run[HeterogeneityConfig],
     name: Callable[[int], str],
+    said: str,
     cells: Callable[[int], Cells],
-    made: Callable[[int, Cells], HalfModel],
+    made: Callable[[int, Cells], Fitting[HalfModel]],
 ) -> list[HalfModel]:
     """A model of each half: from its file in the folder, or made now and written. Of several processes two make one
     each, from the cells that all of them have, and the first writes."""
@@ -206,10 +210,14 @@ def _of_halves(
     given = [None if there[half] else cells(half) for half in (0, 1)]  # before a process goes to work alone
 
     def mine() -> list[HalfModel | None]:
-        found = list[HalfModel | None]()
-        for half, (path, own) in enumerate(zip(paths, given, strict=True)):
-            known = read_half(path) if there[half] and world.first else None
-            found.append(made(half, own) if own is not None and makers[half] == world.rank else known)
+        found = [read_half(path) if known and world.first else None for path, known in zip(paths, there, strict=True)]
+        fits = {
+            half: made(half, own) for half, own in enumerate(given) if own is not None and makers[half] == world.rank
+        }
+        if fits:
+            with run.log.part("decoder", said):
+                for half, model in _in_step(run, fits):
+                    found[half] = model
         return found
 
     found = world.apart(mine, partial(_look, run))
@@ -218,6 +226,26 @@ def _of_halves(
         if world.first and not before:
             model.save(path)
     return models
+
+
+def _in_step(run: Run[HeterogeneityConfig], fits: dict[int, Fitting[HalfModel]]) -> Iterator[tuple[int, HalfModel]]:
+    """The models of halves, whose fits go side by side, a step of each at a time."""
+    tell = _told(run)
+    with side_by_side(len(fits)) as all_of:
+        while fits:
+            for half, happened in zip(list(fits), list(all_of(_next_of, fits.values())), strict=True):
+                if isinstance(happened, HalfModel):
+                    del fits[half]
+                    yield half, happened
+                elif happened:
+                    tell(f"half {half + 1}: {happened}")
+
+
+def _next_of(fit: Fitting[HalfModel]) -> HalfModel | str:
+    try:
+        return next(fit)
+    except StopIteration as end:
+        return cast(HalfModel, end.value)
 
 
 def _placed_anew(

@@ -48,6 +48,32 @@ class Spectra:
         """As of images of several grids."""
         return (self,)
 
+    @property
+    def images(self) -> int:
+        """How many images there are, those of other processes with them."""
+        return self.portion.total(len(self)) // self._copies
+
+    @property
+    def _copies(self) -> int:
+        """Views of an image. A process may be without images."""
+        copies = (self.image == self.image[:1]).sum()[None]
+        self.portion.world.most_(copies)
+        return max(1, int(copies))
+
+    def sample(self, images: int, generator: torch.Generator) -> Spectra:
+        """The views of so many images, drawn at random: of several processes each has its own of them."""
+        copies, portion = self._copies, self.portion
+        views = torch.arange(len(self)) if portion.rows is None else portion.rows
+        place = torch.full((self.images,), -1)
+        place[torch.randperm(len(place), generator=generator)[:images].sort().values] = torch.arange(images)
+        place = place[views // copies]
+        kept = (place >= 0).nonzero()[:, 0]
+        found = self.take(kept)
+        if portion.rows is None:
+            return found
+        rows = place[kept] * copies + views[kept] % copies
+        return replace(found, portion=replace(portion, rows=rows, count=images * copies))
+
     def within(self, radius: float) -> Float[Tensor, "k 2"]:
         """The frequencies of up to ``radius`` cycles per box, which are the first ones."""
         inside = torch.linalg.vector_norm(self.frequency, dim=1) <= radius
@@ -75,6 +101,17 @@ class SpectraOfGrids:
             images.append(part.image + before)
             before += len(part.row)
         return torch.cat(images)
+
+    @property
+    def images(self) -> int:
+        """How many images there are, those of other processes with them."""
+        return sum(part.images for part in self.parts)
+
+    def sample(self, images: int, generator: torch.Generator) -> SpectraOfGrids:
+        """The views of so many images, from each grid its share, drawn at random."""
+        share = images / self.images
+        parts = [part.sample(max(1, round(share * part.images)), generator) for part in self.parts]
+        return SpectraOfGrids(tuple(parts))
 
     @property
     def row(self) -> Int[Tensor, " i"]:
