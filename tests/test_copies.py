@@ -38,6 +38,7 @@ from emsplat.particles.copies import (
     shares,
 )
 from emsplat.programs.nulltest import _write
+from emsplat.programs.populate import circumstances
 from emsplat.programs.preprocess import preprocess
 from emsplat.programs.reconstruct import backproject
 from emsplat.programs.simulate import simulate
@@ -523,6 +524,20 @@ def test_expanded_sets_give_the_sums_of_the_symmetry(stack, poses, tmp_path):
             value = getattr(wanted, name)
             # The noise spectrum is that of 96 rows instead of 24 images: the same mean, summed in another order.
             torch.testing.assert_close(getattr(found, name), value, rtol=0, atol=1e-4 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "D2"])
+def test_what_latents_follow_is_asked_of_each_image_once(stack, poses, tmp_path, symmetry):
+    """Rows of one image are no independent draws, and shuffles would take them for such."""
+    path = expanded(tmp_path / "more.star", stack, poses, dihedral(2).elements)
+    opened = open_stack(configure(BackprojectConfig, symmetry=symmetry), path)
+    rows = torch.cat([opened.only(half).rows for half in (1, 2)])
+    assert len(rows) == 4 * IMAGES
+    first, about = circumstances(opened, torch.arange(len(rows) * opened.symmetry.order).double())
+    assert first.tolist() == list(range(0, len(rows) * opened.symmetry.order, 4 * opened.symmetry.order))
+    assert len(about.rotation) == IMAGES
+    assert torch.equal(about.brightness, first.double())
+    assert torch.equal(about.rotation, opened.table.poses.rotation[rows[::4]])
 
 
 def test_copies_of_an_expanded_set_that_were_refined_count_once(stack, poses, tmp_path):

@@ -37,6 +37,7 @@ from emsplat.heterogeneity.populations import (
 )
 from emsplat.heterogeneity.search import Found, Search
 from emsplat.io.files import number_text, replacing
+from emsplat.particles.copies import first_rows
 from emsplat.particles.stack import ParticleStack
 from emsplat.run.files import DENSITY, FREE_ENERGY, LANDSCAPE
 from emsplat.run.log import Log
@@ -154,23 +155,13 @@ def follows(
 ) -> list[dict[str, Any]]:
     """Tests whether latents follow the circumstances of the images, with warnings; what the summary says of them.
 
-    ``latent`` is that of the views of half 1, then of half 2; of a particle's copies the first counts. ``linear``: it
-    is that of the linear stage, whose maps say whether it is a matter of grey scale.
+    ``latent`` is that of the views of half 1, then of half 2; of those of an image the first counts. ``linear``: it is
+    that of the linear stage, whose maps say whether it is a matter of grey scale.
     """
     if searched.found is None:
         raise ValueError("nothing was found")
-    order, table = stack.symmetry.order, stack.table
-    rows = torch.cat([stack.only(half).rows for half in (1, 2)])
-    micrograph = table.micrograph[rows]
-    known = 1 < len(torch.unique(micrograph)) < len(rows)
-    optics = table.optics[rows]
-    about = Circumstances(
-        table.poses.rotation[rows],
-        0.5 * (optics.defocus_u + optics.defocus_v),
-        torch.cat(searched.found.brightness)[::order],
-        micrograph if known else None,
-    )
-    tests = entanglement(latent[::order], about, seed)
+    first, about = circumstances(stack, torch.cat(searched.found.brightness))
+    tests = entanglement(latent[first], about, seed)
     log.line("do latents follow the images instead of the molecule? what explains how much of their variance:")
     for test in tests:
         log.line(f"  {describe(test)}")
@@ -178,6 +169,17 @@ def follows(
             log.warn(remedy(test))
     maps = searched.subspaces[0].maps[: searched.found.count + 1]
     return [_test(one) for one in tests] + (_grey(maps, log) if linear else [])
+
+
+def circumstances(stack: ParticleStack, brightness: Float[Tensor, " v"]) -> tuple[Int[Tensor, " i"], Circumstances]:
+    """Of each image its first view, among those of half 1 and then of half 2, and what is known of it. What is shuffled
+    has to be independent, as rows of one image are not."""
+    table = stack.table.take(torch.cat([stack.only(half).rows for half in (1, 2)]))
+    first = first_rows(table)
+    table, views = table.take(first), first * stack.symmetry.order
+    micrographs, defocus = len(torch.unique(table.micrograph)), table.optics.defocus_u + table.optics.defocus_v
+    known = table.micrograph if 1 < micrographs < len(table) else None
+    return views, Circumstances(table.poses.rotation, defocus / 2, brightness[views], known)
 
 
 def _test(one: Entangled) -> dict[str, Any]:
