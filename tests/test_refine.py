@@ -650,6 +650,9 @@ def test_a_wrong_beam_tilt_is_found(simulated):
     twice = wrong.take(torch.arange(200).repeat(2))
     (sums,) = phase_sums(reference, twice, noise_of(twice))[0]
     assert torch.allclose(solve_tilt([sums]).error, found.error, rtol=0.02)  # copies of an image are no further ones
+    # Nor are those that are compared with the map of another state.
+    (whole,), (part,) = (phase_sums(reference, wrong, noise_of(wrong), among=those)[0] for those in (None, twice))
+    assert torch.allclose(2 * part.cross, whole.cross)
     again = wrong.with_aberrations(tilted(wrong.table.optics, found.tilt.expand(200, 2)))
     left = solve_tilt(phase_sums(reference, again, noise_of(again))[0])
     assert bool((left.tilt.abs() < 0.02).all())

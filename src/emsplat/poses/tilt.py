@@ -58,18 +58,21 @@ def phase_sums(
     noise: list[Tensor],
     told: Callable[[int], None] = lambda _: None,
     world: World = ALONE,
+    *,
+    among: ParticleStack | None = None,
 ) -> dict[int, list[PhaseSums]]:
     """Of each optics group, one for each grid that its images have; ``noise`` are the spectra of the `parts`. An image
-    counts once, however many rows name it. Processes of a ``world`` share the images out, hear equally often, and have
-    the sums of all.
+    counts once, however many rows name it here or, where this is a part of others, ``among`` these. Processes of a
+    ``world`` share the images out, hear equally often, and have the sums of all.
 
     Raises:
         InputError: an image cannot be used.
     """
     found: dict[int, list[PhaseSums]] = {}
     done = 0
-    number, weight = image_numbers(stack.table.take(stack.rows)), torch.zeros(len(stack.table))
-    weight[stack.rows] = 1 / torch.bincount(number)[number]
+    rows = (among or stack).rows
+    number, weight = image_numbers(stack.table.take(rows)), torch.zeros(len(stack.table))
+    weight[rows] = 1 / torch.bincount(number)[number]
     for part, spectrum in zip(stack.parts(), noise, strict=True):
         groups, mine = part.table.optics_group[part.rows], part.shared(world)
         length = reference.grid.length

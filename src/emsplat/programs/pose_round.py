@@ -155,9 +155,10 @@ def make_round(
                 moved = own.with_poses(placed.poses)
                 for target in targets:
                     some = moved.take(target.rows)
-                    sums = phase_sums(target.reference, some, _noise_for(some, own, noise), told, world)
-                    for group, its in sums.items():
-                        phases.setdefault(group, []).extend(its)
+                    its = _noise_for(some, own, noise)
+                    sums = phase_sums(target.reference, some, its, told, world, among=moved)
+                    for group, parts in sums.items():
+                        phases.setdefault(group, []).extend(parts)
         if _DEFOCUS in asked or _SCALE in asked:
             moved = own.with_poses(placed.poses)
             with log.progress(f"optics of {name}", len(own)) as update:
