@@ -70,9 +70,9 @@ def phase_sums(
     """
     found: dict[int, list[PhaseSums]] = {}
     done = 0
-    rows = (among or stack).rows
-    number, weight = image_numbers(stack.table.take(rows)), torch.zeros(len(stack.table))
-    weight[rows] = 1 / torch.bincount(number)[number]
+    named = (among or stack).rows
+    number, weight = image_numbers(stack.table.take(named)), torch.zeros(len(stack.table))
+    weight[named] = 1 / torch.bincount(number)[number]
     for part, spectrum in zip(stack.parts(), noise, strict=True):
         groups, mine = part.table.optics_group[part.rows], part.shared(world)
         length = reference.grid.length
