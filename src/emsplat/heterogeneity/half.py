@@ -125,13 +125,18 @@ Residual = Literal["nearby", "linear"]
 RESIDUALS: tuple[Residual, ...] = ("nearby", "linear")
 
 
-def with_residual(model: HalfModel, embedding: Embedding, cells: Cells, kind: Residual) -> HalfModel:
-    """With what the Gaussians leave unexplained in the cells: of each with those that overlap with it, or of all of
-    them, linear in the latent. The former is right where large pieces move, the latter where pieces come and go, and
-    for what stands still."""
-    with torch.no_grad():
-        maps = torch.stack([voxelize(one, cells.grid) for one in model.decoder.mixtures(cells.point.float())])
-    left = residuals(cells, maps)
+@torch.no_grad()
+def left_over(model: HalfModel, cells: Cells) -> Float[Tensor, "m z y x"]:
+    """What the Gaussians of a model leave unexplained in the cells."""
+    return residuals(cells, (voxelize(one, cells.grid) for one in model.decoder.mixtures(cells.point.float())))
+
+
+def with_residual(
+    model: HalfModel, embedding: Embedding, cells: Cells, left: Float[Tensor, "m z y x"], kind: Residual
+) -> HalfModel:
+    """With maps of what is `left_over`: of each cell with those that overlap with it, or of all of them, linear in the
+    latent. The former is right where large pieces move, the latter where pieces come and go, and for what stands
+    still."""
     if kind == "linear":
         rest = linear_maps(cells, left, _FILLED)
     else:

@@ -27,8 +27,9 @@ from emsplat.particles.stack import ParticleStack
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import Spectra, read_spectra
 
+MOST_POINTS, PER_POINT = 100, 50  # points by which particles are placed, and views that each should have
 _AT_ONCE = 10  # points whose inner products are made together: 32 numbers per voxel with all that goes with them
-_IMAGES = 32768  # that are read together
+READ_AT_ONCE = 32768  # images
 _FAR = 60.0  # nats below the likeliest point, by the linear stage, where a decoder need not be asked
 _STEPS = 50
 _EMPTY = 1e-3  # weight of a point that is left out
@@ -92,7 +93,7 @@ def _read(stack: ParticleStack, radius: int, world: World) -> Iterator[tuple[Int
     start, elements = 0, torch.arange(stack.symmetry.order)
     for part in stack.parts():
         noise = estimate_noise(part)
-        for rows in torch.split(part.shared(world), _IMAGES):
+        for rows in torch.split(part.shared(world), READ_AT_ONCE):
             if len(rows):
                 views = ((start + rows)[:, None] * len(elements) + elements).flatten()
                 yield views, read_spectra(part.take(rows), radius, stack.grid, noise)

@@ -19,6 +19,7 @@ from emsplat.config import AbinitioConfig, HeterogeneityConfig, RefineConfig, Ru
 from emsplat.fitting.course import stage_epochs
 from emsplat.fitting.volume import VolumeObjective
 from emsplat.heterogeneity.images import ConformationOptions
+from emsplat.heterogeneity.refresh import MOST_POINTS, PER_POINT, READ_AT_ONCE
 from emsplat.heterogeneity.search import stages
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
@@ -287,7 +288,8 @@ _RESIDUAL = 9e-7  # seconds for each voxel of a cell
 _STATE = 3e-6  # seconds for each voxel of a state
 _WINDOW, _MOLECULE = 0.6, 0.006  # of the box: how wide a molecule is with its surroundings, and its volume
 _MOST_ACROSS = 120  # voxels (`heterogeneity.extent`)
-_HELD = 27  # bytes for each voxel of a cell of a half
+_HELD = 31  # bytes for each voxel of a cell of a half, and of what its model leaves of it
+_COEFFICIENT, _LOOKING, _KNOWN = 12, 5e3, 2.5e3  # bytes; for each view while components are looked for, and later
 _STATES_REPORT = 2.0
 
 
@@ -308,8 +310,9 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
     # Of each half once.
     cells = 2 * points * (PADDING * grid) ** 3 * _CELL + _MEMBER * images * box**2 * _PIXEL
     if engine_of(config) == "images":
-        fitted = _fits_to_images(conformation_options(config), images, points, cells, machine)
+        finer, fitted = points, _fits_to_images(conformation_options(config), images, points, cells, machine)
     else:
+        finer = max(points, min(MOST_POINTS, images // 2 // PER_POINT))
         renders = 4 * max(4 * _SOME_STEPS, 16 * points)
         coarse = 2 * (128 + renders + 2 * max(4 * _SOME_STEPS, 4 * points)) * _COARSE
         steps = 4 * max(_SOME_STEPS, min(_FINE_STEPS, 6 * points))
@@ -328,8 +331,10 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
         ("states", machine.first(options.states * box**3 * _STATE)),
         ("report", machine.alone(_STATES_REPORT)),
     )
-    first = 0.0 if options.from_run else _PAIRED * pairs * Lattice(max(radius, 1)).size ** 3
-    memory = _PROGRAM + _FITTING + _PIECES + max(first, 2 * points * support**3 * _HELD + _MAPS * box**3)
+    read = _COEFFICIENT * math.pi / 2 * radius**2
+    first = 0.0 if options.from_run else _PAIRED * pairs * Lattice(max(radius, 1)).size ** 3 + len(stack) * read
+    held = 2 * finer * support**3 * _HELD + max(_MAPS * box**3, min(len(stack) / 2, READ_AT_ONCE) * read)
+    memory = _PROGRAM + _FITTING + _PIECES + max(first + images * _LOOKING, held + images * _KNOWN)
     disk = 4 * box**3 * (4 * options.states + 2) + 4 * points * support**3 + 1e7
     return Estimate(parts, memory, disk, machine.alone(_BEGIN))
 

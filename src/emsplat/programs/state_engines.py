@@ -31,6 +31,7 @@ from emsplat.heterogeneity.half import (
     Residual,
     agreement,
     in_frame,
+    left_over,
     read_half,
     spread_half,
     with_residual,
@@ -45,7 +46,7 @@ from emsplat.heterogeneity.images import (
     shares,
     steps_of,
 )
-from emsplat.heterogeneity.refresh import Refreshed, refreshed
+from emsplat.heterogeneity.refresh import MOST_POINTS, PER_POINT, Refreshed, refreshed
 from emsplat.heterogeneity.saved import read_cells, save_cells, spread_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, Fitting, coarse_decoder, fine_decoder
@@ -61,7 +62,6 @@ from emsplat.sums.statistics import equations_of, mark
 
 _KERNEL = 0.5  # power of the overlap of cells with which they share their data
 _MOST_CELLS = 64  # of a fit to images
-_MOST_POINTS, _PER_POINT = 100, 50  # points by which particles are placed, and views that each should have
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,15 @@ def _with_residuals(
     run: Run[HeterogeneityConfig], models: list[HalfModel], places: list[Embedding], cells: list[Cells]
 ) -> list[HalfModel]:
     """With the kind of residual by which both halves tell the other's cells best."""
-    found: dict[Residual, list[HalfModel]] = {}
-    score: dict[Residual, float] = {}
-
-    def tried(half: int, kind: Residual) -> tuple[HalfModel, float]:
-        own = with_residual(models[half], places[half], cells[half], kind)
-        return own, agreement(own, cells[1 - half], leading(places[1 - half], places[half]))
-
-    with run.log.part("residual", "what the Gaussians leave of the cells"), side_by_side(len(models)) as all_of:
-        for kind in RESIDUALS:
-            own, scores = zip(*all_of(partial(tried, kind=kind), range(len(models))), strict=True)
-            found[kind], score[kind] = list(own), sum(scores)
+    found: dict[Residual, list[HalfModel]] = {kind: [] for kind in RESIDUALS}
+    score = dict.fromkeys(RESIDUALS, 0.0)
+    with run.log.part("residual", "what the Gaussians leave of the cells"):
+        for half, (model, own) in enumerate(zip(models, cells, strict=True)):
+            left, frame = left_over(model, own), leading(places[1 - half], places[half])
+            for kind in RESIDUALS:
+                whole = with_residual(model, places[half], own, left, kind)
+                found[kind].append(whole)
+                score[kind] += agreement(whole, cells[1 - half], frame)
     best = RESIDUALS[int(run.world.told(str(RESIDUALS.index(max(score, key=lambda kind: score[kind])))))]
     said = ", ".join(f"{kind} {value / 2:.4f}" for kind, value in score.items())
     run.log.line(f"  agreement with cells of the other half: {said}; residual: {best}")
@@ -169,7 +167,7 @@ def _coarse(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embeddin
         shared = overlap(embeddings[half].membership)
         decoder = yield from coarse_decoder(cells, shared, _plan(run), _generator(run, half))
         bare = without_residual(decoder, embeddings[half], run.stack.grid)
-        return with_residual(bare, embeddings[half], cells, "linear")
+        return with_residual(bare, embeddings[half], cells, left_over(bare, cells), "linear")
 
     said = "coarse models of all states"
     return _of_halves(run, coarse_model_name, said, lambda half: gathered(run, half, embeddings[half], window), made)
@@ -265,7 +263,7 @@ def _placed_anew(
     latents = (searched.found.latents[half][half], searched.found.latents[half][1 - half])
     subspace, count = searched.subspaces[half], len(before.embedding.density)
     if between:
-        count = max(count, min(_MOST_POINTS, len(before.embedding.own) // _PER_POINT))
+        count = max(count, min(MOST_POINTS, len(before.embedding.own) // PER_POINT))
     with run.log.part("latents", f"half {half + 1}: where particles lie, by up to {count} states"):
         placed = refreshed(model, before, subspace, latents, stacks, count, _generator(run, half), run.world)
     gain, mean = float(placed.gain.mean()), float(placed.mean.mean())
