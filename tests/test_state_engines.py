@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from tests.test_heterogeneity import labels, particles  # noqa: F401 (a fixture)
+from tests.test_heterogeneity import half, labels, particles  # noqa: F401 (a fixture)
 from tests.test_proof import confirming
 
 from emsplat.config import HeterogeneityConfig, configure
@@ -14,6 +14,7 @@ from emsplat.heterogeneity.half import read_half
 from emsplat.io.columns import read_columns
 from emsplat.io.mrc import read_map
 from emsplat.models.cryospire import Hierarchy
+from emsplat.process import threads
 from emsplat.programs import heterogeneity as program
 from emsplat.programs import state_engines
 from emsplat.programs.heterogeneity import heterogeneity
@@ -41,6 +42,43 @@ def same_results(one, other):
     assert (one / "latents.csv").read_bytes() == (other / "latents.csv").read_bytes()
     for path in sorted((one / "states").glob("*.mrc")):
         assert torch.equal(read_map(path)[0], read_map(other / "states" / path.name)[0]), path.name
+
+
+@pytest.mark.parametrize("available", [1, 2, 4])
+def test_fits_of_halves_go_side_by_side(available):
+    """A share of the threads each; the one that is left has all of them."""
+    models, seen, said = (half(), half()), [], []
+
+    def fit(number, steps):
+        for step in range(steps):
+            seen.append((number, step, torch.get_num_threads()))
+            yield f"step {step}" if step < 1 else ""
+        return models[number]
+
+    with threads(available):
+        found = state_engines._side_by_side({0: fit(0, 2), 1: fit(1, 5)}, said.append)
+        assert torch.get_num_threads() == available
+    assert (found[0], found[1]) == models
+    assert said == ["half 1: step 0", "half 2: step 0"]
+    share = max(1, available // 2)
+    # Both have a third turn, in which the first ends.
+    assert sorted(seen) == [
+        *((0, step, share) for step in (0, 1)),
+        *((1, step, share if step < 3 else available) for step in range(5)),
+    ]
+
+
+@pytest.mark.parametrize("available", [1, 2])
+def test_a_fit_that_fails_ends_both(available):
+    def fit(fails):
+        yield ""
+        if fails:
+            raise InputError("no")
+        yield ""
+        raise AssertionError("went on")
+
+    with threads(available), pytest.raises(InputError, match="no"):
+        state_engines._side_by_side({0: fit(False), 1: fit(True)}, lambda text: None)
 
 
 @pytest.mark.slow

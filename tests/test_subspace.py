@@ -228,16 +228,28 @@ def test_some_of_the_images_tell_coarse_components():
 
 def test_a_sample_has_all_views_of_its_images(seen):
     image, rotation = torch.arange(4, dtype=torch.int32).repeat_interleave(2), random_rotations(8, drawn(2)).float()
-    spectra = replace(seen, image=image, share=torch.ones(8), rotation=rotation)
-    assert spectra.images == 4
-    found = spectra.sample(3, drawn(3))
-    assert found.images == 3
+    spectra = replace(seen, image=image, share=torch.ones(8), rotation=rotation, copies=2)
+    found = spectra.sample(0.75, drawn(3))
     chosen = found.image[::2]
+    assert len(chosen) == 3
     assert chosen.unique().tolist() == chosen.tolist() == found.image[1::2].tolist()
     assert torch.equal(found.rotation, spectra.rotation.reshape(4, 2, 3, 3)[chosen.long()].flatten(0, 1))
-    assert torch.equal(spectra.sample(4, drawn(3)).image, spectra.image)
-    both = SpectraOfGrids((spectra, spectra)).sample(4, drawn(4))
-    assert [part.images for part in both.parts] == [2, 2]
+    assert torch.equal(spectra.sample(1.0, drawn(3)).image, spectra.image)
+    both = SpectraOfGrids((spectra, spectra)).sample(0.5, drawn(4))
+    assert [len(part) for part in both.parts] == [4, 4]
+
+
+def test_rows_of_one_image_are_sampled_as_one():
+    """Eight rows of each: 500 images are 4,000 rows, and a limit of 500 leaves all of them."""
+    spectra, _ = planted(500, 0.5, 7)
+    rows = torch.arange(500).repeat_interleave(8)
+    image, share = rows.to(torch.int32), torch.full((4000,), 1 / 8)
+    many = replace(spectra, image=image, rotation=spectra.rotation[rows], share=share)
+    (all_of_them,) = fit_subspace(many, 1, drawn(0), (SubspaceStage(4, 1),))
+    (limited,) = fit_subspace(many, 1, drawn(0), (SubspaceStage(4, 1, 500),))
+    assert torch.equal(limited.maps, all_of_them.maps)
+    (fewer,) = fit_subspace(many, 1, drawn(0), (SubspaceStage(4, 1, 400),))
+    assert not torch.equal(fewer.maps, all_of_them.maps)
 
 
 def test_nothing_is_found_where_nothing_is():

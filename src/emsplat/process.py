@@ -78,11 +78,11 @@ def side_by_side(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
         yield map
         return
     share = available // count
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        try:
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
             yield pool.map
-        finally:
-            torch.set_num_threads(available)  # some libraries have one number for all threads
+    finally:
+        torch.set_num_threads(available)  # some libraries have one number for all threads
 
 
 def go_on_alone(wanted: int | None, processes: int) -> None:

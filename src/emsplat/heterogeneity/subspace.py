@@ -125,10 +125,14 @@ class _Seen:
 
 def _weight(spectra: AnySpectra) -> Float[Tensor, " v"]:
     """Of views among those of all processes; adds up to 1."""
-    share = spectra.share.double()
-    total = share.sum()[None]
+    return spectra.share.double() / (_images(spectra) * spectra.copies)
+
+
+def _images(spectra: AnySpectra) -> float:
+    """How many images all processes have, shares of one being one."""
+    total = spectra.share.double().sum()[None]
     spectra.portion.world.sum_(total)
-    return share / total
+    return float(total) / spectra.copies
 
 
 def _look(subspace: Subspace, spectra: AnySpectra) -> _Seen:
@@ -418,7 +422,7 @@ def reseeded(subspace: Subspace, space: Space, components: int, generator: torch
 @dataclass(frozen=True)
 class SubspaceStage:
     """So many iterations at a radius, in cycles per box; over at most so many ``images`` of a half-set, which are drawn
-    at random, or over all."""
+    at random, or over all. Rows of one image count as one."""
 
     radius: int
     iterations: int
@@ -436,21 +440,22 @@ def fit_subspace(
     of the box at any sampling; those that the images do not support vanish.
     """
     subspace: Subspace | None = None
+    images = _images(spectra)
     for stage in stages:
-        space, seen = space_of(stage.radius, support), spectra
-        if stage.images is not None and stage.images < spectra.images:
-            seen = spectra.sample(stage.images, generator)
+        space, views = space_of(stage.radius, support), spectra
+        if stage.images is not None and stage.images < images:
+            views = spectra.sample(stage.images / images, generator)
         if subspace is None or not subspace.components:
             placement = Placement() if subspace is None else subspace.placement
-            subspace = replace(begin(space, seen, components, generator), placement=placement)
+            subspace = replace(begin(space, views, components, generator), placement=placement)
         else:
-            subspace = reseeded(_widened(subspace, space, seen), space, components, generator)
+            subspace = reseeded(_widened(subspace, space, views), space, components, generator)
         for iteration in range(stage.iterations):
-            look = _look(subspace, seen)
-            latents = look.latents(subspace.placement)
-            placement = look.placement(subspace.placement, latents, seen)
-            found = maximise(space, seen, subspace.power, latents, pruning=iteration >= _PATIENCE)
-            subspace = replace(alive(found, seen.portion.world), placement=placement)
+            seen = _look(subspace, views)
+            latents = seen.latents(subspace.placement)
+            placement = seen.placement(subspace.placement, latents, views)
+            found = maximise(space, views, subspace.power, latents, pruning=iteration >= _PATIENCE)
+            subspace = replace(alive(found, views.portion.world), placement=placement)
             yield subspace
 
 

@@ -202,6 +202,11 @@ def first_rows(table: ParticleTable) -> Int[Tensor, " q"]:
     return _firsts(image_numbers(table))
 
 
+def first_of_particles(table: ParticleTable) -> Int[Tensor, " q"]:
+    """The first row of each particle, as `particle_numbers` knows them."""
+    return _firsts(particle_numbers(table))
+
+
 def unique_rows(table: ParticleTable, symmetry: Symmetry) -> Int[Tensor, " q"]:
     """The first row of each image; of several images of one particle, the first of those whose poses agree (`shares`).
 

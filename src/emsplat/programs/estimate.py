@@ -299,8 +299,8 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
     pairs = (options.components + 1) * (options.components + 2) / 2
     plan = stages(max(radius, 1))
     solving = sum(2 * own.iterations * Lattice(own.radius).size ** 3 * pairs * _LINEAR[1] for own in plan)
-    share = [min(1.0, 2 * (own.images or len(stack)) / len(stack)) for own in plan]
-    looked = sum(own.iterations * math.pi / 2 * own.radius**2 * part for own, part in zip(plan, share, strict=True))
+    seen = [min(1.0, 2 * (own.images or len(stack)) / len(stack)) for own in plan]
+    looked = sum(own.iterations * math.pi / 2 * own.radius**2 * part for own, part in zip(plan, seen, strict=True))
     looking = looked * pairs * _LINEAR[2] * images
     linear = 0.0 if options.from_run else _LINEAR[0] + machine.first(solving) + machine.shared(looking)
     points = options.points or max(2, min(_POINTS, images // 2 // _FEW))
@@ -332,9 +332,13 @@ def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine
         ("report", machine.alone(_STATES_REPORT)),
     )
     read = _COEFFICIENT * math.pi / 2 * radius**2
-    first = 0.0 if options.from_run else _PAIRED * pairs * Lattice(max(radius, 1)).size ** 3 + len(stack) * read
-    held = 2 * finer * support**3 * _HELD + max(_MAPS * box**3, min(len(stack) / 2, READ_AT_ONCE) * read)
-    memory = _PROGRAM + _FITTING + _PIECES + max(first + images * _LOOKING, held + images * _KNOWN)
+    dense = ((options.components + 7) / 19) ** 2  # numbers of a view, those of 12 components being 1
+    share, first = 1 / machine.processes, 0.0
+    if not options.from_run:
+        first = share * (len(stack) * read + images * dense * _LOOKING)
+        first += _PAIRED * pairs * Lattice(max(radius, 1)).size ** 3
+    held = 2 * finer * support**3 * _HELD + max(_MAPS * box**3, min(share * len(stack) / 2, READ_AT_ONCE) * read)
+    memory = _PROGRAM + _FITTING + _PIECES + max(first, held + images * dense * _KNOWN)
     disk = 4 * box**3 * (4 * options.states + 2) + 4 * points * support**3 + 1e7
     return Estimate(parts, memory, disk, machine.alone(_BEGIN))
 

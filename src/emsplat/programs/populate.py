@@ -37,7 +37,7 @@ from emsplat.heterogeneity.populations import (
 )
 from emsplat.heterogeneity.search import Found, Search
 from emsplat.io.files import number_text, replacing
-from emsplat.particles.copies import first_rows
+from emsplat.particles.copies import first_of_particles
 from emsplat.particles.stack import ParticleStack
 from emsplat.run.files import DENSITY, FREE_ENERGY, LANDSCAPE
 from emsplat.run.log import Log
@@ -155,8 +155,8 @@ def follows(
 ) -> list[dict[str, Any]]:
     """Tests whether latents follow the circumstances of the images, with warnings; what the summary says of them.
 
-    ``latent`` is that of the views of half 1, then of half 2; of those of an image the first counts. ``linear``: it is
-    that of the linear stage, whose maps say whether it is a matter of grey scale.
+    ``latent`` is that of the views of half 1, then of half 2, of which the first of each particle counts. ``linear``:
+    it is that of the linear stage, whose maps say whether it is a matter of grey scale.
     """
     if searched.found is None:
         raise ValueError("nothing was found")
@@ -172,10 +172,10 @@ def follows(
 
 
 def circumstances(stack: ParticleStack, brightness: Float[Tensor, " v"]) -> tuple[Int[Tensor, " i"], Circumstances]:
-    """Of each image its first view, among those of half 1 and then of half 2, and what is known of it. What is shuffled
-    has to be independent, as rows of one image are not."""
+    """Of each particle its first view, among those of half 1 and then of half 2, and what is known of it. What is
+    shuffled has to be independent, as rows of one particle are not."""
     table = stack.table.take(torch.cat([stack.only(half).rows for half in (1, 2)]))
-    first = first_rows(table)
+    first = first_of_particles(table)
     table, views = table.take(first), first * stack.symmetry.order
     micrographs, defocus = len(torch.unique(table.micrograph)), table.optics.defocus_u + table.optics.defocus_v
     known = table.micrograph if 1 < micrographs < len(table) else None

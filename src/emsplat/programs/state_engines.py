@@ -6,7 +6,7 @@ What a run goes on from after an interruption is in its folder: sums of cells, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -166,11 +166,15 @@ def _coarse(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embeddin
     def made(half: int, cells: Cells) -> Fitting[HalfModel]:
         shared = overlap(embeddings[half].membership)
         decoder = yield from coarse_decoder(cells, shared, _plan(run), _generator(run, half))
-        bare = without_residual(decoder, embeddings[half], run.stack.grid)
+        return without_residual(decoder, embeddings[half], run.stack.grid)
+
+    def completed(half: int, bare: HalfModel, cells: Cells) -> HalfModel:
         return with_residual(bare, embeddings[half], cells, left_over(bare, cells), "linear")
 
-    said = "coarse models of all states"
-    return _of_halves(run, coarse_model_name, said, lambda half: gathered(run, half, embeddings[half], window), made)
+    def gather(half: int) -> Cells:
+        return gathered(run, half, embeddings[half], window)
+
+    return _of_halves(run, coarse_model_name, "coarse models of all states", gather, made, completed)
 
 
 def _fine(
@@ -198,9 +202,10 @@ def _of_halves(
     said: str,
     cells: Callable[[int], Cells],
     made: Callable[[int, Cells], Fitting[HalfModel]],
+    completed: Callable[[int, HalfModel, Cells], HalfModel] = lambda half, model, cells: model,
 ) -> list[HalfModel]:
-    """A model of each half: from its file in the folder, or made now and written. Of several processes two make one
-    each, from the cells that all of them have, and the first writes."""
+    """A model of each half: from its file in the folder, or made now, ``completed`` and written. Of several processes
+    two make one each, from the cells that all of them have, and the first writes."""
     world = run.world
     paths = [run.folder / name(half + 1) for half in (0, 1)]
     there = [world.agree(world.first and path.is_file()) for path in paths]
@@ -214,8 +219,8 @@ def _of_halves(
         }
         if fits:
             with run.log.part("decoder", said):
-                for half, model in _in_step(run, fits):
-                    found[half] = model
+                for half, model in _side_by_side(fits, _told(run)).items():
+                    found[half] = completed(half, model, cast(Cells, given[half]))
         return found
 
     found = world.apart(mine, partial(_look, run))
@@ -226,17 +231,19 @@ def _of_halves(
     return models
 
 
-def _in_step(run: Run[HeterogeneityConfig], fits: dict[int, Fitting[HalfModel]]) -> Iterator[tuple[int, HalfModel]]:
-    """The models of halves, whose fits go side by side, a step of each at a time."""
-    tell = _told(run)
-    with side_by_side(len(fits)) as all_of:
-        while fits:
-            for half, happened in zip(list(fits), list(all_of(_next_of, fits.values())), strict=True):
-                if isinstance(happened, HalfModel):
-                    del fits[half]
-                    yield half, happened
-                elif happened:
-                    tell(f"half {half + 1}: {happened}")
+def _side_by_side(fits: dict[int, Fitting[HalfModel]], tell: Callable[[str], None]) -> dict[int, HalfModel]:
+    """What fits of halves come to, a step of each at a time."""
+    found: dict[int, HalfModel] = {}
+    while going := {half: fit for half, fit in fits.items() if half not in found}:
+        with side_by_side(len(going)) as all_of:  # the last has all threads
+            before = len(found)
+            while len(found) == before:
+                for half, happened in zip(going, list(all_of(_next_of, going.values())), strict=True):
+                    if isinstance(happened, HalfModel):
+                        found[half] = happened
+                    elif happened:
+                        tell(f"half {half + 1}: {happened}")
+    return found
 
 
 def _next_of(fit: Fitting[HalfModel]) -> HalfModel | str:

@@ -38,6 +38,7 @@ class Spectra:
     row: Int[Tensor, " i"]  # of each image in the particle table
     length: float  # of the map's box, Å
     portion: Portion = EVERYTHING
+    copies: int = 1  # views of an image
 
     def __len__(self) -> int:
         """How many views there are."""
@@ -48,31 +49,20 @@ class Spectra:
         """As of images of several grids."""
         return (self,)
 
-    @property
-    def images(self) -> int:
-        """How many images there are, those of other processes with them."""
-        return self.portion.total(len(self)) // self._copies
-
-    @property
-    def _copies(self) -> int:
-        """Views of an image. A process may be without images."""
-        copies = (self.image == self.image[:1]).sum()[None]
-        self.portion.world.most_(copies)
-        return max(1, int(copies))
-
-    def sample(self, images: int, generator: torch.Generator) -> Spectra:
-        """The views of so many images, drawn at random: of several processes each has its own of them."""
-        copies, portion = self._copies, self.portion
+    def sample(self, part: float, generator: torch.Generator) -> Spectra:
+        """All views of such a part of the images, drawn at random: of several processes each has its own of them."""
+        portion, copies = self.portion, self.copies
         views = torch.arange(len(self)) if portion.rows is None else portion.rows
-        place = torch.full((self.images,), -1)
-        place[torch.randperm(len(place), generator=generator)[:images].sort().values] = torch.arange(images)
+        place = torch.full((portion.total(len(self)) // copies,), -1)
+        count = max(1, round(part * len(place)))
+        place[torch.randperm(len(place), generator=generator)[:count].sort().values] = torch.arange(count)
         place = place[views // copies]
         kept = (place >= 0).nonzero()[:, 0]
         found = self.take(kept)
         if portion.rows is None:
             return found
         rows = place[kept] * copies + views[kept] % copies
-        return replace(found, portion=replace(portion, rows=rows, count=images * copies))
+        return replace(found, portion=replace(portion, rows=rows, count=count * copies))
 
     def within(self, radius: float) -> Float[Tensor, "k 2"]:
         """The frequencies of up to ``radius`` cycles per box, which are the first ones."""
@@ -103,15 +93,13 @@ class SpectraOfGrids:
         return torch.cat(images)
 
     @property
-    def images(self) -> int:
-        """How many images there are, those of other processes with them."""
-        return sum(part.images for part in self.parts)
+    def copies(self) -> int:
+        """Views of an image."""
+        return self.parts[0].copies
 
-    def sample(self, images: int, generator: torch.Generator) -> SpectraOfGrids:
-        """The views of so many images, from each grid its share, drawn at random."""
-        share = images / self.images
-        parts = [part.sample(max(1, round(share * part.images)), generator) for part in self.parts]
-        return SpectraOfGrids(tuple(parts))
+    def sample(self, part: float, generator: torch.Generator) -> SpectraOfGrids:
+        """All views of such a part of the images of each grid, drawn at random."""
+        return SpectraOfGrids(tuple(own.sample(part, generator) for own in self.parts))
 
     @property
     def row(self) -> Int[Tensor, " i"]:
@@ -259,4 +247,5 @@ def read_spectra(
         share.repeat_interleave(len(elements)),
         stack.rows,
         box.length,
+        copies=len(elements),
     )
