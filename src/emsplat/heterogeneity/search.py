@@ -182,6 +182,9 @@ def _judged(
     count = fewest(together, image)
     if not count or not gains[count].significant:
         return Search(subspaces, gains, {}, None)
+    if not all(subspace.components for subspace in subspaces):  # nothing that both half-sets have
+        tell(f"  half {1 + [own.components for own in subspaces].index(0)} has no components of its own")
+        return Search(subspaces, gains, {}, None)
     kept = tuple(tuple(first_components(latents, count) for latents in own) for own in embedded)
     latents = ((kept[0][0], kept[0][1]), (kept[1][0], kept[1][1]))
     tell("how many points")
