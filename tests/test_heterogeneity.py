@@ -43,7 +43,7 @@ from emsplat.io.star import read_star_file
 from emsplat.models.decoder import Decoder, Shape, read_decoder
 from emsplat.parallel import ALONE
 from emsplat.particles.choose import open_stack
-from emsplat.programs.heterogeneity import _warn_of_empty_halves, heterogeneity
+from emsplat.programs.heterogeneity import _of_both, _warn_of_empty_halves, heterogeneity
 from emsplat.programs.simulate import simulate
 from emsplat.programs.state_particles import Views
 from emsplat.programs.states import read_models, states
@@ -463,6 +463,15 @@ def test_a_focus_that_leaves_nothing(particles, tmp_path, where, said):
     config = configure(HeterogeneityConfig, focus=tmp_path / "mask.mrc", components=2, resolution=8.0)
     with pytest.raises(InputError, match=said):
         heterogeneity(config, particles, tmp_path / "run")
+
+
+def test_a_half_set_without_particles_of_a_state_confirms_none():
+    states = torch.tensor([[-2.0], [0.0], [2.0], [9.0]], dtype=torch.float64)
+    one, other = (torch.tensor(own, dtype=torch.float64)[:, None] for own in ([-2.0, 0.1, 1.9], [-1.8, -0.9, 0.2]))
+    assert _of_both((one, other), states, [0, 1, 2, 3]) == [0, 1]
+    assert _of_both((one, other), states, [1, 2]) == [1]
+    assert _of_both((one, one), states, [0, 2]) == [0, 2]
+    assert _of_both((one, other), states, []) == []
 
 
 def test_a_state_that_a_half_set_lacks_is_said(capsys):

@@ -9,9 +9,11 @@ import torch
 from emsplat.heterogeneity.density import Density, fit_density
 from emsplat.heterogeneity.evidence import Gain, component_gains, fewest, first_components, mean_gain
 from emsplat.heterogeneity.frames import cross_embedding
+from emsplat.heterogeneity.search import _judged
 from emsplat.heterogeneity.subspace import (
     Latents,
     Space,
+    Subspace,
     SubspaceStage,
     ball,
     consensus,
@@ -258,6 +260,23 @@ def test_nothing_is_found_where_nothing_is():
     gains = component_gains(infer(last(spectra, 4, 0), spectra))
     assert len(gains) == 1
     assert gains[0].abs().max() == 0
+
+
+def test_what_one_half_set_has_no_component_for_is_not_found():
+    """Its gain is that of the other alone, however large."""
+    generator, lattice = drawn(5), Lattice(4)
+    latent = torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    quadratic = torch.full((400, 1, 1), 9.0, dtype=torch.float64)
+    told = posterior(9 * latent + 3 * torch.randn(400, 1, generator=generator, dtype=torch.float64), quadratic)
+    nothing = posterior(latent[:, :0], quadratic[:, :0, :0])
+    subspaces = [Subspace(lattice, torch.zeros(count, *[lattice.size] * 3), torch.ones(count, 5)) for count in (2, 1)]
+    said, bright, image = [], torch.ones(400), torch.arange(800)
+    searched = _judged(
+        (subspaces[0], subspaces[1]), ((told, told), (nothing, nothing)), (bright, bright), image, None, 0, said.append
+    )
+    assert searched.gain.significant
+    assert searched.found is None
+    assert said == ["  half 2 has no components of its own"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])

@@ -286,6 +286,20 @@ def _states(run: Run[HeterogeneityConfig], fitted: StatesFitted) -> Float[Tensor
     return latent[torch.cdist(groups.centroid, latent).argmin(1)]
 
 
+def _of_both(
+    latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]], states: Float[Tensor, "s q"], kept: list[int]
+) -> list[int]:
+    """Of some states those that are the nearest to particles of either half-set: a half-set that has none of a state
+    cannot confirm it."""
+    while kept:
+        there = [torch.cdist(own, states[kept]).argmin(1).bincount(minlength=len(kept)) > 0 for own in latent]
+        both = (there[0] & there[1]).tolist()
+        if all(both):
+            break
+        kept = [number for number, yes in zip(kept, both, strict=True) if yes]
+    return kept
+
+
 def _class_of_views(fitted: StatesFitted, classes: Classes) -> Int[Tensor, " v"]:
     """By the model of their own half."""
     members = [own.membership @ part for own, part in zip(fitted.embeddings, classes.parts(), strict=True)]
@@ -354,6 +368,8 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         stack.symmetry.order,
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
+    if fitted.classes is None:
+        kept = _of_both(fitted.latent, tried, kept)
     linear = searched.found if engine_of(run.config) == "cells" else None
     about: dict[str, Any] = {"states_tried": len(tried), "states_confirmed": len(kept)}
     if len(kept) < _FEWEST:
