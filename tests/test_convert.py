@@ -386,13 +386,19 @@ def test_dark_protein_is_not_forgotten(tmp_path, capsys):
         read_particles(tmp_path / "odd.star")
 
 
-def test_relion_gets_stacks_by_names_that_it_takes(tmp_path, capsys):
-    """cryoSPARC calls its stacks .mrc, which RELION takes for maps."""
-    table = make(tmp_path)
+def named_by_cryosparc(folder):
+    """p.cs, and its table: cryoSPARC calls its stacks .mrc."""
+    table = make(folder)
     for stack in table.stacks:
         stack.rename(stack.with_suffix(".mrc"))
     table = replace(table, stacks=tuple(stack.with_suffix(".mrc") for stack in table.stacks))
-    write_cs(tmp_path / "p.cs", table, table.half)
+    write_cs(folder / "p.cs", table, table.half)
+    return table
+
+
+def test_relion_gets_stacks_by_names_that_it_takes(tmp_path, capsys):
+    """cryoSPARC calls its stacks .mrc, which RELION takes for maps."""
+    table = named_by_cryosparc(tmp_path)
     (tmp_path / "relion").mkdir()
     for source in ("p.cs", "relion/p.star"):  # and from a file that has them already
         convert(tmp_path / source, tmp_path / "relion" / "p.star", "--overwrite")
@@ -405,11 +411,7 @@ def test_relion_gets_stacks_by_names_that_it_takes(tmp_path, capsys):
 
 
 def test_no_stack_is_replaced_by_a_link(tmp_path):
-    table = make(tmp_path)
-    for stack in table.stacks:
-        stack.rename(stack.with_suffix(".mrc"))
-    table = replace(table, stacks=tuple(stack.with_suffix(".mrc") for stack in table.stacks))
-    write_cs(tmp_path / "p.cs", table, table.half)
+    table = named_by_cryosparc(tmp_path)
     (tmp_path / "q_stacks").mkdir()
     (tmp_path / "q_stacks" / "a.mrcs").write_text("somebody's")
     convert(tmp_path / "p.cs", tmp_path / "q.star")

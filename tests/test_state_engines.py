@@ -56,7 +56,7 @@ def test_fits_of_halves_go_side_by_side(available):
         return models[number]
 
     with threads(available):
-        found = state_engines._side_by_side({0: fit(0, 2), 1: fit(1, 5)}, said.append)
+        found = state_engines._results({0: fit(0, 2), 1: fit(1, 5)}, said.append)
         assert torch.get_num_threads() == available
     assert (found[0], found[1]) == models
     assert said == ["half 1: step 0", "half 2: step 0"]
@@ -78,7 +78,7 @@ def test_a_fit_that_fails_ends_both(available):
         raise AssertionError("went on")
 
     with threads(available), pytest.raises(InputError, match="no"):
-        state_engines._side_by_side({0: fit(False), 1: fit(True)}, lambda text: None)
+        state_engines._results({0: fit(False), 1: fit(True)}, lambda text: None)
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -71,6 +70,8 @@ def threads(wanted: int | None) -> Iterator[None]:
 def side_by_side(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
     """A `map` of ``count`` things that takes them at a time, with a share of the threads each: what is short gains less
     from more threads. Where there are too few threads it takes one after the other."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import torch
 
     available = torch.get_num_threads()

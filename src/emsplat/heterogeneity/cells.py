@@ -7,7 +7,7 @@ From here on no image is needed. A cell's sums say of any map how well it fits t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -265,8 +265,3 @@ def _information(response: Float[Tensor, "w v k"], size: int, *, signed: bool = 
     side = len(response)
     kernel = torch.fft.fftshift(torch.fft.irfftn(response, s=(side,) * 3)[: side // 2], dim=(1, 2))
     return circulant(kernel, size) if signed else circulant(kernel, size).clamp_(min=0)
-
-
-def residuals(cells: Cells, maps: Iterable[Float[Tensor, "z y x"]]) -> Float[Tensor, "m z y x"]:
-    """b - K V of each cell and its map: what a model leaves unexplained."""
-    return torch.stack([-cells.error_and_gradient(number, volume)[1] for number, volume in enumerate(maps)])

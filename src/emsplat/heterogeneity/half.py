@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.heterogeneity.cells import Cells, empirical_map, linear_maps, overlap, residuals
+from emsplat.heterogeneity.cells import Cells, empirical_map, linear_maps, overlap
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
@@ -127,8 +127,9 @@ RESIDUALS: tuple[Residual, ...] = ("nearby", "linear")
 
 @torch.no_grad()
 def left_over(model: HalfModel, cells: Cells) -> Float[Tensor, "m z y x"]:
-    """What the Gaussians of a model leave unexplained in the cells."""
-    return residuals(cells, (voxelize(one, cells.grid) for one in model.decoder.mixtures(cells.point.float())))
+    """What the Gaussians of a model leave unexplained in the cells: b - K V of each."""
+    maps = (voxelize(one, cells.grid) for one in model.decoder.mixtures(cells.point.float()))
+    return torch.stack([-cells.error_and_gradient(number, volume)[1] for number, volume in enumerate(maps)])
 
 
 def with_residual(

@@ -108,7 +108,7 @@ def _to_star(table: ParticleTable, target: Path, half: Tensor | None) -> list[st
             "by particle, or per stack where there are several"
         )
     if _kinds(table) == {".star"}:
-        if len(table.sources) > 1 and (lost := lost_in_merging(table)):
+        if lost := lost_in_merging(table):
             said.append(f"{_listed(lost, 'rln')} are not in all of the files; they are left out")
     elif lost:
         said.append(f"a .star file has no place for {_listed(lost, _prefix(table))}; they are left out")

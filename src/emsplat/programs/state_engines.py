@@ -214,13 +214,12 @@ def _of_halves(
 
     def mine() -> list[HalfModel | None]:
         found = [read_half(path) if known and world.first else None for path, known in zip(paths, there, strict=True)]
-        fits = {
-            half: made(half, own) for half, own in enumerate(given) if own is not None and makers[half] == world.rank
-        }
-        if fits:
+        own = {half: its for half, its in enumerate(given) if its is not None and makers[half] == world.rank}
+        if own:
             with run.log.part("decoder", said):
-                for half, model in _side_by_side(fits, _told(run)).items():
-                    found[half] = completed(half, model, cast(Cells, given[half]))
+                fits = {half: made(half, its) for half, its in own.items()}
+                for half, model in _results(fits, _told(run)).items():
+                    found[half] = completed(half, model, own[half])
         return found
 
     found = world.apart(mine, partial(_look, run))
@@ -231,13 +230,12 @@ def _of_halves(
     return models
 
 
-def _side_by_side(fits: dict[int, Fitting[HalfModel]], tell: Callable[[str], None]) -> dict[int, HalfModel]:
+def _results(fits: dict[int, Fitting[HalfModel]], tell: Callable[[str], None]) -> dict[int, HalfModel]:
     """What fits of halves come to, a step of each at a time."""
     found: dict[int, HalfModel] = {}
     while going := {half: fit for half, fit in fits.items() if half not in found}:
         with side_by_side(len(going)) as all_of:  # the last has all threads
-            before = len(found)
-            while len(found) == before:
+            while not found.keys() & going.keys():
                 for half, happened in zip(going, list(all_of(_next_of, going.values())), strict=True):
                     if isinstance(happened, HalfModel):
                         found[half] = happened

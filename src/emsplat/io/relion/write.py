@@ -299,6 +299,8 @@ def lost_in_merging(table: ParticleTable) -> list[str]:
     Raises:
         InputError: a source is no longer readable.
     """
+    if len(table.sources) == 1:
+        return []
     groups = optics_columns(table)
     some = [name for group in groups for name in group if not all(name in other for other in groups)]
     return list(dict.fromkeys([*_unshared(table), *some]))
