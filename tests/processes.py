@@ -25,12 +25,13 @@ from emsplat.process import settle
 settle()
 import emsplat.fitting.course as course
 import emsplat.fitting.growth as growth
+import emsplat.heterogeneity.images as images
 from emsplat.fitting.loop import fit
 def slowly(*given, **named):
     for state in fit(*given, **named):
         time.sleep(0.05)
         yield state
-course.fit = growth.fit = slowly
+course.fit = growth.fit = images.fit = slowly
 from emsplat.__main__ import main
 sys.exit(main())
 """

@@ -19,7 +19,7 @@ from emsplat.io import tensors
 from emsplat.io.mrc import read_map
 from emsplat.io.particles import read_particles, write_used
 from emsplat.maths.geometry import vector_to_matrix
-from emsplat.parallel import _SILENCE
+from emsplat.parallel import _SILENCE, World
 from emsplat.particles.open import open_particles
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.refine import refine
@@ -177,6 +177,19 @@ def test_a_time_limit_is_a_request_to_stop(monkeypatch):
     with pytest.raises(Interrupted, match="--time-limit is reached: stopped in half1") as caught:
         moment.saved("in half1")
     assert caught.value.exit_code == 128 + signal.SIGUSR1
+
+
+def test_a_signal_that_comes_while_others_answer_counts_the_next_time():
+    """They have answered without it: one would write a checkpoint while the others go on."""
+
+    class Waiting(World):
+        def most_(self, tensor):
+            stop.number = signal.SIGTERM  # what the others have said is in the tensor already
+
+    stop = StopRequest()
+    moment = Checkpoints(60.0, stop, Waiting(1, 2))
+    assert not moment.due()
+    assert moment.due()
 
 
 def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
@@ -365,11 +378,11 @@ def test_processes_fit_states_to_images_and_a_signal_ends_all_alike(mixed, tmp_p
     words = ["heterogeneity", mixed, *STATES_WORDS, "--engine", "images", "--epochs", "3", "1"]
     (alone,) = ends(start(1, *words, "-o", tmp_path / "one"))
     assert alone[0] == 0, alone
-    running = start(2, *words, "-o", tmp_path / "cut", "--checkpoint-every", "0.1")
+    running = start(2, *words, "-o", tmp_path / "cut", "--checkpoint-every", "0.1", program=SLOW_FIT)
     wait_for((tmp_path / "cut" / checkpoint_name("half2")).is_file, running)
     running[1].send_signal(signal.SIGUSR1)
     said = ended_together(running)
-    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2
+    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2, said
     assert re.fullmatch(r"emsplat: stopped in half2 at step \d+; go on with --resume\n", said[0][2])
     resumed = ends(start(3, *words, "-o", tmp_path / "cut", "--resume"))
     assert [(code, errors) for code, _, errors in resumed] == [(0, "")] * 3
@@ -391,7 +404,7 @@ def test_a_signal_that_cuts_a_search_for_states_ends_all_alike(mixed, tmp_path, 
     wait_for(lambda: log.is_file() and "linear stage:" in log.read_text(), running)
     running[struck].send_signal(number)
     said = ended_together(running)
-    assert [code for code, *_ in said] == [128 + number] * 2
+    assert [code for code, *_ in said] == [128 + number] * 2, said
     name = signal.Signals(number).name
     assert re.fullmatch(rf"emsplat.*: stopped by {name}.*\n", said[struck][2])
     ended = rf"emsplat.*rank {struck} of 2 .*has ended: stopped by {name}.*--resume.*\n"
@@ -454,7 +467,7 @@ def test_a_signal_during_a_start_stops_all_in_order(simulated, tmp_path):
         pass
     running[1].send_signal(signal.SIGTERM)
     said = ended_together(running)
-    assert [code for code, *_ in said] == [128 + signal.SIGTERM] * 2
+    assert [code for code, *_ in said] == [128 + signal.SIGTERM] * 2, said
     assert said[0][2] == ("emsplat: stopped during a start; go on with --resume (finished starts are kept)\n")
 
 
@@ -517,7 +530,7 @@ def test_a_signal_to_one_process_stops_all_in_order(particles, tmp_path, number)
     wait_for(course.is_file, running)
     running[1].send_signal(number)
     said = ended_together(running)
-    assert [code for code, *_ in said] == [128 + number] * 2
+    assert [code for code, *_ in said] == [128 + number] * 2, said
     assert re.fullmatch(r"emsplat: stopped in half1 and half2 after step \d+; go on with --resume\n", said[0][2])
     assert said[1][1:] == ("", "")
     states, _ = load_states(course)  # whole
@@ -531,7 +544,7 @@ def test_a_time_limit_stops_all_processes(particles, tmp_path):
     words = ["backproject", particles, "-o", tmp_path, "--time-limit", "0:20", "--checkpoint-every", "0.2"]
     slower = SLOW.replace("sleep(0.1)", "sleep(4)")
     said = ends(start(2, *words, program=slower))
-    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2
+    assert [code for code, *_ in said] == [128 + signal.SIGUSR1] * 2, said
     assert said[0][2].startswith("emsplat: --time-limit is reached: stopped after ")
 
 

@@ -82,9 +82,10 @@ class Checkpoints:
         late = self._world.first and now - self._last > self._every
         said = torch.tensor([self._stop.number or 0, int(late)])
         self._world.most_(said)
-        if number := int(said[0]):
+        # A signal that came while this process waited for the others is for the next time: they do not know of it.
+        number, self._stopping = int(said[0]), bool(said[0])
+        if self._stopping:
             self._stop.number = number
-        self._stopping = bool(self._stop)
         return self._stopping or bool(said[1])
 
     def saved(self, where: str) -> None:
