@@ -2,14 +2,14 @@
 
 Usage: gpu.py                all of it, about 15 minutes on an H100; writes results/gpu.json
        gpu.py --smoke        the same in small, on whatever device there is, to try the script itself; writes nothing
-       gpu.py --only step accumulation fit kernels readers reconstruct
+       gpu.py --only step accumulation poses fit kernels readers reconstruct
 
 Order: `pytest -m gpu --error-for-skips` (nothing is timed if it fails); the kernels alone against the CPU's, with the
 part of the roofline that they reach (roofline.py has the arithmetic: instructions of the splatting kernels, counted in
 their machine code; bytes of the transforms; atomic additions of the insertion); the image-domain step from batches in
 the device's memory (forward, CTF, loss, backward, optimiser) with its peak memory; the accumulation from memory and
-from files; a volume fit to convergence; and a whole `reconstruct` of 100,000 images of 256², which are generated on the
-device as they are asked for. Peak memory is what PyTorch allocated (`max_memory_allocated`).
+from files; a search for poses; a volume fit to convergence; and a whole `reconstruct` of 100,000 images of 256², which
+are generated on the device as they are asked for. Peak memory is what PyTorch allocated (`max_memory_allocated`).
 """
 
 import argparse
@@ -36,6 +36,7 @@ from emsplat.io.particles import read_particles
 from emsplat.io.relion.write import write_particles_star
 from emsplat.kernels import backend
 from emsplat.maths.fourier import irfft, rfft, shift_phase
+from emsplat.maths.geometry import random_rotations
 from emsplat.maths.groups import C1
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import from_gaussians, from_map
@@ -43,12 +44,14 @@ from emsplat.particles.images import ImageFiles
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_particles
 from emsplat.particles.stack import ParticleStack
+from emsplat.poses.local import PoseViews, Prior, descend, make_reference
 from emsplat.programs import opening
 from emsplat.programs.reconstruct import reconstruct
 from emsplat.programs.simulate import simulate
 from emsplat.run.log import Log
 from emsplat.simulation.images import random_halves, random_optics
 from emsplat.simulation.images import random_poses as simulated_poses
+from emsplat.sums.spectra import Spectra, half_plane
 from emsplat.sums.statistics import FourierStatistics, accumulate, begin
 from emsplat.types import Batch, Gaussians, Grid
 
@@ -254,6 +257,38 @@ def accumulation(bench):
         )
 
 
+def poses(bench):
+    """Views per second that are compared with slices of a volume, and that are moved by a search, beside the CPU's on
+    the same views."""
+    for radius, count, steps in ((6, 8, 0),) if bench.smoke else ((20, 4096, 0), (20, 4096, 12), (60, 512, 12)):
+        grid, rng = Grid(4 * radius, 1.0), torch.Generator().manual_seed(7)
+        volume = torch.randn(3 * (grid.size,), generator=rng)
+        frequency, _ = half_plane(radius, 1.0, grid.size)
+        noise = [torch.randn(count, len(frequency), generator=rng) for _ in range(3)]
+        image, none = torch.arange(count, dtype=torch.int32), torch.zeros(count, 2, dtype=torch.float64)
+        rotation = random_rotations(count, rng)
+        values = torch.complex(noise[0], noise[1])
+        spectra = Spectra(values, noise[2], frequency, image, rotation.float(), torch.ones(count), image, grid.length)
+        views = PoseViews(spectra, torch.eye(2).repeat(count, 1, 1), image, rotation, none, rotation, none, grid.length)
+        rate, found = {}, {}
+        for where in dict.fromkeys((torch.device("cpu"), bench.device)):
+            reference = make_reference(volume, grid, radius, device=where)
+            own = replace(views, spectra=replace(spectra, values=values.to(where), transfer=noise[2].to(where)))
+            rate[where.type] = count / bench.seconds(
+                lambda r=reference, v=own, steps=steps, radius=radius: descend(r, v, Prior(0.05, 1.0), radius, steps)
+            )
+            found[where.type] = descend(reference, own, Prior(0.05, 1.0), radius, 0)
+        one, other = found["cpu"], found[bench.device.type]
+        bench.report(
+            what="poses",
+            coefficients=len(frequency),
+            steps=steps,
+            views_per_second=round(rate[bench.device.type]),
+            gpu_over_cpu=round(rate[bench.device.type] / rate["cpu"], 2),
+            relative_difference_from_cpu=float(f"{float(((one.before - other.before) / one.power).abs().max()):.1e}"),
+        )
+
+
 def readers(bench):
     """The accumulation from files (in the system's cache after the first pass), beside the CPU's in the same run."""
     box, count = (32, 100) if bench.smoke else (256, 4000)
@@ -428,6 +463,7 @@ PARTS = {
     "kernels": kernels,
     "step": step,
     "accumulation": accumulation,
+    "poses": poses,
     "readers": readers,
     "fit": volume_fit,
     "reconstruct": whole,

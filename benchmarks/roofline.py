@@ -92,8 +92,10 @@ def compiled(kernel, capability: int, **constants: int):
     from triton.compiler import ASTSource
 
     numbers = dict.fromkeys(("scale", "cutoff", "radius", "step"), "fp32")
-    counts = dict.fromkeys(("images", "gaussians", "parts", "per_program", "apart", "size", "box", "side"), "i32")
-    kinds = {name: (numbers | counts).get(name, "*fp32") for name in kernel.arg_names}
+    counts = ("images", "gaussians", "parts", "per_program", "apart", "size", "box", "side", "points", "stride")
+    whole = dict.fromkeys((*counts, "furthest"), "i32") | dict.fromkeys(("point", "image"), "*i32")
+    pixels = {"image": "*fp32"} if "point" not in kernel.arg_names else {}  # not a number of one, but images
+    kinds = {name: (numbers | whole | pixels).get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
     options = {"num_warps": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

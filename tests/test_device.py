@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from emsplat import device
-from emsplat.config import BackprojectConfig, ReconstructConfig, change, configure
+from emsplat.config import BackprojectConfig, ReconstructConfig, RefineConfig, change, configure
 from emsplat.device import choose_device, fits_memory, within_memory
 from emsplat.errors import EmsplatError, InputError, Interrupted
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint
@@ -44,6 +44,7 @@ from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_table
 from emsplat.programs import opening
 from emsplat.programs.reconstruct import backproject, reconstruct
+from emsplat.programs.refine import refine
 from emsplat.run import stop
 from emsplat.run.stop import StopRequest
 from emsplat.sums.equations import contrast, relative_gain
@@ -431,6 +432,19 @@ def test_a_run_is_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path, en
     check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
     assert summary["device"] == "gpu"
     assert "device: gpu:0" in (tmp_path / "gpu" / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_poses_are_the_same_on_a_device(gpu, monkeypatch, particles, tmp_path):
+    config = configure(RefineConfig, rounds=1, search="6", epochs=1, growth=0, gaussians=60, threads=1)
+    refine(config, particles, tmp_path / "cpu")
+    on(monkeypatch, gpu)
+    summary = refine(config, particles, tmp_path / "gpu")
+    check_same_runs(tmp_path / "cpu", tmp_path / "gpu")
+    assert summary["device"] == "gpu"
+    here, there = (read_particles(tmp_path / name / "run_data.star").poses for name in ("cpu", "gpu"))
+    assert (here.rotation - there.rotation).abs().max() < 1e-3
+    assert (here.shift - there.shift).abs().max() < 1e-2
 
 
 @pytest.mark.slow

@@ -7,13 +7,18 @@ take several tiles.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from emsplat.kernels import cpu, reference
-from emsplat.maths.geometry import random_rotations
+from emsplat.kernels import cpu, levenberg, reference
+from emsplat.maths.geometry import random_rotations, vector_to_matrix
+from emsplat.poses import local
+from emsplat.poses.local import NO_PRIOR, PoseViews, Prior, Reference
+from emsplat.sums.lattice import Lattice
+from emsplat.sums.spectra import Spectra, half_plane
 from emsplat.sums.statistics import FourierStatistics
 from emsplat.sums.window import _window_polynomials
 from emsplat.types import Gaussians, Grid, Poses
@@ -257,8 +262,62 @@ def test_insert(device, box, side):
     assert relative(total, expected.numerator) < 3e-6
 
 
+@pytest.fixture
+def sights():
+    """A volume, and images of it in poses that are off: magnified differently, some coefficients without meaning."""
+    rng = torch.Generator().manual_seed(3)
+    lattice = Lattice(7)
+    axis = (torch.arange(lattice.size) - lattice.size // 2) / lattice.size
+    envelope = torch.exp(-(axis**2 + axis[:, None] ** 2 + axis[:, None, None] ** 2) / (2 * 0.15**2))
+    volume = torch.randn(3 * (lattice.size,), generator=rng) * envelope
+    reference = Reference(lattice, volume, Grid(32, 3.0))
+    frequency, _ = half_plane(6, 1.0, 32)
+    true = random_rotations(4, rng)
+    values = torch.complex(*(torch.randn(4, len(frequency) + 3, generator=rng) for _ in range(2)))
+    transfer = torch.randn(values.shape, generator=rng)
+    magnification = torch.eye(2) + 0.02 * torch.randn(4, 2, 2, generator=rng)
+    known = torch.cat([frequency, torch.full((3, 2), 7.5)])
+    image, none = torch.arange(4, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.float64)
+    spectra = Spectra(values, transfer, known, image, true.float(), torch.ones(4), image, 96.0)
+    shown = lattice.slices(volume[None], replace(spectra, frequency=known @ magnification[0].T))[:, 0]
+    spectra = replace(spectra, values=0.5 * values + transfer * torch.cat([shown, values[:, shown.shape[1] :]], 1))
+    start = vector_to_matrix(0.1 * torch.randn(4, 3, generator=rng, dtype=torch.float64)) @ true
+    views = PoseViews(spectra, magnification, image, start, none, true, none + 0.3, 96.0)
+    return reference, views.take(torch.tensor([0, 1, 2, 3, 1]))
+
+
+@pytest.mark.parametrize(("steps", "prior"), [(0, NO_PRIOR), (12, NO_PRIOR), (12, Prior(0.02, 0.5))])
+def test_poses(device, monkeypatch, sights, steps, prior):
+    """As the CPU finds them: what views say where they are, and where they go; one image in two views."""
+    reference, views = sights
+    expected = local.descend(reference, views, prior, 6, steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "backend", lambda _: gpu)
+        found = local.descend(replace(reference, device=device), views, prior, 6, steps)
+    assert (expected.looks > 1).all() == (steps > 0)
+    size = expected.power
+    for name in ("before", "after", "power"):
+        assert ((getattr(found, name) - getattr(expected, name)) / size).abs().max() < 1e-4
+    # Rounding may decide whether a last step of less than 0.02 nats is made.
+    assert (found.looks - expected.looks).abs().max() <= (steps > 0)
+    assert (found.poses.rotation - expected.poses.rotation).abs().max() < (1e-3 if steps else 1e-12)
+    assert (found.poses.shift - expected.poses.shift).abs().max() < (1e-2 if steps else 1e-12)
+    diagonal = expected.hessian.diagonal(dim1=1, dim2=2).sqrt()
+    away = (found.hessian - expected.hessian) / diagonal[:, None] / diagonal[..., None]
+    assert away.abs().max() < (1e-2 if steps else 1e-5)
+
+
+def test_turns_of_poses():
+    vector = torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vector *= torch.cat([torch.logspace(-12, 0, 49, dtype=torch.float64), torch.zeros(1)])[:, None]
+    known = random_rotations(50, torch.Generator().manual_seed(2))
+    after = levenberg.turned(vector, known)
+    assert (after - vector_to_matrix(vector) @ known).abs().max() < 1e-14
+    assert (levenberg.between(after, known) - vector).abs().max() < 1e-14
+
+
 _COMPILE = """
-from emsplat.kernels import gpu, insert_triton, splat_triton
+from emsplat.kernels import gpu, insert_triton, pose_triton, splat_triton
 from roofline import compiled
 
 for capability in (75, 80, 90):
@@ -267,6 +326,8 @@ for capability in (75, 80, 90):
         print(capability, name, made.metadata.shared, ".local" in made.asm["ptx"])
     made = compiled(insert_triton.insert_kernel, capability, DEGREE=7, POINTS=gpu.POINTS)
     print(capability, "insert", made.metadata.shared, ".local" in made.asm["ptx"])
+    made = compiled(pose_triton.pose_kernel, capability, DEGREE=7, POINTS=gpu.POINTS)
+    print(capability, "pose", made.metadata.shared, ".local" in made.asm["ptx"])
 """
 
 
@@ -279,6 +340,6 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 18
+    assert len(lines) == 21
     assert all(spilled == "False" for *_, spilled in lines)
-    assert all(shared == "0" for _, name, shared, _ in lines if name != "insert")
+    assert all(shared == "0" for _, name, shared, _ in lines if name not in ("insert", "pose"))

@@ -214,6 +214,7 @@ def _shim():
         "voxelize",
         "voxelize_gradient",
         "insert",
+        "place",
     )
     return SimpleNamespace(**{name: call(name) for name in names})
 
@@ -221,6 +222,7 @@ def _shim():
 def install(monkeypatch):
     """The device with kernels, for the length of a test."""
     import emsplat.imaging.project
+    import emsplat.poses.local
     import emsplat.sums.statistics
     from emsplat.kernels import backend
 
@@ -231,6 +233,7 @@ def install(monkeypatch):
 
     monkeypatch.setattr(emsplat.imaging.project, "backend", chosen)
     monkeypatch.setattr(emsplat.sums.statistics, "backend", chosen)
+    monkeypatch.setattr(emsplat.poses.local, "backend", chosen)
     return device
 
 

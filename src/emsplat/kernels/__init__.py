@@ -1,11 +1,11 @@
-"""Kernels: the two operators of a Gaussian mixture and the insertion of Fourier slices, per kind of device.
+"""Kernels: the operators of a Gaussian mixture, and Fourier slices in and out of a volume, per kind of device.
 
 The contract, for flat tensors of one dtype on one device: ``project`` and ``voxelize`` return an image stack or a
 volume, ``project_each`` draws into every image a mixture of its own; functions with ``gradient`` in their names take
 the upstream gradient and return the gradients with respect to the inputs; ``insert`` adds slices to a half space in
-place (`emsplat.sums.statistics`). ``reference`` holds the operators as plain differentiable PyTorch; every fast twin is
-tested against a slow one. The back end is chosen by the device of the data (`backend`): ``cpu`` binds the C++ of
-native/, ``gpu`` launches Triton kernels.
+place (`emsplat.sums.statistics`); ``place`` finds poses against a half space (`Kernels.place`). ``reference`` holds the
+operators as plain differentiable PyTorch; every fast twin is tested against a slow one. The back end is chosen by the
+device of the data (`backend`): ``cpu`` binds the C++ of native/, ``gpu`` launches Triton kernels.
 """
 
 from __future__ import annotations
@@ -103,6 +103,40 @@ class Kernels(Protocol):
         radius: float,
         step: float,
     ) -> None: ...
+
+    def place(
+        self,
+        space: Tensor,
+        values: Tensor,
+        transfer: Tensor,
+        point: Tensor,
+        magnification: Tensor,
+        image: Tensor,
+        rotation: Tensor,
+        given: Tensor,
+        move: Tensor,
+        offset: Tensor,
+        polynomials: Tensor,
+        step: float,
+        precision: tuple[float, float],
+        most: int,
+        enough: float,
+        longest: float,
+    ) -> Tensor:
+        """Compares views with slices of a half space, and moves them downhill by Levenberg's method
+        (`emsplat.poses.local`).
+
+        Images are ``values``, ``transfer`` (i, s) and ``magnification`` (i, 2, 2) at frequencies ``point`` (k, 2) in
+        cycles per box, k <= s. Of each view: the ``image`` it is of, ``rotation`` and ``move`` to start from, the
+        prior's rotation ``given``, and the ``offset`` of the move from its middle, all in float64; shifts are in units
+        of the box over 2π, ``precision`` is one over twice the variances of turn and shift. ``step`` are voxels of the
+        space per cycle per box. At most ``most`` steps are made, none that would gain less than ``enough`` nats or turn
+        by more than ``longest``.
+
+        Returns 40 numbers of each view, in float64: rotation (9), move (2), Hessian of the data (25), gain at the start
+        and at the end, how often it was compared, power of the model.
+        """
+        ...
 
 
 def unpacked(packed: Float[Tensor, "*p g 13"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -142,6 +142,41 @@ def insert(
     """Threads share out planes of the volume: sums do not depend on their number."""
     slices = _array(numerator), _array(weight), _array(rotation), _array(polynomials)
     _native.insert(total.numpy(), total_weight.numpy(), *slices, radius, step, torch.get_num_threads())
+
+
+def place(
+    space: Complex[Tensor, "Z Y X"],
+    values: Complex[Tensor, "i s"],
+    transfer: Float[Tensor, "i s"],
+    point: Int[Tensor, "k 2"],
+    magnification: Float[Tensor, "i 2 2"],
+    image: Int[Tensor, " v"],
+    rotation: Float[Tensor, "v 3 3"],
+    given: Float[Tensor, "v 3 3"],
+    move: Float[Tensor, "v 2"],
+    offset: Float[Tensor, "v 2"],
+    polynomials: Float[Tensor, "d t"],
+    step: float,
+    precision: tuple[float, float],
+    most: int,
+    enough: float,
+    longest: float,
+) -> Float[Tensor, "v 40"]:
+    images = _array(space), _array(values), _array(transfer), _array(point), _array(magnification), _array(image)
+    views = _array(rotation), _array(given), _array(move), _array(offset)
+    return torch.from_numpy(
+        _native.place_views(
+            *images,
+            *views,
+            _array(polynomials),
+            step,
+            precision,
+            most,
+            enough,
+            longest,
+            torch.get_num_threads(),
+        )
+    )
 
 
 def _unpack_poses(poses: Float[Tensor, "p 8"]) -> tuple[Float[Tensor, "p 3 3"], Float[Tensor, "p 2"]]:

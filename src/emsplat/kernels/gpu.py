@@ -1,7 +1,8 @@
-"""Launching of the Triton kernels (splat_triton.py, insert_triton.py): float32 and float64, one device.
+"""Launching of the Triton kernels (splat_triton.py, insert_triton.py, pose_triton.py): float32 and float64, one device.
 
-Nothing here waits for the device or copies to the host. Gradients are sums in a fixed order and the same in each run;
-images, volumes and Fourier sums are added up by atomic operations in any order and differ by their rounding.
+Nothing but the search for poses waits for the device or copies to the host. Gradients and what images say of poses are
+sums in a fixed order and the same in each run; images, volumes and Fourier sums are added up by atomic operations in
+any order and differ by their rounding.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 import triton
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from emsplat.kernels import unpacked
+from emsplat.kernels import levenberg, unpacked
 from emsplat.kernels.insert_triton import insert_kernel
+from emsplat.kernels.pose_triton import SUMS, pose_kernel
 from emsplat.kernels.splat_triton import (
     pose_gradient_kernel,
     project_gradient_kernel,
@@ -185,6 +187,45 @@ def insert(
     grid = (triton.cdiv(box * columns, POINTS), images)
     numbers = (box, len(total), radius, step)
     _launch(insert_kernel, grid, *inputs, *sums, *numbers, DEGREE=len(polynomials) - 1, POINTS=POINTS)
+
+
+def place(
+    space: Complex[Tensor, "Z Y X"],
+    values: Complex[Tensor, "i s"],
+    transfer: Float[Tensor, "i s"],
+    point: Int[Tensor, "k 2"],
+    magnification: Float[Tensor, "i 2 2"],
+    image: Int[Tensor, " v"],
+    rotation: Float[Tensor, "v 3 3"],
+    given: Float[Tensor, "v 3 3"],
+    move: Float[Tensor, "v 2"],
+    offset: Float[Tensor, "v 2"],
+    polynomials: Float[Tensor, "d t"],
+    step: float,
+    precision: tuple[float, float],
+    most: int,
+    enough: float,
+    longest: float,
+) -> Float[Tensor, "v 40"]:
+    degree = len(polynomials) - 1
+    slopes = polynomials[:-1] * torch.arange(degree, 0, -1, device=polynomials.device)[:, None]
+    seen = _contiguous(torch.view_as_real(space), torch.view_as_real(values), transfer, point, magnification)
+    window = _contiguous(polynomials, slopes)
+    blocks = triton.cdiv(len(point), POINTS)
+    furthest = int(point.abs().max()) if len(point) else 0
+    along = torch.arange(-furthest, furthest + 1, dtype=torch.float64, device=point.device)
+
+    def look(views: Tensor, rotation: Tensor, move: Tensor) -> Tensor:
+        parts, per_program = _shared_out(blocks, len(views))
+        sums = transfer.new_zeros(len(views), parts, SUMS)
+        angles = torch.cat([move[:, :1] * along[furthest:], move[:, 1:] * along], 1)
+        phases = torch.stack([angles.cos(), -angles.sin()], -1).float()
+        own = _contiguous(image[views], rotation.float(), phases)
+        counts = (len(point), transfer.shape[1], len(space), furthest, step, per_program, parts)
+        _launch(pose_kernel, (len(views), parts), *seen, *own, *window, sums, *counts, DEGREE=degree, POINTS=POINTS)
+        return sums.sum(1)
+
+    return levenberg.descend(look, rotation, given, move, offset, precision, most, enough, longest)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: int) -> None:

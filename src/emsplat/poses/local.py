@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from emsplat import _native
 from emsplat.device import CPU
+from emsplat.kernels import backend
 from emsplat.maths.fourier import irfft, rfft
 from emsplat.parallel import ALONE, World
 from emsplat.particles.noise import estimate_noise
@@ -64,11 +64,12 @@ class Reference:
     lattice: Lattice
     volume: Float[Tensor, "z y x"]  # on the voxels of the lattice
     grid: Grid  # of the map it was made from
+    device: torch.device = CPU  # where poses are compared
 
     @cached_property
     def space(self) -> Complex[Tensor, "Z Y X"]:
-        """Its transform, ready to be sliced."""
-        space: Tensor = self.lattice.half_space(self.volume)
+        """Its transform on the device, ready to be sliced."""
+        space: Tensor = self.lattice.half_space(self.volume).to(self.device)
         return space
 
     @cached_property
@@ -78,9 +79,16 @@ class Reference:
 
 
 def make_reference(
-    volume: Float[Tensor, "z y x"], grid: Grid, radius: int, filtered: Float[Tensor, " s"] | None = None
+    volume: Float[Tensor, "z y x"],
+    grid: Grid,
+    radius: int,
+    filtered: Float[Tensor, " s"] | None = None,
+    device: torch.device = CPU,
 ) -> Reference:
-    """A map on ``grid`` as a reference up to ``radius`` cycles per box; ``filtered`` are factors of its shells."""
+    """A map on ``grid`` as a reference up to ``radius`` cycles per box; ``filtered`` are factors of its shells.
+
+    What images say of their poses is worked out on ``device``, all else on the CPU.
+    """
     lattice = Lattice(radius)
     spectrum = rfft(volume.cpu(), 3)
     if filtered is not None:
@@ -93,7 +101,7 @@ def make_reference(
         rest = (away - low).clamp(0, 1)
         high = (low + 1).clamp(max=len(shells) - 1)
         spectrum = spectrum * ((1 - rest) * filtered[low] + rest * filtered[high]).float()
-    return Reference(lattice, irfft(resized(spectrum, lattice.size), 3), grid)
+    return Reference(lattice, irfft(resized(spectrum, lattice.size), 3), grid, device)
 
 
 def resized(spectrum: Complex[Tensor, "z y k"], size: int) -> Complex[Tensor, "Z Y K"]:
@@ -194,27 +202,26 @@ def descend(reference: Reference, views: PoseViews, prior: Prior, radius: float,
     point = (spectra.within(min(radius, reference.lattice.radius)) / ratio).round().int().contiguous()
     unit = views.length / (2 * math.pi)
     turn, shift = prior.precision
-    row = torch.from_numpy(
-        _native.place_views(
-            reference.space.numpy(),
-            spectra.values.numpy(),
-            spectra.transfer.numpy(),
-            point.numpy(),
-            views.magnification.contiguous().numpy(),
-            views.image.numpy(),
-            views.rotation.contiguous().numpy(),
-            views.given.contiguous().numpy(),
-            (views.move / unit).contiguous().numpy(),
-            ((views.move - views.origin) / unit).contiguous().numpy(),
-            polynomials_on(CPU).numpy(),
-            reference.lattice.step * ratio,
-            (turn, shift * unit**2),
-            steps,
-            _ENOUGH,
-            _LONGEST,
-            torch.get_num_threads(),
-        )
+    device = reference.device
+    row = backend(device).place(
+        reference.space,
+        spectra.values.to(device),
+        spectra.transfer.to(device),
+        point.to(device),
+        views.magnification.to(device),
+        views.image.to(device),
+        views.rotation.to(device),
+        views.given.to(device),
+        (views.move / unit).to(device),
+        ((views.move - views.origin) / unit).to(device),
+        polynomials_on(device),
+        reference.lattice.step * ratio,
+        (turn, shift * unit**2),
+        steps,
+        _ENOUGH,
+        _LONGEST,
     )
+    row = row.cpu()
     units = torch.tensor([1.0, 1.0, 1.0, unit, unit], dtype=torch.float64)
     hessian = row[:, 11:36].reshape(-1, 5, 5) / units / units[:, None]
     poses = Poses(row[:, :9].reshape(-1, 3, 3).clone(), unit * row[:, 9:11])
@@ -251,7 +258,7 @@ def place(
     world: World = ALONE,
 ) -> Placed:
     """Finds the pose of each particle of a stack from that which it has, under a prior about those ``given``, on the
-    CPU.
+    device of the reference.
 
     ``noise`` are the spectra of its `parts`. Images are read once, some at a time; ``told`` hears how many are done.
     Processes of a ``world`` share the particles out, hear equally often, and have all poses in the end.
@@ -296,6 +303,8 @@ def _placed(
 def views_of(reference: Reference, stack: ParticleStack, given: Poses, noise: Float[Tensor, "o s"]) -> PoseViews:
     """The images of a stack of one grid as they are compared with a reference, each in the pose that it has."""
     spectra = read_spectra(stack.without_symmetry().on(CPU), reference.lattice.radius, reference.grid, noise)
+    moved = {name: getattr(spectra, name).to(reference.device) for name in ("values", "transfer")}
+    spectra = replace(spectra, **moved)
     poses, optics = stack.table.poses[stack.rows], stack.table.optics[stack.rows]
     return PoseViews(
         spectra,

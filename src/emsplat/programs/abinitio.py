@@ -356,7 +356,7 @@ def _of_half(
     again = remade(at_map(images, start, plan, symmetry, volume), plan.compared, plan.largest).contiguous()
     world.spread_(again)
     size = len(again)
-    reference = make_reference(again, Grid(size, stack.grid.length / size), plan.largest)
+    reference = make_reference(again, Grid(size, stack.grid.length / size), plan.largest, device=stack.device)
     noise, own, done = noise_of(stack), stack.shared(world), 0
     placed, kind = list[Placed](), [own[:0]]
     with log.progress(f"poses of {name}", len(stack)) as update:

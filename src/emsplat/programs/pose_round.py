@@ -275,7 +275,7 @@ def _references(run: Run[RefineConfig], settings: Settings, classical: Classical
     ]
     for volume, maker in zip(volumes, makers.values(), strict=True):
         world.spread_(volume, source=maker)
-    return [make_reference(volume, grid, cut) for volume in volumes]
+    return [make_reference(volume, grid, cut, device=run.stack.device) for volume in volumes]
 
 
 def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical, name: str) -> Tensor:

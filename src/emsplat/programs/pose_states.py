@@ -105,5 +105,6 @@ def state_targets(
     # Sums of all particles tell the grey scale of the images.
     factor = mask * own.gain((mean * mask).to(own.linear.device))
     return [
-        Target(make_reference(volume * factor, stack.grid, cut), one) for volume, one in zip(maps, rows, strict=True)
+        Target(make_reference(volume * factor, stack.grid, cut, device=stack.device), one)
+        for volume, one in zip(maps, rows, strict=True)
     ]
