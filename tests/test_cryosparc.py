@@ -248,6 +248,7 @@ def test_class_of_highest_posterior(folder):
     pose = np.zeros((6, 2, 3), np.float32)
     pose[:, 1] = POSE
     shift = np.stack([np.full((6, 2), 1.0), np.full((6, 2), 3.0)], 1).astype(np.float32)
+    alpha = np.tile(np.array([[0.5, 1.5]], np.float32), (6, 1))
     expected = [[2.0, 6.0][b] for b in best]
     multi = read(
         folder,
@@ -257,9 +258,11 @@ def test_class_of_highest_posterior(folder):
                 "alignments3D_multi/shift": shift,
                 "alignments3D_multi/class_posterior": posterior,
                 "alignments3D_multi/psize_A": np.full(6, 2.0, np.float32),
+                "alignments3D_multi/alpha": alpha,
             }
         ),
     )
+    assert multi.optics.scale.tolist() == [[0.5, 1.5][b] for b in best]
     assert multi.poses.shift[:, 0].tolist() == expected
     old = {}
     for i in (0, 1):
@@ -268,8 +271,10 @@ def test_class_of_highest_posterior(folder):
             f"alignments_class_{i}/shift": shift[:, i],
             f"alignments_class_{i}/class_posterior": posterior[:, i],
             f"alignments_class_{i}/psize_A": np.full(6, 2.0, np.float32),
+            f"alignments_class_{i}/alpha": alpha[:, i],
         }
     classes = read(folder, without_alignment(**old))
+    assert torch.equal(classes.optics.scale, multi.optics.scale)
     assert torch.equal(classes.poses.shift, multi.poses.shift)
     assert torch.equal(classes.poses.rotation, multi.poses.rotation)
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def read_cs(
         raise InputError(f"{path}: blob/psize_A is {pixel_size.min():g}; expected a pixel size above 0")
     notes = list[str]()
     optics = _optics(fields, notes)
-    rotation, shift, alignment, particle_class = _poses(fields, pixel_size, need_poses)
+    alignment, rotation, shift, particle_class = _poses(fields, pixel_size, need_poses)
     optics = replace(optics, scale=optics.scale * _alpha(fields, alignment, notes))
     notes += doubts(path, optics)
     group, groups = _optics_groups(fields, pixel_size, shape[:, 0], optics)
@@ -99,7 +99,7 @@ def read_cs(
         optics=optics,
         groups=groups,
         optics_group=torch.from_numpy(group),
-        half=_half_sets(fields, alignment, source),
+        half=_half_sets(fields, alignment.groups[0], source),
         micrograph=group_equal(micrograph),
         stacks=found.paths,
         stack=found.stack,
@@ -400,73 +400,92 @@ def _aberrations(fields: _Fields, optics: Optics, notes: list[str]) -> Aberratio
     )
 
 
-def _alpha(fields: _Fields, prefix: str, notes: list[str]) -> Tensor:
+@dataclass(frozen=True)
+class _Alignment:
+    """Which fields say how particles are aligned, and which class each belongs to where they say it for several."""
+
+    groups: tuple[str, ...] = ("alignments3D",)  # one, or one for each class
+    best: NDArray[np.int64] | None = None  # place of the class, in ``groups`` or in the values of a particle
+    count: int = 1  # of the classes
+
+    def has(self, fields: _Fields, name: str) -> bool:
+        return all(fields.has(f"{group}/{name}") for group in self.groups)
+
+    def numbers(self, fields: _Fields, name: str, *inner: int) -> NDArray[np.float64]:
+        """``inner`` values of each particle, those of its class."""
+        rows, names = np.arange(len(fields)), [f"{group}/{name}" for group in self.groups]
+        if self.best is None:
+            return fields.numbers(names[0], *inner) if inner else fields.first(names[0])
+        if len(names) > 1:
+            of_best: NDArray[np.float64] = np.stack([fields.numbers(one, *inner) for one in names])[self.best, rows]
+            return of_best
+        if fields.raw(names[0]).ndim == 1 + len(inner):  # the same in all classes
+            return fields.numbers(names[0], *inner)
+        return fields.numbers(names[0], self.count, *inner)[rows, self.best]
+
+
+def _alpha(fields: _Fields, alignment: _Alignment, notes: list[str]) -> Tensor:
     """cryoSPARC's scale of each particle, where there is a sensible one."""
-    if not fields.has(f"{prefix}/alpha"):
+    if not alignment.has(fields, "alpha"):
         return torch.ones(len(fields), dtype=torch.float64)
-    alpha = torch.from_numpy(np.ascontiguousarray(fields.first(f"{prefix}/alpha")))
+    alpha = torch.from_numpy(np.ascontiguousarray(alignment.numbers(fields, "alpha")))
     if bool((alpha <= 0).any()):
-        notes.append(f"{fields.path}: {prefix}/alpha is not above 0 for all particles; it is not used")
+        notes.append(f"{fields.path}: {alignment.groups[0]}/alpha is not above 0 for all particles; it is not used")
         return torch.ones_like(alpha)
     return alpha
 
 
+def _alignment(fields: _Fields) -> tuple[_Alignment, NDArray[np.int64] | None] | None:
+    """How particles are aligned, and the number of each one's class; None where the file does not say.
+
+    Fields of the file itself, of whatever kind, go before those of its passthrough files, which are of an earlier job.
+    """
+    names = next((names for names in (fields.own, fields.names) if any(map(_POSE.fullmatch, names))), [])
+    if "alignments3D/pose" in names:
+        single, name = _Alignment(), "alignments3D/class"
+        return single, fields.whole(name, fields.first(name)) if fields.has(name) else None
+    if "alignments3D_multi/pose" in names:
+        name = "alignments3D_multi/class_posterior"
+        posterior = fields.numbers(name, 0)
+        if not posterior.shape[1]:
+            raise InputError(f"{fields.path}: {name} has no classes; expected at least one")
+        best = posterior.argmax(1)
+        return _Alignment(("alignments3D_multi",), best, posterior.shape[1]), best
+    matches = (re.fullmatch(r"alignments_class_(\d+)/pose", name) for name in names)
+    numbers = sorted({int(found[1]) for found in matches if found})
+    if not numbers:
+        return None
+    classes = tuple(f"alignments_class_{number}" for number in numbers)
+    best = np.stack([fields.numbers(f"{name}/class_posterior") for name in classes]).argmax(0)
+    return _Alignment(classes, best, len(classes)), np.array(numbers)[best]
+
+
 def _poses(
     fields: _Fields, pixel_size: NDArray[np.float64], needed: bool
-) -> tuple[Tensor, NDArray[np.float64], str, Tensor | None]:
-    """Rotations, shifts in Å, the group of fields they come from, and the class of each particle.
-
-    Those of the file itself, of whatever kind, go before those of its passthrough files, which are of an earlier job.
-    """
-    rows = np.arange(len(fields))
-    number: NDArray[Any] | None = None
-    names = next((names for names in (fields.own, fields.names) if any(map(_POSE.fullmatch, names))), [])
-    classes = sorted(
-        {m[1] for name in names if (m := re.fullmatch(r"(alignments_class_\d+)/pose", name))},
-        key=lambda name: int(name.rsplit("_", 1)[1]),
-    )
-    if "alignments3D/pose" in names:
-        prefix = "alignments3D"
-        pose, shift = fields.numbers(f"{prefix}/pose", 3), fields.numbers(f"{prefix}/shift", 2)
-        number = (
-            fields.whole(f"{prefix}/class", fields.first(f"{prefix}/class")) if fields.has(f"{prefix}/class") else None
-        )
-    elif "alignments3D_multi/pose" in names:
-        prefix = "alignments3D_multi"
-        posterior = fields.numbers(f"{prefix}/class_posterior", 0)
-        count = posterior.shape[1]
-        if not count:
-            raise InputError(f"{fields.path}: {prefix}/class_posterior has no classes; expected at least one")
-        number = best = posterior.argmax(1)
-        pose, shift = (
-            fields.numbers(f"{prefix}/pose", count, 3)[rows, best],
-            fields.numbers(f"{prefix}/shift", count, 2)[rows, best],
-        )
-    elif classes:
-        prefix = classes[0]
-        best = np.stack([fields.numbers(f"{name}/class_posterior") for name in classes]).argmax(0)
-        pose = np.stack([fields.numbers(f"{name}/pose", 3) for name in classes])[best, rows]
-        shift = np.stack([fields.numbers(f"{name}/shift", 2) for name in classes])[best, rows]
-        number = np.array([int(name.rsplit("_", 1)[1]) for name in classes])[best]
-    elif needed:
+) -> tuple[_Alignment, Tensor, NDArray[np.float64], Tensor | None]:
+    """Where they come from, rotations, shifts in Å, and the class of each particle."""
+    found = _alignment(fields)
+    if found is None and needed:
         raise InputError(
             f"{fields.path}: no 3D poses (alignments3D/pose); emsplat needs particles with known orientations, "
             "take the .cs file of a refinement, or find them with `emsplat abinitio`"
         )
-    else:
+    if found is None:
         unturned = torch.eye(3, dtype=torch.float64).repeat(len(fields), 1, 1)
-        return unturned, np.zeros((len(fields), 2)), "alignments3D", None
-    spacing = _spacing(fields, prefix, pixel_size)
+        return _Alignment(), unturned, np.zeros((len(fields), 2)), None
+    alignment, number = found
+    pose, shift = alignment.numbers(fields, "pose", 3), alignment.numbers(fields, "shift", 2)
+    spacing = _spacing(fields, alignment, pixel_size)
     # cryoSPARC's axis and angle turn image into object coordinates (docs/conventions.md, 2).
     rotation = Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)
-    classes_found = None if number is None else torch.from_numpy(number.astype(np.int64))
-    return torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], prefix, classes_found
+    classes = None if number is None else torch.from_numpy(number.astype(np.int64))
+    return alignment, torch.from_numpy(np.ascontiguousarray(rotation)), shift * spacing[:, None], classes
 
 
-def _spacing(fields: _Fields, prefix: str, pixel_size: NDArray[np.float64]) -> NDArray[np.float64]:
+def _spacing(fields: _Fields, alignment: _Alignment, pixel_size: NDArray[np.float64]) -> NDArray[np.float64]:
     """The pixels in Å that shifts are counted in; those of the images where the file does not say."""
-    name = f"{prefix}/psize_A"
-    spacing = fields.first(name) if fields.has(name) else np.zeros(len(fields))
+    name, known = f"{alignment.groups[0]}/psize_A", alignment.has(fields, "psize_A")
+    spacing = alignment.numbers(fields, "psize_A") if known else np.zeros(len(fields))
     unset = spacing == 0
     if (spacing < 0).any() or (unset.any() and not unset.all()):
         row = int(np.flatnonzero(spacing <= 0)[0])
@@ -476,7 +495,7 @@ def _spacing(fields: _Fields, prefix: str, pixel_size: NDArray[np.float64]) -> N
         )
     if not unset.all():
         return spacing
-    why = "is 0 for all particles" if fields.has(name) else "is missing"
+    why = "is 0 for all particles" if known else "is missing"
     fields.warnings.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
     return pixel_size
 
