@@ -90,8 +90,8 @@ def state_targets(
     model = known.models[half - 1]
     latent = known.latent[stack.half == half]
     scale = torch.linalg.cholesky(model.precision.double())
-    count = max(1, min(_STATES, len(latent) // _SHARE))
     seen = (latent @ scale).numpy()
+    count = max(1, min(_STATES, len(latent) // _SHARE, len(np.unique(seen, axis=0))))
     centre, state = kmeans2(seen, count, iter=_ITERATIONS, minit="++", rng=np.random.default_rng(half))
     middle = torch.linalg.solve_triangular(scale.T, torch.from_numpy(centre).T, upper=True).T.contiguous()
     parted = torch.from_numpy(state).long()
