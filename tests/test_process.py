@@ -389,6 +389,17 @@ def test_ctrl_c_during_the_imports_is_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "emsplat: interrupted\n")
 
 
+def test_what_is_registered_for_the_end_is_done():
+    """And no signal changes how it ends."""
+    code = (
+        "import atexit, os, signal, sys; from emsplat.process import leave, settle; settle()\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGUSR1), print('last', end='')])\n"
+        "print('first', end=' '); leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "first last", "")
+
+
 # Times and sizes
 
 

@@ -1,6 +1,7 @@
 """The programs `emsplat` (also `python -m emsplat`) and `emsplat-relion`."""
 
 import sys
+from typing import NoReturn
 
 
 def main() -> int:
@@ -11,6 +12,24 @@ def main() -> int:
 def relion() -> int:
     """`emsplat-relion`, with the words of the command line."""
     return _run("emsplat-relion", "emsplat.relion_job")
+
+
+def script() -> NoReturn:
+    """`main` as the whole of this process."""
+    _end(main())
+
+
+def relion_script() -> NoReturn:
+    """`relion` as the whole of this process."""
+    _end(relion())
+
+
+def _end(code: int) -> NoReturn:
+    try:
+        from emsplat.process import leave
+    except KeyboardInterrupt:
+        sys.exit(code)
+    leave(code)
 
 
 def _run(program: str, module: str) -> int:
@@ -30,4 +49,4 @@ def _run(program: str, module: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()
