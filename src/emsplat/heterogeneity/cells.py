@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from emsplat.device import CPU
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.extent import Window
 from emsplat.maths.fourier import convolve, crop, frequencies, shell_index
@@ -147,7 +148,7 @@ def _gather(
             for _ in accumulate(statistics, some, noise[some.grid], world):
                 pass
     statistics.gather(world)
-    return statistics.used_up()
+    return statistics.used_up().to(CPU)
 
 
 def _reduced(

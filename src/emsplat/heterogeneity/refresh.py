@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emsplat.device import CPU
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding, spread_embedding
 from emsplat.heterogeneity.evidence import fewest
@@ -92,7 +93,7 @@ def _read(stack: ParticleStack, radius: int, world: World) -> Iterator[tuple[Int
     """All images of this process, some at a time, with the numbers of their views among those of all."""
     start, elements = 0, torch.arange(stack.symmetry.order)
     for part in stack.parts():
-        noise = estimate_noise(part)
+        noise = estimate_noise(part.on(CPU))
         for rows in torch.split(part.shared(world), READ_AT_ONCE):
             if len(rows):
                 views = ((start + rows)[:, None] * len(elements) + elements).flatten()

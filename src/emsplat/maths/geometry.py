@@ -66,9 +66,8 @@ def six_to_matrix(numbers: Float[Tensor, "*p 6"]) -> Float[Tensor, "*p 3 3"]:
 
     The numbers are what is added to the first two columns of the identity; these are then made orthonormal.
     """
-    first, second = numbers[..., :3], numbers[..., 3:]
-    first = first + first.new_tensor([1.0, 0.0, 0.0])
-    second = second + second.new_tensor([0.0, 1.0, 0.0])
+    first = torch.cat([numbers[..., :1] + 1, numbers[..., 1:3]], -1)
+    second = torch.cat([numbers[..., 3:4], numbers[..., 4:5] + 1, numbers[..., 5:]], -1)
     x = torch.nn.functional.normalize(first, dim=-1)
     y = torch.nn.functional.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
     return torch.stack([x, y, torch.linalg.cross(x, y)], -1)

@@ -77,7 +77,7 @@ class Conformations(torch.nn.Module):
             return self.mixtures(self.reference())[0]
         mean, weight = self.decoder(rows_of(self.latent, self.views(batch)))
         variance = self.decoder.widths().square()
-        return Gaussians(mean, variance[:, None, None] * torch.eye(3, device=variance.device), weight)
+        return Gaussians(mean, torch.diag_embed(variance[:, None].expand(-1, 3)), weight)
 
     def mixtures(self, latent: Float[Tensor, "b q"]) -> list[Gaussians]:
         """The molecule in some states."""

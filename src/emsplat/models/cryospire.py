@@ -253,7 +253,7 @@ def _weights(own: PartDiscovery | Hierarchy, peak: Float[Tensor, "b g"]) -> Floa
 
 def _mixtures(own: PartDiscovery | Hierarchy, latent: Float[Tensor, "b q"]) -> list[Gaussians]:
     variance = own.widths().square()
-    covariance = variance[:, None, None] * torch.eye(3, dtype=variance.dtype, device=variance.device)
+    covariance = torch.diag_embed(variance[:, None].expand(-1, 3))
     return [Gaussians(mean, covariance, weight) for mean, weight in zip(*own(latent), strict=True)]
 
 

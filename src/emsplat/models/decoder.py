@@ -119,7 +119,8 @@ class Decoder(torch.nn.Module):
 
     def mixtures(self, latent: Float[Tensor, "b q"]) -> list[Gaussians]:
         """The molecule in some states."""
-        covariance = self.widths().square()[:, None, None] * torch.eye(3)
+        variance = self.widths().square()
+        covariance = torch.diag_embed(variance[:, None].expand(-1, 3))
         return [Gaussians(mean, covariance, amplitude) for mean, amplitude in zip(*self(latent), strict=True)]
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from emsplat.device import CPU
 from emsplat.imaging.ctf import ctf_at, electron_wavelength
 from emsplat.parallel import ALONE, World
 from emsplat.particles.stack import ParticleStack
@@ -164,7 +163,7 @@ def changes_of(
     strength: bool = True,
 ) -> Changes:
     """The most likely changes of the images of a stack of one grid under a prior."""
-    spectra = read_spectra(stack.without_symmetry().on(CPU), reference.lattice.radius, reference.grid, noise)
+    spectra = read_spectra(stack.without_symmetry(), reference.lattice.radius, reference.grid, noise)
     optics = stack.table.optics[stack.rows]
     slices = reference.lattice.slices(reference.volume[None], spectra, reference.field)[:, 0]
     cross = (spectra.values.conj() * slices).real.double()

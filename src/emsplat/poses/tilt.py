@@ -19,7 +19,6 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from emsplat.device import CPU
 from emsplat.imaging.ctf import beam_tilt, zernike_phase
 from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_numbers
@@ -81,7 +80,7 @@ def phase_sums(
             cross = torch.zeros(len(frequency), dtype=torch.complex128)
             for rows in world.in_step(torch.split(mine[groups[mine] == group], _CHUNK)):
                 if rows is not None and len(rows):
-                    own = part.take(rows).without_symmetry().on(CPU)
+                    own = part.take(rows).without_symmetry()
                     spectra = read_spectra(own, reference.lattice.radius, reference.grid, spectrum)
                     slices = reference.lattice.slices(reference.volume[None], spectra, reference.field)[:, 0]
                     each = (spectra.values.conj() * spectra.transfer * slices).to(torch.complex128)

@@ -369,7 +369,7 @@ def _fitted_images(
     among = shares(stack, world)
     with run.log.part("fit", f"half {half + 1}: a decoder and a latent for each image, fitted to the images"):
         equations = equations_of(stack, world=world)
-        start = ImageStart(equations.solve(), None if starts_at_random(run.config) else embedding.own)
+        start = ImageStart(equations.solve().cpu(), None if starts_at_random(run.config) else embedding.own)
         total = steps_of(stack, options)
         before = 0 if state is None else state.step
         history = History(run.log.journal, name)

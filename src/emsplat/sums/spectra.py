@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from emsplat.device import CPU
 from emsplat.imaging.ctf import in_image, observe, stretch_of
 from emsplat.parallel import ALONE, EVERYTHING, Portion, World
 from emsplat.particles.noise import estimate_noise
@@ -174,6 +175,7 @@ def read_all_spectra(stack: ParticleStack, radius: float, world: World = ALONE) 
 
 
 def _read_portion(stack: ParticleStack, radius: float, grid: Grid, world: World) -> Spectra:
+    stack = stack.on(CPU)
     noise = estimate_noise(stack)  # whoever reads an image
     if world.size == 1:
         return read_spectra(stack, radius, grid, noise)
@@ -210,13 +212,14 @@ def read_spectra(
     stack: ParticleStack, radius: float, grid: Grid | None = None, noise: Float[Tensor, "o n"] | None = None
 ) -> Spectra:
     """The coefficients of a stack of one grid, up to ``radius`` cycles per box of ``grid`` (that of the stack), in the
-    images and in the object (`frequencies_within`).
+    images and in the object (`frequencies_within`); read and kept on the CPU.
 
     ``noise`` is the power of noise per optics group and shell where it is known, else `estimate_noise` of the stack.
 
     Raises:
         InputError: the images have several grids, or a value is not finite.
     """
+    stack = stack.on(CPU)
     box = grid or stack.grid
     own = stack.grid
     frequency, place = frequencies_within(radius, stack, box)
