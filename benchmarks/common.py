@@ -44,7 +44,7 @@ def whole_command(*words, folder=None, silent=False):
 
 
 def emsplat(*words, silent=False):
-    return whole_command(sys.executable, "-m", "emsplat", *words, silent=silent)
+    return whole_command(Path(sys.executable).with_name("emsplat"), *words, silent=silent)
 
 
 def globule(count, grid, sigma, seed=0):

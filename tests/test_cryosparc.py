@@ -279,6 +279,31 @@ def test_class_of_highest_posterior(folder):
     assert torch.equal(classes.poses.rotation, multi.poses.rotation)
 
 
+def of_two_classes(**more):
+    """Columns of particles in two classes, the second the more likely; ``more`` of the same group."""
+    columns = {
+        "pose": np.zeros((6, 2, 3), np.float32),
+        "shift": np.zeros((6, 2, 2), np.float32),
+        "class_posterior": np.tile(np.array([[0.2, 0.8]], np.float32), (6, 1)),
+        "psize_A": np.full((6, 1), 2.0, np.float32),
+    }
+    return without_alignment(**{f"alignments3D_multi/{name}": values for name, values in (columns | more).items()})
+
+
+def test_scales_of_classes_are_written_with_new_poses(folder):
+    """In the place of all factors, also of one that a passthrough file has of an older job."""
+    alpha = np.tile(np.array([[np.nan, 1.5]], np.float32), (6, 1))  # nobody is of the first class
+    older = {"uid": table()["uid"], "alignments3D/alpha": np.full(6, 0.7, np.float32)}
+    write(folder / "p_passthrough_particles.cs", older)
+    found = read(folder, of_two_classes(alpha=alpha))
+    assert found.optics.scale.tolist() == [1.5] * 6
+    for changed in (("poses",), ("ctf",), ("poses", "ctf")):
+        write_cs(folder / "new.cs", replace(found, changed=changed), None)
+        assert read_cs(folder / "new.cs").optics.scale.tolist() == pytest.approx([1.5] * 6), changed
+    shared = read(folder, of_two_classes(alpha=np.full((6, 1), 0.5, np.float32)))
+    assert shared.optics.scale.tolist() == [0.5] * 6
+
+
 @pytest.mark.parametrize(("poses", "classes", "spacings"), [(0, 2, 2), (1, 2, 2), (2, 0, 2), (2, 2, 0)])
 def test_numbers_of_classes_that_disagree_are_refused(folder, poses, classes, spacings):
     prefix = "alignments3D_multi"

@@ -290,11 +290,12 @@ def sights():
 def test_poses(device, monkeypatch, sights, steps, prior):
     """As the CPU finds them: what views say where they are, and where they go; one image in two views."""
     reference, views = sights
-    expected = local.descend(reference, views, prior, 6, steps)
+    expected, start = local.descend(reference, views, prior, 6, steps), views.rotation.clone()
     with monkeypatch.context() as patch:
         patch.setattr(local, "backend", lambda _: gpu)
         found = local.descend(replace(reference, device=device), views, prior, 6, steps)
     assert (expected.looks > 1).all() == (steps > 0)
+    assert torch.equal(views.rotation, start)
     size = expected.power
     for name in ("before", "after", "power"):
         assert ((getattr(found, name) - getattr(expected, name)) / size).abs().max() < 1e-4

@@ -219,6 +219,7 @@ def test_handlers_of_signals_come_back():
             signal.raise_signal(signal.SIGHUP)
             assert stop
             error = stop.interruption("stopped in half1; go on with --resume")
+            stop.number = None
         assert isinstance(error, Interrupted)
         assert error.exit_code == 128 + signal.SIGHUP
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -390,14 +391,32 @@ def test_ctrl_c_during_the_imports_is_one_line():
 
 
 def test_what_is_registered_for_the_end_is_done():
-    """And no signal changes how it ends."""
     code = (
         "import atexit, os, signal, sys; from emsplat.process import leave, settle; settle()\n"
-        "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGUSR1), print('last', end='')])\n"
+        "atexit.register(lambda: print('last', end=''))\n"
         "print('first', end=' '); leave(3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "first last", "")
+
+
+def test_a_signal_at_the_end_does_not_change_how_it_ends():
+    code = (
+        "import atexit, signal, time; from emsplat.process import leave, settle; settle()\n"
+        "atexit.register(lambda: [signal.raise_signal(signal.SIGTERM), time.sleep(60)])\n"
+        "leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+def test_a_signal_that_nobody_has_looked_for_is_not_lost():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # Times and sizes

@@ -49,4 +49,4 @@ def _run(program: str, module: str) -> int:
 
 
 if __name__ == "__main__":
-    script()
+    sys.exit(main())  # profilers and the like run it so, and have something to do afterwards

@@ -238,7 +238,7 @@ def leave(code: int) -> NoReturn:
     Python would take PyTorch apart as well, in half a second in which a signal finds no handler.
     """
     for name in ("SIGINT", *_STOPPING):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # it ends anyway, with what its work came to
+        signal.signal(getattr(signal, name), lambda *_: os._exit(code))  # with what its work came to
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, OutputError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -286,13 +286,21 @@ class _Fields:
             )
         with np.errstate(invalid="ignore", over="ignore"):  # not a number, or too large a one: refused below
             values = raw.astype(np.float64)
-        bad = np.flatnonzero(~(np.abs(values) <= _LARGEST).reshape(len(values), -1).all(1))
-        if finite and len(bad):
-            raise InputError(
-                f"{self.path}, row {bad[0] + 1}: {name} is {raw[bad[0]]}; expected finite numbers, repair the file or "
-                "leave the particle out"
-            )
+        if finite:
+            self.require_finite(lambda _: name, values)
         return values
+
+    def require_finite(self, name: Callable[[int], str], values: NDArray[np.float64]) -> None:
+        """
+        Raises:
+            InputError: a value is not; the row and the ``name`` of its column are said.
+        """
+        bad = np.flatnonzero(~(np.abs(values) <= _LARGEST).reshape(len(values), -1).all(1))
+        if len(bad):
+            raise InputError(
+                f"{self.path}, row {bad[0] + 1}: {name(int(bad[0]))} is {values[bad[0]]}; expected finite numbers, "
+                "repair the file or leave the particle out"
+            )
 
     def integers(self, name: str, *inner: int) -> NDArray[np.int64]:
         return self.whole(name, self.numbers(name, *inner))
@@ -406,31 +414,46 @@ class _Alignment:
 
     groups: tuple[str, ...] = ("alignments3D",)  # one, or one for each class
     best: NDArray[np.int64] | None = None  # place of the class, in ``groups`` or in the values of a particle
-    count: int = 1  # of the classes
+    within: int = 0  # classes whose values a particle has in one field
 
-    def has(self, fields: _Fields, name: str) -> bool:
-        return all(fields.has(f"{group}/{name}") for group in self.groups)
+    def missing(self, fields: _Fields, name: str) -> list[str]:
+        """The fields of this name that are not there."""
+        return [field for group in self.groups if not fields.has(field := f"{group}/{name}")]
+
+    def name_of(self, name: str, row: int) -> str:
+        """The field that a particle's value stands in."""
+        several = self.best is not None and not self.within
+        return f"{self.groups[int(self.best[row]) if several and self.best is not None else 0]}/{name}"
 
     def numbers(self, fields: _Fields, name: str, *inner: int) -> NDArray[np.float64]:
-        """``inner`` values of each particle, those of its class."""
-        rows, names = np.arange(len(fields)), [f"{group}/{name}" for group in self.groups]
+        """``inner`` values of each particle, those of its class; of other classes they need not be finite."""
+        first = f"{self.groups[0]}/{name}"
+        rows = np.arange(len(fields))
         if self.best is None:
-            return fields.numbers(names[0], *inner) if inner else fields.first(names[0])
-        if len(names) > 1:
-            of_best: NDArray[np.float64] = np.stack([fields.numbers(one, *inner) for one in names])[self.best, rows]
-            return of_best
-        if fields.raw(names[0]).ndim == 1 + len(inner):  # the same in all classes
-            return fields.numbers(names[0], *inner)
-        return fields.numbers(names[0], self.count, *inner)[rows, self.best]
+            return fields.numbers(first, *inner) if inner else fields.first(first)
+        if self.within and not inner and fields.raw(first).shape[1:] in ((), (1,)):  # the same for all classes
+            return fields.first(first)
+        if self.within:
+            values = fields.numbers(first, self.within, *inner, finite=False)[rows, self.best]
+        else:
+            each = [fields.numbers(f"{group}/{name}", *inner, finite=False) for group in self.groups]
+            values = np.stack(each)[self.best, rows]
+        fields.require_finite(lambda row: self.name_of(name, row), values)
+        return values
 
 
 def _alpha(fields: _Fields, alignment: _Alignment, notes: list[str]) -> Tensor:
     """cryoSPARC's scale of each particle, where there is a sensible one."""
-    if not alignment.has(fields, "alpha"):
+    missing = alignment.missing(fields, "alpha")
+    if missing and len(missing) < len(alignment.groups):
+        notes.append(f"{fields.path}: no {missing[0]}, though other classes have it; it is not used of any")
+    if missing:
         return torch.ones(len(fields), dtype=torch.float64)
     alpha = torch.from_numpy(np.ascontiguousarray(alignment.numbers(fields, "alpha")))
-    if bool((alpha <= 0).any()):
-        notes.append(f"{fields.path}: {alignment.groups[0]}/alpha is not above 0 for all particles; it is not used")
+    below = (alpha <= 0).nonzero()[:, 0]
+    if len(below):
+        name = alignment.name_of("alpha", int(below[0]))
+        notes.append(f"{fields.path}: {name} is not above 0 for all particles; it is not used")
         return torch.ones_like(alpha)
     return alpha
 
@@ -451,13 +474,12 @@ def _alignment(fields: _Fields) -> tuple[_Alignment, NDArray[np.int64] | None] |
             raise InputError(f"{fields.path}: {name} has no classes; expected at least one")
         best = posterior.argmax(1)
         return _Alignment(("alignments3D_multi",), best, posterior.shape[1]), best
-    matches = (re.fullmatch(r"alignments_class_(\d+)/pose", name) for name in names)
-    numbers = sorted({int(found[1]) for found in matches if found})
+    numbers = {m[1]: int(m[2]) for name in names if (m := re.fullmatch(r"(alignments_class_(\d+))/pose", name))}
     if not numbers:
         return None
-    classes = tuple(f"alignments_class_{number}" for number in numbers)
-    best = np.stack([fields.numbers(f"{name}/class_posterior") for name in classes]).argmax(0)
-    return _Alignment(classes, best, len(classes)), np.array(numbers)[best]
+    classes = tuple(sorted(numbers, key=lambda group: numbers[group]))
+    best = np.stack([fields.numbers(f"{group}/class_posterior") for group in classes]).argmax(0)
+    return _Alignment(classes, best), np.array([numbers[group] for group in classes])[best]
 
 
 def _poses(
@@ -484,19 +506,20 @@ def _poses(
 
 def _spacing(fields: _Fields, alignment: _Alignment, pixel_size: NDArray[np.float64]) -> NDArray[np.float64]:
     """The pixels in Å that shifts are counted in; those of the images where the file does not say."""
-    name, known = f"{alignment.groups[0]}/psize_A", alignment.has(fields, "psize_A")
-    spacing = alignment.numbers(fields, "psize_A") if known else np.zeros(len(fields))
+    missing = alignment.missing(fields, "psize_A")
+    spacing = np.zeros(len(fields)) if missing else alignment.numbers(fields, "psize_A")
     unset = spacing == 0
     if (spacing < 0).any() or (unset.any() and not unset.all()):
         row = int(np.flatnonzero(spacing <= 0)[0])
+        name = alignment.name_of("psize_A", row)
         raise InputError(
             f"{fields.path}, row {row + 1}: {name} is {spacing[row]:g}, but shifts are in pixels of this size; "
             "expected Å above 0, repair the file or leave such particles out"
         )
     if not unset.all():
         return spacing
-    why = "is 0 for all particles" if known else "is missing"
-    fields.warnings.append(f"{fields.path}: {name} {why}; shifts are taken in pixels of the images (blob/psize_A)")
+    why = f"{missing[0]} is missing" if missing else f"{alignment.name_of('psize_A', 0)} is 0 for all particles"
+    fields.warnings.append(f"{fields.path}: {why}; shifts are taken in pixels of the images (blob/psize_A)")
     return pixel_size
 
 
@@ -597,15 +620,19 @@ def _updated(data: Array, table: ParticleTable, half: Tensor | None, new_images:
     columns = dict[str, Array]()
     if moved:
         fresh |= {f"alignments3D/{name}" for name in ("pose", "shift", "psize_A")}
-        fresh |= {"alignments3D/class"} if stale else set()
+    if stale or "ctf" in table.changed:
+        # The scale that was read or found stands for both factors of cryoSPARC's.
+        fresh |= {"ctf/scale"}
+        alphas = (name for name in there if name.startswith("alignments") and name.endswith("/alpha"))
+        columns |= {name: np.ones_like(data[name]) for name in alphas if name not in stale}
+    if stale:
+        fresh |= {"alignments3D/class"}
     if new_images:
         stale |= {name for name in there if name.startswith("blob/")}
         fresh |= {f"blob/{name}" for name in ("path", "idx", "shape", "psize_A", "sign")}
         columns |= _places(data, table)
     if "ctf" in table.changed:
-        fresh |= {f"ctf/{name}" for name in ("df1_A", "df2_A", "scale", "bfactor")}
-        # The scale that was found stands for both factors of cryoSPARC's.
-        columns |= {name: np.ones_like(data[name]) for name in ("alignments3D/alpha",) if name in there}
+        fresh |= {f"ctf/{name}" for name in ("df1_A", "df2_A", "bfactor")}
     if "aberrations" in table.changed:
         fresh |= {"ctf/tilt_A", "ctf/anisomag"}
     if fresh:

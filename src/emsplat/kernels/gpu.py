@@ -207,6 +207,8 @@ def place(
     enough: float,
     longest: float,
 ) -> Float[Tensor, "v 40"]:
+    if not bool((rotation.abs() < 1.001).all() & (image >= 0).all() & (image < len(values)).all()):
+        raise ValueError("expected rotations, of images that there are")
     degree = len(polynomials) - 1
     slopes = polynomials[:-1] * torch.arange(degree, 0, -1, device=polynomials.device)[:, None]
     seen = _contiguous(torch.view_as_real(space), torch.view_as_real(values), transfer, point, magnification)

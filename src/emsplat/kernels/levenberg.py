@@ -78,7 +78,7 @@ def descend(
         return _State(rotation, move, offset, sums, strength * away, (strength * away.square()).sum(1) - sums[:, 0])
 
     going = torch.arange(len(rotation), device=rotation.device)
-    at = seen(going, rotation, move, offset)
+    at = seen(going, rotation.clone(), move.clone(), offset.clone())
     before, looks = at.gain.clone(), torch.ones_like(at.gain)
     damping = torch.full_like(looks, _DAMPING)
     for _ in range(most):

@@ -91,7 +91,7 @@ def state_targets(
     latent = known.latent[stack.half == half]
     scale = torch.linalg.cholesky(model.precision.double())
     seen = (latent @ scale).numpy()
-    count = max(1, min(_STATES, len(latent) // _SHARE, len(np.unique(seen, axis=0))))
+    count = max(1, min(_STATES, len(latent) // _SHARE, len(np.unique(latent.numpy(), axis=0))))
     centre, state = kmeans2(seen, count, iter=_ITERATIONS, minit="++", rng=np.random.default_rng(half))
     middle = torch.linalg.solve_triangular(scale.T, torch.from_numpy(centre).T, upper=True).T.contiguous()
     parted = torch.from_numpy(state).long()

@@ -35,7 +35,8 @@ class StopRequest:
 def interruptible() -> Iterator[StopRequest]:
     """What Ctrl-C, a polite kill or the end of the terminal turns true, so that a step is never cut in two.
 
-    Signals that are ignored stay so (nohup), and the handlers of before come back at the end.
+    Signals that are ignored stay so (nohup), and the handlers of before come back at the end: one that nobody has
+    looked for by then is theirs.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -55,6 +56,8 @@ def interruptible() -> Iterator[StopRequest]:
     finally:
         for caught, handler in before.items():
             signal.signal(caught, handler)
+    if stop.number in before and not stop.reason:
+        signal.raise_signal(stop.number)
 
 
 class Checkpoints:
@@ -74,7 +77,7 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether to save now."""
         now = time.monotonic()
-        if now > self._limit and not self._stop:
+        if self._world.first and now > self._limit and not self._stop:
             self._stop.number, self._stop.reason = signal.SIGUSR1, "--time-limit is reached: "
         if self._world.size == 1:
             self._stopping = bool(self._stop)
