@@ -422,8 +422,8 @@ class _Alignment:
 
     def name_of(self, name: str, row: int) -> str:
         """The field that a particle's value stands in."""
-        several = self.best is not None and not self.within
-        return f"{self.groups[int(self.best[row]) if several and self.best is not None else 0]}/{name}"
+        place = 0 if self.best is None or self.within else int(self.best[row])
+        return f"{self.groups[place]}/{name}"
 
     def numbers(self, fields: _Fields, name: str, *inner: int) -> NDArray[np.float64]:
         """``inner`` values of each particle, those of its class; of other classes they need not be finite."""

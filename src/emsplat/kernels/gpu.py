@@ -219,7 +219,7 @@ def place(
 
     def look(views: Tensor, rotation: Tensor, move: Tensor) -> Tensor:
         parts, per_program = _shared_out(blocks, len(views))
-        sums = transfer.new_zeros(len(views), parts, SUMS)
+        sums = transfer.new_zeros(len(views), parts, SUMS.value)
         angles = torch.cat([move[:, :1] * along[furthest:], move[:, 1:] * along], 1)
         phases = torch.stack([angles.cos(), -angles.sin()], -1).float()
         own = _contiguous(image[views], rotation.float(), phases)

@@ -11,8 +11,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _taps(polynomials, fraction, tap, DEGREE: tl.constexpr):
-    """The window at taps ``tap`` (broadcast against the fractions): a polynomial each, highest power first."""
+def taps(polynomials, fraction, tap, DEGREE: tl.constexpr):
+    """The window, or its slope, at taps ``tap`` (broadcast against the fractions): polynomials, highest power first."""
     value = tl.load(polynomials + tap) + 0.0 * fraction
     for power in tl.static_range(1, DEGREE + 1):
         value = value * fraction + tl.load(polynomials + 4 * power + tap)
@@ -61,14 +61,14 @@ def insert_kernel(
 
     width = side // 2 + 2
     four, eight = tl.arange(0, 4)[None, :], tl.arange(0, 8)[None, :]
-    values = _taps(polynomials, x[:, None], eight // 2, DEGREE) * tl.where(eight % 2 == 0, re[:, None], im[:, None])
-    weights = _taps(polynomials, x[:, None], four, DEGREE) * w[:, None]
+    values = taps(polynomials, x[:, None], eight // 2, DEGREE) * tl.where(eight % 2 == 0, re[:, None], im[:, None])
+    weights = taps(polynomials, x[:, None], four, DEGREE) * w[:, None]
     corner = ((iz - 1).to(tl.int64) * side + (iy - 1)) * width + ix
     mask = here[:, None]
     for plane in tl.static_range(4):
-        along_z = _taps(polynomials, z, plane, DEGREE)
+        along_z = taps(polynomials, z, plane, DEGREE)
         for line in tl.static_range(4):
-            factor = (along_z * _taps(polynomials, y, line, DEGREE))[:, None]
+            factor = (along_z * taps(polynomials, y, line, DEGREE))[:, None]
             start = (corner + (plane * side + line) * width)[:, None]
             tl.atomic_add(total + 2 * start + eight, values * factor, mask=mask, sem="relaxed")
             tl.atomic_add(total_weight + start + four, weights * factor, mask=mask, sem="relaxed")

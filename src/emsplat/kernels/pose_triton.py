@@ -9,16 +9,10 @@ fixed order, the same in each run. native/pose_kernel.hpp does the same on a CPU
 import triton
 import triton.language as tl
 
-SUMS = 22  # of a view: twice the overlap of image and model less its power, that power, slope (5), upper Hessian (15)
+from emsplat.kernels.insert_triton import taps
 
-
-@triton.jit
-def _taps(polynomials, fraction, tap, DEGREE: tl.constexpr):
-    """Polynomials, one for each ``tap`` (broadcast against the fractions), highest power first."""
-    value = tl.load(polynomials + tap) + 0.0 * fraction
-    for power in tl.static_range(1, DEGREE + 1):
-        value = value * fraction + tl.load(polynomials + 4 * power + tap)
-    return value
+# Of a view: twice the overlap of image and model less its power, that power, slope (5), upper half of the Hessian (15).
+SUMS = tl.constexpr(22)
 
 
 @triton.jit
@@ -39,14 +33,14 @@ def _sample(space, polynomials, slopes, x, y, z, here, side, DEGREE: tl.constexp
     for plane in range(4):  # not unrolled: all rows at once would not fit the registers
         row_re, row_im, re_by, im_by = 0.0 * plain_re, 0.0 * plain_re, 0.0 * plain_re, 0.0 * plain_re
         for line in tl.static_range(4):
-            along, slope = _taps(polynomials, y, line, DEGREE)[:, None], _taps(slopes, y, line, DEGREE - 1)[:, None]
+            along, slope = taps(polynomials, y, line, DEGREE)[:, None], taps(slopes, y, line, DEGREE - 1)[:, None]
             row = at + 2 * line * width
             re, im = tl.load(row, mask=mask, other=0.0), tl.load(row + 1, mask=mask, other=0.0)
             row_re += re * along
             row_im += im * along
             re_by += re * slope
             im_by += im * slope
-        along, slope = _taps(polynomials, z, plane, DEGREE)[:, None], _taps(slopes, z, plane, DEGREE - 1)[:, None]
+        along, slope = taps(polynomials, z, plane, DEGREE)[:, None], taps(slopes, z, plane, DEGREE - 1)[:, None]
         plain_re += row_re * along
         plain_im += row_im * along
         re_by_y += re_by * along
@@ -54,7 +48,7 @@ def _sample(space, polynomials, slopes, x, y, z, here, side, DEGREE: tl.constexp
         re_by_z += row_re * slope
         im_by_z += row_im * slope
         at += 2 * side * width
-    along, slope = _taps(polynomials, x[:, None], tap, DEGREE), _taps(slopes, x[:, None], tap, DEGREE - 1)
+    along, slope = taps(polynomials, x[:, None], tap, DEGREE), taps(slopes, x[:, None], tap, DEGREE - 1)
     re, im = tl.sum(plain_re * along, 1), tl.sum(plain_im * along, 1)
     re_x, im_x = tl.sum(plain_re * slope, 1), tl.sum(plain_im * slope, 1)
     re_y, im_y = tl.sum(re_by_y * along, 1), tl.sum(im_by_y * along, 1)
@@ -163,7 +157,7 @@ def pose_kernel(
         h34 += p3 * p4 + q3 * q4
         h44 += p4 * p4 + q4 * q4
 
-    out = sums + 22 * (view * parts + tl.program_id(1))
+    out = sums + SUMS * (view * parts + tl.program_id(1))
     tl.store(out, tl.sum(gain, 0))
     tl.store(out + 1, tl.sum(power, 0))
     tl.store(out + 2, tl.sum(s0, 0))

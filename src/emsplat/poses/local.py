@@ -303,8 +303,8 @@ def _placed(
 def views_of(reference: Reference, stack: ParticleStack, given: Poses, noise: Float[Tensor, "o s"]) -> PoseViews:
     """The images of a stack of one grid as they are compared with a reference, each in the pose that it has."""
     spectra = read_spectra(stack.without_symmetry(), reference.lattice.radius, reference.grid, noise)
-    moved = {name: getattr(spectra, name).to(reference.device) for name in ("values", "transfer")}
-    spectra = replace(spectra, **moved)
+    device = reference.device
+    spectra = replace(spectra, values=spectra.values.to(device), transfer=spectra.transfer.to(device))
     poses, optics = stack.table.poses[stack.rows], stack.table.optics[stack.rows]
     return PoseViews(
         spectra,

@@ -86,8 +86,9 @@ class Checkpoints:
         said = torch.tensor([self._stop.number or 0, int(late)])
         self._world.most_(said)
         # A signal that came while this process waited for the others is for the next time: they do not know of it.
-        number, self._stopping = int(said[0]), bool(said[0])
-        if self._stopping:
+        number = int(said[0])
+        self._stopping = bool(number)
+        if number:
             self._stop.number = number
         return self._stopping or bool(said[1])
 
