@@ -1,8 +1,8 @@
 """Everything about emsplat on a GPU in one command: correctness first, then speed, memory and their bounds.
 
-Usage: gpu.py                all of it, about 15 minutes on an H100; writes results/gpu.json
+Usage: gpu.py                all of it, five to ten minutes on an H200; writes results/gpu.json
        gpu.py --smoke        the same in small, on whatever device there is, to try the script itself; writes nothing
-       gpu.py --only step accumulation poses fit kernels readers reconstruct
+       gpu.py --only tests kernels step accumulation poses readers fit reconstruct
 
 Order: `pytest -m gpu --error-for-skips` (nothing is timed if it fails); the kernels alone against the CPU's, with the
 part of the roofline that they reach (roofline.py has the arithmetic: instructions of the splatting kernels, counted in
@@ -426,6 +426,21 @@ def whole(bench):
     print(log)
 
 
+def tests(bench):
+    """The tests that need a GPU; ends everything if one fails or is skipped."""
+    if not bench.smoke:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "--error-for-skips", "-q"]
+        subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+
+
+def bandwidth(device):
+    """Bytes per second, read and written, of a copy within the device's memory."""
+    source = torch.ones(2**28, device=device)
+    target = torch.empty_like(source)
+    seconds = Bench(device, roofline.H100, [], False).seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / seconds
+
+
 def this_machine(device):
     """The GPU as it says itself; the data sheet's H100 where it does not, and for a smoke test."""
     if device.type != "cuda":
@@ -443,6 +458,7 @@ def this_machine(device):
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         clock=1e6 * float(clock),
+        bandwidth=bandwidth(device),
     )
     import triton
 
@@ -454,12 +470,13 @@ def this_machine(device):
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": machine.multiprocessors,
         "clock_mhz": float(clock),
-        "bandwidth_assumed": machine.bandwidth,
+        "bandwidth": float(f"{machine.bandwidth:.3g}"),
     }
     return machine, about
 
 
 PARTS = {
+    "tests": tests,
     "kernels": kernels,
     "step": step,
     "accumulation": accumulation,
@@ -478,9 +495,6 @@ def main():
     cuda = torch.cuda.is_available()
     if not cuda and not arguments.smoke:
         sys.exit("no CUDA device: nothing to measure here; gpu.py --smoke tries the script itself")
-    if not arguments.smoke:
-        tests = [sys.executable, "-m", "pytest", "-m", "gpu", "--error-for-skips", "-q"]
-        subprocess.run(tests, cwd=Path(__file__).parents[1], check=True)
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     machine, about = this_machine(device)
     bench = Bench(device, machine, [], arguments.smoke)
@@ -488,7 +502,7 @@ def main():
         Scene.noise = 1.0
     for name in arguments.only:
         PARTS[name](bench)
-        if not arguments.smoke:
+        if bench.rows and not arguments.smoke:
             save("gpu", bench.rows, **about)  # after each part: a machine that is taken away leaves what was measured
 
 

@@ -453,7 +453,7 @@ def image_gain(model: Conformations, density: Density, stack: ParticleStack, wor
     """
     heavy = density.weight.argsort(descending=True)[:_POINTS]
     weight = density.weight[heavy] / density.weight[heavy].sum()
-    mixtures = model.mixtures(density.point[heavy].float())
+    mixtures = model.mixtures(density.point[heavy].float().to(model.latent.device))
     mean = Gaussians(
         torch.cat([one.mean for one in mixtures]),
         torch.cat([one.covariance for one in mixtures]),

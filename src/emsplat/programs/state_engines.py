@@ -339,7 +339,8 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
         with run.log.part("latents", f"half {half + 1}: latents of the other half's images"):
             placed = place_latents(model, others, options, among=shares(others, world), look=partial(_look_around, run))
         count = min(_MOST_CELLS, len(embeddings[half].density))
-        own = hard_embedding(model.latent.detach(), placed.latent.detach(), count, _generator(run, half))
+        here, others_here = model.latent.detach().cpu(), placed.latent.detach().cpu()
+        own = hard_embedding(here, others_here, count, _generator(run, half))
         found.append(spread_embedding(own, world))
         with run.log.part("gain", f"half {half + 1}: what its states say of the other half's images"):
             gains.append(image_gain(model, found[half].density, others, world))
