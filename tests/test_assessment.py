@@ -76,7 +76,8 @@ def test_cross_validation_is_beside_what_the_models_claim(tmp_path):
     low, high = sorted(found["cross_validated_interval"])
     assert low <= found["cross_validated"] <= high
     assert found["half_map_masked"] < 0.8 * found["cross_validated"]
-    assert found["half_map_masked_cryodrgn"] <= found["half_map_masked"]
+    last = GRID.length / (GRID.size // 2 - 1)  # of cryoDRGN
+    assert found["half_map_masked_cryodrgn"] <= max(found["half_map_masked"], last)
     assert found["backprojection_masked"] > found["half_map_masked"]
     curves = columns(run)
     shells = len(curves["rlnResolution"])
@@ -145,7 +146,10 @@ def test_resolutions_that_are_the_limit_of_the_pixels_are_named(tmp_path):
     result, _ = measure(write_run(tmp_path / "sharp", halves=sharp, raw=None))
     reached = result["limit"]["reached_by"]
     assert {"half_map_unmasked", "half_map_masked", "half_map_corrected", "backprojection_masked"} <= {*reached}
-    assert all(result["resolution"][name] == pytest.approx(GRID.nyquist) for name in reached)
+    finest = dict.fromkeys(reached, GRID.nyquist) | {
+        "half_map_masked_cryodrgn": GRID.length / (GRID.size // 2 - 1)  # its last shell
+    }
+    assert all(result["resolution"][name] == pytest.approx(finest[name]) for name in reached)
     assert "cross_validated" not in reached  # back-projections alone have none
 
 
@@ -348,3 +352,15 @@ def test_a_model_as_reference(tmp_path):
     write_gaussians(tmp_path / "away.cif", away, GRID)
     with pytest.raises(InputError, match=r"away\.cif: 100% of it lies outside the box"):
         measure(run, reference=tmp_path / "away.cif")
+
+
+def test_what_cannot_be_done_changes_nothing(tmp_path):
+    run = write_run(tmp_path / "run")
+    measure(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(InputError, match="window of 5000"):
+        measure(run, window=5000.0)
+    write_map(tmp_path / "mask.mrc", torch.ones_like(TRUTH), GRID.pixel_size)
+    with pytest.raises(InputError, match="nowhere"):
+        measure(run, mask=tmp_path / "mask.mrc", reference=tmp_path / "nowhere.mrc")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before

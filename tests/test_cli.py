@@ -75,7 +75,7 @@ def test_fsc_of_a_map_with_itself(truth, tmp_path, capsys):
     assert "last shell before the drop" not in printed
     assert "are the same map" in printed
     assert (
-        "cryoDRGN's rule (other shells, last crossing; not comparable): 8.00 Å or finer, the limit of the pixel size\n"
+        "cryoDRGN's rule (other shells, last crossing; not comparable): 8.53 Å or finer, the limit of the pixel size\n"
         in printed
     )
     assert "mean over shells 1 to 16, unmasked: 1.0000" in printed

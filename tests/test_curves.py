@@ -34,7 +34,7 @@ def test_there_and_back(tmp_path):
         np.testing.assert_array_equal(again[name].value, value, err_msg=name)
     general = cif.read(str(tmp_path / "fsc.star")).find_block("general")
     found = [general.find_value(f"_{name}") for name in ("rlnFinalResolution", "emsplatResolutionRule", "own")]
-    assert found == ["12.5", "RELION", "None"]
+    assert found == ["12.5", "RELION", "?"]
 
 
 def test_columns_of_relion(tmp_path):

@@ -1,15 +1,24 @@
 """Post-processing of run folders: what is written, in whose terms, and that it sharpens what was blurred."""
 
+import dataclasses
 import xml.etree.ElementTree as ElementTree
+from io import StringIO
 
+import mrcfile
 import pytest
 import torch
 from gemmi import cif
 
 from emsplat.cli import main
-from emsplat.io.mrc import read_map
+from emsplat.imaging.project import voxelize
+from emsplat.io.gaussians import write_gaussians
+from emsplat.io.mrc import read_map, write_map
 from emsplat.measures.fsc import fsc
 from emsplat.measures.sharpening import guinier
+from emsplat.programs.fsc import compare
+from emsplat.run.files import BACKPROJECTIONS, FULL_MAP, HALF_MAPS
+from emsplat.run.log import Log
+from emsplat.types import Gaussians
 from test_assessment import GRID, MODELS, RAW, TRUTH, lowpass, noise, write_run
 
 
@@ -109,3 +118,45 @@ def test_noise_is_refused(tmp_path, capsys):
     assert main(["postprocess", str(run)]) == 2
     assert "no resolution" in capsys.readouterr().err
     assert not (run / "postprocess.mrc").exists()
+
+
+def test_maps_lie_where_the_half_maps_lie(tmp_path):
+    """Those of other programs may have an origin; what is made of them overlays them, and so does a model."""
+    run, atoms = write_run(tmp_path / "run"), tmp_path / "model.ply"
+    for name in [*HALF_MAPS, *BACKPROJECTIONS, FULL_MAP, "mask.mrc"]:
+        write_map(run / name, read_map(run / name)[0], GRID.pixel_size, (-30.0, 12.0, 7.5))
+    assert main(["postprocess", str(run)]) == 0
+    for name in ("postprocess.mrc", "postprocess_masked.mrc"):
+        with mrcfile.open(run / name) as file:
+            assert [float(file.header.origin[axis]) for axis in "xyz"] == [-30, 12, 7.5]
+    mixture = Gaussians(
+        torch.tensor([[10.0, -5.0, 3.0], [-8.0, 4.0, 0.0]]), 30 * torch.eye(3).repeat(2, 1, 1), torch.ones(2)
+    )
+    write_map(tmp_path / "map.mrc", voxelize(mixture, GRID), GRID.pixel_size, (-30.0, 12.0, 7.5))
+    moved = dataclasses.replace(mixture, mean=mixture.mean + torch.tensor([-30.0, 12.0, 7.5]))
+    write_gaussians(atoms, moved, GRID)
+    curves = compare(tmp_path / "map.mrc", atoms, None, None, Log(StringIO()))
+    assert float(curves["unmasked"].value[1:10].min()) > 0.999
+
+
+def test_no_resolution_in_what_poses_share(run, capsys):
+    (run / "summary.json").write_text('{"refinement": {"shared_to": 5.0}}')
+    assert main(["postprocess", str(run)]) == 2
+    assert "no resolution" in capsys.readouterr().err
+    (run / "summary.json").write_text('{"evident": false}')
+    assert main(["postprocess", str(run)]) == 2
+    assert "no particle was found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--b-factor-from", "0"], ["--b-factor-from", "nan"], ["--b-factor", "inf"]])
+def test_senseless_numbers_are_refused(run, capsys, words):
+    assert main(["postprocess", str(run), *words]) == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_an_output_is_not_an_input(run, capsys):
+    half = str(run / HALF_MAPS[0])
+    before = (run / HALF_MAPS[0]).read_bytes()
+    assert main(["fsc", half, str(run / HALF_MAPS[1]), "-o", half]) == 2
+    assert "would replace the input" in capsys.readouterr().err
+    assert (run / HALF_MAPS[0]).read_bytes() == before

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emsplat.errors import InputError
-from emsplat.maths.fourier import irfft, rfft, shell_index
+from emsplat.maths.fourier import irfft, rfft, shell_index, shell_radius
 from emsplat.measures.fsc import fsc_curve
 from emsplat.measures.mask import spherical_mask
 from emsplat.measures.sharpening import fsc_weight, fsc_xml, guinier, protein_amplitude, sharpen
@@ -32,8 +32,13 @@ def test_b_factor_is_found_and_undone():
     assert plot.line_b_factor == pytest.approx(-120, rel=1e-4)
     assert plot.correlation == pytest.approx(-1, abs=1e-6)
     level = guinier(sharpen(volume, GRID, plot.line_b_factor, ONES), GRID, ONES)
-    assert level.slope == pytest.approx(0, abs=1e-3)
-    assert float(level.original[5] - level.original[20]) == pytest.approx(0, abs=1e-3)
+    # The map falls in steps, from shell to shell; what brings it back does not.
+    assert level.slope == pytest.approx(0, abs=0.05)
+    assert float(level.original[5] - level.original[20]) == pytest.approx(0, abs=5e-3)
+    k2 = (shell_radius(GRID.size, 3) / GRID.length).square()
+    inside = shell_index(GRID.size, 3) <= GRID.size // 2
+    spectra = [rfft(one.float(), 3)[inside] for one in (sharpen(volume, GRID, -50.0, ONES), volume)]
+    torch.testing.assert_close(spectra[0], spectra[1] * torch.exp(12.5 * k2[inside]).float(), rtol=1e-4, atol=1e-3)
 
 
 def test_a_protein_is_not_made_level():

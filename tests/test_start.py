@@ -135,7 +135,7 @@ def test_an_atomic_model_is_a_start(shared_data, tmp_path):
     config = SimulateConfig(box=32, pixel_size=4.0, particles=200, snr=0.5)
     star = simulate(config, path, tmp_path / "p")
     atoms = read_atoms(path)
-    with pytest.raises(InputError, match=r"lies outside the box.*MRC origin 0"):
+    with pytest.raises(InputError, match=r"lies outside the box.*fit it into the map"):
         read_start(str(moved(path, tmp_path / "off.pdb", [500.0, 0, 0])), GRID)
     # The simulation moves the centre of mass to the centre of the box: so must the model, as if fitted into the map.
     shift = 64.0 - (atoms.position - place_atoms(atoms, GRID).position)[0]

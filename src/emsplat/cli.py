@@ -542,10 +542,12 @@ def voxelize(
         emsplat voxelize model.cif -o model.mrc --box 256 --pixel-size 1.1
     """
     from emsplat.imaging.project import voxelize as run
+    from emsplat.io.files import require_another
     from emsplat.io.gaussians import read_gaussians
     from emsplat.io.mrc import write_map
     from emsplat.types import Grid
 
+    require_another(output, model)
     given = None if box is None or pixel_size is None else Grid(box, pixel_size)
     if (box is not None and box < 2) or (pixel_size is not None and not pixel_size > 0):
         raise InputError(f"--box {box} --pixel-size {pixel_size}: expected at least 2 pixels of a size above 0")

@@ -589,6 +589,9 @@ class PreprocessConfig:
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of the images."""
 
+    skip_bad: bool = False
+    """Read all images first and leave out those that are constant or hold values that are not finite."""
+
     threads: int | None = None
     """Threads of the computation; without it as many as cores were granted."""
 

@@ -310,10 +310,11 @@ class RunFolder:
 
     @property
     def resolution(self) -> float | None:
-        """The number to quote in Å: cross-validated where there are Gaussians, else of the masked half maps."""
-        found = self.summary["resolution"]
-        value: float | None = found.get("cross_validated")
-        return found.get("half_map_corrected") if value is None else value
+        """The number to quote in Å: cross-validated where there are Gaussians, else of the masked half maps. None where
+        there is no resolution."""
+        name = "cross_validated" if verdict.kind_of(self.summary).has_gaussians else "half_map_corrected"
+        value: float | None = self.summary["resolution"].get(name)
+        return value
 
     @property
     def warnings(self) -> list[str]:

@@ -64,7 +64,7 @@ class Grid:
     @property
     def nyquist(self) -> float:
         """Smallest spacing that the grid carries, in Å."""
-        return 2 * self.pixel_size
+        return self.length / (self.size // 2)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ from emsplat.assessment.maps import (
 from emsplat.config import AssessConfig
 from emsplat.io.mrc import write_map
 from emsplat.io.relion.read import read_rotations
-from emsplat.measures.local_resolution import LocalResolution, default_window, local_cross_validated, local_resolution
+from emsplat.measures.local_resolution import (
+    LocalResolution,
+    check_window,
+    default_window,
+    local_cross_validated,
+    local_resolution,
+)
 from emsplat.run.files import DIRECTIONS, FSC, LOCAL_RESOLUTION, LOCAL_RESOLUTION_HALF_MAPS, MASK, PARTICLES
 from emsplat.run.fsc_star import write_fsc_star
 from emsplat.run.log import Log
@@ -49,13 +55,16 @@ def assess(
     """
     maps = read_run(run, log=log)
     grid = maps.grid
+    if config.window is not None:
+        check_window(config.window, grid)
     mask = given_mask(config.mask, grid, log, maps.origin)
     if mask is not None:
         maps = replace(maps, mask=mask)
-        write_map(run / MASK, mask, grid.pixel_size)
     evident = is_evident(maps.data, grid, diameter or 0.9 * grid.length, shared)
     with log.step("curves"):
         curves, found, with_data, masking = measure_shells(maps, config, log)
+    if mask is not None or not (run / MASK).is_file():
+        write_map(run / MASK, maps.mask, grid.pixel_size, maps.origin)
     found = _beyond(found, grid, shared)
     if not evident:
         found, with_data = dict.fromkeys(found), False
@@ -65,8 +74,10 @@ def assess(
             + ("" if shared is None else f", which their poses share ({shared:g} Å)")
             + ": no particle was found in the images (noise, wrong poses or wrong CTF), and no resolution is given"
         )
-    general = {name: value for name, value in found.items() if not isinstance(value, list)}
-    write_fsc_star(run / FSC, {**general, "resolution_rule": "RELION"}, curves)
+    interval = found["cross_validated_interval"] or (None, None)
+    ends = dict(zip(("cross_validated_coarse", "cross_validated_fine"), interval, strict=True))
+    general = {name: value for name, value in found.items() if name != "cross_validated_interval"}
+    write_fsc_star(run / FSC, general | ends, curves)
     result = {
         "evident": evident,
         "resolution": found,
@@ -102,9 +113,13 @@ def _beyond(found: dict[str, Any], grid: Grid, shared: float | None) -> dict[str
 
 def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:
     """Which resolutions are no more than the end of the curve."""
-    finest = grid.length / (grid.size // 2)
-    reached = [name for name, value in found.items() if isinstance(value, float) and value < finest * (1 + 1e-9)]
-    return {"nyquist": finest, "reached_by": reached}
+    last = {"half_map_masked_cryodrgn": max(grid.size // 2 - 1, 1)}
+    reached = [
+        name
+        for name, value in found.items()
+        if isinstance(value, float) and value < grid.length / last.get(name, grid.size // 2) * (1 + 1e-9)
+    ]
+    return {"nyquist": grid.nyquist, "reached_by": reached}
 
 
 def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig) -> dict[str, Any] | None:
@@ -114,7 +129,7 @@ def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig
         return None
 
     def write(name: str, local: LocalResolution) -> dict[str, float] | None:
-        write_map(run / name, local.filled(maps.mask), grid.pixel_size)
+        write_map(run / name, local.filled(maps.mask), grid.pixel_size, maps.origin)
         return local.summary(maps.mask)
 
     half_maps = local_resolution(*maps.halves, grid, window=window)

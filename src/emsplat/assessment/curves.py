@@ -25,7 +25,8 @@ def half_map_curves(halves: tuple[Tensor, Tensor], grid: Grid, mask: Tensor) -> 
     """What two half maps alone say: unmasked, masked, corrected for the mask and what the correction was made with."""
     unmasked, masked = fsc_curve(*halves, grid), fsc_curve(*halves, grid, mask)
     start = randomisation_shell(unmasked)
-    corrected = random = masked
+    # Where the unmasked FSC never falls there is no noise to find out from what the mask does.
+    corrected, random = masked, Curve(masked.frequency, torch.full_like(masked.value, torch.nan))
     if start is not None:
         random = _random_phases(halves, start, grid, mask)
         corrected = corrected_fsc(masked, random, start)

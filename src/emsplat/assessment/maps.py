@@ -102,8 +102,16 @@ def sphere(grid: Grid, diameter: float) -> Tensor:
     Raises:
         InputError: the diameter is not positive.
     """
-    edge = 6 * grid.pixel_size
-    return spherical_mask(grid, min(diameter, grid.length - 2 * edge), edge)
+    return spherical_mask(grid, min(diameter, _largest(grid)), _edge(grid))
+
+
+def _edge(grid: Grid) -> float:
+    return min(6 * grid.pixel_size, grid.length / 5)
+
+
+def _largest(grid: Grid) -> float:
+    """The diameter of the largest sphere that the box holds with its edge."""
+    return grid.length - 2 * _edge(grid)
 
 
 def read_beside(path: Path, grid: Grid, log: Log | None, beside: str, origin: Origin = _NOWHERE) -> Tensor:
@@ -132,14 +140,18 @@ def read_reference(path: Path, grid: Grid, log: Log, beside: str, origin: Origin
     """A map as `read_beside`, or Gaussians or an atomic model (.cif, .pdb, .ply) as a map on ``grid``.
 
     Atoms become Gaussians as wide as their form factor and the B factor of the file make them, at least half a pixel. A
-    shell's FSC does not ask how fast amplitudes fall, so a B factor of all atoms matters little.
+    shell's FSC does not ask how fast amplitudes fall, so a B factor of all atoms matters little. Coordinates are those
+    of the map's header, whose voxel 0 lies at ``origin``, as viewers show them.
 
     Raises:
         InputError: the file cannot be read, has another grid, or what it holds lies outside the box.
     """
     if not holds_gaussians(path):
         return read_beside(path, grid, log, beside, origin)
-    gaussians = read_fitted(path, grid)
+    gaussians = read_fitted(path, grid, origin)
+    if any(origin):
+        place = ", ".join(f"{value:g}" for value in origin)
+        log.line(f"{path}: placed by the header of {beside}, whose voxel 0 lies at ({place}) Å")
     width = gaussians.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
     log.line(
         f"{path}: {len(gaussians):,} atoms or Gaussians on {grid.size}³ voxels of {grid.pixel_size:.4g} Å, σ from "
@@ -191,7 +203,14 @@ def given_mask(
         raise InputError("--mask and --mask-diameter: expected one of them; leave the other out")
     if options.mask is not None:
         return read_mask(options.mask, grid, log, origin)
-    return None if options.mask_diameter is None else sphere(grid, options.mask_diameter)
+    if options.mask_diameter is None:
+        return None
+    if options.mask_diameter > _largest(grid) and log is not None:
+        log.warn(
+            f"--mask-diameter {options.mask_diameter:g}: a sphere and its soft edge fit into the box up to "
+            f"{_largest(grid):.1f} Å, which is taken"
+        )
+    return sphere(grid, options.mask_diameter)
 
 
 def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> RunMaps:
@@ -224,8 +243,9 @@ def read_run(run: Path, mask: Path | None = None, log: Log | None = None) -> Run
     full = found.get(FULL_MAP)
     path = mask or run / MASK
     if mask is None and not path.is_file():
-        data = raw or (first, second)
-        soft = particle_mask(data[0] + data[1], grid, 0.9 * grid.length, True)
+        data = (raw[0], raw[1]) if len(raw) == 2 else (first, second)
+        diameter = 0.9 * grid.length
+        soft = particle_mask(data[0] + data[1], grid, diameter, is_evident(data, grid, diameter))
     else:
         soft = read_mask(path, grid, None if mask is None else log, origin)
     return RunMaps(

@@ -28,6 +28,16 @@ def require_file(path: Path, expected: str) -> None:
         raise InputError(f"{path}: no such file; expected {expected}")
 
 
+def require_another(output: Path, *inputs: Path | None) -> None:
+    """
+    Raises:
+        InputError: what is to be written would take the place of what is read.
+    """
+    for path in inputs:
+        if path is not None and output.exists() and path.exists() and output.samefile(path):
+            raise InputError(f"{output}: would replace the input {path}; expected another name for the output")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that takes its place when the block ends well, and goes when it does not. The

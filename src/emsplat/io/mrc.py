@@ -82,8 +82,9 @@ def misplaced(first: str, second: str, shift: Iterable[float], grid: Grid) -> st
     )
 
 
-def write_map(path: Path, volume: Float[Tensor, "z y x"], pixel_size: float) -> None:
-    """Writes a map as MRC2014 mode 2, under a temporary name until it is complete.
+def write_map(path: Path, volume: Float[Tensor, "z y x"], pixel_size: float, origin: Origin = (0.0, 0.0, 0.0)) -> None:
+    """Writes a map as MRC2014 mode 2, under a temporary name until it is complete. Voxel 0 lies at ``origin`` (x, y, z
+    in Å).
 
     Raises:
         OutputError: it cannot be written, or holds values that are not finite.
@@ -95,6 +96,7 @@ def write_map(path: Path, volume: Float[Tensor, "z y x"], pixel_size: float) -> 
         file.set_data(data)
         file.set_volume()
         file.voxel_size = pixel_size
+        file.header.origin = origin
         _label(file)
 
 

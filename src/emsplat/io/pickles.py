@@ -179,8 +179,11 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     if name == "multiarray._reconstruct":  # an empty array, its content follows as state
         return _Array()
     if name == "numeric._frombuffer":  # protocol 5
-        data, kind, shape, order = arguments
-        return _Array(_array(data, kind, shape, order == "F"))
+        data, kind, shape, order, *axes = arguments  # of late how the axes lie in memory, where that is order "K"
+        content = _array(data, kind, shape, order == "F")
+        if axes and axes[0] is not None:
+            content = content.transpose([_of(int, axis) for axis in _of(tuple, axes[0])])
+        return _Array(content)
     if name == "_codecs.encode":  # bytes in protocol 2, which knows only text
         text, encoding = arguments
         if encoding != "latin1":

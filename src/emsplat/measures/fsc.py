@@ -1,9 +1,9 @@
 """Fourier shell correlation of two maps and its corrections; `curves` reads resolutions from it.
 
 Shells follow RELION: shell s holds the frequencies with round(|k| N a) = s, s = 0 .. N // 2, and a resolution is the
-last shell before the first drop below a threshold. cryoDRGN (and CryoBench) put s - 1 <= |k| N a < s into shell s and
-take the last shell above the threshold, which reads half a shell to a shell finer and ignores dips: `fsc` and
-`last_crossing` give these as well, and every output names its rule (docs/conventions.md, 8).
+last shell before the first drop below a threshold. cryoDRGN (and CryoBench) put s - 1 <= |k| N a < s into shell s, end
+with shell N / 2 - 1 and take the last shell above the threshold, which reads half a shell to a shell finer and ignores
+dips: `fsc` and `last_crossing` give these as well, and every output names its rule (docs/conventions.md, 8).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fsc(
     FSC_s = Re Σ F_a* F_b / sqrt(Σ |F_a|² Σ |F_b|²) over the whole shell (Harauz & van Heel 1986); 0 where
     either map has no power. The maps are multiplied by the mask first. Transforms are taken in the dtype of
     the maps, sums in float64. ``rule`` says which frequencies shell s holds: those rounded to s ("relion"), or
-    s - 1 <= |k| N a < s with shell 0 set to 1 ("cryodrgn").
+    s - 1 <= |k| N a < s with shell 0 set to 1, and no last shell (NaN), as cryoDRGN has none ("cryodrgn").
 
     Raises:
         InputError: the maps are not cubes of one size; the mask has another shape, is empty or leaves [0, 1].
@@ -69,7 +69,10 @@ def fsc(
     norm = power_a.sqrt() * power_b.sqrt()
     if rule == "cryodrgn":
         cross[0] = norm[0] = 1
-    return torch.where(norm > 0, cross / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+    value = torch.where(norm > 0, cross / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+    if rule == "cryodrgn" and shells > 1:
+        value[-1] = torch.nan
+    return value
 
 
 def fsc_curve(

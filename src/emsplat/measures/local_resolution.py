@@ -184,6 +184,18 @@ class _First:
         return LocalResolution(1 / full, self._window)
 
 
+def check_window(window: float, grid: Grid) -> None:
+    """
+    Raises:
+        InputError: maps on this grid cannot be looked at through a window of so many Å.
+    """
+    if not 4 * grid.pixel_size <= window <= grid.length / 2:
+        raise InputError(
+            f"local resolution: window of {window:g} Å; expected {4 * grid.pixel_size:g} (4 voxels) to "
+            f"{grid.length / 2:g} Å (half the box)"
+        )
+
+
 def _band_products(
     volumes: Sequence[Tensor], pairs: Sequence[tuple[int, int]], grid: Grid, window: float
 ) -> Iterator[tuple[float, list[Tensor]]]:
@@ -192,11 +204,7 @@ def _band_products(
     if any(volume.shape != (size,) * 3 for volume in volumes):
         shapes = ", ".join("×".join(map(str, volume.shape)) for volume in volumes)
         raise InputError(f"local resolution: maps of {shapes} voxels; expected cubes of {size}; resample one of them")
-    if not 4 * grid.pixel_size <= window <= grid.length / 2:
-        raise InputError(
-            f"local resolution: window of {window:g} Å; expected {4 * grid.pixel_size:g} (4 voxels) to "
-            f"{grid.length / 2:g} Å (half the box)"
-        )
+    check_window(window, grid)
     spectra = _whitened(volumes)
     coarse = min(size, smooth_size(math.ceil(grid.length / (0.5 * _sigma(window)))))
     for frequency in _bands(grid, window):

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.maths.fourier import irfft, rfft, shell_index
+from emsplat.maths.fourier import irfft, radius_slabs, rfft, shell_index
 from emsplat.measures.curves import Sampled
 from emsplat.types import Grid
 
@@ -61,11 +61,13 @@ class Guinier:
 def fsc_weight(fsc: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
     """Correlation of the average of two half maps with the truth, sqrt(2 F / (1 + F)) (Rosenthal & Henderson 2003).
 
-    0 from the first shell after 0 where F is below 1e-4 or undefined.
+    0 from the first shell after 0 where F is below 1e-4 or undefined. Shell 0, the mean, is kept: in a mask the means
+    of two maps of mean 0 may have any sign.
     """
     ended = ~(fsc >= 1e-4)
     ended[0] = False
     value = fsc.clamp(0, 1).nan_to_num()
+    value[0] = 1
     return torch.where(torch.cumsum(ended, 0) > 0, 0.0, (2 * value / (1 + value)).sqrt())
 
 
@@ -125,12 +127,13 @@ def sharpen(
     volume: Float[Tensor, "z y x"], grid: Grid, b_factor: float, weight: Float[Tensor, " s"]
 ) -> Float[Tensor, "z y x"]:
     """The map with amplitudes times weight(shell) exp(-B k²/4), k in 1/Å; nothing beyond Nyquist."""
-    shells = shell_index(grid.size, 3)
-    limit = grid.size // 2
-    frequency = torch.arange(limit + 1, dtype=torch.float64) / grid.length
-    factor = weight.double() * torch.exp((-b_factor * frequency**2 / 4).clamp(max=math.log(1e12)))
-    full = torch.cat([factor, factor.new_zeros(1)])[shells.clamp(max=limit + 1)]
-    sharpened: Tensor = irfft(rfft(volume.float(), 3) * full.float(), 3)
+    spectrum = rfft(volume.float(), 3)
+    ended = torch.cat([weight.double(), torch.zeros(1, dtype=torch.float64)])
+    for planes, radius in radius_slabs(grid.size):
+        shell = torch.floor(radius + 0.5).long().clamp(max=grid.size // 2 + 1)
+        exponent = (-b_factor / 4 / grid.length**2 * radius.square()).clamp(max=math.log(1e12))
+        spectrum[planes] *= (ended[shell] * exponent.exp()).float()
+    sharpened: Tensor = irfft(spectrum, 3)
     return sharpened
 
 

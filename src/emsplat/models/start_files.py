@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,13 +109,14 @@ def start_remarks(init: str, grid: Grid) -> list[str]:
     return remarks
 
 
-def read_fitted(path: Path, grid: Grid) -> Gaussians:
-    """Gaussians, or the atoms of a model, that lie in a map of ``grid`` with MRC origin 0.
+def read_fitted(path: Path, grid: Grid, origin: Sequence[float] = (0.0, 0.0, 0.0)) -> Gaussians:
+    """Gaussians, or the atoms of a model, that lie in a map of ``grid`` whose voxel 0 is at ``origin`` (x, y, z in Å).
 
     Raises:
         InputError: the file cannot be read, or what it holds is not where the particle is.
     """
     gaussians, _ = read_gaussians(path, grid)
+    gaussians = replace(gaussians, mean=gaussians.mean - torch.tensor(origin, dtype=gaussians.mean.dtype))
     mass = gaussians.amplitude.clamp(min=0)
     inside = (gaussians.mean.abs() < grid.length / 2).all(1)
     if not float(mass.sum()) > 0:
@@ -123,7 +126,7 @@ def read_fitted(path: Path, grid: Grid) -> Gaussians:
     if float(mass[inside].sum()) < 0.9 * float(mass.sum()):
         raise InputError(
             f"{path}: {float(mass[~inside].sum() / mass.sum()):.0%} of it lies outside the box of {grid.length:.0f} Å; "
-            "fit it into a map of the particle with MRC origin 0 first"
+            "fit it into the map of the particle first"
         )
     return gaussians
 

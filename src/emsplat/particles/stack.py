@@ -352,8 +352,8 @@ class ParticleStack:
             named = ", ".join(f"{grid.size} px of {grid.pixel_size:g} Å" for grid in kinds)
             raise InputError(
                 f"{self.table.name}: optics groups with several boxes or pixel sizes ({named}) can only be "
-                "accumulated; use --engine one-pass, select particles of one kind, or bring them to one with --box and "
-                "--pixel-size"
+                "accumulated; use --engine one-pass, select particles of one kind, or extract all with one box and "
+                "pixel size"
             )
 
     def _stream(self, parts: Iterable[tuple[Tensor, Tensor]], *, normalised: bool) -> Iterator[Batch]:

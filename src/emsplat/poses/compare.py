@@ -96,6 +96,9 @@ def _in_one_frame(first: Poses, second: Poses, symmetry: Symmetry, mirrored: boo
         frame = frame @ vector_to_matrix(step[None])[0]
         if float(torch.linalg.vector_norm(step)) < 1e-7:
             break
+    # Of frames that differ by an element of the group alone, that which turns least.
+    traces = torch.einsum("ij,sjk->sik", frame, elements.to(frame)).diagonal(dim1=1, dim2=2).sum(1)
+    frame = frame @ elements.to(frame)[traces.argmax()]
     angle, _ = _angles(one, other @ frame, elements)
     centre, shift = _common_shift(first.shift - second.shift, other, angle < _NEAR)
     return PoseComparison(angle, shift, frame, centre, mirrored)

@@ -166,7 +166,8 @@ def _plan(run: Run[AbinitioConfig]) -> StartPlan:
     stack, options = run.stack, run.config.abinitio
     if len(stack.parts()) > 1:
         raise InputError(
-            f"{stack.table.name}: images of several boxes or pixel sizes; bring them to one with --box and --pixel-size"
+            f"{stack.table.name}: images of several boxes or pixel sizes; select particles of one kind, or extract all "
+            "with one box and pixel size"
         )
     for half in (1, 2):
         count = len(stack.only(half))

@@ -107,6 +107,8 @@ def _to_star(table: ParticleTable, target: Path, half: Tensor | None) -> list[st
             "the micrographs are not known, rlnMicrographName is left out; without half-sets they are drawn particle "
             "by particle, or per stack where there are several"
         )
+    if ".cs" in _kinds(table) and _has_classes(table):
+        said.append("classes keep cryoSPARC's numbers, which begin with 0; those of RELION begin with 1")
     if _kinds(table) == {".star"}:
         if lost := lost_in_merging(table):
             said.append(f"{_listed(lost, 'rln')} are not in all of the files; they are left out")
@@ -171,7 +173,21 @@ def _to_pickles(table: ParticleTable, target: Path, half: Tensor | None) -> list
     said = [f"cryoDRGN's pickles have no place for {_listed(lost)}; they are left out"] if lost else []
     if table.sign < 0:
         said.append("protein is dark in these images; give cryoDRGN --uninvert-data")
+    if not _in_order(table):
+        said.append(
+            f"rows are not the images of one stack in its order: give cryoDRGN {table.name} as particles; images of "
+            "the stack itself would take each other's poses"
+        )
     return said
+
+
+def _has_classes(table: ParticleTable) -> bool:
+    return table.particle_class is not None and len(torch.unique(table.particle_class)) > 1
+
+
+def _in_order(table: ParticleTable) -> bool:
+    """Whether rows are images of one stack, from its first on."""
+    return len(torch.unique(table.stack)) == 1 and torch.equal(table.image, torch.arange(len(table.image)))
 
 
 def _kinds(table: ParticleTable) -> set[str]:

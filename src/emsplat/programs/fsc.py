@@ -9,6 +9,7 @@ import torch
 
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import are_opposite, read_mask, read_pair, say_opposite
+from emsplat.io.files import require_another
 from emsplat.measures.curves import Curves, crossing, last_crossing, never_falls, resolution
 from emsplat.measures.fsc import fsc_curve
 from emsplat.report.verdict import LIMIT, is_nyquist, spacing
@@ -27,6 +28,8 @@ def compare(a: Path, b: Path, mask: Path | None, output: Path | None, log: Log) 
         InputError: a file cannot be read, or their grids differ.
         OutputError: the curves cannot be written.
     """
+    if output is not None:
+        require_another(output, a, b, mask)
     first, second, grid, origin = read_pair(a, b, log)
     soft = None if mask is None else read_mask(mask, grid, log, origin)
     plain = fsc_curve(first, second, grid)
@@ -40,7 +43,9 @@ def compare(a: Path, b: Path, mask: Path | None, output: Path | None, log: Log) 
         curves = curves.joined(**{name: known[name] for name in ("masked", "corrected", "random_phases")})
     for line in (*_table(curves), *_resolutions(curves)):
         log.line(line)
-    finest = _finest(curves)
+    if soft is not None and bool(torch.from_numpy(curves["random_phases"].value).isnan().all()):
+        log.line("not corrected for the mask: the unmasked FSC does not fall below 0.8, where random phases begin")
+    finest = grid.length / max(grid.size // 2 - 1, 1)  # its shells end one before ours
     found = last_crossing(fsc_curve(first, second, grid, soft, "cryodrgn"), 0.143)
     text = "never reached" if found is None else _limit(finest) if is_nyquist(found, finest) else spacing(found)
     log.line(f"FSC 0.143 by cryoDRGN's rule (other shells, last crossing; not comparable): {text}")

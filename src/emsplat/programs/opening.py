@@ -75,7 +75,7 @@ def open_run(
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)
-    stack, skipped = _without_bad(stack, log, world) if config.run.skip_bad else (stack, ())
+    stack, skipped = leave_out_bad(stack, log, world) if config.run.skip_bad else (stack, ())
     _introduce(log, stack, config)
     log.line(f"  {device_said}")
     if world.size > 1:
@@ -101,7 +101,8 @@ def open_run(
     run = Run(config, particles, folder, log, stack, skipped, finding, world, needed)
     if world.first:
         with log.step("particles written"):
-            write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
+            if need_poses:  # else they are written once there are some
+                write_used(with_boxes(stack.table.take(stack.rows)), folder / PARTICLES, stack.half)
         write_config(run, settings)
     log.parts["start"] = round(log.seconds, 2)
     return run
@@ -164,7 +165,7 @@ def _require_shared_out(stack: ParticleStack, world: World) -> None:
     )
 
 
-def _without_bad(stack: ParticleStack, log: Log, world: World) -> tuple[ParticleStack, tuple[int, ...]]:
+def leave_out_bad(stack: ParticleStack, log: Log, world: World = ALONE) -> tuple[ParticleStack, tuple[int, ...]]:
     """The images that can be used, and the rows (from 1) of the others."""
     stack, bad = stack.without_bad(world)
     skipped = tuple(row + 1 for row in stack.table.row[bad].tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from emsplat.assessment.curves import correction, half_map_curves
-from emsplat.assessment.maps import RunMaps, read_run
+from emsplat.assessment.maps import RunMaps, beyond_shared, is_evident, read_run
 from emsplat.config import PostprocessConfig
 from emsplat.errors import InputError
 from emsplat.io.mrc import write_map
+from emsplat.io.paths import Names
 from emsplat.measures.crossvalidate import CrossValidation
 from emsplat.measures.curves import Line, crossing, resolution
 from emsplat.measures.fsc import PROTEIN_VOLUME
@@ -22,7 +24,7 @@ from emsplat.process import threads
 from emsplat.report.verdict import spacing
 from emsplat.run.aliases import link_results
 from emsplat.run.files import FSC, FSC_XML, HALF_MAPS, MASK, POSTPROCESS, SHARPENED, SHARPENED_MASKED
-from emsplat.run.folder import write_text
+from emsplat.run.folder import read_summary, write_text
 from emsplat.run.fsc_star import write_fsc_star
 from emsplat.run.log import Log
 from emsplat.types import Grid
@@ -46,31 +48,46 @@ def postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any
 
 
 def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, Any]:
+    if not (math.isfinite(config.b_factor_from) and config.b_factor_from > 0):
+        raise InputError(f"--b-factor-from {config.b_factor_from:g}: expected a spacing above 0 Å, such as 10")
+    if config.b_factor is not None and not math.isfinite(config.b_factor):
+        raise InputError(f"--b-factor {config.b_factor:g}: expected a finite number of Å²; negative sharpens")
     maps = read_run(run, config.mask, log)
     grid = maps.grid
+    summary = read_summary(run)
+    shared = summary.get("refinement", {}).get("shared_to")
+    evident = summary.get("evident")
+    if evident is None:
+        evident = is_evident(maps.data, grid, summary.get("input", {}).get("diameter") or 0.9 * grid.length, shared)
     curves = half_map_curves(maps.halves, grid, maps.mask)
     corrected, masking = curves["corrected"], correction(curves, maps.mask)
     weight, found, source = _weight(maps, corrected)
-    if found is None:
+    if not evident:
         raise InputError(
-            f"{run}: no resolution in this mask (the {source} is below its threshold from the start); expected maps "
-            f"with signal; see {FSC}"
+            f"{run}: no resolution: no particle was found in the images, the half-sets agree no further than the "
+            "first shells; expected maps with signal"
         )
+    if found is None or not beyond_shared(found, grid, shared):
+        why = "is below its threshold from the start" if found is None else "agrees only where poses share it"
+        raise InputError(f"{run}: no resolution in this mask (the {source} {why}); see {FSC}")
     average = 0.5 * (maps.halves[0] + maps.halves[1])
     line = _signal_or_nothing(maps, config, log)
     b_factor = config.b_factor if config.b_factor is not None else line.b_factor if line else 0.0
     sharp = sharpen(average, grid, b_factor, weight)
-    write_map(run / SHARPENED, sharp, grid.pixel_size)
-    write_map(run / SHARPENED_MASKED, sharp * maps.mask, grid.pixel_size)
+    write_map(run / SHARPENED, sharp, grid.pixel_size, maps.origin)
+    write_map(run / SHARPENED_MASKED, sharp * maps.mask, grid.pixel_size, maps.origin)
+    if config.mask is None and not (run / MASK).is_file():
+        write_map(run / MASK, maps.mask, grid.pixel_size, maps.origin)
+    name = Names(run / POSTPROCESS).below
     habit = _relion_b_factor(average, grid, corrected, config.b_factor_from)
     about: dict[str, Any] = {
         "resolution": round(found, 6),
         "b_factor": round(b_factor, 4),
-        "half_map_1": HALF_MAPS[0],
-        "half_map_2": HALF_MAPS[1],
-        "map": SHARPENED,
-        "masked_map": SHARPENED_MASKED,
-        "mask": str(config.mask or MASK),
+        "half_map_1": name(run, run / HALF_MAPS[0]),
+        "half_map_2": name(run, run / HALF_MAPS[1]),
+        "map": name(run, run / SHARPENED),
+        "masked_map": name(run, run / SHARPENED_MASKED),
+        "mask": name(run, config.mask or run / MASK),
         "particle_fraction": round(PROTEIN_VOLUME / masking["fraction"], 6),
         "weight": source,
     }

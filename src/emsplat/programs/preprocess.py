@@ -14,7 +14,9 @@ from emsplat.io.paths import say_folders, say_start
 from emsplat.particles.choose import open_images, read_table
 from emsplat.particles.stack import ParticleStack
 from emsplat.process import threads
+from emsplat.programs.opening import leave_out_bad
 from emsplat.run.log import Log
+from emsplat.types import PREMULTIPLIED
 
 _PIXELS = 2**23  # of a batch
 
@@ -46,6 +48,8 @@ def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Lo
     stack = open_images(config.choice, config.images, table, finer=True, recentre=config.recentre)
     for warning in stack.table.warnings:
         log.warn(warning)
+    if config.skip_bad:
+        stack, _ = leave_out_bad(stack, log)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,6 +69,12 @@ def _preprocess(config: PreprocessConfig, particles: Path, output: Path, log: Lo
     write_used(written, star, written.half, new_images=True)
     if all(source.suffix.lower() == ".cs" for source in table.sources):
         write_cs(output / "particles.cs", written, written.half, new_images=True)
+    treatment = table.optics.treatment
+    if treatment is not None and bool((treatment == PREMULTIPLIED).any()):
+        log.warn(
+            "images that were multiplied by their CTF are phase-flipped now, and the file says so; RELION's programs "
+            "want to be told as well (--ctf_phase_flipped; 'Have data been phase-flipped?')"
+        )
     log.line(f"particles: {star} ({len(stack):,}, {rate:,.0f} images/s, {log.seconds:.0f} s in all)")
     log.line(f"  {say_start(star, paths[0])}")
     return star

@@ -262,7 +262,7 @@ _CROSS_VALIDATED = (
 )
 _NOTHING = (
     "no particle was found in the images: the two half-sets, classically back-projected, do not agree beyond the "
-    "first 4 shells"
+    "first shells"
 )
 _END_OF_DATA = (
     "The curve ends there above 0.5: the back-projections agree no further, so the data cannot show more. The map may "

@@ -68,7 +68,7 @@ def write_fsc_star(
     Raises:
         OutputError: it cannot be written.
     """
-    about = {"emsplatVersion": __version__, **{_GENERAL.get(name, name): str(v) for name, v in general.items()}}
+    about = {"emsplatVersion": __version__, **{_GENERAL.get(name, name): _text(v) for name, v in general.items()}}
     blocks: list[bytes | tuple[str, Mapping[str, list[str] | Words]]] = [
         pairs("general", {f"_{name}": value for name, value in about.items()}),
         ("fsc", {f"_{name}": texts for name, texts in _fsc(curves).items()}),
@@ -103,6 +103,10 @@ def _fsc(curves: Curves) -> dict[str, list[str]]:
         _SPACING: _texts(np.array([length / shell if shell else 999.0 for shell in shells])),
         **{_COLUMNS.get(name, name): _texts(values) for name, values in curves.values.items()},
     }
+
+
+def _text(value: object) -> str:
+    return "?" if value is None else str(value)
 
 
 def _texts(values: Values) -> list[str]:

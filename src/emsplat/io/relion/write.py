@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emsplat.imaging.ctf import beam_tilt
 from emsplat.io.files import require_finite
 from emsplat.io.paths import Names
 from emsplat.io.relion.read import CARRIED, CONTRAST, MAGNIFICATION, TREATMENTS, Block, find_tables
@@ -155,13 +156,14 @@ def rewrite_table(
         columns |= {name: [f"{value:.7f}" for value in values.tolist()] for name, values in numbers.items()}
     if "aberrations" in table.changed and optics is not None and table.optics.aberrations is not None:
         odd = table.optics.aberrations.odd[_first_of_groups(table)]
+        if any(optics.has(name) for name in _TILTS):
+            tilt, odd = _coma_apart(odd, table.optics[torch.tensor(_first_of_groups(table))])
+            groups |= {
+                name: [f"{value:.7f}" for value in own] for name, own in zip(_TILTS, tilt.T.tolist(), strict=True)
+            }
         groups["OddZernike"] = [f"[{','.join(f'{value:.9g}' for value in row)}]" for row in odd.tolist()]
-        # A beam tilt is in the polynomials now.
-        for name in _TILTS:
-            if optics.has(name):
-                groups[name] = ["0"] * len(table.groups)
-            if particles.has(name):
-                columns[name] = ["0"] * len(table.row)
+        # That of a particle is in its group's now.
+        columns |= {name: ["0"] * len(table.row) for name in _TILTS if particles.has(name)}
     if new_images or optics is None or moved:
         require_finite(target, "origins", table.poses.shift)
         for axis, values in zip("XY", table.poses.shift.T, strict=True):
@@ -222,6 +224,21 @@ def _missing_optics(table: ParticleTable, optics: Block) -> dict[str, list[str]]
     if all(own.box is not None for own in table.groups):
         values["ImageSize"] = [str(own.box) for own in table.groups]
     return {name: texts for name, texts in values.items() if not optics.has(name)}
+
+
+def _coma_apart(odd: Tensor, optics: Optics) -> tuple[Tensor, Tensor]:
+    """Odd polynomials (g, k) as beam tilts in mrad and the rest, which has no coma.
+
+    RELION 5 adds a tilt to the polynomials. RELION 3.1 puts its coma in the place of theirs, also that of a tilt of 0,
+    and leaves what compensates it: coma beside columns of tilts would be lost, and images be shifted.
+    """
+    unit = beam_tilt(torch.ones_like(odd[:, :2]), optics.voltage, optics.cs)
+    known = unit[:, 3] != 0  # not without spherical aberration
+    tilt = torch.where(known[:, None], odd[:, [4, 3]] / unit[:, [4, 3]].where(known[:, None], torch.ones(())), 0.0)
+    rest = odd.clone()
+    rest[:, :6] -= beam_tilt(tilt, optics.voltage, optics.cs)
+    rest[:, 3:5] = torch.where(known[:, None], 0.0, rest[:, 3:5])
+    return tilt, rest
 
 
 def _first_of_groups(table: ParticleTable) -> list[int]:
