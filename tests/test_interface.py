@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import emsplat as em
+from emsplat.config import ReconstructConfig, checked
+from emsplat.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,3 +120,36 @@ def test_the_example_of_the_readme(star, tmp_path, monkeypatch):
     monkeypatch.chdir(star.parent)
     exec(compile(example, "README.md", "exec"), {})  # the project's own lines
     assert (star.parent / "fitted.mrc").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("isotropic", "no", "True or False"),
+        ("device", "tpu", "one of auto, cpu, cuda"),
+        ("recipe", "foo", "one of default"),
+        ("first", "many", "a whole number"),
+        ("symmetry", 2, "a text"),
+        ("merge", "b.star", "a list"),
+        ("batch", "all", "one of auto"),
+    ],
+)
+def test_options_of_another_kind_are_refused(tmp_path, option, value, said):
+    with pytest.raises(InputError, match=rf"^{option}: .*expected {said}"):
+        em.reconstruct("nowhere.star", tmp_path / "run", **{option: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_of_the_kinds_that_the_command_line_makes():
+    given = {"batch": "auto", "first": None, "merge": ["b.star"], "isotropic": True, "diameter": 90, "mask": "m.mrc"}
+    found = checked(ReconstructConfig, given)
+    assert found == given | {"merge": (Path("b.star"),), "mask": Path("m.mrc")}
+
+
+def test_impossible_grids_and_maps_are_refused():
+    volume = torch.randn(8, 8, 8)
+    for size in (0.0, -3.0, float("nan")):
+        with pytest.raises(InputError, match="size above 0"):
+            em.assess(volume, volume + 1, size)
+    with pytest.raises(InputError, match="not finite"):
+        em.assess(volume * torch.nan, volume, 1.0)

@@ -6,11 +6,27 @@ On the command line and in config.toml options stand under their own names, what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, get_type_hints, runtime_checkable
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
+
+from emsplat.errors import InputError
 
 if TYPE_CHECKING:
     from emsplat.maths.groups import Symmetry
@@ -835,6 +851,51 @@ def names(kind: Any) -> Iterator[str]:
             yield from names(hint)
         else:
             yield name
+
+
+def checked(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options from Python code, of the kinds that the command line makes of words: numbers, switches, choices, paths.
+
+    Raises:
+        InputError: a value of another kind, or none of the choices.
+    """
+    hints = _hints(kind)
+    return {name: _fitting(name, hints[name], value) if name in hints else value for name, value in options.items()}
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        found |= _hints(hint) if is_dataclass(hint) else {name: hint}
+    return found
+
+
+def _fitting(name: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        kinds = get_args(hint)
+        if value is None and NoneType in kinds:
+            return None
+        for kind in kinds[:-1]:
+            try:
+                return _fitting(name, kind, value)
+            except InputError:
+                continue
+        return _fitting(name, next(kind for kind in kinds[::-1] if kind is not NoneType), value)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise InputError(f"{name}: {value!r}; expected one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if get_origin(hint) is tuple:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise InputError(f"{name}: {value!r}; expected a list")
+        return tuple(_fitting(name, get_args(hint)[0], one) for one in value)
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    allowed: dict[Any, Any] = {bool: bool, int: Integral, float: Real, str: str, Path: Path}
+    if hint not in allowed or (isinstance(value, allowed[hint]) and (hint is bool or not isinstance(value, bool))):
+        return value
+    what = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}[hint]
+    raise InputError(f"{name}: {value!r}; expected {what}")
 
 
 def _build(kind: Any, options: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import is_evident, particle_mask
-from emsplat.config import ReconstructConfig, RefineConfig, configure, names
+from emsplat.config import ReconstructConfig, RefineConfig, checked, configure, names
 from emsplat.errors import InputError
 from emsplat.fitting.loop import fit as fit_steps
 from emsplat.fitting.state import Plan, State
@@ -205,11 +205,15 @@ def fit(
     each half by itself. ``em.voxelize(gaussians, equations.grid)`` is the map.
 
     Raises:
-        InputError: ``gaussians`` is below 1, or given together with ``start``.
+        InputError: ``gaussians`` is below 1, or given together with ``start``; no epochs; a mask of another shape.
         EmsplatError: the fit diverged.
     """
     if gaussians is not None and (gaussians < 1 or start is not None):
         raise InputError("gaussians: expected a number from 1, without start, which has a number of its own")
+    if epochs is not None and epochs < 1:
+        raise InputError(f"epochs: {epochs}; expected a number from 1")
+    if mask is not None and tuple(mask.shape) != 3 * (equations.grid.size,):
+        raise InputError(f"mask of {tuple(mask.shape)}; expected {equations.grid.size}³ voxels")
     recipe, grid = RECIPES["default"], equations.grid
     raw = equations.solve().cpu()
     unit = grid.length if recipe.length_unit is None else recipe.length_unit * grid.pixel_size
@@ -242,10 +246,13 @@ def assess(
     Without ``mask`` one is made around the particle, which is looked for within ``diameter`` (Å; 0.9 of the box).
 
     Raises:
-        InputError: the maps are not cubes of one size with an even number of voxels.
+        InputError: the maps are not cubes of one size with an even number of voxels, or hold values that are not
+            finite; the pixel size is not above 0.
     """
     if half1.shape != half2.shape or len(set(half1.shape)) != 1 or len(half1) % 2:
         raise InputError(f"half maps of {tuple(half1.shape)} and {tuple(half2.shape)}; expected two even cubes alike")
+    if not bool(torch.isfinite(half1).all() & torch.isfinite(half2).all()):
+        raise InputError("half maps with values that are not finite; expected numbers in every voxel")
     grid = Grid(len(half1), float(pixel_size))
     whole = 0.5 * (half1 + half2)
     if mask is None:
@@ -357,7 +364,9 @@ def reconstruct(particles: str | Path, folder: str | Path, *, verbose: bool = Fa
     if unknown := sorted(options.keys() - set(names(ReconstructConfig))):
         raise InputError(f"{', '.join(unknown)}: no such option; expected those of `emsplat reconstruct --help`")
     log = Log() if verbose else Log(io.StringIO())
-    programs.reconstruct(configure(ReconstructConfig, **options), Path(particles), Path(folder), log)
+    programs.reconstruct(
+        configure(ReconstructConfig, **checked(ReconstructConfig, options)), Path(particles), Path(folder), log
+    )
     return RunFolder(folder)
 
 
@@ -371,7 +380,7 @@ def refine(particles: str | Path, folder: str | Path, *, verbose: bool = False, 
     if unknown := sorted(options.keys() - set(names(RefineConfig))):
         raise InputError(f"{', '.join(unknown)}: no such option; expected those of `emsplat refine --help`")
     log = Log() if verbose else Log(io.StringIO())
-    refinement.refine(configure(RefineConfig, **options), Path(particles), Path(folder), log)
+    refinement.refine(configure(RefineConfig, **checked(RefineConfig, options)), Path(particles), Path(folder), log)
     return RunFolder(folder)
 
 

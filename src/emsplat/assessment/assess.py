@@ -124,7 +124,11 @@ def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:
 
 def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig) -> dict[str, Any] | None:
     grid = maps.grid
-    window = config.window or min(default_window(found["backprojection_masked"]), grid.length / 2)
+    window = (
+        config.window
+        if config.window is not None
+        else min(default_window(found["backprojection_masked"]), grid.length / 2)
+    )
     if config.window is None and window < 4 * grid.pixel_size:
         return None
 

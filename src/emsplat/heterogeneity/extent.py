@@ -12,6 +12,7 @@ from emsplat.types import Grid
 
 _MARGIN = 0.02  # of the box, beyond what is seen
 _SEEN = 0.01  # of the largest power
+_NOISE = 200.0  # times the median of squared noise, which its largest of 10⁵ voxels does not reach
 _MOST = 120  # voxels across the middle of the box
 
 
@@ -25,17 +26,20 @@ class Window:
 
 def reach_of(subspace: Subspace) -> float:
     """Largest distance from the centre, in boxes, at which the mean map or the variance stands out of its
-    surroundings."""
+    surroundings; half a box where neither does.
+
+    The surroundings are the median of a shell near the faces of the box, which a large molecule crosses here and there:
+    its own density must not hide it.
+    """
     size = subspace.lattice.size
     axis = (torch.arange(size) - size // 2) / size
     radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
-    reach = 0.1
+    reach = [0.0]
     for power in (subspace.maps[0].square(), subspace.maps[1:].square().sum(0)):
-        around = power[(radius > 0.40) & (radius < 0.44)]
-        bright = power > max(5 * float(around.max()), _SEEN * float(power.max()))
-        if bright.any():
-            reach = max(reach, float(radius[bright].max()))
-    return reach
+        around = float(power[(radius > 0.40) & (radius < 0.44)].median())
+        bright = power > max(_NOISE * around, _SEEN * float(power.max()))
+        reach += [float(radius[bright].max())] if bright.any() else []
+    return max(reach) or 0.5
 
 
 def window_of(subspaces: tuple[Subspace, ...], grid: Grid) -> Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def read_sites(path: Path, *, absent: bool = False) -> Sites:
         )
     rows, sites = zip(*found, strict=True)
     atoms = [site.atom for site in sites]
+    if not all(math.isfinite(value) for a in atoms for value in (*a.pos.tolist(), a.b_iso)):
+        raise InputError(f"{path}: a position or B factor of an atom is no finite number; remove or mend that atom")
     unknown = {a.element.name for a in atoms if a.element.atomic_number == 0 or a.element.c4322 is None}
     if unknown:
         names = ", ".join(sorted(unknown))

@@ -23,19 +23,20 @@ def resampled_grid(disk: Grid, box: int | None, pixel_size: float | None, *, fin
     """
     if box is None and pixel_size is None:
         return disk
+    given = {"--box": box, "--pixel-size": pixel_size}
+    said = " ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
     if (box is not None and (box < 8 or box % 2)) or (pixel_size is not None and not pixel_size > 0):
-        raise InputError(f"--box {box} --pixel-size {pixel_size}: expected an even number from 8 and Å above 0")
+        raise InputError(f"{said}: expected an even number from 8 and Å above 0")
     whole = 2 * round(disk.length / pixel_size / 2) if pixel_size is not None else box or disk.size
     if whole < 8 or (whole > disk.size and not finer):
         raise InputError(
-            f"--box {box} --pixel-size {pixel_size}: {whole} pixels over the {disk.length:.1f} Å of the images, which "
+            f"{said}: {whole} pixels over the {disk.length:.1f} Å of the images, which "
             f"have {disk.size} of {disk.pixel_size:g} Å; expected coarser pixels than theirs, and at least 8"
         )
     size = box or whole
     if size > whole:
         raise InputError(
-            f"--box {box} --pixel-size {pixel_size}: wider than the images ({disk.length:.1f} Å); expected "
-            f"at most {whole} pixels of that size"
+            f"{said}: wider than the images ({disk.length:.1f} Å); expected at most {whole} pixels of that size"
         )
     return Grid(size, disk.length / whole)
 

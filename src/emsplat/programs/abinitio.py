@@ -59,6 +59,7 @@ from emsplat.types import Grid, Poses
 
 _FILLED = 0.8  # of the box: the diameter of a particle that nobody has named
 _FINEST = 11.5  # cycles per diameter: the finest that starts look at
+_MOST_CLASSES = 64
 _FEWEST, _FEW = 100, 500  # images of a half without which no start can be made; without which it may well fail
 _LOOKED = 500  # images at once
 _FAR = 0.25  # of the box: shifts beyond leave a part of a particle outside
@@ -138,6 +139,8 @@ def _refuse(config: AbinitioConfig) -> None:
         least = 2 if name == "steps" else 1
         if getattr(own, name) < least:
             raise InputError(f"--{name} {getattr(own, name)}: expected at least {least}")
+    if own.classes > _MOST_CLASSES:
+        raise InputError(f"--classes {own.classes}: expected at most {_MOST_CLASSES}")
     if not 0 < own.offset < math.inf:
         raise InputError(f"--offset {own.offset:g}: expected a number above 0, in Å")
     if config.run.add_statistics:

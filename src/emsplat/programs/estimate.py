@@ -157,6 +157,9 @@ def estimate_of(
     return _of_reconstruction(stack, settings, machine, kept)
 
 
+_HELD_EACH, _WRITTEN_EACH = 780, 350  # bytes of memory and of disk for each Gaussian of all fits
+
+
 def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine: _Machine, kept: bool) -> Estimate:
     voxels, padded = stack.grid.size**3, (PADDING * stack.grid.size) ** 3
     passing = _passing(stack)
@@ -172,9 +175,11 @@ def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine:
     )
     each = _MAPS if settings is None else max(_MAPS, _fitting(stack))
     memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _PIECES + each * voxels
+    count = 0 if settings is None else settings.gaussians or 0  # of each fit, where it is given
+    memory += _HELD_EACH * count
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or machine.first(passing) > 2 * 12 * padded / 2 / 2e8 else 0.0
-    return Estimate(parts, memory, 4 * voxels * maps + sums + 5e6, machine.alone(_BEGIN))
+    return Estimate(parts, memory, 4 * voxels * maps + sums + _WRITTEN_EACH * count + 5e6, machine.alone(_BEGIN))
 
 
 def _fitting(stack: ParticleStack) -> float:

@@ -155,7 +155,7 @@ def describe(run: Run[RunConfig]) -> dict[str, Any]:
     optics, shift = table.optics[stack.rows], table.poses.shift[stack.rows]
     defocus = 0.5 * (optics.defocus_u + optics.defocus_v)
     return {
-        "file": str(run.particles),
+        "file": str(run.particles.absolute()),
         "particles": len(stack),
         "half_sets": [int((stack.half == h).sum()) for h in (1, 2)],
         "half_sets_from": half_sets_from(table, run.config),

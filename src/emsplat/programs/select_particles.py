@@ -67,7 +67,7 @@ def select_particles(run: Path, conditions: Sequence[str], output: Path, overwri
     written = [_write_star(table, star, rows), index]
     write_arrays(index, np.unique(lines.row[rows].numpy() - 1))
     try:
-        _write_cs(run, table, lines, cs, rows)
+        _write_cs(run, table, lines, cs, rows, log)
         written.insert(1, cs)
     except InputError as error:
         log.warn(f"no {cs.name}: {error}")
@@ -168,21 +168,30 @@ def _write_star(table: ParticleTable, target: Path, rows: Int[Tensor, " q"]) -> 
     return target
 
 
-def _write_cs(run: Path, table: ParticleTable, lines: _Lines, target: Path, rows: Int[Tensor, " q"]) -> None:
+def _write_cs(run: Path, table: ParticleTable, lines: _Lines, target: Path, rows: Int[Tensor, " q"], log: Log) -> None:
     """From the .cs file of the run where that is one and is there, with all its fields; else from run_data.star."""
-    source = _source(run)
-    half = None if table.half is None else table.half[rows]
-    if source is not None and source.suffix.lower() == ".cs" and source.is_file() and "copy" not in lines.columns:
-        whole = read_cs(source, need_stacks=False)
-        if int(lines.row.max()) <= len(whole):
-            chosen, found = whole.take(lines.row[rows] - 1), table.take(rows).poses
-            # The run may have taken the other hand.
-            if not torch.allclose(chosen.poses.rotation, found.rotation, atol=1e-5):
-                chosen = replace(chosen, poses=found, changed=("poses",))
-            write_cs(target, chosen, half)
-            return
-    own = table.take(rows)
-    write_cs(target, own, half, more=columns_kept(own)[0])
+    source, own = _source(run), table.take(rows)
+    if source is not None and source.suffix.lower() == ".cs" and "copy" not in lines.columns:
+        whole = read_cs(source, need_stacks=False) if source.is_file() else None
+        if whole is not None and int(lines.row.max()) <= len(whole):
+            chosen = whole.take(lines.row[rows] - 1)
+            if _same_images(chosen, own):
+                # The run may have taken the other hand.
+                if not torch.allclose(chosen.poses.rotation, own.poses.rotation, atol=1e-5):
+                    chosen = replace(chosen, poses=own.poses, changed=("poses",))
+                write_cs(target, chosen, own.half)
+                return
+        said = "is not there any more" if whole is None else "holds other particles than those of the run"
+        log.warn(
+            f"{source}: {said}; {target.name} has the fields that {run / PARTICLES} knows, the others are left out"
+        )
+    write_cs(target, own, own.half, more=columns_kept(own)[0])
+
+
+def _same_images(one: ParticleTable, other: ParticleTable) -> bool:
+    """Whether rows of two tables are of the same images, by their numbers and the names of their stacks."""
+    names = [[table.stacks[number].name for number in table.stack.tolist()] for table in (one, other)]
+    return torch.equal(one.image, other.image) and names[0] == names[1]
 
 
 def _source(run: Path) -> Path | None:

@@ -44,6 +44,10 @@ from emsplat.types import Grid
 
 def _check_config(config: SimulateConfig) -> None:
     """Refuse settings that describe no experiment."""
+    finite = ("pixel_size", "voltage", "cs", "shift", "defocus_min", "defocus_max", "defocus_spread", "astigmatism")
+    for name in (*finite, "amplitude_contrast", "phase_shift", "b_factor", "pose_error"):
+        if not math.isfinite(getattr(config, name)):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a finite number")
     for name in ("particles", "pixel_size", "snr", "voltage", "micrograph_particles"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a number above 0")

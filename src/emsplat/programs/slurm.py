@@ -50,6 +50,9 @@ def script(
         InputError: the particles cannot be used, or the options do not fit each other.
     """
     settings = settings_of(config) if isinstance(config, ReconstructConfig | RefineConfig) else None
+    for name in ("nodes", "processes"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: expected at least 1")
     processes = options.nodes * options.processes
     if options.parts == 1 or options.parts < 0:
         raise InputError(f"--parts {options.parts}: expected at least 2; without it processes share the particles out")
