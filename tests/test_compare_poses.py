@@ -52,6 +52,15 @@ def test_frame_hand_and_centre_are_found(group, mirrored):
     assert found.mirrored is mirrored
 
 
+@pytest.mark.parametrize("group", [cyclic(7), dihedral(2), octahedral()], ids=lambda group: group.symbol)
+def test_a_turn_by_an_element_is_no_turn(group):
+    first = Poses(drawn(COUNT, 1), torch.zeros(COUNT, 2).double())
+    element = torch.randint(group.order, (COUNT,), generator=torch.Generator().manual_seed(4))
+    numbers = compare_poses(first, Poses(first.rotation @ group.elements[element], first.shift), group).numbers()
+    assert numbers["frame_turn"] < 1e-4
+    assert numbers["p90"] < 1e-4
+
+
 def test_half_of_the_poses_may_be_wrong():
     first = Poses(drawn(COUNT, 1), torch.zeros(COUNT, 2).double())
     rotation = vector_to_matrix(math.radians(1) * normal(COUNT, 3, seed=2)) @ first.rotation @ drawn(1, 3)[0]

@@ -44,6 +44,15 @@ def pickles(table, folder, protocol=4, box=32, pixel_size=4.0):
     return poses, parameters
 
 
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
+def test_arrays_that_lie_otherwise_in_memory(tmp_path, protocol, axes):
+    """As a column, or in any order of the axes, which protocol 5 keeps."""
+    array = np.arange(24.0).reshape(2, 3, 4).transpose(axes)
+    (tmp_path / "array.pkl").write_bytes(pickle.dumps(array, protocol))
+    np.testing.assert_array_equal(load_arrays(tmp_path / "array.pkl"), array)
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_house_units(star, tmp_path, protocol):
     expected = read_star(star)

@@ -696,6 +696,26 @@ def test_the_beam_tilt_that_is_refined_is_written(simulated, tmp_path):
     assert float(after.odd.square().sum()) < 0.5 * float(given.odd.square().sum())
 
 
+def test_a_tilt_is_written_so_that_every_relion_reads_it(simulated, tmp_path):
+    """RELION 3.1 puts the coma of rlnBeamTilt in the place of that in rlnOddZernike, RELION 5 adds it: there must be
+    none in the polynomials."""
+    star = simulated(particles=20)
+    document = cif.read_file(str(star))
+    optics = document.find_block("optics").find_loop("_rlnOpticsGroup").get_loop()
+    optics.add_columns(["_rlnBeamTiltX", "_rlnBeamTiltY"], "0.8")
+    document.write_file(str(star))
+    table = read_particles(star)
+    turned = open_particles(star).with_aberrations(tilted(table.optics, torch.tensor([3.0, -2.0]).expand(20, 2))).table
+    write_used(turned, tmp_path / "new.star", None)
+    written = cif.read_file(str(tmp_path / "new.star")).find_block("optics")
+    odd = [float(v) for v in written.find_values("_rlnOddZernike")[0].strip("'\"[]").split(",")]
+    assert odd[3:5] == [0, 0]
+    tilt = [float(written.find_values(f"_rlnBeamTilt{axis}")[0]) for axis in "XY"]
+    assert tilt == pytest.approx([3.8, -1.2], abs=1e-5)
+    again = read_particles(tmp_path / "new.star").optics.aberrations
+    assert torch.allclose(again.odd, turned.optics.aberrations.odd, rtol=1e-5, atol=1e-3)
+
+
 def test_the_defocus_that_is_refined_is_written(wrong, tmp_path):
     """Poses that stay tell nothing of their errors, and have no prior: their uncertainty is what the images say."""
     star, _ = wrong(4.0, 3.0, particles=200)

@@ -139,6 +139,28 @@ def test_selected_particles_have_the_hand_of_the_run(star, tmp_path, flip):
     assert torch.equal(one.image, other.image)
 
 
+def test_selected_particles_are_those_of_the_run(star, tmp_path, capsys):
+    """Also where another file has the name of the one that the run read."""
+    source, run = tmp_path / "particles.cs", tmp_path / "run"
+    convert(ConvertConfig(), star, source)
+    stack = open_stack(configure(HeterogeneityConfig), source)
+    views = views_of(stack)
+    write_particles(stack, views, run)
+    rows = "".join(f"{row + 1},{half},0\n" for row, half in zip(views.row.tolist(), views.half.tolist(), strict=True))
+    (run / "latents.csv").write_text("row,half,z1\n" + rows)
+    (run / "summary.json").write_text(json.dumps({"options": {}, "input": {"file": str(source)}}))
+    whole = np.load(source)
+    with source.open("wb") as file:
+        np.save(file, whole[::-1], allow_pickle=False)
+    for said in ("holds other particles", "is not there any more"):
+        paths = states(run, StatesConfig(select=("class=1",)), tmp_path / said.replace(" ", "_"))
+        one, other = (read_particles(path) for path in paths[:2])
+        assert torch.equal(one.image, other.image)
+        torch.testing.assert_close(one.poses.rotation, other.poses.rotation, atol=1e-5, rtol=0)
+        assert f"{source}: {said}" in "".join(capsys.readouterr())
+        source.unlink(missing_ok=True)
+
+
 def test_views_of_one_image_go_together(star, tmp_path):
     """Rows that repeat an image add nothing independent, as little as the elements of a symmetry."""
     text = star.read_text().rstrip()

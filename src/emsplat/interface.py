@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,9 +109,16 @@ def write_map(path: str | Path, volume: Float[Tensor, "z y x"], pixel_size: floa
     """A map in MRC format, float32; ``pixel_size`` in Å.
 
     Raises:
+        InputError: the pixel size is not above 0.
         OutputError: it cannot be written, or holds values that are not finite.
     """
+    _require_size(float(pixel_size))
     mrc.write_map(Path(path), volume, float(pixel_size))
+
+
+def _require_size(pixel_size: float) -> None:
+    if not 0 < pixel_size < math.inf:
+        raise InputError(f"pixels of {pixel_size:g} Å; expected a size above 0")
 
 
 def read_gaussians(path: str | Path, grid: Grid | None = None) -> tuple[Gaussians, Grid]:
@@ -251,6 +259,7 @@ def assess(
     """
     if half1.shape != half2.shape or len(set(half1.shape)) != 1 or len(half1) % 2:
         raise InputError(f"half maps of {tuple(half1.shape)} and {tuple(half2.shape)}; expected two even cubes alike")
+    _require_size(float(pixel_size))
     if not bool(torch.isfinite(half1).all() & torch.isfinite(half2).all()):
         raise InputError("half maps with values that are not finite; expected numbers in every voxel")
     grid = Grid(len(half1), float(pixel_size))

@@ -6,7 +6,6 @@ Lengths in Å, angles in radians, voltages in kV, spherical aberration in mm. Ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -14,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from emsplat.errors import InputError
 
 _R = TypeVar("_R", bound="_Rows")
 
@@ -58,10 +55,6 @@ class Grid:
 
     size: int
     pixel_size: float
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.pixel_size < math.inf:
-            raise InputError(f"a grid of {self.size} pixels of {self.pixel_size:g} Å; expected some, of a size above 0")
 
     @property
     def length(self) -> float:

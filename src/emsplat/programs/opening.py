@@ -12,9 +12,9 @@ import tomli_w
 import torch
 
 from emsplat import __version__, report
-from emsplat.assessment.maps import given_mask
+from emsplat.assessment.maps import given_mask, shared_shell
 from emsplat.assessment.symmetry import Finding, examine_symmetry
-from emsplat.config import RunConfig, change
+from emsplat.config import RefineConfig, RunConfig, change
 from emsplat.device import choose_device, forget_peak_memory
 from emsplat.errors import InputError
 from emsplat.granted import free_memory
@@ -127,6 +127,12 @@ def _require_usable(stack: ParticleStack, config: RunConfig, settings: Settings 
         stack.only(half)
     if settings is not None and settings.engine != "one-pass":
         stack.require_one_grid()
+    shared = config.refinement.shared_to if isinstance(config, RefineConfig) else None
+    if shared is not None and (not shared > 0 or shared_shell(stack.grid, shared) >= stack.grid.size // 2):
+        raise InputError(
+            f"--shared-to {shared:g}: no shell is left to judge by up to two pixels, {stack.grid.nyquist:.3g} Å; "
+            "expected the spacing in Å to which the poses that are given were found with one map of all particles"
+        )
     given_mask(config.mask, stack.grid)
     for name in HALVES:
         read_start("map" if settings is None else settings.init, stack.grid, name)
