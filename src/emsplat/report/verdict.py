@@ -198,7 +198,12 @@ def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
     rows = []
     for curve in sorted(curves.keys() - skipped, key=lambda name: (*CURVES, name).index(name)):
         about = CURVES.get(curve, Measured(curve.replace("_", " "), "", ""))
-        values = {threshold: spacing(value, nyquist) for threshold, value in curves[curve].items()}
+        # cryoDRGN's shells end before Nyquist.
+        ended = curve == "half_map_masked_cryodrgn" and curve in _group(summary, "limit").get("reached_by", ())
+        values = {
+            threshold: spacing(value, value if ended and isinstance(value, float) else nyquist)
+            for threshold, value in curves[curve].items()
+        }
         name = re.sub("^half maps", _MAPS[kind], about.name)
         if curve == "reference_masked" and isinstance(reference := _group(summary, "assessment").get("reference"), str):
             name = name.replace("the reference", reference)
