@@ -166,3 +166,13 @@ def test_fsc_of_a_map_and_a_model(tmp_path, capsys):
         assert min(float(line[2]) for line in shells[:8]) > 0.999
     assert main(["fsc", names[1], names[1]]) == 2
     assert "expected at least one map" in capsys.readouterr().err
+
+
+def test_a_run_is_gone_on_with_or_thrown_away(truth, tmp_path, capsys):
+    words = ["backproject", str(truth.parent / "particles.star"), "-o", str(tmp_path / "run"), "--threads", "1"]
+    assert main([*words, "--resume"]) == 2
+    assert "no run to resume (there is none)" in capsys.readouterr().err
+    assert main(words) == 0
+    assert main([*words, "--resume", "--overwrite"]) == 2
+    assert "expected one of them" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -84,14 +84,18 @@ _MAY_CHANGE = OWN_OF_PROCESS | {"resume", "overwrite", "checkpoint_every", "time
 def check_same_run(config: RunConfig, particles: Path, output: Path) -> None:
     """
     Raises:
-        InputError: the folder holds no run, or one of other particles or with other options.
+        InputError: the folder holds no run, or one of other particles or with other options; or the run is to be thrown
+            away at the same time.
     """
     import tomllib
 
+    if config.run.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite throws it away: expected one of them")
     try:
         before = tomllib.loads((output / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{output}: no run to resume ({error}); start it without --resume") from error
+        why = "there is none" if isinstance(error, FileNotFoundError) else error
+        raise InputError(f"{output}: no run to resume ({why}); start it without --resume") from error
     # What the run does not say it had by default: it may be older than an option.
     options = plain(type(config)()) | before.get("options", {})
     now = json.loads(json.dumps(plain(config)))
