@@ -846,11 +846,7 @@ def flat(config: Any) -> dict[str, Any]:
 
 def names(kind: Any) -> Iterator[str]:
     """The names of all options of a command."""
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            yield from names(hint)
-        else:
-            yield name
+    yield from _hints(kind)
 
 
 def checked(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,13 +124,11 @@ def _limit(found: dict[str, Any], grid: Grid) -> dict[str, Any]:
 
 def _local(run: Path, maps: RunMaps, found: dict[str, Any], config: AssessConfig) -> dict[str, Any] | None:
     grid = maps.grid
-    window = (
-        config.window
-        if config.window is not None
-        else min(default_window(found["backprojection_masked"]), grid.length / 2)
-    )
-    if config.window is None and window < 4 * grid.pixel_size:
-        return None
+    window = config.window
+    if window is None:
+        window = min(default_window(found["backprojection_masked"]), grid.length / 2)
+        if window < 4 * grid.pixel_size:
+            return None
 
     def write(name: str, local: LocalResolution) -> dict[str, float] | None:
         write_map(run / name, local.filled(maps.mask), grid.pixel_size, maps.origin)

@@ -136,6 +136,19 @@ def beam_tilt(
     return torch.stack([2 * y, 2 * x, none, y, x, none], 1)
 
 
+def tilt_of_coma(
+    odd: Float[Tensor, "p k"], voltage: Float[Tensor, " p"], cs: Float[Tensor, " p"]
+) -> tuple[Float[Tensor, "p 2"], Float[Tensor, "p j"]]:
+    """Undoes `beam_tilt`: the tilts (x, y) in mrad whose coma odd Zernike coefficients hold, and the coefficients
+    without them, at least six. Without spherical aberration there are none, and coma stays where it is."""
+    odd = torch.nn.functional.pad(odd, (0, max(0, 6 - odd.shape[1])))
+    unit = beam_tilt(torch.ones_like(odd[:, :2]), voltage, cs)[:, 3:5]
+    tilt = torch.where(unit != 0, odd[:, 3:5] / unit, 0.0).flip(1)  # Z(3, -1) is the y component
+    rest = odd - torch.nn.functional.pad(beam_tilt(tilt, voltage, cs), (0, odd.shape[1] - 6))
+    rest[:, 3:5] = torch.where(unit != 0, 0.0, odd[:, 3:5])  # exactly
+    return tilt, rest
+
+
 def in_image(rotation: Float[Tensor, "p 3 3"], optics: Optics) -> Float[Tensor, "p 3 3"]:
     """Matrices whose first two rows lead into the images as they were recorded: rotations, or with anisotropic
     magnification M no longer such.

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn.functional import pad
 
 from emsplat.errors import InputError
-from emsplat.imaging.ctf import beam_tilt
+from emsplat.imaging.ctf import beam_tilt, tilt_of_coma
 from emsplat.io.files import replacing, require_file, require_finite
 from emsplat.io.paths import Names, find_stacks, group_equal
 from emsplat.io.table import OpticsGroup, ParticleTable, doubts, refuse_impossible
@@ -755,13 +754,10 @@ def _earlier(values: Array) -> NDArray[np.int64]:
 
 def _tilt_of(bent: Aberrations, optics: Optics) -> tuple[NDArray[np.float64], bool]:
     """``ctf/tilt_A`` of coma, and whether there are aberrations besides it."""
-    unit = beam_tilt(torch.ones(len(optics), 2, dtype=torch.float64), optics.voltage, optics.cs)
-    odd = pad(bent.odd, (0, max(0, 6 - bent.odd.shape[1])))
-    coma = torch.where(unit[:, 3:5] != 0, odd[:, 3:5] / unit[:, 3:5], 0.0)
-    mrad = coma.flip(1)  # Z(3, -1) is the y component
-    rest = odd - pad(beam_tilt(mrad, optics.voltage, optics.cs), (0, odd.shape[1] - 6))
+    mrad, rest = tilt_of_coma(bent.odd, optics.voltage, optics.cs)
     tilt = 1e7 * optics.cs[:, None] * torch.sin(1e-3 * mrad)
-    return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + odd.abs().max())).any()) or bool(bent.even.any())
+    largest = float(bent.odd.abs().max()) if bent.odd.numel() else 0.0
+    return tilt.numpy(), bool((rest.abs() > 1e-6 * (1 + largest)).any()) or bool(bent.even.any())
 
 
 def _sources(fields: _Fields) -> NDArray[np.uint64] | None:

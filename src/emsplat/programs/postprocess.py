@@ -59,14 +59,14 @@ def _postprocess(run: Path, config: PostprocessConfig, log: Log) -> dict[str, An
     evident = summary.get("evident")
     if evident is None:
         evident = is_evident(maps.data, grid, summary.get("input", {}).get("diameter") or 0.9 * grid.length, shared)
-    curves = half_map_curves(maps.halves, grid, maps.mask)
-    corrected, masking = curves["corrected"], correction(curves, maps.mask)
-    weight, found, source = _weight(maps, corrected)
     if not evident:
         raise InputError(
             f"{run}: no resolution: no particle was found in the images, the half-sets agree no further than the "
             "first shells; expected maps with signal"
         )
+    curves = half_map_curves(maps.halves, grid, maps.mask)
+    corrected, masking = curves["corrected"], correction(curves, maps.mask)
+    weight, found, source = _weight(maps, corrected)
     if found is None or not beyond_shared(found, grid, shared):
         why = "is below its threshold from the start" if found is None else "agrees only where poses share it"
         raise InputError(f"{run}: no resolution in this mask (the {source} {why}); see {FSC}")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emsplat.imaging.ctf import beam_tilt
+from emsplat.imaging.ctf import tilt_of_coma
 from emsplat.io.files import require_finite
 from emsplat.io.paths import Names
 from emsplat.io.relion.read import CARRIED, CONTRAST, MAGNIFICATION, TREATMENTS, Block, find_tables
@@ -157,7 +157,10 @@ def rewrite_table(
     if "aberrations" in table.changed and optics is not None and table.optics.aberrations is not None:
         odd = table.optics.aberrations.odd[_first_of_groups(table)]
         if any(optics.has(name) for name in _TILTS):
-            tilt, odd = _coma_apart(odd, table.optics[torch.tensor(_first_of_groups(table))])
+            # RELION 5 adds a tilt to the polynomials. 3.1 puts its coma, also that of a tilt of 0, in the place of
+            # theirs and leaves what compensates it, which shifts the images.
+            own = table.optics[torch.tensor(_first_of_groups(table))]
+            tilt, odd = tilt_of_coma(odd, own.voltage, own.cs)
             groups |= {
                 name: [f"{value:.7f}" for value in own] for name, own in zip(_TILTS, tilt.T.tolist(), strict=True)
             }
@@ -224,21 +227,6 @@ def _missing_optics(table: ParticleTable, optics: Block) -> dict[str, list[str]]
     if all(own.box is not None for own in table.groups):
         values["ImageSize"] = [str(own.box) for own in table.groups]
     return {name: texts for name, texts in values.items() if not optics.has(name)}
-
-
-def _coma_apart(odd: Tensor, optics: Optics) -> tuple[Tensor, Tensor]:
-    """Odd polynomials (g, k) as beam tilts in mrad and the rest, which has no coma.
-
-    RELION 5 adds a tilt to the polynomials. RELION 3.1 puts its coma in the place of theirs, also that of a tilt of 0,
-    and leaves what compensates it: coma beside columns of tilts would be lost, and images be shifted.
-    """
-    unit = beam_tilt(torch.ones_like(odd[:, :2]), optics.voltage, optics.cs)
-    known = unit[:, 3] != 0  # not without spherical aberration
-    tilt = torch.where(known[:, None], odd[:, [4, 3]] / unit[:, [4, 3]].where(known[:, None], torch.ones(())), 0.0)
-    rest = odd.clone()
-    rest[:, :6] -= beam_tilt(tilt, optics.voltage, optics.cs)
-    rest[:, 3:5] = torch.where(known[:, None], 0.0, rest[:, 3:5])
-    return tilt, rest
 
 
 def _first_of_groups(table: ParticleTable) -> list[int]:
