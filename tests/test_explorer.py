@@ -432,7 +432,7 @@ def test_browser_exports_what_the_lasso_holds(tmp_path: Path) -> None:
             page.mouse("moved", left + x, top + y, held=True)
         page.mouse("released", left + low[0], top + high[1])
         page.frames(2)
-        rows = [int(line) for line in page.evaluate("explorer.rowsText()").split()]
+        rows = [int(line) for line in page.evaluate("explorer.rowsText()").split()[1:]]
 
         def within(margin: float) -> set[int]:
             inside = ((place > low - margin) & (place < high + margin)).all(1)
@@ -451,7 +451,7 @@ def test_browser_exports_what_the_lasso_holds(tmp_path: Path) -> None:
         saved = {file: tmp_path / "saved" / file for file in ("run_rows.txt", "run_particles.csv")}
         while not all(file.exists() for file in saved.values()):
             page.frames(5)
-        assert [int(line) for line in saved["run_rows.txt"].read_text().split()] == rows
+        assert [int(line) for line in saved["run_rows.txt"].read_text().split()[1:]] == rows
         head, *lines = saved["run_particles.csv"].read_text().splitlines()
         assert head == "row,half,z1,z2,z3,class,gain"
         assert [int(line.split(",")[0]) for line in lines] == rows
@@ -464,7 +464,7 @@ def test_browser_exports_what_the_lasso_holds(tmp_path: Path) -> None:
         page.evaluate("document.querySelectorAll('#states td:last-child button')[1].click()")
         distance = ((numbers.particles.latent[:, None] - numbers.points[:2]) ** 2).sum(2)
         near = numbers.particles.row[distance.argmin(1) == 1]
-        assert [int(line) for line in page.evaluate("explorer.rowsText()").split()] == near.tolist()
+        assert [int(line) for line in page.evaluate("explorer.rowsText()").split()[1:]] == near.tolist()
         assert page.problems == []
 
 

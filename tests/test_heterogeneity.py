@@ -363,9 +363,10 @@ def test_selected_particles(run, particles, tmp_path, capsys):
     assert index.dtype.kind == "i"
     assert np.array_equal(index, right)
     # The same by the files that the explorer and cryoDRGN write.
-    (tmp_path / "rows.txt").write_text("".join(f"{row + 1}\n" for row in right))
+    (tmp_path / "rows.txt").write_text("row\n" + "".join(f"{row + 1}\n" for row in right))
+    (tmp_path / "bare.txt").write_text("".join(f"{row + 1}\n" for row in right))
     (tmp_path / "table.csv").write_text("row,z1\n" + "".join(f"{row + 1},0\n" for row in right))
-    for number, name in enumerate(("rows.txt", "table.csv", "high/selected.pkl")):
+    for number, name in enumerate(("rows.txt", "bare.txt", "table.csv", "high/selected.pkl")):
         config = StatesConfig(select=(str(tmp_path / name),))
         paths = states(folder, config, tmp_path / str(number))
         assert np.array_equal(read_particles(paths[0]).image.numpy(), right)
@@ -439,6 +440,7 @@ def test_latents_that_are_refused(run, tmp_path, options, said):
         ("z1\nnan\n", "row 1, column z1: nan; expected a finite number"),
         ("z1\n1\ninf\n", "row 2, column z1: inf"),
         ("z2\n1\n", "expected a CSV table with columns z1"),
+        ("z1,z2\n1,0\n", "column z2, but this run has 1 components"),
         ("z1\n", "no rows"),
     ],
 )

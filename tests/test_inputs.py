@@ -71,7 +71,16 @@ def test_subset_by_numbers_and_by_names(particles, tmp_path):
         assert table_of(particles, subset=tmp_path / name).image.tolist() == sorted(rows.tolist())
 
 
-@pytest.mark.parametrize("text", ["400\n", "-1\n", "1.5\n", "3\n3\n", "nan\n", "one\n", ""])
+def test_subset_of_a_table_counts_from_1(particles, tmp_path):
+    for name, text in (("rows.txt", "row\n6\n18\n3\n"), ("latents.csv", "row,copy,z1\n6,1,0\n6,2,0\n18,1,0\n3,1,0\n")):
+        (tmp_path / name).write_text(text)
+        assert table_of(particles, subset=tmp_path / name).image.tolist() == [2, 5, 17]
+    (tmp_path / "rows.txt").write_text("row\n0\n")
+    with pytest.raises(InputError, match=r"rows from 1 to 400"):
+        table_of(particles, subset=tmp_path / "rows.txt")
+
+
+@pytest.mark.parametrize("text", ["400\n", "-1\n", "1.5\n", "3\n3\n", "nan\n", "one\n", "", "row\n", "row\n401\n"])
 def test_subsets_that_name_no_rows(particles, tmp_path, text):
     (tmp_path / "rows.txt").write_text(text)
     with pytest.raises(InputError, match=r"rows\.txt"):

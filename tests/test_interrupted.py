@@ -27,7 +27,7 @@ from emsplat.programs.simulate import simulate
 from emsplat.run.files import checkpoint_name, coarse_model_name, start_name
 from emsplat.run.folder import read_summary
 from emsplat.run.journal import Foreseen, Judged, Part, Scored, read_journal
-from emsplat.run.stop import Checkpoints, StopRequest, time_limit
+from emsplat.run.stop import Checkpoints, StopRequest, checkpoints, time_limit
 from emsplat.types import Poses
 from processes import SLOW, SLOW_FIT, ends, start, wait_for
 
@@ -165,6 +165,12 @@ def test_time_limits_are_those_of_batch_systems(text, seconds):
 def test_what_is_no_time_limit_is_refused(text):
     with pytest.raises(InputError, match="--time-limit"):
         time_limit(text)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan])
+def test_checkpoints_that_cannot_be_are_refused(seconds):
+    with pytest.raises(InputError, match="--checkpoint-every"), checkpoints(seconds):
+        pass
 
 
 def test_a_time_limit_is_a_request_to_stop(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from gemmi import cif
 
 from emsplat.cli import main
+from emsplat.errors import InputError
 from emsplat.imaging.project import voxelize
 from emsplat.io.gaussians import write_gaussians
 from emsplat.io.mrc import read_map, write_map
@@ -135,6 +136,9 @@ def test_maps_lie_where_the_half_maps_lie(tmp_path):
     write_map(tmp_path / "map.mrc", voxelize(mixture, GRID), GRID.pixel_size, (-30.0, 12.0, 7.5))
     moved = dataclasses.replace(mixture, mean=mixture.mean + torch.tensor([-30.0, 12.0, 7.5]))
     write_gaussians(atoms, moved, GRID)
+    write_map(tmp_path / "voxel.mrc", torch.ones(1, 1, 1), 2.0)
+    with pytest.raises(InputError, match="no shells"):
+        compare(tmp_path / "voxel.mrc", tmp_path / "voxel.mrc", None, None, Log(StringIO()))
     curves = compare(tmp_path / "map.mrc", atoms, None, None, Log(StringIO()))
     assert float(curves["unmasked"].value[1:10].min()) > 0.999
 

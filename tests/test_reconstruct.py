@@ -239,6 +239,10 @@ def test_sums_of_other_particles_are_added(particles, tmp_path):
     assert float(fsc_curve(both, whole, grid).value[1:].min()) > 0.98
     with pytest.raises(InputError, match="same particles"):
         reconstruct(add, particles.parent / "first.star", tmp_path / "twice")
+    nothing = change(QUICK, add_statistics=(particles.parent,))
+    with pytest.raises(InputError, match="run that with --keep-statistics"):
+        reconstruct(nothing, particles.parent / "first.star", tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # free for the next try
 
 
 def test_back_projection_is_a_run_of_its_own(particles, tmp_path, capsys):

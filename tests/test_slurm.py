@@ -110,7 +110,7 @@ def test_a_job_in_parts_runs_without_processes_that_talk(simulated, tmp_path, ca
         (["--parts", "3", "--nodes", "2", "reconstruct", "{}", "-o", "run"], "leave --nodes and --processes out"),
         (["--parts", "3", "reconstruct", "{}", "-o", "run", "--engine", "images"], "needs all of them in one run"),
         (["--parts", "3", "refine", "{}", "-o", "run"], "refine needs all particles in one run"),
-        (["--time", "soon", "reconstruct", "{}", "-o", "run"], "--time-limit soon"),
+        (["--time", "soon", "reconstruct", "{}", "-o", "run"], "--time soon: expected"),
         (["reconstruct", "none.star", "-o", "run"], "none.star"),
         (["reconstruct", "{}", "-o", "run", "--simmetry", "D2"], "no such option"),
     ],

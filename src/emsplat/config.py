@@ -78,8 +78,9 @@ class ChoiceOptions:
     """Further particle files, STAR or .cs, whose particles are added. They may differ in optics, box and pixel size."""
 
     subset: File | None = None
-    """Only these particles: a .star or .cs file that names them, or row numbers counted from 0 (.txt with one per line,
-    .npy, or cryoDRGN's .pkl)."""
+    """Only these particles: a .star or .cs file that names them, row numbers counted from 0 (.txt with one per line,
+    .npy, or cryoDRGN's .pkl), or a table with a column row, which counts from 1 (latents.csv, rows.txt of the
+    explorer)."""
 
     particle_class: Annotated[int | None, Name("class")] = None
     """Only particles of this class (rlnClassNumber, alignments3D/class)."""

@@ -72,6 +72,20 @@ def as_whole(path: Path, name: str, values: Sequence[str]) -> Int[Tensor, " p"]:
     return torch.tensor(list(map(int, values)))
 
 
+def row_column(path: Path) -> Int[Tensor, " p"] | None:
+    """The column ``row`` of a table, which counts from 1 as latents.csv does; None where the first line names none.
+
+    Raises:
+        InputError: it is missing, or not a table of whole numbers after all.
+    """
+    require_file(path, "file of row numbers")
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        head = file.readline(10_000)
+    if "row" not in head.strip().split(","):
+        return None
+    return as_whole(path, "row", read_columns(path, ["row"])["row"])
+
+
 def _short(text: str) -> str:
     """What a file holds, as a message can show it."""
     return ascii(text[:60])[1:-1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emsplat.config import ChoiceOptions, ImageOptions, SourceConfig
 from emsplat.errors import InputError
+from emsplat.io.columns import row_column
 from emsplat.io.mrc_arrays import StackFile
 from emsplat.io.particles import image_keys, read_particles
 from emsplat.io.paths import find_stacks, real_paths
@@ -161,13 +162,18 @@ def _part(text: str, table: ParticleTable) -> Int[Tensor, " q"]:
 
 
 def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int[Tensor, " q"], list[str]]:
-    """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), or particles (.star, .cs); and what is
-    assumed."""
+    """Rows of a table that a file lists: 0-based numbers (.txt, .pkl, .npy), a column ``row``, which counts from 1, or
+    particles (.star, .cs); and what is assumed."""
     kind = path.suffix.lower()
     if kind in (".star", ".cs"):
         return _same_images(path, table, datadir)
     if kind == ".pkl":
         numbers = np.asarray(load_arrays(path))
+    elif kind != ".npy" and (counted := row_column(path)) is not None:
+        rows = torch.unique(counted) - 1  # copies under a symmetry have rows of their own
+        if not 0 <= int(rows.min()) <= int(rows.max()) < len(table):
+            raise InputError(f"{path}: expected rows from 1 to {len(table)}, the particles of {table.name}")
+        return rows, []
     else:
         try:
             with warnings.catch_warnings():
@@ -175,7 +181,8 @@ def _listed(path: Path, table: ParticleTable, datadir: Path | None) -> tuple[Int
                 numbers = np.load(path, allow_pickle=False) if kind == ".npy" else np.loadtxt(path, ndmin=1)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{path}: cannot be read ({error}); expected row numbers from 0, one per line, or a .star or .cs file"
+                f"{path}: cannot be read ({error}); expected row numbers from 0, one per line, a table with a "
+                "column row, which counts from 1, or a .star or .cs file"
             ) from error
     rows = numbers.astype(np.int64) if numbers.dtype.kind in "fiu" and np.isfinite(numbers).all() else np.zeros(0)
     if rows.ndim != 1 or not len(rows) or (rows != numbers).any() or rows.min() < 0 or rows.max() >= len(table):

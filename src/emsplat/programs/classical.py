@@ -27,6 +27,7 @@ from emsplat.programs.run import Run
 from emsplat.programs.shown import note_curve, show_slices
 from emsplat.report import verdict
 from emsplat.run.files import HALVES, MASK, statistics_name
+from emsplat.run.folder import added_statistics
 from emsplat.run.log import Log
 from emsplat.run.stop import checkpoints
 from emsplat.sums.equations import ClassicalEquations, NormalEquations, circulant, combined, contrast, relative_gain
@@ -180,10 +181,7 @@ def _held_by(folder: Path, name: str, before: list[_Held], log: Log) -> list[_He
     Raises:
         InputError: the folder has no sums.
     """
-    found = sorted(folder.glob(statistics_name(name, "*")))
-    if not found:
-        raise InputError(f"{folder}: no {statistics_name(name)}; run that with --keep-statistics")
-    own = [held_images(path) for path in found]
+    own = [held_images(path) for path in added_statistics(folder, name)]
     if not all(map(len, own)):
         log.warn(f"{folder}: does not say which images its sums hold; that none of them is here is assumed")
     for one, other in product(before, own):
@@ -211,7 +209,7 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
     rate = "" if run.config.run.resume else f", {len(subset) / max(seconds, 1e-9):,.0f} images/s"
     run.log.line(f"{name}: {len(subset):,} particles accumulated, {seconds:.1f} s{rate}")
     for folder in run.config.run.add_statistics if run.world.first else ():
-        for path in sorted(folder.glob(statistics_name(name, "*"))):
+        for path in added_statistics(folder, name):
             other = _added(path, subset)
             parts.append(other.used_up())
             run.log.line(

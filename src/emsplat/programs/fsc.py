@@ -9,6 +9,7 @@ import torch
 
 from emsplat.assessment.curves import half_map_curves
 from emsplat.assessment.maps import are_opposite, read_mask, read_pair, say_opposite
+from emsplat.errors import InputError
 from emsplat.io.files import require_another
 from emsplat.measures.curves import Curves, crossing, last_crossing, never_falls, resolution
 from emsplat.measures.fsc import fsc_curve
@@ -25,13 +26,15 @@ def compare(a: Path, b: Path, mask: Path | None, output: Path | None, log: Log) 
     They are "unmasked", and with a mask also "masked", "corrected" and "random_phases".
 
     Raises:
-        InputError: a file cannot be read, or their grids differ.
+        InputError: a file cannot be read, their grids differ, or are of a single voxel.
         OutputError: the curves cannot be written.
     """
     if output is not None:
         require_another(output, a, b, mask)
     first, second, grid, origin = read_pair(a, b, log)
     soft = None if mask is None else read_mask(mask, grid, log, origin)
+    if grid.size < 2:
+        raise InputError(f"{a}: a map of one voxel has no shells; expected two voxels or more along each axis")
     plain = fsc_curve(first, second, grid)
     if torch.equal(first, second) or float(plain.value[1:].min()) > 1 - _SAME:
         log.warn(f"{a} and {b} are the same map, but for a factor: the FSC of a map with itself says nothing")

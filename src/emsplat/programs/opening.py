@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,10 +32,10 @@ from emsplat.programs.estimate import estimate_of, speed_of_core
 from emsplat.programs.run import Run
 from emsplat.programs.settings import Settings
 from emsplat.run.files import HALVES, PARTICLES, SETTINGS
-from emsplat.run.folder import command_of, plain, prepare_folder, write_text
+from emsplat.run.folder import added_statistics, command_of, plain, prepare_folder, write_text
 from emsplat.run.journal import Begun
 from emsplat.run.log import Log, counted, data_size
-from emsplat.run.stop import time_limit
+from emsplat.run.stop import require_spacing, time_limit
 from emsplat.sums.statistics import fingerprint, memory_of_sums
 from emsplat.types import Grid
 
@@ -63,6 +64,10 @@ def open_run(
     device, device_said = choose_device(config.run.device)
     forget_peak_memory(device)
     time_limit(config.run.time_limit)
+    require_spacing(config.run.checkpoint_every)
+    if world.first:
+        for other, half in product(config.run.add_statistics, HALVES):
+            added_statistics(other, half)
     with log.step("particles"):
         stack = open_stack(_here(config, world), particles, need_poses=need_poses, world=world).on(device)
         _require_usable(stack, config, settings)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from emsplat.errors import InputError, OutputError
-from emsplat.io.columns import as_numbers, as_whole, read_columns
+from emsplat.io.columns import as_numbers, as_whole, read_columns, row_column
 from emsplat.io.cryosparc import read_cs, write_cs
 from emsplat.io.particles import columns_kept, read_particles, write_used
 from emsplat.io.pickles import load_arrays, write_arrays
@@ -132,15 +132,17 @@ def _listed(lines: _Lines, path: Path) -> Bool[Tensor, " v"]:
     """Views whose row number (from 1) a file lists: a CSV table with a column row, or one number per line; or a pickle
     of cryoDRGN, which counts from 0."""
     kind = path.suffix.lower()
-    if kind == ".csv":
-        numbers = as_whole(path, "row", read_columns(path, ["row"])["row"])
-    elif kind == ".pkl":
+    if kind == ".pkl":
         values = np.asarray(load_arrays(path))
         if values.dtype.kind not in "iu" or values.ndim != 1:
             raise InputError(
                 f"{path}: holds {values.dtype} {values.shape}; expected whole numbers, as cryoDRGN's --ind"
             )
         numbers = torch.from_numpy(values.astype(np.int64)) + 1
+    elif kind == ".csv":
+        numbers = as_whole(path, "row", read_columns(path, ["row"])["row"])
+    elif (counted := row_column(path)) is not None:
+        numbers = counted
     else:
         try:
             with warnings.catch_warnings():

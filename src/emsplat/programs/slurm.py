@@ -88,7 +88,7 @@ def script(
 
 
 def _minutes(text: str) -> int:
-    return max(1, int(time_limit(text) // 60))
+    return max(1, int(time_limit(text, "--time") // 60))
 
 
 def _head(command: str, images: int, needed: Estimate, minutes: int, options: SlurmConfig) -> list[str]:

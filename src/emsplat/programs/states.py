@@ -130,4 +130,9 @@ def _latents(run: Path, config: StatesConfig, model: HalfModel) -> Float[Tensor,
 def _table(path: Path, count: int) -> Float[Tensor, "n q"]:
     names = [f"z{k + 1}" for k in range(count)]
     columns = read_columns(path, names)
+    if more := [name for name in columns if name[:1] == "z" and name[1:].isdecimal() and name not in names]:
+        raise InputError(
+            f"{path}: column {more[0]}, but this run has {len(names)} components; expected those of "
+            f"this run, columns {', '.join(names)}"
+        )
     return torch.tensor([as_numbers(path, name, columns[name]) for name in names], dtype=torch.float64).T

@@ -11,7 +11,7 @@ from typing import Any
 from emsplat.config import ReconstructConfig, RunConfig, flat
 from emsplat.errors import InputError, OutputError
 from emsplat.io.files import TEMPORARY, replacing
-from emsplat.run.files import SETTINGS, SUMMARY
+from emsplat.run.files import SETTINGS, SUMMARY, statistics_name
 
 
 def prepare_folder(config: RunConfig, particles: Path, output: Path, stacks: Sequence[Path] = ()) -> None:
@@ -146,6 +146,18 @@ def plain(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return {name: simple(value) for name, value in flat(config).items() if value is not None}
+
+
+def added_statistics(folder: Path, fit: str) -> list[Path]:
+    """The sums of a fit that a finished run has kept.
+
+    Raises:
+        InputError: it has kept none.
+    """
+    found = sorted(folder.glob(statistics_name(fit, "*")))
+    if not found:
+        raise InputError(f"{folder}: no {statistics_name(fit)}; run that with --keep-statistics")
+    return found
 
 
 def read_summary(run: Path) -> dict[str, Any]:

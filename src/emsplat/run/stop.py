@@ -110,11 +110,21 @@ def checkpoints(every: float, world: World = ALONE, limit: str | None = None) ->
     process began.
 
     Raises:
-        InputError: the limit is no time.
+        InputError: the limit is no time, or checkpoints are to be less than no time apart.
     """
+    require_spacing(every)
     end = started() + time_limit(limit)
     with interruptible() as stop:
         yield Checkpoints(every, stop, world, end)
+
+
+def require_spacing(every: float) -> None:
+    """
+    Raises:
+        InputError: checkpoints cannot be so many seconds apart.
+    """
+    if not every >= 0:  # nan as well
+        raise InputError(f"--checkpoint-every {every:g}: expected seconds from 0 (after each batch) on")
 
 
 def require_time(limit: str | None, where: str, world: World = ALONE) -> None:
@@ -130,7 +140,7 @@ def require_time(limit: str | None, where: str, world: World = ALONE) -> None:
         moment.saved(f"{where}; go on with --resume")
 
 
-def time_limit(text: str | None) -> float:
+def time_limit(text: str | None, option: str = "--time-limit") -> float:
     """Seconds of a time as batch systems write it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
 
     Raises:
@@ -141,7 +151,7 @@ def time_limit(text: str | None) -> float:
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isascii() and part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
-        raise InputError(f"--time-limit {text}: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+        raise InputError(f"{option} {text}: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds")
     numbers = [int(part) for part in parts]
     if dash:  # days-hours[:minutes[:seconds]]
         hours, minutes, seconds = [*numbers, 0, 0][:3]
@@ -149,5 +159,5 @@ def time_limit(text: str | None) -> float:
         hours, minutes, seconds = numbers if len(numbers) == 3 else [0, *numbers, 0][:3]
     total = ((int(days) if dash else 0) * 24 + hours) * 3600 + minutes * 60 + seconds
     if not total:
-        raise InputError(f"--time-limit {text}: expected a time above 0")
+        raise InputError(f"{option} {text}: expected a time above 0")
     return float(total)

@@ -637,7 +637,8 @@ function start() {
 
   // ---- what the selection is saved as
   const selection = () => Array.from(data.row.keys()).filter((i) => plane.selected[i]);
-  const rowsText = () => selection().map((i) => `${data.row[i]}\n`).join("");
+  // With a head, as latents.csv: these rows count from 1, bare numbers in such files from 0.
+  const rowsText = () => ["row", ...selection().map((i) => data.row[i]), ""].join("\n");
 
   function tableText() {
     const names = ["row", "half", ...range(data.latents).map((j) => `z${j + 1}`), ...(data.cluster ? ["class"] : []), "gain"];
