@@ -18,7 +18,7 @@ from emsplat.measures.fsc import fsc_curve
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_particles
 from emsplat.sums import statistics as module
-from emsplat.sums.equations import NormalEquations, contrast
+from emsplat.sums.equations import NormalEquations, contrast, relative_gain
 from emsplat.sums.statistics import FourierStatistics, accumulate, begin, equations_of
 from emsplat.types import Gaussians, Grid, Optics, Poses
 from memory import Memory
@@ -313,6 +313,19 @@ def test_empty_equations_solve_to_nothing():
     empty = NormalEquations(Grid(size, 1.0), torch.zeros((size,) * 3), kernel, 0)
     assert float(empty.solve().abs().max()) == 0
     assert empty.coverage() == 0
+
+
+def test_parts_of_noisy_images_have_one_grey_scale(simulated):
+    """A map of a few images fits their noise too; another set, which has other noise, is not fainter for that."""
+    stack = open_particles(simulated(particles=400, snr=0.05))
+    parts = [equations_of(stack.take(torch.arange(first, 400, 8))) for first in range(4)]
+    first, *others = parts
+    for scale in (1.0, 2.0, -0.5):
+        gains = [relative_gain(first, other.scaled(1 / scale)) / scale for other in others]
+        assert gains == pytest.approx([1] * len(gains), abs=0.15)
+        assert relative_gain(others[0].scaled(1 / scale), first) == pytest.approx(1 / (scale * gains[0]), rel=0.1)
+    nothing = [equations_of(open_particles(simulated(particles=40, noise_only=True, seed=seed))) for seed in (1, 2)]
+    assert 0.3 < relative_gain(*nothing) < 3
 
 
 def test_experimental_particles_are_bright(shared_data):

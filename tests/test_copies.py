@@ -725,6 +725,8 @@ def test_added_sums_may_not_hold_images_of_the_other_half(stack, poses, tmp_path
     assert any("3 images" in text and "count twice" in text for text in log.warnings)
     with pytest.raises(InputError, match=r"half1, and .*half2, hold the same images"):
         backproject(add, other, tmp_path / "other")
+    with pytest.raises(InputError, match="is given twice"):
+        backproject(configure(BackprojectConfig, add_statistics=(tmp_path / "one",) * 2), same, tmp_path / "twice")
 
 
 def test_added_sums_of_particles_in_another_stack_are_noticed(stack, poses, tmp_path):

@@ -471,12 +471,12 @@ def test_browser_exports_what_the_lasso_holds(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("latents", [1, 2])
 def test_browser_shows_what_little_there_is(latents: int, tmp_path: Path) -> None:
-    """One model, one component, four particles, no state and no point of a density."""
+    """One model, one component, two particles in two copies, no state and no point of a density."""
     latent = np.linspace(-1, 1, 4 * latents).reshape(4, latents)
     numbers = ExplorerNumbers(
         "small",
         [numbers_of(make_decoder(4, 12, Shape(latents, parts=1, bends=0, changes=0)))],
-        ParticleNumbers(np.arange(4) + 1, np.zeros(4, int), latent, np.zeros(4)),
+        ParticleNumbers(np.arange(4) // 2 + 1, np.zeros(4, int), latent, np.zeros(4), copy=np.arange(4) % 2 + 1),
         np.zeros((0, latents)),
         np.zeros(0),
         np.zeros(latents),
@@ -485,6 +485,10 @@ def test_browser_shows_what_little_there_is(latents: int, tmp_path: Path) -> Non
     with browsing(tmp_path / "profile", 500, 800) as page:
         page.open(path)
         page.wait("explorer.counts.molecule > 0")
+        page.evaluate("explorer.plane.selected.fill(1)")
+        assert page.evaluate("explorer.rowsText()") == "row,copy\n1,1\n1,2\n2,1\n2,2\n"
+        assert page.evaluate("explorer.tableText()").startswith("row,copy,half,z1")
+        page.evaluate("explorer.plane.selected.fill(0)")
         left, top, width, height = page.box("#plane")
         page.mouse("moved", left + 0.9 * width, top + 0.5 * height)
         page.frames(3)

@@ -593,7 +593,7 @@ def test_a_point_that_is_nobodys_says_nothing(stack):
     alone = joined(list(gather_cells(stack, member[:, :1], torch.zeros(1, 1, dtype=torch.float64), 24)))
     assert both.particles[1] == both.noise[1] == 0
     torch.testing.assert_close(empirical_map(both, torch.ones(2)), empirical_map(alone, torch.ones(1)))
-    assert bool(torch.isfinite(linear_maps(both, both.linear, 1.0)).all())
+    assert bool(torch.isfinite(linear_maps(both, both.linear, 1.0, 1.0)).all())
 
 
 def random_cells(size=16, count=3):

@@ -103,6 +103,18 @@ def test_a_rare_state_and_the_one_of_nearly_all_are_confirmed():
     assert all(one.confirmed for one in found)
 
 
+def test_the_same_structure_in_another_grey_scale_is_no_state_of_its_own():
+    """Beside a state that is one, the mean of all others is another map than either of the twins."""
+    body, arm = globule(0, 0, 0) + globule(3, -3, 2), globule(-5, 4, 0)
+    true = [body, 1.5 * body, body + arm]
+    latents, weight = torch.arange(3).double()[:, None], torch.tensor([1.0, 2.0, 1.5])
+    found = proofs(fitted([true, true], true, 0.1), latents, weight, sum(true) / 3, GRID, everywhere, 10)
+    assert [one.like for one in found] == [1, None, None]
+    assert [one.confirmed for one in found] == [False, True, True]
+    assert found[0].fsc_gain > 3 * found[0].fsc_gain_error  # better than the mean of the others it is
+    assert "like" not in found[1].about
+
+
 def test_data_of_a_symmetric_state_count_once():
     """Under C2: a state to which both views of an image belong, and one that has them singly."""
     both = fitted([[globule(0, 0, 0)] * 2] * 2, [globule(0, 0, 0)] * 2, 0.3)
@@ -129,7 +141,10 @@ def confirming(monkeypatch, kept):
 
     def some(*args):
         found = own(*args)
-        return [replace(one, fsc_gain=float(number in kept), fsc_gain_error=0.1) for number, one in enumerate(found)]
+        gains = [float(number in kept) for number in range(len(found))]
+        return [
+            replace(one, fsc_gain=gain, fsc_gain_error=0.1, like=None) for one, gain in zip(found, gains, strict=True)
+        ]
 
     monkeypatch.setattr(program, "proofs", some)
 

@@ -185,3 +185,28 @@ def test_rows_are_those_of_the_input(star, tmp_path):
     (tmp_path / "some.txt").write_text("7\n3\n12\n20\n21\n22\n30\n31\n")
     stack = open_stack(configure(HeterogeneityConfig, subset=tmp_path / "some.txt"), star)
     assert sorted(row_numbers(stack).tolist()) == [4, 8, 13, 21, 22, 23, 31, 32]
+
+
+def test_selected_copies_under_a_symmetry_are_those_that_were_meant(star, tmp_path, capsys):
+    """A molecule in which one subunit differs is in another state in each of its copies."""
+    run = tmp_path / "run"
+    stack = open_stack(configure(HeterogeneityConfig, symmetry="C2"), star)
+    views = views_of(stack)
+    write_particles(stack, views, run)
+    columns = (views.row + 1, views.half, views.copy, views.state)
+    rows = "".join(
+        f"{row},{half},{copy},0\n" for row, half, copy, _ in zip(*(own.tolist() for own in columns), strict=True)
+    )
+    (run / "latents.csv").write_text("row,half,copy,z1\n" + rows)
+    (run / "summary.json").write_text(json.dumps({"options": {}, "input": {"file": str(star)}}))
+    wanted = views.state == 1
+    text = "".join(f"{row + 1},{copy}\n" for row, copy in zip(views.row[wanted], views.copy[wanted], strict=True))
+    (tmp_path / "rows.txt").write_text("row,copy\n" + text)
+    chosen = read_particles(states(run, StatesConfig(select=(str(tmp_path / "rows.txt"),)), tmp_path / "one")[0])
+    assert len(chosen) == int(wanted.sum())
+    assert set(chosen.particle_class.tolist()) == {2}
+    (tmp_path / "bare.txt").write_text("1\n2\n")
+    capsys.readouterr()
+    chosen = read_particles(states(run, StatesConfig(select=(str(tmp_path / "bare.txt"),)), tmp_path / "all")[0])
+    assert len(chosen) == 4
+    assert "all copies of its rows are taken" in "".join(capsys.readouterr())

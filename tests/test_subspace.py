@@ -15,11 +15,11 @@ from emsplat.heterogeneity.subspace import (
     Space,
     Subspace,
     SubspaceStage,
-    ball,
     consensus,
     fit_subspace,
     infer,
     posterior,
+    sphere,
 )
 from emsplat.maths.geometry import random_rotations
 from emsplat.sums.lattice import Lattice
@@ -291,7 +291,7 @@ def test_hardly_more_images_than_components(seed):
 def test_the_mean_map_of_noiseless_images():
     spectra, _ = planted(800, 0.0, 10, noise=0.0)
     found = consensus(Space(Lattice(6)), spectra)
-    expected = 0.15 * blob(found.lattice.size, 0, 0, 0, 0.1) * ball(found.lattice.size)
+    expected = 0.15 * blob(found.lattice.size, 0, 0, 0, 0.1) * sphere(found.lattice.size)
     kept = torch.fft.irfftn(torch.fft.rfftn(expected) * 1.0, s=expected.shape)
     assert torch.corrcoef(torch.stack([found.maps[0].flatten(), kept.flatten()]))[0, 1] > 0.995
 

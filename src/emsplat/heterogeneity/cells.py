@@ -212,11 +212,13 @@ def _prior(
     return (size**3 / power)[shell_index(size, 3).clamp(max=size // 2)]
 
 
-def linear_maps(cells: Cells, linear: Float[Tensor, "m z y x"], filled: float) -> Float[Tensor, "m z y x"]:
+def linear_maps(
+    cells: Cells, linear: Float[Tensor, "m z y x"], filled: float, changing: float
+) -> Float[Tensor, "m z y x"]:
     """The classical map of every cell if maps are linear in the latent: V_m = R_0 + Σ z_mk R_k.
 
     All cells say something of each R_k, so that what stands still is known from all particles. Each R_k has a prior as
-    in `empirical_map`.
+    in `empirical_map`; R_0 fills ``filled`` of the box, what changes with the latent ``changing``.
     """
     size, weight = cells.grid.size, cells.particles.double() / cells.particles.double().sum()
     away = cells.point - weight @ cells.point
@@ -233,7 +235,7 @@ def linear_maps(cells: Cells, linear: Float[Tensor, "m z y x"], filled: float) -
     for j, own in enumerate(design.T):
         noise = _information(torch.einsum("m,mzyk->zyk", own.square() * cells.noise, cells.response), size)
         information = matrix[..., j, j].clone()
-        prior = _prior(totals[j], information, noise, filled)
+        prior = _prior(totals[j], information, noise, changing if j else filled)
         matrix[..., j, j] += torch.minimum(prior, _MOST_PRIOR * information.max())
     inside = shell_index(size, 3) <= size // 2
     found = torch.zeros_like(totals)

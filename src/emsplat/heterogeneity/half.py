@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,8 @@ from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
 from emsplat.imaging.project import voxelize
 from emsplat.io.tensors import write_tensors
-from emsplat.maths.fourier import widen
-from emsplat.measures.states import common_mask
+from emsplat.maths.fourier import crop, filtered, irfft, rfft, widen
+from emsplat.measures.states import common_mask, moving_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
 from emsplat.parallel import World
@@ -28,7 +29,8 @@ from emsplat.sums.equations import mean_per_shell
 from emsplat.types import Gaussians, Grid
 
 _KERNEL = 0.25  # power of the overlap of cells with which they share residuals
-_FILLED = 0.3  # of the cells' box, by the particle
+_FILLED, _CHANGING = 0.3, 0.2  # of the cells' box, by the particle, and by what of it changes
+_COARSE = 12.0  # Å: what tells where states differ
 _JUDGED = 24  # cells of the other half by which residuals are judged
 
 
@@ -137,13 +139,39 @@ def with_residual(
 ) -> HalfModel:
     """With maps of what is `left_over`: of each cell with those that overlap with it, or of all of them, linear in the
     latent. The former is right where large pieces move, the latter where pieces come and go, and for what stands
-    still."""
+    still: beyond where the model's states differ it is one map."""
     if kind == "linear":
-        rest = linear_maps(cells, left, _FILLED)
+        rest = linear_maps(cells, left, _FILLED, _CHANGING)
+        mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), rest)
+        rest = mean + _where_states_differ(model, cells, rest) * (rest - mean)
     else:
         kernel = overlap(embedding.membership).float() ** _KERNEL
         rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
     return replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
+
+
+@torch.no_grad()
+def _where_states_differ(model: HalfModel, cells: Cells, rest: Float[Tensor, "m z y x"]) -> Float[Tensor, "z y x"]:
+    """A soft mask of where the maps of the cells are not alike, residuals ``rest`` among them."""
+    size, length = cells.grid.size, cells.grid.length
+    small = min(size, 8 * math.ceil(2 * length / _COARSE / 8))
+    grid = Grid(small, length / small)
+    drawn = torch.stack([voxelize(one, grid) for one in model.decoder.mixtures(cells.point.float())])
+    if small < size:
+        for number, own in enumerate(rest):
+            drawn[number] += irfft(crop(rfft(own, 3), small, 3) * (small / size) ** 3, 3)
+    else:
+        drawn += rest
+    mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), drawn)
+    # Noise of single voxels must not decide: a quarter of the amplitude at the finest spacing.
+    smooth = math.log(4) / (length / _COARSE) ** 2
+    away = torch.zeros_like(mean)
+    for own in drawn:
+        away = torch.maximum(away, filtered(own - mean, lambda radius: torch.exp(-smooth * radius**2)).abs())
+    mask = moving_mask(away, grid.pixel_size)
+    if mask is None:
+        return torch.zeros(cells.grid.size, cells.grid.size, cells.grid.size)
+    return mask if small == size else irfft(widen(rfft(mask, 3), size) * (size / small) ** 3, 3).clamp(0, 1)
 
 
 def agreement(model: HalfModel, cells: Cells, frame: Frame) -> float:

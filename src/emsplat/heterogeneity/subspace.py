@@ -28,10 +28,12 @@ from emsplat.maths.fourier import (
     smooth_size,
     widen,
 )
+from emsplat.measures.mask import spherical_mask
 from emsplat.parallel import ALONE, World
 from emsplat.sums.equations import circulant, response_of
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.spectra import AnySpectra
+from emsplat.types import Grid
 
 _START = 0.1  # power of a new component, relative to the mean map
 _DEAD = 1e-6  # share of the mean map's power below which a component has vanished
@@ -41,6 +43,7 @@ _MOST_BRIGHTNESS, _MOST_TURN = 0.5**2, 0.06**2  # beyond, first order is no appr
 _PATIENCE = 3  # iterations at each radius before components are pruned
 _LEAST_DETERMINED, _NOTHING = 1e-2, 1e-12
 _ROUNDING = 1e-6
+_SPHERE, _EDGE = 0.9, 0.06  # of the box: its diameter at half height, and how far the edge goes
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class Space:
         self.shells = shells[self.inside]
         self.weight = hermitian_weight(size).expand(size, size, -1)[self.inside].double()
         self.count = torch.zeros(lattice.radius + 1, dtype=torch.float64).index_add_(0, self.shells, self.weight)
-        self.sphere = ball(size)
+        self.sphere = sphere(size)
         self.support = self.sphere if support is None else self.sphere * support
 
     def per_shell(self, values: Float[Tensor, "k *c"]) -> Float[Tensor, "s *c"]:
@@ -225,11 +228,9 @@ class Space:
         return torch.cat([maps[:1] * self.sphere, maps[1:] * self.support])
 
 
-def ball(size: int, diameter: float = 0.9, edge: float = 0.06) -> Float[Tensor, "z y x"]:
-    """A sphere with a soft edge in the middle of a box; lengths are fractions of the box."""
-    axis = (torch.arange(size) - size // 2) / size
-    radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
-    return 0.5 + 0.5 * torch.cos(math.pi * ((radius - diameter / 2) / edge + 0.5).clamp(0, 1))
+def sphere(size: int) -> Float[Tensor, "z y x"]:
+    """The sphere that molecules lie in, in the middle of a box."""
+    return spherical_mask(Grid(size, 1 / size), _SPHERE - _EDGE, _EDGE)
 
 
 def _sums(space: Space, spectra: AnySpectra, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

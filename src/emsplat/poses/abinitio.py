@@ -22,6 +22,7 @@ from torch import Tensor
 from emsplat.maths.fourier import frequencies, irfft, rfft, shell_index
 from emsplat.maths.geometry import random_rotations
 from emsplat.maths.groups import C1, Symmetry
+from emsplat.measures.mask import spherical_mask
 from emsplat.poses.grids import half_grid, shift_grid
 from emsplat.poses.scores import Expected, MostLikely, Trial, best_few, expect, most_likely
 from emsplat.sums.equations import circulant, mean_per_shell
@@ -37,6 +38,7 @@ _NOISE = 0.1  # how fast the noise spectrum follows the residuals
 _LEAST = 0.5  # of the noise around particles: what that of the residuals cannot go below
 _WIDTHS, _MORE = 2.5, 2.0  # shifts are looked for within so many standard deviations, and a little (Å)
 _EDGE = 2  # voxels of the mask
+_FURTHEST = 0.1  # of the box: how far particles may spread from the middle of their images, unless more was given
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,14 @@ class Ascent:
         classes: int = 1,
     ) -> None:
         self.images, self.lattice, self.symmetry, self.spread = images, Lattice(radius), symmetry, spread
+        self._given_spread = spread
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.zeros(0, dtype=torch.int64)
         self.shell = torch.linalg.vector_norm(images.frequency, dim=1).round().long()
         self.diameter = diameter
         size = self.lattice.size
-        self.mask = _sphere(size, diameter / images.length * size)
+        across = diameter / images.length * size  # half-way down the edge
+        self.mask = spherical_mask(Grid(size, 1.0), max(across - _EDGE, 1.0), _EDGE)
         self._away = shell_index(size, 3)
         classes = classes if maps is None else len(maps)
         self._numerator = torch.zeros(classes, size, size, size // 2 + 1, dtype=torch.complex64)
@@ -200,7 +204,9 @@ class Ascent:
         count = len(residual)
         self.noise = self.noise.clone()
         self.noise[:count] += _NOISE * (residual - self.noise[:count])
-        self.spread = math.sqrt((1 - _NOISE) * self.spread**2 + _NOISE * found.spread / 2)
+        spread = math.sqrt((1 - _NOISE) * self.spread**2 + _NOISE * found.spread / 2)
+        # Shifts are looked for as far as they are found to go: where images are not centred on anything, ever further.
+        self.spread = min(spread, max(self._given_spread, _FURTHEST * self.images.length))
         weight = found.weight.reshape(len(self.maps), -1).sum(1)
         self.share = self.share + _NOISE * (weight / weight.sum() - self.share)
 
@@ -284,14 +290,6 @@ def moved(spectrum: Complex[Tensor, "z y k"], by: Float[Tensor, "3"]) -> Complex
     kz, ky, kx = frequencies(Grid(len(spectrum), 1.0), 3)
     angle = -2 * math.pi * (kx * by[0] + ky * by[1] + kz * by[2])
     return spectrum * torch.polar(torch.ones_like(angle), angle)
-
-
-def _sphere(size: int, diameter: float) -> Float[Tensor, "z y x"]:
-    """1 within a diameter (voxels), 0 beyond, with a soft edge."""
-    axis = torch.arange(size) - size // 2
-    radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
-    ramp = ((radius - diameter / 2 + _EDGE / 2) / _EDGE).clamp(0, 1)
-    return 0.5 + 0.5 * torch.cos(math.pi * ramp)
 
 
 def _by_shell(values: Float[Tensor, " k"], shell: Int[Tensor, " k"]) -> Float[Tensor, " s"]:

@@ -36,11 +36,13 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviations of what was given, of each image about its own."""
+    """Standard deviations of what was given, of each image about its own, and what all have in common: a reference that
+    is smoother than the images, or a defocus that is wrong for all, is no difference between images."""
 
     defocus: float  # Å
     scale: float  # of ln scale
     b_factor: float  # Å²
+    common: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the same
 
 
 WIDE = Spread(*_WIDE)
@@ -130,8 +132,10 @@ def _evenly(count: int, most: int) -> Tensor:
 
 
 def estimate_spread(changes: Changes) -> Spread:
-    """How wide the changes of all are beyond what noise makes of them, by EM from changes under `WIDE`."""
+    """How wide the changes of all are about their mean, beyond what noise makes of them, by EM from changes under
+    `WIDE`."""
     defocus, scale, b_factor = (width**2 for width in _WIDE)
+    middle, centre = 0.0, torch.zeros(2, dtype=torch.float64)
     known = torch.stack([changes.logscale, changes.b_factor], 1)
     # Back from the posterior under the wide prior to what the data alone say.
     wide = torch.diag(1 / torch.tensor([scale, b_factor], dtype=torch.float64))
@@ -141,16 +145,21 @@ def estimate_spread(changes: Changes) -> Spread:
     for _ in range(_ITERATIONS):
         before = torch.tensor([defocus, scale, b_factor], dtype=torch.float64)
         precision = changes.defocus_precision + 1 / defocus
-        defocus = max(float(((first / precision).square() + 1 / precision).mean()), _LEAST)
+        moved = (first + middle / defocus) / precision
+        middle = float(moved.mean())
+        defocus = max(float(((moved - middle).square() + 1 / precision).mean()), _LEAST)
         prior = torch.diag(1 / torch.tensor([scale, b_factor], dtype=torch.float64))
         covariance = torch.linalg.inv(own + prior)
-        mean = (covariance @ linear[..., None]).squeeze(-1)
-        second = (mean.square() + torch.diagonal(covariance, dim1=1, dim2=2)).mean(0)
+        mean = (covariance @ (linear + prior @ centre)[..., None]).squeeze(-1)
+        centre = mean.mean(0)
+        second = ((mean - centre).square() + torch.diagonal(covariance, dim1=1, dim2=2)).mean(0)
         scale, b_factor = (max(float(value), _LEAST) for value in second)
         after = torch.tensor([defocus, scale, b_factor], dtype=torch.float64)
         if bool(((after - before).abs() < _SETTLED * before).all()):
             break
-    return Spread(math.sqrt(defocus), math.sqrt(scale), math.sqrt(b_factor))
+    return Spread(
+        math.sqrt(defocus), math.sqrt(scale), math.sqrt(b_factor), (middle, float(centre[0]), float(centre[1]))
+    )
 
 
 def changes_of(
@@ -172,7 +181,7 @@ def changes_of(
     whitened = whitening(noise, spectra.frequency, ratio, stack.grid.size)[stack.table.optics_group[stack.rows]]
     curve = _Curve.of(optics, spectra, whitened.double())
     nothing = torch.zeros(len(stack), dtype=torch.float64)
-    moved, precision = _best_defocus(curve, cross, power, spread.defocus) if defocus else (nothing, nothing)
+    moved, precision = _best_defocus(curve, cross, power, spread) if defocus else (nothing, nothing)
     transfer = curve.at(moved)
     if not strength:
         return Changes(moved, nothing, nothing, precision, torch.zeros(len(stack), 2, 2, dtype=torch.float64))
@@ -220,7 +229,7 @@ class _Curve:
 
 
 def _best_defocus(
-    curve: _Curve, cross: Float[Tensor, "p k"], power: Float[Tensor, "p k"], width: float
+    curve: _Curve, cross: Float[Tensor, "p k"], power: Float[Tensor, "p k"], spread: Spread
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """The most likely change within some widths, whatever the grey scale: the best of a scan, then Gauss-Newton; with
     the data's precision.
@@ -228,13 +237,14 @@ def _best_defocus(
     Below the first maximum of the function more defocus is more signal. With the scale free (its best value put in) a
     faint reference is not mistaken for it.
     """
+    width, middle = spread.defocus, spread.common[0]
 
     def gain(change: Tensor) -> Tensor:
         transfer = curve.at(change)
         seen, shown = (transfer * cross).sum(1), (transfer.square() * power).sum(1)
-        return seen.clamp(min=0).square() / shown.clamp(min=1e-30) - 0.5 * (change / width) ** 2
+        return seen.clamp(min=0).square() / shown.clamp(min=1e-30) - 0.5 * ((change - middle) / width) ** 2
 
-    scanned = torch.linspace(-_REACH * width, _REACH * width, _SCAN, dtype=torch.float64)
+    scanned = middle + torch.linspace(-_REACH * width, _REACH * width, _SCAN, dtype=torch.float64)
     tried = torch.stack([gain(value.expand(len(cross))) for value in scanned], 1)
     change = scanned[tried.argmax(1)]
     precision = torch.zeros_like(change)
@@ -245,9 +255,9 @@ def _best_defocus(
         scale = ((transfer * cross).sum(1) / shown).clamp(min=0)[:, None]
         across = (slope * transfer * power).sum(1)
         precision = 2 * scale[:, 0] ** 2 * ((slope.square() * power).sum(1) - across.square() / shown)
-        force = 2 * (scale * slope * (cross - scale * transfer * power)).sum(1) - change / width**2
+        force = 2 * (scale * slope * (cross - scale * transfer * power)).sum(1) - (change - middle) / width**2
         step = force / (precision + 1 / width**2)
-        change = (change + step.clamp(-longest, longest)).clamp(-_REACH * width, _REACH * width)
+        change = (change + step.clamp(-longest, longest)).clamp(middle - _REACH * width, middle + _REACH * width)
     return change, precision
 
 
@@ -256,17 +266,18 @@ def _best_strength(
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"], Float[Tensor, "p 2 2"]]:
     """The most likely ln scale and B factor by Gauss-Newton, and the data's precision of both."""
     prior = torch.diag(1 / torch.tensor([spread.scale, spread.b_factor], dtype=torch.float64).square())
-    value = torch.zeros(len(cross), 2, dtype=torch.float64)
+    middle = torch.tensor(spread.common[1:], dtype=torch.float64)
+    value = middle.expand(len(cross), -1)
     precision = torch.zeros(len(cross), 2, 2, dtype=torch.float64)
     limit = 4 * torch.tensor([spread.scale, spread.b_factor], dtype=torch.float64)
     for _ in range(_STEPS):
         factor = (value[:, :1] - value[:, 1:] * square).exp()
         rest, own = 2 * factor * (cross - factor * power), 2 * factor.square() * power
-        slope = torch.stack([rest.sum(1), -(square * rest).sum(1)], 1) - value @ prior
+        slope = torch.stack([rest.sum(1), -(square * rest).sum(1)], 1) - (value - middle) @ prior
         mixed = -(square * own).sum(1)
         rows = [own.sum(1), mixed, mixed, (square.square() * own).sum(1)]
         precision = torch.stack(rows, 1).reshape(-1, 2, 2)
         step = torch.linalg.solve(precision + prior, slope[..., None]).squeeze(-1)
         step = torch.maximum(torch.minimum(step, limit / 4), -limit / 4)
-        value = torch.maximum(torch.minimum(value + step, limit), -limit)
+        value = torch.maximum(torch.minimum(value + step, middle + limit), middle - limit)
     return value[:, 0], value[:, 1], precision

@@ -212,10 +212,13 @@ def _accumulate_half(run: Run[RunConfig], name: str) -> NormalEquations:
         for path in added_statistics(folder, name):
             other = _added(path, subset)
             parts.append(other.used_up())
-            run.log.line(
-                f"{name}: {other.particles:,} particles added from {path}, grey values "
-                f"{relative_gain(parts[0], parts[-1]):.3f} times these"
-            )
+            gain = relative_gain(parts[0], parts[-1])
+            run.log.line(f"{name}: {other.particles:,} particles added from {path}, grey values {gain:.3f} times these")
+            if gain < 0:
+                run.log.warn(
+                    f"{path}: its images have the contrast opposite to these, and were turned; was --invert right in "
+                    "both runs?"
+                )
     equations = combined(parts)
     if run.config.run.add_statistics:
         run.world.spread_(equations.linear, equations.kernel)

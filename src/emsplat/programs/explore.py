@@ -38,6 +38,7 @@ def explorer_numbers(
         defocus=(0.5 * (optics.defocus_u + optics.defocus_v)).numpy(),
         micrograph=table.micrograph[views.row].numpy(),
         grey=views.grey.numpy(),
+        copy=views.copy.numpy() if stack.symmetry.order > 1 else None,
     )
     density = models[0].density
     return ExplorerNumbers(

@@ -31,7 +31,7 @@ from emsplat.heterogeneity.parts import cluster
 from emsplat.heterogeneity.populations import Share
 from emsplat.heterogeneity.saved import read_search, save_search
 from emsplat.heterogeneity.search import Search, search, spread
-from emsplat.heterogeneity.subspace import ball
+from emsplat.heterogeneity.subspace import sphere
 from emsplat.io.files import json_text, number_text, replacing
 from emsplat.io.mrc import write_map
 from emsplat.io.pickles import write_arrays
@@ -233,7 +233,7 @@ def _focus(run: Run[HeterogeneityConfig]) -> Float[Tensor, "z y x"] | None:
     if focus is None:
         return None
     mask = read_mask(focus, run.stack.grid, run.log)
-    if float((mask * ball(run.stack.grid.size)).max()) < 0.5:
+    if float((mask * sphere(run.stack.grid.size)).max()) < 0.5:
         raise InputError(
             f"--focus {focus}: nothing of the mask is left within the sphere of 0.9 boxes that the linear stage looks "
             "at; expected a region of the molecule, is its box shifted?"
@@ -368,6 +368,12 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         stack.symmetry.order,
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
+    for number, proof in enumerate(found):
+        if proof.like is not None:
+            log.line(
+                f"  of those that were tried the other half-set's particles do not tell {number + 1} from "
+                f"{proof.like + 1}, but perhaps by grey scale: one structure, counted once"
+            )
     if fitted.classes is None:
         kept = _of_both(fitted.latent, tried, kept)
     linear = searched.found if engine_of(run.config) == "cells" else None
@@ -386,7 +392,11 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         )
     latents, classes = tried[kept], fitted.classes
     if classes is not None:
-        classes = classes.merged(torch.cdist(tried, latents).argmin(1))
+        into = torch.cdist(tried, latents).argmin(1)
+        for number, proof in enumerate(found):
+            if proof.like is not None:
+                into[number] = kept.index(proof.like)
+        classes = classes.merged(into)
         nearest = _class_of_views(fitted, classes)
     else:
         nearest = torch.cdist(whole, latents).argmin(1)
@@ -412,7 +422,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
             mask = mask_of(volume)
             write_map(folder / STATES / state_local_name(number), local.filled(mask), grid.pixel_size)
             about_local = {"window": round(local.window, 2)} | (local.summary(mask) or {})
-        row = {"state": number + 1} | asdict(proof) | {"local_resolution": about_local}
+        row = {"state": number + 1} | proof.about | {"local_resolution": about_local}
         rows.append(row | _population(share, shared.shares))
         told = [f"{name} {_spacing(rows[-1][name])}" for name in ("resolution", "moving_resolution")]
         log.line(f"  state {number + 1}: {share.value:.1%}, {', '.join(told)}")

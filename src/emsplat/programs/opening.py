@@ -65,6 +65,9 @@ def open_run(
     forget_peak_memory(device)
     time_limit(config.run.time_limit)
     require_spacing(config.run.checkpoint_every)
+    added = [path.resolve() for path in config.run.add_statistics]
+    if twice := next((path for path in added if added.count(path) > 1), None):
+        raise InputError(f"--add-statistics: {twice} is given twice; its particles would count twice, give it once")
     if world.first:
         for other, half in product(config.run.add_statistics, HALVES):
             added_statistics(other, half)

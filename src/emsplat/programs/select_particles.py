@@ -55,7 +55,7 @@ def select_particles(run: Path, conditions: Sequence[str], output: Path, overwri
     lines, table = _read(run)
     chosen = torch.ones(len(lines.row), dtype=torch.bool)
     for condition in conditions:
-        chosen &= _holds(lines, condition)
+        chosen &= _holds(lines, condition, log)
     rows = chosen.nonzero()[:, 0]
     if not len(rows):
         raise InputError(f"--select {' '.join(conditions)}: no particle of {lines.path} is left; select more")
@@ -95,11 +95,11 @@ def _read(run: Path) -> tuple[_Lines, ParticleTable]:
     return _Lines(path, columns, row, state), table
 
 
-def _holds(lines: _Lines, condition: str) -> Bool[Tensor, " v"]:
+def _holds(lines: _Lines, condition: str, log: Log) -> Bool[Tensor, " v"]:
     """Which views a condition is true of."""
     path = Path(condition)
     if path.is_file():
-        return _listed(lines, path)
+        return _listed(lines, path, log)
     found = _CONDITION.fullmatch(condition)
     if found is None:
         raise InputError(f"--select {condition}: no such file and no condition; {_EXPECTED}")
@@ -128,10 +128,10 @@ def _holds(lines: _Lines, condition: str) -> Bool[Tensor, " v"]:
     return (values >= ends[0]) & (values <= ends[1])
 
 
-def _listed(lines: _Lines, path: Path) -> Bool[Tensor, " v"]:
+def _listed(lines: _Lines, path: Path, log: Log) -> Bool[Tensor, " v"]:
     """Views whose row number (from 1) a file lists: a CSV table with a column row, or one number per line; or a pickle
-    of cryoDRGN, which counts from 0."""
-    kind = path.suffix.lower()
+    of cryoDRGN, which counts from 0. Under a symmetry a table names copies as well; without them all are meant."""
+    kind, copy = path.suffix.lower(), None
     if kind == ".pkl":
         values = np.asarray(load_arrays(path))
         if values.dtype.kind not in "iu" or values.ndim != 1:
@@ -139,10 +139,10 @@ def _listed(lines: _Lines, path: Path) -> Bool[Tensor, " v"]:
                 f"{path}: holds {values.dtype} {values.shape}; expected whole numbers, as cryoDRGN's --ind"
             )
         numbers = torch.from_numpy(values.astype(np.int64)) + 1
-    elif kind == ".csv":
-        numbers = as_whole(path, "row", read_columns(path, ["row"])["row"])
-    elif (counted := row_column(path)) is not None:
-        numbers = counted
+    elif kind == ".csv" or row_column(path) is not None:
+        columns = read_columns(path, ["row"])
+        numbers = as_whole(path, "row", columns["row"])
+        copy = as_whole(path, "copy", columns["copy"]) if "copy" in columns else None
     else:
         try:
             with warnings.catch_warnings():
@@ -161,7 +161,14 @@ def _listed(lines: _Lines, path: Path) -> Bool[Tensor, " v"]:
             f"{path}: row {int(unknown[0])} is not in {lines.path}, whose rows are from {int(lines.row.min())} to "
             f"{int(lines.row.max())}; expected rows of this run, counted from 1"
         )
-    return torch.isin(lines.row, numbers)
+    if "copy" not in lines.columns:
+        return torch.isin(lines.row, numbers)
+    if copy is None:
+        log.warn(f"{path}: names no copies under the symmetry (column copy); all copies of its rows are taken")
+        return torch.isin(lines.row, numbers)
+    own = as_whole(lines.path, "copy", lines.columns["copy"])
+    most = int(max(own.max(), copy.max())) + 1
+    return torch.isin(lines.row * most + own, numbers * most + copy)
 
 
 def _write_star(table: ParticleTable, target: Path, rows: Int[Tensor, " q"]) -> Path:

@@ -68,6 +68,7 @@ class ParticleNumbers:
     defocus: _Array | None = None  # (n,), Å
     micrograph: _Array | None = None  # (n,), whole numbers
     grey: _Array | None = None  # (n,), grey scale relative to the average
+    copy: _Array | None = None  # (n,), counted from 1: which copy of the row under a symmetry
 
     def __len__(self) -> int:
         return len(self.row)
@@ -138,6 +139,7 @@ def _encoded(numbers: ExplorerNumbers) -> dict[str, Any]:
         "defocus": _quantised(particles.defocus),
         "micrograph": _whole(particles.micrograph),
         "grey": _quantised(particles.grey),
+        "copy": _whole(particles.copy),
     }
     return {
         "name": numbers.name,
@@ -218,7 +220,7 @@ def _check(numbers: ExplorerNumbers) -> None:
         ("latent of the consensus", numbers.consensus, (latents,)),
         *((f"latent of state {state.name}", state.latent, (latents,)) for state in numbers.states),
     ]
-    for name in ("row", "half", "gain", "cluster", "defocus", "micrograph", "grey"):
+    for name in ("row", "half", "gain", "cluster", "defocus", "micrograph", "grey", "copy"):
         if (column := getattr(particles, name)) is not None:
             expected.append((f"{name} of particles", column, (len(particles),)))
     for own in numbers.decoders:

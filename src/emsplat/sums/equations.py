@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Complex, Float, Int, Shaped
 from torch import Tensor
 
 from emsplat.maths.fourier import (
@@ -15,11 +16,15 @@ from emsplat.maths.fourier import (
     hermitian_weight,
     irfft,
     rfft,
+    shell_index,
     shell_slabs,
     slabs,
     sum_by_shell,
 )
 from emsplat.types import Grid
+
+_ANGLES = 45  # of arctan(gain), to each side, that are tried at first
+_USUAL_GAIN = 0.7  # spread of ln gain that is expected
 
 
 def synthesis(half_space: Tensor, size: int, first: int = 0) -> Float[Tensor, "z y x"]:
@@ -242,12 +247,38 @@ def relative_gains(parts: list[NormalEquations]) -> list[float]:
 
 
 def relative_gain(one: NormalEquations, other: NormalEquations) -> float:
-    """Grey values of ``other`` relative to ``one``, from the low frequencies, where noise is no matter.
+    """Grey values of ``other`` relative to ``one``, from the low frequencies; below 0 for opposite contrast.
 
-    Normalised images of another pixel size or dose show the same particle with another brightness.
+    Normalised images of another pixel size or dose show the same particle with another brightness. The factor is the
+    likeliest with the map that fits both sets best, b₁ = w₁ V + n₁ and b₂ = g w₂ V + n₂: a map of one set alone is
+    right for its own noise too, and makes the other look fainter by what is noise in it. Where the sets tell nothing, a
+    broad prior keeps it at 1.
     """
-    volume = _lowpass(one.solve(), len(one.linear) / 8)
-    return other.gain(volume) / one.gain(volume)
+    size = len(one.linear)
+    small = min(size, max(8, 2 * round(size / 4)))
+    (first, w), (second, u) = (_low_frequencies(own, small) for own in (one, other))
+    radius = shell_index(small, 3, device=first.device).float() / (size / 8)
+    trust = hermitian_weight(small, device=first.device) * torch.exp(-radius.square()) / size**3
+
+    def likelihood(gain: float) -> float:
+        fit = (first + gain * second).abs().square() / (w + gain**2 * u).clamp(min=1e-30)
+        return float((0.5 * trust * fit).double().sum()) - 0.5 * (math.log(abs(gain)) / _USUAL_GAIN) ** 2
+
+    def best(angles: Iterable[float]) -> float:
+        return max(angles, key=lambda angle: likelihood(math.tan(angle)))
+
+    # Over the angle there is one maximum: half turns around are one gain.
+    step = math.pi / 2 / _ANGLES
+    angle = best((number + 0.5) * step for number in range(-_ANGLES, _ANGLES))
+    while step > 1e-7:
+        step /= 2
+        angle = best((angle - step, angle, angle + step))
+    return math.tan(angle)
+
+
+def _low_frequencies(own: NormalEquations, size: int) -> tuple[Complex[Tensor, "z y k"], Float[Tensor, "z y k"]]:
+    """b and the weight of the lowest ``size`` frequencies along each axis."""
+    return crop(rfft(own.linear, 3), size, 3), crop(own.weight(), size, 3)
 
 
 def _lowpass(volume: Float[Tensor, "z y x"], width: float) -> Float[Tensor, "z y x"]:

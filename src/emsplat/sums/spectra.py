@@ -129,13 +129,13 @@ AnySpectra = Spectra | SpectraOfGrids
 
 
 def half_plane(radius: float, ratio: float, size: int) -> tuple[Float[Tensor, "s 2"], Int[Tensor, " s"]]:
-    """Frequencies within ``radius`` in cycles per box of the map, each once, and their places in a flattened rfft2
-    of ``size`` pixels; ``ratio`` is the map's box over that of the images."""
+    """Frequencies within ``radius`` in cycles per box of the map, and within Nyquist of the images, each once, and
+    their places in a flattened rfft2 of ``size`` pixels; ``ratio`` is the map's box over that of the images."""
     reach = min(math.floor(radius / ratio), size // 2 - 1)
     ky, kx = torch.meshgrid(torch.arange(-reach, reach + 1), torch.arange(reach + 1), indexing="ij")
     kx, ky = kx.flatten(), ky.flatten()
     squared = kx**2 + ky**2
-    kept = ((kx > 0) | (ky > 0)) & (squared * ratio**2 <= radius**2)
+    kept = ((kx > 0) | (ky > 0)) & (squared * ratio**2 <= radius**2) & (squared <= (size // 2) ** 2)
     kx, ky, squared = kx[kept], ky[kept], squared[kept]
     order = torch.argsort(squared, stable=True)
     kx, ky = kx[order], ky[order]
