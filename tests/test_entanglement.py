@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emsplat.heterogeneity.entanglement import Circumstances, describe, entanglement, remedy, scaling
+from emsplat.heterogeneity.entanglement import Circumstances, describe, entanglement, moving_whole, remedy, scaling
 from emsplat.maths.geometry import random_rotations
 
 VIEWS, MICROGRAPHS = 3000, 60
@@ -95,3 +95,26 @@ def test_a_latent_that_makes_the_molecule_brighter():
     share, direction = scaling(torch.stack([mean, -block, 0.3 * mean + noise]))
     assert share > 0.8
     assert abs(direction[1]) > 0.9
+
+
+def test_a_molecule_that_moves_as_a_whole_is_told_from_one_that_changes():
+    """Shifts and turns of the mean map, beside an arm of it that swings."""
+    axis = torch.arange(24.0) - 12
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+
+    def blob(cx, cy, cz, width=2.0):
+        return torch.exp(-((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / (2 * width**2))
+
+    def body(dx=0.0):
+        places = torch.randint(-7, 8, (16, 3), generator=torch.Generator().manual_seed(1)).tolist()
+        return sum(blob(cx + dx, cy, cz) for cx, cy, cz in places)
+
+    mean = body() + blob(0, -6, 0)
+    shifted = body(0.5) + blob(0.5, -6, 0) - mean
+    swung = blob(1, -6, 0) - blob(-1, -6, 0)
+    noise = torch.randn(24, 24, 24, generator=torch.Generator().manual_seed(0)) * 0.02
+    share, direction = moving_whole(torch.stack([mean, swung, shifted + 0.1 * noise]))
+    assert share > 0.9
+    assert abs(direction[1]) > 0.9
+    share, _ = moving_whole(torch.stack([mean, swung + 0.1 * noise]))
+    assert share < 0.7

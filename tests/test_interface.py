@@ -59,8 +59,29 @@ def test_maps_and_gaussians(star, maps, tmp_path):
         em.fit(maps.equations[0], gaussians=10, start=gaussians)
 
 
-def test_half_maps_of_any_program_are_assessed(maps):
+def test_half_maps_of_any_program_are_assessed(tmp_path, maps):
     found = em.assess(*maps.half_maps, maps.grid.pixel_size, mask=maps.mask)
+    arrays = [one.numpy() for one in (*maps.half_maps, maps.mask)]
+    same = em.assess(arrays[0], arrays[1].astype("f8"), maps.grid.pixel_size, mask=arrays[2][::1])
+    assert (same.curves["masked"].value == found.curves["masked"].value).all()
+    curve = em.fsc_curve(arrays[0], arrays[1], maps.grid, arrays[2])
+    assert (curve.value == em.fsc_curve(*maps.half_maps, maps.grid, maps.mask).value).all()
+    em.write_map(tmp_path / "array.mrc", arrays[0][::-1, ::-1, ::-1], 2.0)
+    assert bool((em.read_map(tmp_path / "array.mrc")[0] == maps.half_maps[0].flip(0, 1, 2)).all())
+    for wrong, said in (
+        (arrays[0][0], "three axes"),
+        ("map", "an array of numbers"),
+        (maps.map * float("nan"), "not finite"),
+        (maps.map + 1j, "real numbers"),
+    ):
+        for call in (
+            lambda wrong=wrong: em.fsc_curve(wrong, maps.map, maps.grid),
+            lambda wrong=wrong: em.write_map(tmp_path / "no.mrc", wrong, 2.0),
+            lambda wrong=wrong: em.assess(wrong, maps.map, 2.0),
+            lambda wrong=wrong: em.fit(maps.equations[0], mask=wrong),
+        ):
+            with pytest.raises(em.InputError, match=said):
+                call()
     assert found.resolution == maps.resolution
     assert (found.curves["masked"].value == maps.curves["masked"].value).all()
     assert f"{found.resolution:.2f} Å" in repr(found)

@@ -15,7 +15,7 @@ from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.frames import identity
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.motions import members, motions, part_of
-from emsplat.heterogeneity.paths import along, main_path, through_density, traversal
+from emsplat.heterogeneity.paths import along, main_path, principal, through_density, traversal
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map
 from emsplat.maths.geometry import axis_rotation
@@ -55,7 +55,7 @@ def model():
         own[27 + 1, 2] = -3.0
     density = Density(torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     eye = torch.eye(3, dtype=torch.float64)
-    return HalfModel(decoder, density, eye, torch.zeros(1, 8, 8, 8), Grid(8, 3.0), GRID, identity(3))
+    return HalfModel(decoder, density, eye, torch.zeros(1, 40, 40, 40), GRID, GRID, identity(3))
 
 
 def turned(degrees):
@@ -79,6 +79,8 @@ def test_a_turning_part_is_described(model):
     assert arm.shift == pytest.approx(rise, abs=1e-2)
     assert np.allclose(np.array(arm.through)[:2], centre[:2], atol=0.05)
     assert "turns by up to 90° about the axis (0.00, 0.00, 1.00)" in arm.words
+    assert (arm.other_turn, arm.axes_apart) == pytest.approx((90, 0), abs=0.2)
+    assert "do not agree on an axis (35° between theirs)" in replace(arm, axes_apart=35.0).words
     for one in (body, block):
         assert one.against is None or not one.moves
         assert not one.changes
@@ -269,11 +271,31 @@ def test_a_traversal_stays_among_the_particles():
     generator = torch.Generator().manual_seed(0)
     x = 2 * torch.rand(4000, generator=generator, dtype=torch.float64) - 1
     latent = torch.stack([3 * x, x**2], 1) + 0.01 * torch.randn(4000, 2, generator=generator, dtype=torch.float64)
-    way = traversal(latent, 1, 9)
+    way = traversal(latent, 1, 9, torch.eye(latent.shape[1], dtype=latent.dtype))
     assert way[0, 0].abs() == pytest.approx(2.7, abs=0.1)
     assert way[-1, 0] == pytest.approx(-float(way[0, 0]), abs=0.15)
     assert torch.allclose(way[:, 1], (way[:, 0] / 3) ** 2, atol=0.08)
     assert torch.allclose(way.diff(dim=0)[:, 0], way.diff(dim=0)[:, 0].mean().expand(8), atol=0.02)
+
+
+def test_principal_components_are_those_of_the_maps(model):
+    """Of latents with one variance, as the linear stage makes them, the one whose changes of the map are largest."""
+    latent = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)).double()
+    mixed = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.1], [0.0, 0.2, 0.0]]).double()  # of what each latent changes
+    places, directions = principal(latent, mixed.T @ mixed)
+    assert torch.allclose(places @ directions.T, torch.eye(3).double(), atol=1e-5)
+    seen = (latent @ mixed.T).T
+    own = places @ (latent - latent.mean(0)).T
+    assert float(own.var(1).diff().max()) < 0
+    assert abs(float(torch.corrcoef(torch.stack([own[0], seen[0]]))[0, 1])) > 0.99
+    # The arm and the block of this one change, along one latent each.
+    points = Density(
+        turned([-20.0, 0.0, 20.0, 0.0]) + torch.tensor([[0.0, 0, 0]] * 3 + [[0, 0, 1.0]]), torch.ones(4).double()
+    )
+    gram = replace(model, density=points).change_gram()
+    assert float(gram[1, 1]) > 0
+    assert float(gram[2, 2]) > 0
+    assert torch.allclose(gram, gram.T)
 
 
 def ball(radius, centre=(0.0, 0.0, 0.0), size=40):

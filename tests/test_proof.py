@@ -26,6 +26,7 @@ from emsplat.programs.states import states
 from emsplat.types import Grid
 
 GRID = Grid(24, 3.0)
+NONE = (torch.zeros(0, dtype=torch.int64),) * 2
 
 
 def globule(x, y, z):
@@ -76,6 +77,7 @@ def test_states_that_one_half_set_makes_up_are_not_confirmed(seed):
         GRID,
         everywhere,
         10,
+        NONE,
     )
     assert [one.confirmed for one in found] == [True, True, False]
     assert found[1].moving_resolution < 15
@@ -99,7 +101,7 @@ def test_a_rare_state_and_the_one_of_nearly_all_are_confirmed():
     body, arm = globule(0, 0, 0) + globule(3, -3, 2), globule(-5, 4, 0)
     true = [body + arm, body]
     latents, weight = torch.arange(2).double()[:, None], torch.tensor([0.97, 0.03])
-    found = proofs(fitted([true, true], true, 0.3), latents, weight, true[0], GRID, everywhere, 10)
+    found = proofs(fitted([true, true], true, 0.3), latents, weight, true[0], GRID, everywhere, 10, NONE)
     assert all(one.confirmed for one in found)
 
 
@@ -108,7 +110,7 @@ def test_the_same_structure_in_another_grey_scale_is_no_state_of_its_own():
     body, arm = globule(0, 0, 0) + globule(3, -3, 2), globule(-5, 4, 0)
     true = [body, 1.5 * body, body + arm]
     latents, weight = torch.arange(3).double()[:, None], torch.tensor([1.0, 2.0, 1.5])
-    found = proofs(fitted([true, true], true, 0.1), latents, weight, sum(true) / 3, GRID, everywhere, 10)
+    found = proofs(fitted([true, true], true, 0.1), latents, weight, sum(true) / 3, GRID, everywhere, 10, NONE)
     assert [one.like for one in found] == [1, None, None]
     assert [one.confirmed for one in found] == [False, True, True]
     assert found[0].fsc_gain > 3 * found[0].fsc_gain_error  # better than the mean of the others it is
@@ -121,15 +123,16 @@ def test_data_of_a_symmetric_state_count_once():
     member = torch.tensor([[1.0, 0.0], [1.0, 0.0]] * 5 + [[0.0, 1.0], [1.0, 0.0]] * 5).double()
     places = tuple(replace(place, membership=member) for place in both.embeddings)
     both = replace(both, embeddings=places)
-    copies = [_copies(both, torch.tensor([float(state)]).double(), 2) for state in range(2)]
+    images = (torch.arange(20) // 2,) * 2
+    copies = [_copies(both, torch.tensor([float(state)]).double(), images) for state in range(2)]
     assert copies == pytest.approx([(5 * 4 + 5) / 15, 1.0])
-    assert _copies(both, torch.zeros(1).double(), 1) == 1.0
+    assert _copies(both, torch.zeros(1).double(), (torch.arange(20),) * 2) == 1.0
 
 
 def test_one_state_alone_is_none():
     body = globule(0, 0, 0)
     (found,) = proofs(
-        fitted([[body]] * 2, [body], 0.3), torch.zeros(1, 1).double(), torch.ones(1), body, GRID, everywhere, 10
+        fitted([[body]] * 2, [body], 0.3), torch.zeros(1, 1).double(), torch.ones(1), body, GRID, everywhere, 10, NONE
     )
     assert not found.confirmed
     assert found.resolution is not None

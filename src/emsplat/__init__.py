@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         assess,
         backproject,
         fit,
+        fsc_curve,
         read_gaussians,
         read_map,
         read_particles,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         write_map,
     )
     from emsplat.measures.curves import Curves
-    from emsplat.measures.fsc import fsc_curve
     from emsplat.particles.stack import ParticleStack
     from emsplat.sums.equations import NormalEquations
     from emsplat.types import Batch, Gaussians, Grid, Optics, Poses
@@ -42,11 +42,19 @@ _HOME = {
     "errors": ("EmsplatError", "InputError", "Interrupted", "OutputError"),
     "imaging.project": ("project", "voxelize"),
     "interface": (
-        *("Maps", "RunFolder", "accumulate", "assess", "backproject", "fit", "read_gaussians", "read_map"),
-        *("read_particles", "read_run", "reconstruct", "refine", "write_gaussians", "write_map"),
+        *("Maps", "RunFolder", "accumulate", "assess", "backproject", "fit", "fsc_curve"),
+        *(
+            "read_gaussians",
+            "read_map",
+            "read_particles",
+            "read_run",
+            "reconstruct",
+            "refine",
+            "write_gaussians",
+            "write_map",
+        ),
     ),
     "measures.curves": ("Curves",),
-    "measures.fsc": ("fsc_curve",),
     "particles.stack": ("ParticleStack",),
     "sums.equations": ("NormalEquations",),
     "types": ("Batch", "Gaussians", "Grid", "Optics", "Poses"),

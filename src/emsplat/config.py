@@ -245,7 +245,8 @@ class RunOptions:
     hours:minutes:seconds or days-hours:minutes:seconds. SIGUSR1 does the same at once."""
 
     skip_bad: bool = False
-    """Read all images first and leave out those that are constant or hold values that are not finite."""
+    """Read all images first and leave out those that are constant, hold values that are not finite or above 1e15, or
+    have a quarter of their variance in a single pixel."""
 
     naming: Literal["relion", "cryosparc", "cryodrgn"] = "relion"
     """Results have RELION's names; with another program here they and the particles stand under its names as well, in a
@@ -479,7 +480,7 @@ class StatesConfig:
     """The way of --path goes straight, whatever lies there."""
 
     traverse: int | None = None
-    """Maps along a principal component of the latents, from the 5th to the 95th percentile of the particles: 1 for the
+    """Maps along a principal component of the maps, from the 5th to the 95th percentile of the particles: 1 for the
     first."""
 
     frames: int = 20
@@ -607,7 +608,8 @@ class PreprocessConfig:
     """Number format of the images."""
 
     skip_bad: bool = False
-    """Read all images first and leave out those that are constant or hold values that are not finite."""
+    """Read all images first and leave out those that are constant, hold values that are not finite or above 1e15, or
+    have a quarter of their variance in a single pixel."""
 
     threads: int | None = None
     """Threads of the computation; without it as many as cores were granted."""

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +33,8 @@ from emsplat.io.particles import read_particles as read_table
 from emsplat.io.table import ParticleTable, merge_tables
 from emsplat.maths.groups import parse_symmetry
 from emsplat.measures.curves import Curves, resolution
+from emsplat.measures.fsc import Rule
+from emsplat.measures.fsc import fsc_curve as measured_curve
 from emsplat.models.gaussians import Bounds
 from emsplat.models.starts import from_gaussians, from_map
 from emsplat.particles.open import open_table
@@ -48,7 +51,7 @@ from emsplat.run.fsc_star import read_fsc_star
 from emsplat.run.log import Log
 from emsplat.sums.equations import NormalEquations
 from emsplat.sums.statistics import equations_of
-from emsplat.types import Gaussians, Grid
+from emsplat.types import Curve, Gaussians, Grid
 
 
 def read_particles(
@@ -109,11 +112,49 @@ def write_map(path: str | Path, volume: Float[Tensor, "z y x"], pixel_size: floa
     """A map in MRC format, float32; ``pixel_size`` in Å.
 
     Raises:
-        InputError: the pixel size is not above 0.
-        OutputError: it cannot be written, or holds values that are not finite.
+        InputError: the pixel size is not above 0; no array of three axes, or values that are not finite.
+        OutputError: it cannot be written.
     """
     _require_size(float(pixel_size))
-    mrc.write_map(Path(path), volume, float(pixel_size))
+    mrc.write_map(Path(path), as_map(volume, str(path)).cpu(), float(pixel_size))
+
+
+def fsc_curve(
+    a: Float[Tensor, "z y x"],
+    b: Float[Tensor, "_z _y _x"],
+    grid: Grid,
+    mask: Float[Tensor, "_z _y _x"] | None = None,
+    rule: Rule = "relion",
+) -> Curve:
+    """Fourier shell correlation of two maps, with the frequency of each shell, s / (N a) in 1/Å.
+
+    The maps are multiplied by the mask first. ``rule`` says which frequencies shell s holds: "relion", those rounded to
+    s; "cryodrgn", from s - 1 up to s (docs/conventions.md, 8).
+
+    Raises:
+        InputError: the maps are not cubes of one size on ``grid``, or not numbers; the mask has another shape, is empty
+            or leaves [0, 1].
+    """
+    first, second = as_map(a, "the first map"), as_map(b, "the second map")
+    return measured_curve(first, second, grid, None if mask is None else as_map(mask, "the mask"), rule)
+
+
+def as_map(values: Any, what: str) -> Float[Tensor, "z y x"]:
+    """A map as the others take it, float32: of a tensor or an array of any kind of real numbers.
+
+    Raises:
+        InputError: it is no array of three axes, or holds values that are not finite.
+    """
+    try:
+        volume = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.float32))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: {type(values).__name__}; expected a tensor or an array of numbers") from error
+    if volume.dim() != 3 or volume.is_complex():
+        raise InputError(f"{what}: {volume.dtype} of {tuple(volume.shape)}; expected real numbers along three axes")
+    volume = volume.detach().float()
+    if not bool(torch.isfinite(volume).all()):
+        raise InputError(f"{what}: holds values that are not finite; expected numbers in every voxel")
+    return volume
 
 
 def _require_size(pixel_size: float) -> None:
@@ -220,8 +261,10 @@ def fit(
         raise InputError("gaussians: expected a number from 1, without start, which has a number of its own")
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs: {epochs}; expected a number from 1")
-    if mask is not None and tuple(mask.shape) != 3 * (equations.grid.size,):
-        raise InputError(f"mask of {tuple(mask.shape)}; expected {equations.grid.size}³ voxels")
+    if mask is not None:
+        mask = as_map(mask, "mask")
+        if tuple(mask.shape) != 3 * (equations.grid.size,):
+            raise InputError(f"mask of {tuple(mask.shape)}; expected {equations.grid.size}³ voxels")
     recipe, grid = RECIPES["default"], equations.grid
     raw = equations.solve().cpu()
     unit = grid.length if recipe.length_unit is None else recipe.length_unit * grid.pixel_size
@@ -257,16 +300,17 @@ def assess(
         InputError: the maps are not cubes of one size with an even number of voxels, or hold values that are not
             finite; the pixel size is not above 0.
     """
+    half1, half2 = as_map(half1, "half map 1"), as_map(half2, "half map 2")
     if half1.shape != half2.shape or len(set(half1.shape)) != 1 or len(half1) % 2:
         raise InputError(f"half maps of {tuple(half1.shape)} and {tuple(half2.shape)}; expected two even cubes alike")
     _require_size(float(pixel_size))
-    if not bool(torch.isfinite(half1).all() & torch.isfinite(half2).all()):
-        raise InputError("half maps with values that are not finite; expected numbers in every voxel")
     grid = Grid(len(half1), float(pixel_size))
     whole = 0.5 * (half1 + half2)
     if mask is None:
         reach = 0.9 * grid.length if diameter is None else float(diameter)
         mask = particle_mask(whole, grid, reach, is_evident((half1, half2), grid, reach))
+    else:
+        mask = as_map(mask, "mask")
     return Maps(grid, (half1, half2), whole, mask, half_map_curves((half1, half2), grid, mask))
 
 

@@ -13,6 +13,7 @@ directions, two harmonics of angles, polynomials of degree 3 in the rank of numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,12 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emsplat.heterogeneity.subspace import Subspace
+from emsplat.maths.fourier import frequencies, irfft, rfft
 from emsplat.sums.spectra import AnySpectra
+from emsplat.types import Grid
 
 SHUFFLES = 999
 LEVEL = 0.01  # of the p value, over the number of tests
 LARGE = 0.05  # of the variance along a direction of latent space
-SCALING = 0.8  # squared cosine between a change of the map and a change of its brightness
+ALIKE = 0.8  # squared cosine between a change of the map and one of its brightness, or of where the whole of it is
 _FEWEST_UNITS = 20  # micrographs that can be shuffled
 _ENOUGH = 20000
 
@@ -108,12 +111,35 @@ def scaling(maps: Float[Tensor, "c z y x"]) -> tuple[float, tuple[float, ...]]:
     ``maps`` are the mean and its changes by each component. The squared cosine of the change that is most like the
     mean: 1 where a latent does nothing but make the molecule brighter.
     """
-    mean, changes = maps[0].flatten().double(), maps[1:].flatten(1).double()
-    gram, along = changes @ changes.T, changes @ mean
-    direction = torch.linalg.solve(gram, along)
-    cosine = float(along @ direction / mean.square().sum())
-    length = torch.linalg.vector_norm(direction).clamp(min=1e-30)
-    return min(1.0, cosine), tuple((direction / length).tolist())
+    return _most_like(maps[1:], maps[:1])
+
+
+def moving_whole(maps: Float[Tensor, "c z y x"]) -> tuple[float, tuple[float, ...]]:
+    """The same for a change of where the whole molecule is and how it is turned: centres and poses that are too wrong
+    to be small errors."""
+    mean, size = maps[0], maps.shape[-1]
+    spectrum = rfft(mean, 3)
+    wave = [2 * math.pi * k for k in frequencies(Grid(size, 1.0), 3)[::-1]]  # along x, y, z
+    slope = [irfft(1j * k * spectrum, 3) for k in wave]
+    axis = torch.arange(size, dtype=mean.dtype) - size // 2
+    place = [axis, axis[:, None], axis[:, None, None]]
+    turns = [place[a] * slope[b] - place[b] * slope[a] for a, b in ((1, 2), (2, 0), (0, 1))]
+    return _most_like(maps[1:], torch.stack([*slope, *turns]))
+
+
+def _most_like(changes: Float[Tensor, "q z y x"], others: Float[Tensor, "n z y x"]) -> tuple[float, tuple[float, ...]]:
+    """The largest squared cosine between sums of changes and sums of others, and the sum of changes that has it."""
+    one, other = changes.flatten(1).double(), others.flatten(1).double()
+    across = one @ other.T
+    within, known = one @ one.T, other @ other.T
+    within = within + 1e-9 * within.trace() * torch.eye(len(one), dtype=within.dtype)
+    told = across @ torch.linalg.lstsq(known, across.T, driver="gelsd").solution
+    root = torch.linalg.cholesky(within)
+    half = torch.linalg.solve_triangular(root, told, upper=False)
+    value, vector = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    direction = torch.linalg.solve(root.T, vector[:, -1])
+    direction = direction / torch.linalg.vector_norm(direction).clamp(min=1e-30)
+    return min(1.0, float(value[-1])), tuple(direction.tolist())
 
 
 def _whitened(latent: Float[Tensor, "v q"]) -> tuple[Float[Tensor, "v q"], Float[Tensor, "q q"]]:

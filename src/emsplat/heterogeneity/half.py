@@ -67,6 +67,23 @@ class HalfModel:
         rest = torch.einsum("m,mzyx->zyx", likely.float(), self.residual.float())
         return drawn + (rest if grid == self.grid else on_grid(rest, self.grid, self.box))
 
+    @torch.no_grad()
+    def change_gram(self) -> Float[Tensor, "q q"]:
+        """Inner products of how the map changes along the latents of the run, by regression over the points of the
+        density: what makes lengths in latent space differences of maps. Coarse maps of the Gaussians alone."""
+        length = self.box.length
+        size = min(self.box.size, 8 * math.ceil(2 * length / _COARSE / 8))
+        point, weight = self.density.point.double(), self.density.weight.double()
+        mixtures = self.decoder.mixtures(point.float())
+        drawn = torch.stack([voxelize(one, Grid(size, length / size)).flatten() for one in mixtures]).double()
+        mean = weight @ drawn / weight.sum()
+        away = point - weight @ point / weight.sum()
+        scaled = weight.sqrt()[:, None]
+        slope = torch.linalg.lstsq(scaled * away, scaled * (drawn - mean), driver="gelsd").solution
+        along = self.frame.turn.double().T @ slope  # of the latents of the run
+        gram: Tensor = along @ along.T
+        return gram
+
     def save(self, path: Path) -> None:
         """Writes all of it."""
         about, tensors = self.packed()

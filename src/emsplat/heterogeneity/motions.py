@@ -13,19 +13,21 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.spatial import cKDTree
 from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.maths.geometry import matrix_to_quaternion
+from emsplat.measures.states import common_mask
 from emsplat.models.decoder import Decoder
-from emsplat.types import Gaussians
+from emsplat.types import Gaussians, Grid
 
 _STILL_ANGLE, _STILL_SHIFT = 2.0, 1.0  # degrees and Å below which a part stands still
 _LITTLE = 10.0  # degrees: what turns by less is rather still
 _ROUND = 60.0  # degrees: largest gap between the angles of a full turn
 _CHANGING = 0.25  # of a part's mass, that comes and goes
+_SAME_AXIS = 20.0  # degrees between the axes of both half-sets, up to which there is one to tell
 _CONFIRMED = 0.5  # of the variance of a motion, that the other half-set has too
 _OFTEN = 0.5  # of the mean weight, from which a point of the density counts for how far parts move
 _PLACES, _ROUNDS = 24, 10  # states by which Gaussians are sorted into parts, and how often
@@ -39,8 +41,10 @@ class PartMotion:
     How far it turns and gets is over all that there are, the states and the points of the density. ``angles`` are
     signed turns about ``axis`` from the reference state, which the state of most particles is; ``through`` a point of
     the axis and ``slide`` the shift along it of the widest turn; ``shift`` is how far the centre of the part gets.
-    ``mass`` is what it weighs in each state, relative to its largest. ``confirmed`` is how much of the variance of the
-    motion the other half-set's model has, ``mass_confirmed`` of that of the mass.
+    ``mass`` is what it weighs in each state within the molecule, over what the still part weighs, relative to its
+    largest. ``confirmed`` is how much of the variance of the motion the other half-set's model has, ``mass_confirmed``
+    of that of the mass; ``other_turn`` and ``axes_apart`` are how far the other turns it between the same two states,
+    and the angle between both axes, degrees.
     """
 
     number: int  # from 1
@@ -59,6 +63,8 @@ class PartMotion:
     against: int | None
     confirmed: float
     mass_confirmed: float
+    other_turn: float
+    axes_apart: float
 
     @property
     def moves(self) -> bool:
@@ -86,7 +92,12 @@ class PartMotion:
                 f"{turns} about the axis ({axis}) through ({through}) Å against part {self.against}, and its centre "
                 f"moves by up to {self.shift:.0f} Å"
             )
-            if self.turn < _STILL_ANGLE:
+            if self.turn >= _STILL_ANGLE and self.axes_apart > _SAME_AXIS:
+                does = (
+                    f"moves against part {self.against}, its centre by up to {self.shift:.0f} Å; the half-sets do not "
+                    f"agree on an axis ({self.axes_apart:.0f}° between theirs)"
+                )
+            elif self.turn < _STILL_ANGLE:
                 does = f"moves by up to {self.shift:.0f} Å against part {self.against}"
         said = self.changes and self.mass_confirmed >= _CONFIRMED
         comes = f"; it comes and goes: {min(self.mass):.0%} to 100 % of its density" if said else ""
@@ -136,6 +147,7 @@ def motions(
     whether the second's confirms what they do. ``weight`` are the `members` of the parts; those without are left out.
     """
     count, density = len(states), models[0].density
+    molecules = [_molecule(model, states) for model in models]
     often = density.point[density.weight >= _OFTEN / len(density)]
     states = torch.cat([states.double(), _of_run(models[0], often)])
     (position, amplitude), (others, other_amplitude) = (
@@ -144,15 +156,21 @@ def motions(
     # A Gaussian of the second belongs where the one of the first that is nearest to it does.
     nearest = cKDTree(position[reference].numpy()).query(others[reference].numpy())[1]
     moved, mass, typical = _parts(position, amplitude, weight, reference)
-    again, other_mass, _ = _parts(others, other_amplitude, weight[torch.from_numpy(nearest)], reference)
+    its = weight[torch.from_numpy(nearest)]
+    again, _, _ = _parts(others, other_amplitude, its, reference)
     still = _stillest(moved, mass.mean(0))
+    dense = (amplitude * _within(position, molecules[0], models[0].grid)) @ weight
+    other_dense = (other_amplitude * _within(others, molecules[1], models[1].grid)) @ its
     found = []
     for p in weight.sum(0).nonzero()[:, 0].tolist():
         rotation, shift = _against(moved[p], moved[still])
         place = position[reference]
-        field, other = (_field(place, *motion) for motion in ((rotation, shift), _against(again[p], again[still])))
+        second = _against(again[p], again[still])
+        field, other = (_field(place, *motion) for motion in ((rotation, shift), second))
         share = typical[:, p] / typical[:, p].sum()
-        masses, other_masses = (own[:, p] / own[:, p].max() for own in (mass, other_mass))
+        # Whole states may be brighter or fainter than others.
+        ratios = [own[:, p] / own[:, still].clamp(min=1e-30) for own in (dense, other_dense)]
+        masses, other_masses = (own / own.max().clamp(min=1e-30) for own in ratios)
         found.append(
             _describe(
                 p,
@@ -167,9 +185,24 @@ def motions(
                     _had(field, other, share[None, :, None].expand(len(states), -1, 3)),
                     _had(masses, other_masses, torch.ones_like(masses)),
                 ),
+                second[0],
             )
         )
     return found
+
+
+def _molecule(model: HalfModel, states: Float[Tensor, "s q"]) -> Float[Tensor, "z y x"]:
+    """A mask of where any state is: beyond it Gaussians are faint, and the residual takes back what they show."""
+    highest = torch.stack([model.map(own, model.grid) for own in states.double()]).amax(0)
+    return common_mask(highest, model.grid.pixel_size)
+
+
+def _within(position: Float[Tensor, "s g 3"], mask: Float[Tensor, "z y x"], grid: Grid) -> Bool[Tensor, "s g"]:
+    """Whether places (Å from the centre) are where a mask is at least one half."""
+    voxel = (position / grid.pixel_size).round().long() + grid.size // 2
+    there = ((voxel >= 0) & (voxel < grid.size)).all(2)
+    x, y, z = voxel.clamp(0, grid.size - 1).unbind(2)
+    return there & (mask[z, y, x] >= 0.5)
 
 
 def _of_run(model: HalfModel, latent: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
@@ -257,11 +290,17 @@ def _describe(
     mass: Tensor,
     against: int | None,
     confirmed: tuple[float, float],
+    second: Float[Tensor, "s 3 3"],
 ) -> PartMotion:
     apart = _angle(rotation[:, None] @ rotation.mT)
     one, other = divmod(int(apart.argmax()), len(rotation))
     between = rotation[other] @ rotation[one].T
     axis = _axis(between, rotation)
+    again = second[other] @ second[one].T
+    first_axis, second_axis = (matrix_to_quaternion(own[None])[0] for own in (between, again))
+    # The turn from the one state to the other; a quaternion and its negative are one rotation.
+    first_axis, second_axis = (own[1:] * own[0].sign() for own in (first_axis, second_axis))
+    cosine = torch.nn.functional.cosine_similarity(first_axis, second_axis, dim=0)
     # About this axis: twist of each rotation, from the state in the middle of what is seen.
     quaternion = matrix_to_quaternion(rotation)
     twist = torch.rad2deg(2 * torch.atan2(quaternion[:, 1:] @ axis, quaternion[:, 0]))
@@ -288,6 +327,8 @@ def _describe(
         tuple(mass.tolist()),
         against,
         *confirmed,
+        float(_angle(again)),
+        float(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))),
     )
 
 

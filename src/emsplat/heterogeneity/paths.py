@@ -67,12 +67,31 @@ def _smoothed(way: Float[Tensor, "k q"], fixed: set[int]) -> Float[Tensor, "k q"
     return own
 
 
-def traversal(latent: Float[Tensor, "v q"], component: int, frames: int) -> Float[Tensor, "f q"]:
-    """From the 5th to the 95th percentile of the particles along a principal component of their latents (from 1), each
-    time at the mean of the particles that lie about there."""
+def principal(
+    latent: Float[Tensor, "v q"], gram: Float[Tensor, "q q"]
+) -> tuple[Float[Tensor, "q q"], Float[Tensor, "q q"]]:
+    """Principal components of the maps of all views, those that change maps most first, as rows: the first give the
+    place of a view along each, the second the direction in which that place and no other changes.
+
+    Latents have much the same variance along any direction, whatever it does to the map; ``gram`` are the inner
+    products of its changes along the latents.
+    """
     centred = latent - latent.mean(0)
-    axis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -component]
-    axis = axis * axis[axis.abs().argmax()].sign()
+    root = torch.linalg.cholesky(gram + 1e-9 * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype))
+    vector = torch.linalg.eigh(root.T @ centred.T @ centred @ root).eigenvectors.flip(1)
+    place, direction = (root @ vector).T, torch.linalg.solve(root.T, vector).T
+    sign = direction.gather(1, direction.abs().argmax(1, keepdim=True)).sign()
+    return sign * place, sign * direction
+
+
+def traversal(
+    latent: Float[Tensor, "v q"], component: int, frames: int, gram: Float[Tensor, "q q"]
+) -> Float[Tensor, "f q"]:
+    """From the 5th to the 95th percentile of the particles along a `principal` component (from 1), each time at the
+    mean of the particles that lie about there."""
+    centred = latent - latent.mean(0)
+    places, directions = principal(latent, gram)
+    axis, direction = places[component - 1], directions[component - 1]
     own = centred @ axis
     low, high = torch.quantile(_few(own), torch.tensor(_ENDS, dtype=own.dtype)).tolist()
     found = []
@@ -80,7 +99,7 @@ def traversal(latent: Float[Tensor, "v q"], component: int, frames: int) -> Floa
         away = (own - place) / (_AROUND * own.std().clamp(min=1e-12))
         likely = torch.softmax(-0.5 * away.square(), 0)
         mean = likely @ centred
-        found.append(latent.mean(0) + mean + (place - mean @ axis) * axis)
+        found.append(latent.mean(0) + mean + (place - mean @ axis) * direction)
     return torch.stack(found)
 
 

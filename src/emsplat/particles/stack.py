@@ -17,7 +17,7 @@ from emsplat.imaging.ctf import flipped_from_multiplied
 from emsplat.io.table import ParticleTable
 from emsplat.maths.groups import C1, Symmetry
 from emsplat.parallel import ALONE, World
-from emsplat.particles.background import MASKED, background_pixels, is_bad
+from emsplat.particles.background import MASKED, background_pixels, has_hot_pixel, is_bad
 from emsplat.particles.copies import first_rows, image_numbers, particle_numbers, shares, with_halves
 from emsplat.particles.holding import Holding
 from emsplat.particles.images import ImageFiles
@@ -448,7 +448,8 @@ class ParticleStack:
         if bad.any():
             raise InputError(
                 f"{self.table.place(int(rows[bad][0]))}: {int(bad.sum())} of {len(rows)} images of a batch are "
-                "constant or hold values that are not finite, this is the first; leave such images out with --skip-bad"
+                "constant or hold values that are not finite or above 1e15, this is the first; leave such images out "
+                "with --skip-bad"
             )
 
     def without_bad(self, world: World = ALONE) -> tuple[ParticleStack, Int[Tensor, " b"]]:
@@ -458,7 +459,9 @@ class ParticleStack:
         for disk in dict.fromkeys(self.disk):
             here = _with_grid(disk, self.disk, group).nonzero()[:, 0]
             for rows in torch.split(self.rows[self.shared(world, here)], 256):
-                flags[rows] = is_bad(self.files.read(rows)).to(torch.uint8) if len(rows) else flags[rows]
+                if len(rows):
+                    images = self.files.read(rows)
+                    flags[rows] = (is_bad(images) | has_hot_pixel(images)).to(torch.uint8)
         world.most_(flags)
         bad = flags.bool()
         return self.take((~bad[self.rows]).nonzero()[:, 0]), self.rows[bad[self.rows]]

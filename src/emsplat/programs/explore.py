@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.motions import members
+from emsplat.heterogeneity.paths import principal
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.state_particles import Views, row_numbers
 from emsplat.report.explorer import DecoderNumbers, ExplorerNumbers, ParticleNumbers, StateNumbers
@@ -41,6 +43,7 @@ def explorer_numbers(
         copy=views.copy.numpy() if stack.symmetry.order > 1 else None,
     )
     density = models[0].density
+    places, _ = principal(views.latent, models[0].change_gram())
     return ExplorerNumbers(
         name,
         [_decoder(model, number + 1) for number, model in enumerate(models)],
@@ -60,6 +63,7 @@ def explorer_numbers(
         ],
         facts,
         warnings,
+        (places / torch.linalg.vector_norm(places, dim=1, keepdim=True)).numpy(),
     )
 
 

@@ -46,7 +46,7 @@ from emsplat.programs.finish import circumstances, describe, what_it_took
 from emsplat.programs.opening import open_run
 from emsplat.programs.part_files import surface_level, write_chimerax, write_parts, write_state_gaussians
 from emsplat.programs.populate import follows, populations, say_shares, write_populations
-from emsplat.programs.proof import local_of, proofs
+from emsplat.programs.proof import local_of, proofs, repeats
 from emsplat.programs.run import Run
 from emsplat.programs.shown import hide_slices, show_slices
 from emsplat.programs.state_engines import (
@@ -365,7 +365,7 @@ def _write_states(run: Run[HeterogeneityConfig], searched: Search, fitted: State
         grid,
         mask_of,
         searched.subspaces[0].lattice.radius,
-        stack.symmetry.order,
+        (stack.only(1).image_of_view, stack.only(2).image_of_view),
     )
     kept = [number for number, proof in enumerate(found) if proof.confirmed]
     for number, proof in enumerate(found):
@@ -458,6 +458,8 @@ def _correct(
         "resolution": particle_mask(state, grid, run.stack.diameter, True),
         "moving_resolution": moving_mask(state - consensus, grid.pixel_size),
     }
+    images = [run.stack.only(half).image_of_view for half in (1, 2)]
+    copies = sum(repeats(own, torch.ones(len(own))) for own in images) / len(images)
     maps, plain = [], []
     for model, cells in zip(fitted.models, fitted.cells, strict=True):
         maps.append([on_grid(own, cells.grid, grid) for own in corrected_maps(model, cells, latent)])
@@ -471,7 +473,7 @@ def _correct(
     for kind, ((one, raw_one), (other, raw_other)) in (("", maps), ("plain_", plain)):
         for name, mask in masks.items():
             if mask is not None:
-                validation = CrossValidation((raw_one, raw_other), mask, grid, run.stack.symmetry.order)
+                validation = CrossValidation((raw_one, raw_other), mask, grid, copies)
                 curve = validation.curve((one, other))
                 about[kind + name] = resolution(curve, 0.5)
     for name, where in (("resolution", "in the mask"), ("moving_resolution", "where the state differs")):

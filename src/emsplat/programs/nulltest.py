@@ -109,6 +109,8 @@ def null_test(config: NullTestConfig, particles: Path, output: Path, log: Log | 
         raise OutputError(f"{output}: is not empty; choose another with -o or start anew with --overwrite")
     stack = open_stack(config.reconstruct, particles)
     stack.require_one_grid()
+    if config.randomise_from is not None:
+        _shell_at(config.randomise_from, stack.grid)
     chosen = _choose(stack, config.particles)
     output.mkdir(parents=True, exist_ok=True)
     (output / JOURNAL).unlink(missing_ok=True)
@@ -189,7 +191,15 @@ def _from_shell(config: NullTestConfig, grid: Grid, found: dict[str, Any], parti
                 "phases; give --randomise-from, or take more particles"
             )
         spacing = 2 * reached
-    shell = round(grid.length / spacing)
+    return _shell_at(spacing, grid)
+
+
+def _shell_at(spacing: float, grid: Grid) -> int:
+    """
+    Raises:
+        InputError: there is no such shell, or none beyond it.
+    """
+    shell = round(grid.length / spacing) if spacing > 0 else 0
     if not 1 < shell < grid.size // 2 - _TOLERANCE:
         raise InputError(
             f"--randomise-from {spacing:g}: expected a spacing from {grid.nyquist:g} to {grid.length / 2:g} Å"

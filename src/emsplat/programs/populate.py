@@ -16,11 +16,12 @@ from torch import Tensor
 from emsplat.heterogeneity.classes import Classes
 from emsplat.heterogeneity.embedding import Embedding, leading
 from emsplat.heterogeneity.entanglement import (
-    SCALING,
+    ALIKE,
     Circumstances,
     Entangled,
     describe,
     entanglement,
+    moving_whole,
     remedy,
     scaling,
 )
@@ -168,7 +169,7 @@ def follows(
         if test.warns:
             log.warn(remedy(test))
     maps = searched.subspaces[0].maps[: searched.found.count + 1]
-    return [_test(one) for one in tests] + (_grey(maps, log) if linear else [])
+    return [_test(one) for one in tests] + (_of_the_whole(maps, log) if linear else [])
 
 
 def circumstances(stack: ParticleStack, brightness: Float[Tensor, " v"]) -> tuple[Int[Tensor, " i"], Circumstances]:
@@ -194,28 +195,44 @@ def _test(one: Entangled) -> dict[str, Any]:
     }
 
 
-def _grey(maps: Float[Tensor, "c z y x"], log: Log) -> list[dict[str, Any]]:
-    """Whether going along some direction of latent space makes the molecule brighter and nothing else."""
-    cosine, direction = scaling(maps)
-    warns = cosine >= SCALING
-    axis = 1 + max(range(len(direction)), key=lambda k: abs(direction[k]))
-    log.line(f"  grey scale: the change most like one of brightness is so by {cosine:.0%} (most along z{axis})")
-    if warns:
-        log.warn(
-            f"latents follow the grey scale of the images: a direction of latent space (most along z{axis}) makes the "
-            f"whole molecule brighter ({cosine:.0%} of that change); normalise the images, or correct their scale"
+def _of_the_whole(maps: Float[Tensor, "c z y x"], log: Log) -> list[dict[str, Any]]:
+    """Whether going along some direction of latent space makes the molecule brighter and nothing else, or moves the
+    whole of it."""
+    found = []
+    for what, like, does, then, (cosine, direction) in (
+        (
+            "grey scale",
+            "brightness",
+            "the grey scale of the images: a direction of latent space (most along z{axis}) makes the whole molecule "
+            "brighter",
+            "normalise the images, or correct their scale",
+            scaling(maps),
+        ),
+        (
+            "position of the whole",
+            "the place or turn of the whole molecule",
+            "where the whole molecule is in the images: a direction of latent space (most along z{axis}) shifts and "
+            "turns it as a whole",
+            "states along it are copies of one map; refine poses and centres first (emsplat refine)",
+            moving_whole(maps),
+        ),
+    ):
+        axis = 1 + max(range(len(direction)), key=lambda k: abs(direction[k]))
+        log.line(f"  {what}: the change most like one of {like} is so by {cosine:.0%} (most along z{axis})")
+        if cosine >= ALIKE:
+            log.warn(f"latents follow {does.format(axis=axis)} ({cosine:.0%} of that change); {then}")
+        found.append(
+            {
+                "what": what,
+                "explained": round(cosine, 4),
+                "p": None,
+                "component": axis,
+                "direction": [round(value, 4) for value in direction],
+                "shuffled": "",
+                "warns": cosine >= ALIKE,
+            }
         )
-    return [
-        {
-            "what": "grey scale",
-            "explained": round(cosine, 4),
-            "p": None,
-            "component": axis,
-            "direction": [round(value, 4) for value in direction],
-            "shuffled": "",
-            "warns": warns,
-        }
-    ]
+    return found
 
 
 def say_shares(log: Log, shares: Sequence[Share], over: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from emsplat.heterogeneity.cells import few_memberships, raw_map
@@ -20,6 +20,8 @@ from emsplat.measures.local_resolution import LocalResolution, default_window, l
 from emsplat.measures.states import moving_mask
 from emsplat.programs.state_engines import StatesFitted
 from emsplat.types import Grid
+
+Images = tuple[Int[Tensor, " v"], Int[Tensor, " w"]]
 
 _NOTHING = 1e-4  # of an FSC: rounding
 
@@ -59,11 +61,11 @@ def proofs(
     grid: Grid,
     mask_of: Callable[[Float[Tensor, "z y x"]], Float[Tensor, "z y x"]],
     last: int,
-    order: int = 1,
+    images: Images,
 ) -> list[Proof]:
     """``weight`` says how many particles each state has, ``mask_of`` makes the mask of a state's map, ``last`` is the
-    finest frequency, in cycles per box, at which particles were placed, ``order`` the number of views of each image
-    under a symmetry, which are neighbours."""
+    finest frequency, in cycles per box, at which particles were placed, ``images`` are those of the views of each half:
+    one may have several views, under a symmetry or in a set that was expanded before."""
     total = [sum(w * model.map(z) for w, z in zip(weight.tolist(), latents, strict=True)) for model in fitted.models]
     rest = float(weight.sum()) - weight
     found: dict[int, Proof] = {}
@@ -75,7 +77,7 @@ def proofs(
             (whole - float(weight[number]) * own) / float(rest[number].clamp(min=1e-12))
             for whole, own in zip(total, (one, other), strict=True)
         ]
-        raw, copies = _raw(fitted, latent, grid), _copies(fitted, latent, order)
+        raw, copies = _raw(fitted, latent, grid), _copies(fitted, latent, images)
         volume = (one + other) / 2
         seen = []
         molecule = mask_of(volume)
@@ -147,14 +149,18 @@ def _cell(model: HalfModel, latent: Float[Tensor, " q"]) -> int:
     return int((model.density.point - model.frame(latent[None])).square().sum(1).argmin())
 
 
-def _copies(fitted: StatesFitted, latent: Float[Tensor, " q"], order: int) -> float:
-    """How often the data of a state repeat under a symmetry: as often as it has elements where all views of an image
-    belong to the state, and not at all where one of them does."""
-    if order == 1:
-        return 1.0
+def _copies(fitted: StatesFitted, latent: Float[Tensor, " q"], images: Images) -> float:
+    """How often the data of a state repeat: as often as an image has views where all of these belong to the state, and
+    not at all where one of them does."""
     found = []
-    for model, embedding, kernel in zip(fitted.models, fitted.embeddings, fitted.kernels, strict=True):
+    for model, embedding, kernel, own in zip(fitted.models, fitted.embeddings, fitted.kernels, images, strict=True):
         weight = few_memberships(embedding.membership) @ kernel[_cell(model, latent)].to(embedding.membership)
-        weight = weight.reshape(-1, order)
-        found.append(float(weight.sum(1).square().sum() / weight.square().sum().clamp(min=1e-30)))
+        found.append(repeats(own, weight))
     return sum(found) / len(found)
+
+
+def repeats(image: Int[Tensor, " v"], weight: Float[Tensor, " v"]) -> float:
+    """How much noisier sums of views are than if each had an image of its own: by (Σ over images (Σ w)²) / Σ w²."""
+    total = torch.zeros(int(image.max()) + 1 if len(image) else 0, dtype=weight.dtype).index_add_(0, image, weight)
+    square = float(weight.square().sum())
+    return float(total.square().sum()) / square if square > 0 else 1.0

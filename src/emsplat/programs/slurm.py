@@ -30,6 +30,7 @@ from emsplat.run.stop import time_limit
 
 _SURE_TIME, _SURE_MEMORY = 2.0, 1.4  # of what is estimated, so that the queue ends nothing too early
 _BEFORE = 5  # minutes before the end of the job in which a run stops in order
+_FEWEST = 4  # particles of a part: two of each half-set
 _PORT = 29_400  # of the first machine, where processes find each other
 
 
@@ -66,6 +67,11 @@ def script(
         )
     here = change(config, datadir=None) if "{" in str(config.choice.datadir) else config
     stack = open_stack(here, particles, need_poses=command != "abinitio")
+    if options.parts and len(stack) < _FEWEST * options.parts:
+        raise InputError(
+            f"--parts {options.parts}: {len(stack):,} particles; expected at least {_FEWEST} of a part, two of each "
+            "half-set"
+        )
     if options.parts:
         stack = stack.take(torch.arange(-(-len(stack) // options.parts)))
     needed = estimate_of(

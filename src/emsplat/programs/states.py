@@ -112,7 +112,7 @@ def _latents(run: Path, config: StatesConfig, model: HalfModel) -> Float[Tensor,
     if config.traverse is not None:
         if not 1 <= config.traverse <= count:
             raise InputError(f"--traverse {config.traverse}: expected a component from 1 to {count}")
-        return traversal(read_latents(run / LATENTS).z, config.traverse, config.frames)
+        return traversal(read_latents(run / LATENTS).z, config.traverse, config.frames, model.change_gram())
     known = _table(run / STATES / STATES_TABLE, count)
     if len(config.path) < 2 or any(not 1 <= number <= len(known) for number in config.path):
         raise InputError(

@@ -99,6 +99,7 @@ class ExplorerNumbers:
     states: Sequence[StateNumbers] = ()
     facts: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    principal: _Array | None = None  # (q, q), rows: places along what changes maps most; None: variances of latents
 
 
 def write_explorer(path: Path, numbers: ExplorerNumbers) -> Path:
@@ -153,6 +154,7 @@ def _encoded(numbers: ExplorerNumbers) -> dict[str, Any]:
         "points": _floats(numbers.points),
         "weights": _floats(numbers.weights),
         "consensus": _list(numbers.consensus),
+        "principal": None if numbers.principal is None else [_list(row) for row in numbers.principal],
         "states": [
             {
                 "name": state.name,
@@ -218,6 +220,7 @@ def _check(numbers: ExplorerNumbers) -> None:
         ("points of the density", numbers.points, (None, latents)),
         ("weights of the density", numbers.weights, (len(numbers.points),)),
         ("latent of the consensus", numbers.consensus, (latents,)),
+        *([] if numbers.principal is None else [("principal components", numbers.principal, (latents, latents))]),
         *((f"latent of state {state.name}", state.latent, (latents,)) for state in numbers.states),
     ]
     for name in ("row", "half", "gain", "cluster", "defocus", "micrograph", "grey", "copy"):

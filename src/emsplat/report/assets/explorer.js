@@ -12,7 +12,8 @@ function readNumbers() {
   return {
     name: raw.name, count, latents, ...columns,
     decoders: raw.decoders.map((packed) => new Decoder(packed)),
-    points: unpack(raw.points), weights: unpack(raw.weights), consensus: Float64Array.from(raw.consensus), states: raw.states,
+    points: unpack(raw.points), weights: unpack(raw.weights), consensus: Float64Array.from(raw.consensus),
+    principal: raw.principal && raw.principal.map((row) => Float64Array.from(row)), states: raw.states,
   };
 }
 

@@ -51,11 +51,23 @@ class LatentPlane {
     this.#principal();
   }
 
-  /** Principal axes of the latents. */
+  /** Components, and principal ones: of the maps where the page knows them, else of the latents. */
   #principal() {
     const { latent, count, latents: q } = this.data;
     this.mean = new Float64Array(q);
     for (let i = 0; i < count; i++) for (let j = 0; j < q; j++) this.mean[j] += latent[i * q + j] / count;
+    const rows = this.data.principal ?? this.#ofLatents();
+    const components = Array.from({ length: q }, (_, j) => Float64Array.from({ length: q }, (_, k) => +(j === k)));
+    this.axes = [
+      ...components.map((row, j) => ({ name: `z${j + 1}`, row, offset: 0 })),
+      ...rows.map((row, j) => ({ name: `PC ${j + 1}`, row, offset: -sum(Array.from(row, (value, k) => value * this.mean[k])) })),
+    ];
+    // With one component alone the other axis only spreads the particles out.
+    if (q === 1) this.axes.push({ name: "(spread)", row: null, offset: 0 });
+  }
+
+  #ofLatents() {
+    const { latent, count, latents: q } = this.data;
     const spread = Array.from({ length: q }, () => new Float64Array(q));
     const d = new Float64Array(q);
     for (let i = 0; i < count; i++) {
@@ -63,14 +75,7 @@ class LatentPlane {
       for (let j = 0; j < q; j++) for (let k = 0; k <= j; k++) spread[j][k] += (d[j] * d[k]) / count;
     }
     for (let j = 0; j < q; j++) for (let k = 0; k < j; k++) spread[k][j] = spread[j][k];
-    const found = eigen(spread);
-    const components = Array.from({ length: q }, (_, j) => Float64Array.from({ length: q }, (_, k) => +(j === k)));
-    this.axes = [
-      ...components.map((row, j) => ({ name: `z${j + 1}`, row, offset: 0 })),
-      ...found.vectors.map((row, j) => ({ name: `PC ${j + 1}`, row, offset: -sum(Array.from(row, (value, k) => value * this.mean[k])) })),
-    ];
-    // With one component alone the other axis only spreads the particles out.
-    if (q === 1) this.axes.push({ name: "(spread)", row: null, offset: 0 });
+    return eigen(spread).vectors;
   }
 
   /** Where a latent lies in the plane. */
