@@ -10,7 +10,7 @@ import torch
 
 from emsplat.errors import InputError
 from emsplat.io.cryosparc import read_cs, write_cs
-from emsplat.io.mrc import writing_stack
+from emsplat.io.mrc import write_map, writing_stack
 from emsplat.io.particles import read_particles, write_used
 from emsplat.io.paths import Names, find_stacks, say_folders, say_start
 from emsplat.io.relion.read import read_star
@@ -113,6 +113,8 @@ def test_endings_stand_for_each_other_and_may_not_differ(tmp_path, elsewhere):
     with pytest.raises(InputError, match=rf"may be {other} or {one}, which differ"):
         find_stacks(["a.mrcs"], source, None)
     stack(one, 1, count=1, box=64)  # a micrograph that is called like it
+    assert where(source, "a.mrcs")[0] == other
+    write_map(one, torch.ones(8, 8, 8), 2.0)  # the map that came of it
     assert where(source, "a.mrcs")[0] == other
     shutil.copyfile(other, one)
     assert where(source, "a.mrc")[0] == one

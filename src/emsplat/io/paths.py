@@ -242,9 +242,10 @@ class _Search:
             return None
         written_so = next((file for file in found if file.exact), None)
         if written_so is not None:
-            # A micrograph may lie beside a stack that is called like it: images of another size are no candidates.
+            # A micrograph or a map may lie beside a stack that is called like it: images of another size are no
+            # candidates, nor is a volume for a stack.
             same = written_so.path
-            found = [file for file in found if file.exact or _image_size(file.path) == _image_size(same)]
+            found = [file for file in found if file.exact or _kind(file.path) == _kind(same)]
         first = found[0]
         for other in found[1:]:
             if other.identity != first.identity and not _alike(first, other):
@@ -325,13 +326,17 @@ def _here() -> str | None:
         return None
 
 
-def _image_size(path: str) -> bytes:
-    """Columns and rows of an MRC file, as the header has them."""
+def _kind(path: str) -> tuple[bytes, bool]:
+    """Columns and rows of an MRC file, as the header has them, and whether it says that it is a volume."""
     try:
         with open(path, "rb") as stream:
-            return stream.read(8)
+            header = stream.read(92)
     except OSError:
-        return b""
+        return b"", False
+    # Space group 1, and all sections in one cell; in the byte order of whoever wrote it.
+    sections, in_cell, group = header[8:12], header[36:40], header[88:92]
+    one = (b"\1\0\0\0", b"\0\0\0\1")
+    return header[:8], group in one and sections == in_cell and sections not in one
 
 
 def _alike(one: _File, other: _File) -> bool:
