@@ -17,6 +17,7 @@ from emsplat.assessment.symmetry import (
     AxisTest,
     _finer,
     _half,
+    _holds_elsewhere,
     _turned,
     _whole,
     examine_symmetry,
@@ -27,7 +28,7 @@ from emsplat.io.relion.read import read_star
 from emsplat.io.relion.write import rewrite_star
 from emsplat.maths.fourier import irfft, rfft
 from emsplat.maths.geometry import axis_rotation, matrix_to_euler, random_rotations
-from emsplat.maths.groups import generators, parse_symmetry, tetrahedral
+from emsplat.maths.groups import cyclic, dihedral, generators, icosahedral, parse_symmetry, tetrahedral
 from emsplat.particles.open import open_particles
 from emsplat.programs.simulate import simulate
 from emsplat.simulation.protein import procedural_protein
@@ -238,3 +239,19 @@ def test_check_and_log(particles, tmp_path, capsys):
     assert main([*run, "D4", "--overwrite"]) == 1
     assert "Warning: symmetry D4" in capsys.readouterr().out
     assert "symmetry D4" in (Path(tmp_path) / "run" / "summary.json").read_text()
+
+
+def test_half_agreement_about_wrong_axes_is_told_from_axes_that_are_a_little_off():
+    """Few particles: axes of another setting of I look half right."""
+
+    class Seen:
+        def __init__(self, group):
+            self.group = group
+
+        def agreement(self, rotation):
+            there = float((self.group.elements - rotation).flatten(1).norm(dim=1).min()) < 1e-6
+            return (0.97 if there else 0.48), 0.02
+
+    assert _holds_elsewhere(Seen(icosahedral("2")), icosahedral("1"))
+    assert not _holds_elsewhere(Seen(cyclic(1)), icosahedral("1"))
+    assert not _holds_elsewhere(Seen(cyclic(1)), dihedral(2))
