@@ -244,7 +244,7 @@ def test_check_and_log(particles, tmp_path, capsys):
 def test_half_agreement_about_wrong_axes_is_told_from_axes_that_are_a_little_off():
     """Few particles: axes of another setting of I look half right."""
 
-    class Seen:
+    class Seen(AxisTest):
         def __init__(self, group):
             self.group = group
 
