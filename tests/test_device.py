@@ -243,7 +243,7 @@ def test_sums_are_the_same_on_a_device(gpu, particles, tmp_path):
     same(one.solve(), other.solve(), rtol=0, atol=1e-4 * float(other.solve().abs().max()))
     assert one.coverage() == pytest.approx(other.coverage(), abs=1e-3)
     assert contrast(one.solve()) == pytest.approx(contrast(other.solve()), rel=1e-3)
-    assert relative_gain(one, one.scaled(2.0)) == pytest.approx(0.5, rel=1e-5)
+    assert relative_gain(one, one.scaled(2.0)) == pytest.approx(0.5, rel=1e-3)  # the prior of few images
 
 
 BOUNDS = Bounds(40.0, 4.0, 2.0)

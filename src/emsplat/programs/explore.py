@@ -43,7 +43,7 @@ def explorer_numbers(
         copy=views.copy.numpy() if stack.symmetry.order > 1 else None,
     )
     density = models[0].density
-    places, _ = principal(views.latent, models[0].change_gram())
+    components, _ = principal(views.latent, models[0].change_gram())
     return ExplorerNumbers(
         name,
         [_decoder(model, number + 1) for number, model in enumerate(models)],
@@ -63,7 +63,7 @@ def explorer_numbers(
         ],
         facts,
         warnings,
-        (places / torch.linalg.vector_norm(places, dim=1, keepdim=True)).numpy(),
+        (components / torch.linalg.vector_norm(components, dim=1, keepdim=True)).numpy(),
     )
 
 
