@@ -56,7 +56,8 @@ def fitted(shown, true, noise, seed=0):
     latent = torch.zeros(0, 1).double()
     place = Embedding(models[0].density, nothing, nothing, latent, latent, latent[:, 0], torch.eye(1).double())
     kernels = (torch.eye(count), torch.eye(count))
-    return StatesFitted(models, (cells[0], cells[1]), (place, place), (latent, latent), kernels, Gain(1.0, 0.1), None)
+    both, latents, members, gain = (cells[0], cells[1]), (latent, latent), (nothing, nothing), Gain(1.0, 0.1)
+    return StatesFitted(models, both, (place, place), latents, kernels, members, gain, None)
 
 
 def everywhere(volume):
@@ -121,8 +122,8 @@ def test_data_of_a_symmetric_state_count_once():
     """Under C2: a state to which both views of an image belong, and one that has them singly."""
     both = fitted([[globule(0, 0, 0)] * 2] * 2, [globule(0, 0, 0)] * 2, 0.3)
     member = torch.tensor([[1.0, 0.0], [1.0, 0.0]] * 5 + [[0.0, 1.0], [1.0, 0.0]] * 5).double()
-    places = tuple(replace(place, membership=member) for place in both.embeddings)
-    both = replace(both, embeddings=places)
+    # A point that was dropped when particles were placed for good is still a cell.
+    both = replace(both, members=(member, member))
     images = (torch.arange(20) // 2,) * 2
     copies = [_copies(both, torch.tensor([float(state)]).double(), images) for state in range(2)]
     assert copies == pytest.approx([(5 * 4 + 5) / 15, 1.0])

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from emsplat.heterogeneity.cells import few_memberships, raw_map
+from emsplat.heterogeneity.cells import raw_map
 from emsplat.heterogeneity.evidence import SIGNIFICANT
 from emsplat.heterogeneity.half import HalfModel, on_grid
 from emsplat.maths.fourier import crop, hermitian_weight, rfft
@@ -153,8 +153,8 @@ def _copies(fitted: StatesFitted, latent: Float[Tensor, " q"], images: Images) -
     """How often the data of a state repeat: as often as an image has views where all of these belong to the state, and
     not at all where one of them does."""
     found = []
-    for model, embedding, kernel, own in zip(fitted.models, fitted.embeddings, fitted.kernels, images, strict=True):
-        weight = few_memberships(embedding.membership) @ kernel[_cell(model, latent)].to(embedding.membership)
+    for model, member, kernel, own in zip(fitted.models, fitted.members, fitted.kernels, images, strict=True):
+        weight = member @ kernel[_cell(model, latent)].to(member)
         found.append(repeats(own, weight))
     return sum(found) / len(found)
 

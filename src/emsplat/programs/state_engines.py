@@ -6,7 +6,7 @@ What a run goes on from after an interruption is in its folder: sums of cells, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -19,7 +19,7 @@ from emsplat.config import HeterogeneityConfig
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint, spread_state
 from emsplat.fitting.state import State
-from emsplat.heterogeneity.cells import Cells, cells_of, overlap
+from emsplat.heterogeneity.cells import Cells, cells_of, few_memberships, overlap
 from emsplat.heterogeneity.classes import Classes, common_classes
 from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading, spread_embedding
 from emsplat.heterogeneity.evidence import Gain, mean_gain
@@ -73,6 +73,7 @@ class StatesFitted:
     embeddings: tuple[Embedding, Embedding]
     latent: tuple[Float[Tensor, "v q"], Float[Tensor, "w q"]]  # of the views of each half, in the frame of the run
     kernels: tuple[Float[Tensor, "m m"], Float[Tensor, "n n"]]  # weights with which cells share their data
+    members: tuple[Float[Tensor, "_v m"], Float[Tensor, "_w n"]]  # of the views in the cells, as these were made
     gain: Gain  # of the states over their mean, on images of the other half
     classes: Classes | None  # where latents form such
 
@@ -111,8 +112,8 @@ def fit_cells(run: Run[HeterogeneityConfig], searched: Search, window: Window) -
         told.append(mean_gain(final.gain - final.mean, run.stack.only(2 - half).image_of_view))
     if not world.first:
         return None
-    kernels = [_kernel(placed.embedding) for placed in places]
-    return _together(run, models, kept, kernels, (embeddings[0], embeddings[1]), (told[0], told[1]))
+    made_of = [placed.embedding for placed in places]
+    return _together(run, models, kept, made_of, (embeddings[0], embeddings[1]), (told[0], told[1]))
 
 
 def _with_residuals(
@@ -351,8 +352,7 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
         models.append(without_residual(model.decoder.cpu(), found[half], run.stack.grid))
     if not world.first:
         return None
-    kernels = [_kernel(own) for own in found]
-    return _together(run, models, cells, kernels, (found[0], found[1]), (gains[0], gains[1]))
+    return _together(run, models, cells, found, (found[0], found[1]), (gains[0], gains[1]))
 
 
 def _kernel(embedding: Embedding) -> Float[Tensor, "m m"]:
@@ -414,11 +414,12 @@ def _together(
     run: Run[HeterogeneityConfig],
     models: list[HalfModel],
     cells: list[Cells],
-    kernels: list[Tensor],
+    made_of: Sequence[Embedding],
     embeddings: tuple[Embedding, Embedding],
     gains: tuple[Gain, Gain],
 ) -> StatesFitted:
-    """Both halves in the latents of the run, by the first process alone; their models are written."""
+    """Both halves in the latents of the run, by the first process alone; their models are written. The cells were
+    ``made_of`` views as they were placed then."""
     run.go_on_alone()
     first, second = embeddings
     frames = (identity(first.own.shape[1]), leading(first, second))
@@ -439,7 +440,8 @@ def _together(
         (cells[0], cells[1]),
         embeddings,
         latents_of_run(*embeddings),
-        (kernels[0], kernels[1]),
+        (_kernel(made_of[0]), _kernel(made_of[1])),
+        (few_memberships(made_of[0].membership), few_memberships(made_of[1].membership)),
         gain,
         classes if classes.told else None,
     )
