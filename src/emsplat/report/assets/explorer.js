@@ -639,13 +639,13 @@ function start() {
   // ---- what the selection is saved as
   const selection = () => Array.from(data.row.keys()).filter((i) => plane.selected[i]);
   // With a head, as latents.csv: these rows count from 1, bare numbers in such files from 0.
-  const placeOf = (i) => (data.copy ? `${data.row[i]},${data.copy[i]}` : `${data.row[i]}`);
-  const rowsText = () => [data.copy ? "row,copy" : "row", ...selection().map(placeOf), ""].join("\n");
+  const whichRow = (i) => (data.copy ? `${data.row[i]},${data.copy[i]}` : `${data.row[i]}`);
+  const rowsText = () => [data.copy ? "row,copy" : "row", ...selection().map(whichRow), ""].join("\n");
 
   function tableText() {
     const names = ["row", ...(data.copy ? ["copy"] : []), "half", ...range(data.latents).map((j) => `z${j + 1}`), ...(data.cluster ? ["class"] : []), "gain"];
     const lines = selection().map((i) => [
-      placeOf(i), data.half[i], ...range(data.latents).map((j) => data.latent[i * data.latents + j].toFixed(4)),
+      whichRow(i), data.half[i], ...range(data.latents).map((j) => data.latent[i * data.latents + j].toFixed(4)),
       ...(data.cluster ? [data.cluster[i] + 1] : []), data.gain[i].toFixed(4),
     ].join(","));
     return [names.join(","), ...lines, ""].join("\n");
