@@ -294,7 +294,8 @@ def test_particles_come_back_with_their_states(run, particles):
 def test_the_run_says_what_latents_follow(run):
     folder, summary = run
     tests = summary["heterogeneity"]["follows"]
-    assert {row["what"] for row in tests} == {"viewing direction", "angle in the image", "defocus", "grey scale"}
+    of_images = {"viewing direction", "angle in the image", "defocus"}
+    assert {row["what"] for row in tests} == of_images | {"grey scale", "position of the whole"}
     assert not any(row["warns"] for row in tests)
     assert "do latents follow the images" in (folder / "run.log").read_text()
 
