@@ -440,7 +440,8 @@ class HeterogeneityOptions:
     """Rigid parts that the decoder may move; by default 5, and as many as the data show with the paper's networks."""
 
     gaussians: int | None = None
-    """Gaussians of a state; by default about one per voxel of the molecule, at most 24,576."""
+    """Gaussians of a state; by default about one per voxel of the molecule, at most 24,576. With --engine cells it
+    becomes the nearest multiple of 2,048, at least that."""
 
     states: int = 10
     """Maps that are written where latents form no classes: centres of as many groups. Classes have one map each."""
