@@ -71,11 +71,10 @@ class HalfModel:
     def change_gram(self) -> Float[Tensor, "q q"]:
         """Inner products of how the map changes along the latents of the run, by regression over the points of the
         density: what makes lengths in latent space differences of maps. Coarse maps of the Gaussians alone."""
-        length = self.box.length
-        size = min(self.box.size, 8 * math.ceil(2 * length / _COARSE / 8))
+        grid = _coarse(self.box)
         point, weight = self.density.point.double(), self.density.weight.double()
         mixtures = self.decoder.mixtures(point.float())
-        drawn = torch.stack([voxelize(one, Grid(size, length / size)).flatten() for one in mixtures]).double()
+        drawn = torch.stack([voxelize(one, grid).flatten() for one in mixtures]).double()
         mean = weight @ drawn / weight.sum()
         away = point - weight @ point / weight.sum()
         scaled = weight.sqrt()[:, None]
@@ -167,12 +166,17 @@ def with_residual(
     return replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
 
 
+def _coarse(grid: Grid) -> Grid:
+    """The same box on voxels of half `_COARSE` or a little less, or on its own where these are no finer."""
+    size = min(grid.size, 8 * math.ceil(2 * grid.length / _COARSE / 8))
+    return Grid(size, grid.length / size)
+
+
 @torch.no_grad()
 def _where_states_differ(model: HalfModel, cells: Cells, rest: Float[Tensor, "m z y x"]) -> Float[Tensor, "z y x"]:
     """A soft mask of where the maps of the cells are not alike, residuals ``rest`` among them."""
-    size, length = cells.grid.size, cells.grid.length
-    small = min(size, 8 * math.ceil(2 * length / _COARSE / 8))
-    grid = Grid(small, length / small)
+    size, grid = cells.grid.size, _coarse(cells.grid)
+    small = grid.size
     drawn = torch.stack([voxelize(one, grid) for one in model.decoder.mixtures(cells.point.float())])
     if small < size:
         for number, own in enumerate(rest):
@@ -181,7 +185,7 @@ def _where_states_differ(model: HalfModel, cells: Cells, rest: Float[Tensor, "m 
         drawn += rest
     mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), drawn)
     # Noise of single voxels must not decide: a quarter of the amplitude at the finest spacing.
-    smooth = math.log(4) / (length / _COARSE) ** 2
+    smooth = math.log(4) / (grid.length / _COARSE) ** 2
     away = torch.zeros_like(mean)
     for own in drawn:
         away = torch.maximum(away, filtered(own - mean, lambda radius: torch.exp(-smooth * radius**2)).abs())
