@@ -357,6 +357,9 @@ def test_motions_that_the_other_half_set_does_not_have_are_not_told(model):
     assert arm.turn == pytest.approx(90, abs=0.1)
     assert arm.confirmed < 0
     assert arm.words.endswith(f"moves against part {arm.against} in no way that the other half-set confirms")
+    assert arm.axes_apart == pytest.approx(180, abs=0.1)
+    half_turn = motions((model, other), turned([0.0, 178.0]), 0, members(model))[1]
+    assert (half_turn.turn, half_turn.axes_apart) == pytest.approx((178, 0), abs=0.1)
     assert block.changes
     assert block.mass_confirmed == pytest.approx(0, abs=1e-6)
     assert "comes and goes" not in block.words

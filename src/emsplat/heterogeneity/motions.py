@@ -301,6 +301,8 @@ def _describe(
     # The turn from the one state to the other; a quaternion and its negative are one rotation.
     first_axis, second_axis = (own[1:] * own[0].sign() for own in (first_axis, second_axis))
     cosine = torch.nn.functional.cosine_similarity(first_axis, second_axis, dim=0)
+    if float(apart.max() + _angle(again)) > 360 - _ROUND:  # about half a turn each: either way round
+        cosine = cosine.abs()
     # About this axis: twist of each rotation, from the state in the middle of what is seen.
     quaternion = matrix_to_quaternion(rotation)
     twist = torch.rad2deg(2 * torch.atan2(quaternion[:, 1:] @ axis, quaternion[:, 0]))
