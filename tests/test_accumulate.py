@@ -104,6 +104,33 @@ def test_sums_do_not_depend_on_threads_nor_on_batches():
     assert torch.equal(one.weight, three.weight)
 
 
+@pytest.mark.parametrize(
+    ("symbol", "inserted"),
+    [("C1", 1), ("C2", 1), ("C3", 3), ("C4", 1), ("C6", 3), ("D2", 1), ("D4", 1), ("D7", 7), ("T", 12), ("O", 1)]
+    + [("I1", 5), ("I2", 5), ("I3", 30)],
+)
+def test_symmetry_is_as_if_each_image_were_there_once_under_every_element(symbol, inserted, device):
+    grid, rng, symmetry = Grid(18, 2.0), torch.Generator().manual_seed(4), parse_symmetry(symbol)
+    # None that puts points on the grid: where the window ends there, it depends on the side.
+    rotation = random_rotations(5, rng).float()
+    spectra = rfft(torch.randn(5, 18, 18, generator=rng))
+    weights = torch.rand(spectra.shape, generator=rng)
+    folded = FourierStatistics(grid, device=device, symmetry=symmetry)
+    each = FourierStatistics(grid, device=device)
+    assert len(folded.elements) == inserted == symmetry.inserted
+    folded.insert(spectra.to(device), weights.to(device), rotation.to(device), grid)
+    for element in symmetry.elements.float():
+        each.insert(spectra.to(device), weights.to(device), (rotation @ element).to(device), grid)
+    expected = each.equations()
+    # Positions are rounded to 1e-6 voxels of the grid, sums to float32.
+    for equations in (folded.equations(), folded.equations(), folded.used_up()):
+        for name in ("linear", "kernel"):
+            found, wanted = getattr(equations, name), getattr(expected, name)
+            assert float((found - wanted).norm()) < 2e-5 * float(wanted.norm())
+    assert not folded.numerator.numel()
+    assert not folded.weight.numel()
+
+
 def test_back_projection_is_the_truth_in_frame_hand_and_sign(star, device):
     truth, grid = read_map(star.parent / "truth.mrc")
     volume = equations_of(open_particles(star).on(device)).solve().cpu()

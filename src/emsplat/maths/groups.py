@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from emsplat.errors import InputError
 from emsplat.maths.geometry import axis_rotation
+
+_SAME = 1e-4  # largest difference of an entry between matrices of one rotation
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,23 @@ class Symmetry:
         """How many elements there are."""
         return len(self.elements)
 
+    @cached_property
+    def inserted(self) -> int:
+        """How many times sums on a grid take in each image: what `about_grid` leaves to be inserted."""
+        return len(self.about_grid()[1])
+
+    def about_grid(self) -> tuple[Int[Tensor, "t 3 3"], Float[Tensor, "c 3 3"]]:
+        """The elements that carry a cubic grid onto itself, and some that make up the group with them: each element is
+        one of the second times one of the first (left cosets)."""
+        elements = self.elements.numpy()
+        turns = elements[np.abs(elements - elements.round()).max((1, 2)) < _SAME].round()
+        chosen, reached = [], np.zeros((0, 3, 3))
+        for element in elements:
+            if not _contains(reached, element):
+                chosen.append(element)
+                reached = np.concatenate([reached, element @ turns])
+        return torch.from_numpy(turns).long(), torch.from_numpy(np.stack(chosen))
+
 
 def _close(generators: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """All products of the generators."""
@@ -47,7 +66,7 @@ def _close(generators: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 def _contains(group: NDArray[np.float64], element: NDArray[np.float64]) -> bool:
-    return bool((np.abs(group - element).max((1, 2)) < 1e-4).any())
+    return bool((np.abs(group - element).max((1, 2)) < _SAME).any())
 
 
 # Axes (two-fold, five-fold, three-fold) that generate the icosahedral group in RELION's settings (I = I2).

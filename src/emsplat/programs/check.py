@@ -375,7 +375,7 @@ def _quick_look(stack: ParticleStack, output: Path | None) -> list[Item]:
     for number in (1, 2):
         own = stack.only(number)
         rate = 4000 * (96 / stack.grid.size) ** 2
-        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / stack.symmetry.order)))
+        count = min(len(own), _SAMPLE // 2, max(2, int(rate * _SECONDS / 2 / stack.symmetry.inserted)))
         sample = own.take(torch.linspace(0, len(own) - 1, count).long())
         halves.append(equations_of(sample, size if size < stack.grid.size else None))
     raw = tuple(part.solve() for part in halves)

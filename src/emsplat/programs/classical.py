@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emsplat import report
 from emsplat.assessment.maps import given_mask, is_evident, particle_mask
 from emsplat.config import RunConfig
 from emsplat.errors import InputError
@@ -78,7 +79,10 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
         _check_added(run)
         sums = {name: _accumulate_half(run, name) for name in HALVES}
         with run.log.step("classical maps"):
-            return settle(run, sums)
+            classical = settle(run, sums)
+    if run.world.first:
+        report.prepare(torch.get_num_threads())
+    return classical
 
 
 def _decided(world: World, classical: Classical) -> Classical:

@@ -191,7 +191,7 @@ def _fitting(stack: ParticleStack) -> float:
 def _passing(stack: ParticleStack) -> float:
     """Seconds of one core to make the sums of all images."""
     box = stack.grid.size
-    more = (stack.symmetry.order - 1) * (_ELEMENT[0] + _ELEMENT[1] * box)
+    more = (stack.symmetry.inserted - 1) * (_ELEMENT[0] + _ELEMENT[1] * box)
     return len(stack) * box**2 * (_PIXEL + more)
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import tomli_w
 import torch
 
-from emsplat import __version__, report
+from emsplat import __version__
 from emsplat.assessment.maps import given_mask, shared_shell
 from emsplat.assessment.symmetry import Finding, examine_symmetry
 from emsplat.config import RefineConfig, RunConfig, change
@@ -79,7 +79,6 @@ def open_run(
         prepare_folder(config, particles, folder, stack.table.stacks)
         process = platform.node(), os.getpid()
         log.keep_in(folder, Begun(f"emsplat {program}", __version__, str(particles), config.run.resume, *process))
-        report.prepare(torch.get_num_threads())
     init = "map" if settings is None else settings.init
     for warning in (*stack.table.warnings, *start_remarks(init, stack.grid)):
         log.warn(warning)

@@ -12,6 +12,9 @@ window (Jackson et al. 1991; width and shape after Beatty et al. 2005), and the 
 b(x) and K(τ) afterwards. Against exact sums the error of b is below 0.4 % everywhere in the box, and that of K below
 1e-3 of its peak at lags up to half the box; beyond 0.6 of it, where only the ends of a particle that fills the
 box could meet, K is faded out (tests).
+
+Elements of a symmetry that carry the grid onto itself need no slices of their own: the sums are turned, once and
+exactly. That is all of D2 and O, and 12 of the 60 elements of I.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from emsplat.errors import InputError
 from emsplat.imaging.ctf import in_image, observe, stretch_of
 from emsplat.io.tensors import write_tensors
 from emsplat.kernels import backend
-from emsplat.maths.fourier import shell_index
+from emsplat.maths.fourier import shell_index, slabs
+from emsplat.maths.groups import C1, Symmetry
 from emsplat.parallel import ALONE, World
 from emsplat.particles.copies import image_marks
 from emsplat.particles.noise import estimate_noise
@@ -56,7 +60,8 @@ class FourierStatistics:
     row y and column x stand for the frequencies z - R - 1, y - R - 1 and x - 1 in units of 1 / (padded box length).
     ``particles`` counts the rows in the sums, ``done`` says which of the stack they are; ``about`` says what they are
     sums of, in terms that `load` compares, and ``images`` which images they will hold when they are complete
-    (`copies.image_marks`).
+    (`copies.image_marks`). An image counts once under each element of ``symmetry``: it is inserted under some of them,
+    ``elements``, and sums become equations under all ``turns`` (`Symmetry.about_grid`).
     The sums are kept on ``device``.
     """
 
@@ -66,6 +71,7 @@ class FourierStatistics:
         about: dict[str, str] | None = None,
         device: torch.device = CPU,
         images: Int[Tensor, "i 3"] | None = None,
+        symmetry: Symmetry = C1,
     ) -> None:
         reach = math.ceil(PADDING * grid.size / 2)
         shape = (2 * reach + 3, 2 * reach + 3, reach + 3)
@@ -75,6 +81,8 @@ class FourierStatistics:
         self.done = torch.zeros(0, dtype=torch.bool)
         self.images = torch.zeros(0, 3, dtype=torch.int64) if images is None else images
         self.about = {"box": str(grid.size), "pixel size": f"{grid.pixel_size:.4f}", **(about or {})}
+        self.turns, elements = symmetry.about_grid()
+        self.elements = elements.float().to(device)
         if device.type == "cpu":
             # NumPy asks the system for large pages, PyTorch does not: scattered writes are a third faster.
             self.numerator = torch.from_numpy(np.zeros(shape, np.complex64))
@@ -89,10 +97,8 @@ class FourierStatistics:
         weight: Float[Tensor, "p y k"],
         rotation: Float[Tensor, "p 3 3"],
         grid: Grid,
-        symmetry: Float[Tensor, "s 3 3"] | None = None,
     ) -> None:
-        """Adds C Y/σ² and C²/σ² of centred transforms (origin at the centre pixel) of images on ``grid``, with
-        ``symmetry`` once under each of its elements.
+        """Adds C Y/σ² and C²/σ² of centred transforms (origin at the centre pixel) of images on ``grid``.
 
         Images may have another box and pixel size than the volume; what lies beyond either's Nyquist frequency is left
         out.
@@ -111,8 +117,10 @@ class FourierStatistics:
         radius = (0.5 - 1e-6) / stretch * min(grid.size, self.grid.size * grid.length / self.grid.length)
         step = self.side / self.grid.size * self.grid.length / grid.length
         kernels, polynomials = backend(weight.device), polynomials_on(weight.device)
-        for turned in (rotation,) if symmetry is None else (rotation @ element for element in symmetry):
-            kernels.insert(self.numerator, self.weight, numerator, weight, turned, polynomials, radius, step)
+        for element in self.elements:
+            kernels.insert(
+                self.numerator, self.weight, numerator, weight, rotation @ element, polynomials, radius, step
+            )
 
     def merge(self, other: FourierStatistics) -> None:
         """Adds the sums of other particles of the same kind.
@@ -209,23 +217,28 @@ class FourierStatistics:
 
     def equations(self) -> NormalEquations:
         """b and K, with the window divided out."""
-        return NormalEquations(self.grid, self._linear(), self._kernel(), self.particles)
+        linear, kernel = self._linear(self.numerator.clone()), self._kernel(self.weight.clone())
+        return NormalEquations(self.grid, linear, kernel, self.particles)
 
     def used_up(self) -> NormalEquations:
         """`equations` from sums that are done with: their memory is given back on the way, and they are empty."""
         nothing = self.weight[:0].clone()
-        linear = self._linear()
+        linear = self._linear(self.numerator)
         self.numerator = nothing.to(torch.complex64)
-        kernel = self._kernel()
+        kernel = self._kernel(self.weight)
         self.weight = nothing
         return NormalEquations(self.grid, linear, kernel, self.particles)
 
-    def _linear(self) -> Float[Tensor, "z y x"]:
-        return self._without_window(synthesis(self.numerator, self.grid.size))
+    def _linear(self, numerator: Complex[Tensor, "Z Y X"]) -> Float[Tensor, "z y x"]:
+        parts = torch.view_as_real(numerator)
+        add_turned_(parts[..., 0], self.turns)
+        add_turned_(parts[..., 1], self.turns, mirror=-1)
+        return self._without_window(synthesis(numerator, self.grid.size))
 
-    def _kernel(self) -> Float[Tensor, "w v u"]:
+    def _kernel(self, weight: Float[Tensor, "Z Y X"]) -> Float[Tensor, "w v u"]:
+        add_turned_(weight, self.turns)
         reach = kernel_reach(self.grid.size)
-        lags = synthesis(self.weight, 2 * reach, first=reach)
+        lags = synthesis(weight, 2 * reach, first=reach)
         return self._without_window(lags, kernel_fade(self.grid.size))
 
     def _without_window(self, volume: Float[Tensor, "z y x"], fade: Tensor | float = 1.0) -> Float[Tensor, "z y x"]:
@@ -236,6 +249,43 @@ class FourierStatistics:
         for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)):
             volume *= factor[-len(volume) :].reshape(shape) if shape[0] < 0 else factor.reshape(shape)
         return volume
+
+
+def add_turned_(values: Float[Tensor, "Z Y X"], turns: Int[Tensor, "t 3 3"], mirror: int = 1) -> None:
+    """Makes sums on a half space those over all ``turns`` R of the grid, Σ_R F(R k), in place.
+
+    ``values`` are as the sums of `FourierStatistics`, real or imaginary parts: what they stand for at -k is ``mirror``
+    times that at k. Turns are signed permutations of the axes x, y, z, the identity among them.
+    """
+    if len(turns) == 1:
+        return
+    rows, columns = len(values), values.shape[2] - 1
+    middle = rows // 2
+    # From here on plane x = 0 holds whole values, and that at x = -1 nothing.
+    values[..., 2] += mirror * values[..., 0].flip(0, 1)
+    values[..., 1] += mirror * values[..., 1].flip(0, 1)
+    values[..., 0] = 0
+    whole, sums = values[..., 1:].flatten(), values[..., 1:]
+    sums.zero_()
+    strides = torch.tensor([1, columns, rows * columns])
+    axis = torch.arange(-middle, middle + 1, device=values.device)
+    for turn in turns:
+        leading = int(turn[0].abs().argmax())  # the axis along which the turned x runs
+        for sign in (1, -1):  # of the turned x; below 0 its mirror is there
+            upper = slice(middle, None)
+            part = [slice(None), slice(None), upper]
+            if leading == 0 and int(turn[0, 0]) != sign:
+                continue
+            if leading > 0:
+                part[2 - leading] = upper if int(turn[0, leading]) == sign else slice(0, middle)
+            z, y, x = (axis[own] for own in part)
+            a, b, c = (sign * strides @ turn).tolist()
+            start = middle * int(strides[1:].sum())
+            for planes in slabs(len(z), len(y) * len(x)):
+                place = start + c * z[planes, None, None] + b * y[:, None] + a * x
+                found = whole[place]
+                sums[part[0], part[1]][planes] += found if sign > 0 else mirror * found
+    sums[..., 0] *= 0.5
 
 
 def memory_of_sums(size: int) -> float:
@@ -265,16 +315,22 @@ def fingerprint(stack: ParticleStack) -> str:
 
 def mark(stack: ParticleStack) -> str:
     """A short name of all that sums over these particles depend on: their list, the symmetry, and the grid."""
-    elements = stack.symmetry.elements.numpy().round(6).tobytes()
-    about = f"{fingerprint(stack)} {stack.grid.size} {stack.grid.pixel_size:.6f}".encode()
-    return hashlib.sha256(about + elements).hexdigest()[:16]
+    about = f"{fingerprint(stack)} {stack.grid.size} {stack.grid.pixel_size:.6f} {_name_of(stack.symmetry)}"
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def _name_of(symmetry: Symmetry) -> str:
+    """A group about its axes, and how many of its elements are inserted if not all of them."""
+    elements = hashlib.sha256(symmetry.elements.numpy().round(6).tobytes()).hexdigest()[:8]
+    some = f", {symmetry.inserted} inserted" if symmetry.inserted < symmetry.order else ""
+    return f"{symmetry.order} elements, {elements}{some}"
 
 
 def begin(stack: ParticleStack, grid: Grid | None = None) -> FourierStatistics:
     """Empty sums for a stack, on its own grid or another, where its images come."""
-    elements = hashlib.sha256(stack.symmetry.elements.numpy().round(6).tobytes()).hexdigest()[:8]
-    about = {"symmetry": f"{stack.symmetry.order} elements, {elements}", "particles": fingerprint(stack)}
-    return FourierStatistics(grid or stack.grid, about, stack.device, image_marks(stack.table.take(stack.rows)))
+    about = {"symmetry": _name_of(stack.symmetry), "particles": fingerprint(stack)}
+    images = image_marks(stack.table.take(stack.rows))
+    return FourierStatistics(grid or stack.grid, about, stack.device, images, stack.symmetry)
 
 
 def held_images(path: Path) -> Int[Tensor, "i 3"]:
@@ -306,7 +362,7 @@ def accumulate(
     noise: Float[Tensor, "o s"],
     world: World = ALONE,
 ) -> Iterator[FourierStatistics]:
-    """Adds particles, each under every element of the symmetry, and yields after each batch.
+    """Adds particles, and yields after each batch.
 
     Goes on where the sums left off (``statistics.done``). ``noise`` is `estimate_noise` of the stack. Processes of a
     ``world`` share out what is left, and yield equally often; their sums are to be brought together
@@ -324,7 +380,6 @@ def accumulate(
     shells = shell_index(grid.size, device=device)
     precision = (shells <= grid.size // 2) / noise[:, shells.clamp(max=grid.size // 2)] / grid.size**2
     own = stack.shared(world, rest)
-    symmetry = stack.symmetry.elements.float().to(device)
     size = _BATCH if device.type == "cpu" else min(_BATCH_GPU, max(1, _PIXELS_GPU // grid.size**2))
     batches = stack.take(own).sequential(size) if len(own) else iter(())
     for turn in range(world.turns(-(-len(own) // size))):
@@ -338,7 +393,7 @@ def accumulate(
             weighted.mul_(batch.share[:, None, None])
         numerator = seen.spectrum.mul_(weighted)
         weight = weighted.mul_(seen.transfer)
-        statistics.insert(numerator, weight, in_image(batch.poses.rotation, batch.optics), grid, symmetry)
+        statistics.insert(numerator, weight, in_image(batch.poses.rotation, batch.optics), grid)
         statistics.particles += len(batch)
         statistics.done[own[turn * size : turn * size + len(batch)]] = True
         yield statistics
