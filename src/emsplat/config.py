@@ -199,6 +199,10 @@ class FitOptions:
     independent_halves: bool = False
     """One-pass: let no number pass between the half-sets; the course of the fits is fixed beforehand."""
 
+    residual: bool | None = None
+    """One-pass: add to the maps what the Gaussians leave and both half-sets agree on, unless the cross-validated FSC
+    loses by it (the default, but for independent halves)."""
+
     epochs: int | None = None
     """Images: how often every image is presented. One-pass: so many times ten steps where the number of Gaussians
     stays; two thirds of it before the number grows, and half of it after each growth."""

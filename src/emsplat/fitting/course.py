@@ -131,7 +131,7 @@ def find_course(
         stage = Stage(_gaussians(fits), epochs, None if score is None else score.value)
         if number and score is not None and judge is not None:
             gain, error = _first_says(world, partial(_gain, judge, fits))
-            stage = replace(stage, gain=gain, gain_error=error, kept=gain >= -max(_SURE * error, _HARM))
+            stage = replace(stage, gain=gain, gain_error=error, kept=is_kept(gain, error))
         yield stage
         if not stage.kept:
             return
@@ -150,6 +150,11 @@ def follow_course(fits: Sequence[VolumeFit], plan: Plan, stages: Sequence[Stage]
                 yield from epoch
             for one in fits:
                 one.keep()
+
+
+def is_kept(gain: float, error: float) -> bool:
+    """Whether what was added stays: unless the score has fallen by more than could be chance."""
+    return gain >= -max(_SURE * error, _HARM)
 
 
 def _epochs(fits: Sequence[VolumeFit], plan: Plan, epochs: int, world: World) -> Iterator[Iterator[VolumeFit]]:

@@ -18,17 +18,16 @@ from emsplat import __version__
 from emsplat.assessment.residuals import write_residuals
 from emsplat.config import BackprojectConfig, ReconstructConfig, RunConfig
 from emsplat.device import within_memory
-from emsplat.imaging.project import voxelize
+from emsplat.fitting.residual import map_of
 from emsplat.io.mrc import write_map
 from emsplat.io.ply import write_ply
-from emsplat.models.gaussians import GaussianField
 from emsplat.parallel import ALONE, World
 from emsplat.process import threads
 from emsplat.programs.classical import Classical, accumulate_all
 from emsplat.programs.finish import finish, found_finished
 from emsplat.programs.image_engine import batch_before, fit_images, with_batch
 from emsplat.programs.opening import introduce_fit, open_run
-from emsplat.programs.run import Fits, Run
+from emsplat.programs.run import Fits, Fitted, Run
 from emsplat.programs.settings import Settings, settings_of
 from emsplat.programs.volume_engine import fit_volumes
 from emsplat.run.files import HALVES, SAMPLING, backprojection_name, map_name, model_name
@@ -130,16 +129,17 @@ def write_fits(run: Run[ReconstructConfig], fits: Fits, classical: Classical) ->
     if not run.world.first:
         return classical.coverage
     for name, fitted in fits.by_name.items():
-        _write_model(run, name, fitted.model)
+        _write_fit(run, name, fitted)
     for name, volume in classical.raw.items():
         write_map(run.folder / backprojection_name(name), volume, run.stack.grid.pixel_size)
     return _write_sampling(run, classical)
 
 
 @torch.no_grad()
-def _write_model(run: Run[ReconstructConfig], name: str, model: GaussianField) -> None:
-    grid, gaussians = run.stack.grid, model.gaussians()
-    write_map(run.folder / map_name(name), voxelize(gaussians, grid), grid.pixel_size)
+def _write_fit(run: Run[ReconstructConfig], name: str, fitted: Fitted) -> None:
+    grid, model = run.stack.grid, fitted.model
+    gaussians = model.gaussians()
+    write_map(run.folder / map_name(name), map_of(gaussians, grid, fitted.residual), grid.pixel_size)
     write_ply(
         run.folder / model_name(name),
         gaussians.mean.cpu(),

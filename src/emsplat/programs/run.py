@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from jaxtyping import Float
+from torch import Tensor
+
 from emsplat.assessment.symmetry import Finding
 from emsplat.config import RunConfig
 from emsplat.fitting.course import Stage
@@ -45,6 +48,7 @@ class Fitted:
 
     model: GaussianField
     about: dict[str, Any]  # what summary.json says of it
+    residual: Float[Tensor, "w v u"] | None = None  # beyond its Gaussians, in the middle of the box; on the CPU
 
 
 @dataclass(frozen=True)
@@ -54,4 +58,5 @@ class Fits:
     settings: Settings  # with which they were made
     by_name: dict[str, Fitted]
     stages: tuple[Stage, ...] = ()  # of their course, also one that was taken back
+    residual: dict[str, Any] | None = None  # what summary.json says of residual maps
     examples: tuple[dict[str, Any], ...] = ()  # particles beside their projections, as summary.json names them

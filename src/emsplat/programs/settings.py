@@ -32,11 +32,12 @@ class Settings:
     isotropic: bool = False
     rotation: bool = True
     independent_halves: bool = False
+    residual: bool = False
     seed: int = 0
 
 
 RECIPES = {
-    "default": Settings("one-pass", None, "map", 12, 2e-2, 0.75, 0.7, 10.0, growth=2),
+    "default": Settings("one-pass", None, "map", 12, 2e-2, 0.75, 0.7, 10.0, growth=2, residual=True),
     "images": Settings("images", None, "map", 12, 4e-2, 0.75, 0.5, 10.0, batch=128, weighting="ramp"),
     # cryoSplat, section 4.1. The paper has no lower bound on the scale; 0.1 px keeps float32 away from zero.
     "cryosplat": Settings("images", 30_000, "ball", 5, 1e-3, 0.1, 0.1, None, batch=1, weighting="none"),
@@ -72,6 +73,7 @@ def settings_of(config: ReconstructConfig) -> Settings:
         isotropic=model.isotropic,
         rotation=model.rotation,
         independent_halves=fit.independent_halves,
+        residual=_given(fit.residual, recipe.residual and not fit.independent_halves),
         epochs=_given(fit.epochs, recipe.epochs),
         batch=_given(fit.batch, recipe.batch),
         learning_rate=_given(fit.learning_rate, recipe.learning_rate),
@@ -96,6 +98,7 @@ def _require_own_options(model: ModelOptions, fit: FitOptions, engine: str) -> N
     given = {
         "--growth": ("one-pass", model.growth is not None),
         "--independent-halves": ("one-pass", fit.independent_halves),
+        "--residual": ("one-pass", fit.residual is True),
         "--batch": ("images", fit.batch is not None),
         "--weighting": ("images", fit.weighting is not None),
         "--split-after": ("images", bool(fit.split_after)),
@@ -121,6 +124,8 @@ def _require_sensible(model: ModelOptions, fit: FitOptions, settings: Settings) 
         raise InputError(f"--independent-halves with --init {settings.init}: both halves would start from it; use map")
     if fit.independent_halves and settings.growth:
         raise InputError("--growth with --independent-halves: only the other half can tell whether more Gaussians pay")
+    if fit.independent_halves and fit.residual:
+        raise InputError("--residual with --independent-halves: it is what both halves agree on; leave one of them out")
     numbers = {"learning-rate": settings.learning_rate, "decay": settings.decay, "min-scale": settings.min_scale}
     for option, number in numbers.items():
         if not 0 < number < math.inf:

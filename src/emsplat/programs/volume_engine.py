@@ -6,9 +6,10 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
+from torch import Tensor
 
 from emsplat.config import ReconstructConfig
 from emsplat.fitting.checkpoint import save_checkpoint, spread_state
@@ -19,10 +20,12 @@ from emsplat.fitting.course import (
     coarse_steps,
     find_course,
     follow_course,
+    is_kept,
     load_course,
     save_course,
     stage_epochs,
 )
+from emsplat.fitting.residual import map_of, residual_maps
 from emsplat.fitting.state import Plan, State
 from emsplat.fitting.volume import VolumeObjective, support_of
 from emsplat.imaging.project import voxelize
@@ -73,7 +76,39 @@ def fit_volumes(run: Run[ReconstructConfig], settings: Settings, classical: Clas
         _, of_all = _carry_out(run, full, "class001", follow_course(full, plan, stages), [], kept, ALONE)
         write_tables(run.folder)
         _say_stages(stages, run.log)
-    return Fits(settings, fitted | of_all, tuple(stages))
+        fits = Fits(settings, fitted | of_all, tuple(stages))
+        if judge is None or not settings.residual:
+            return fits
+        with run.log.step("residual maps"):
+            return _with_residuals(run, fits, objectives, classical.mask, judge)
+
+
+def _with_residuals(
+    run: Run[ReconstructConfig],
+    fits: Fits,
+    objectives: dict[str, VolumeObjective],
+    mask: Tensor,
+    judge: CrossValidation,
+) -> Fits:
+    """The fits with what both halves agree on beyond their Gaussians, unless the halves' maps get worse by it."""
+    models = {name: fitted.model for name, fitted in fits.by_name.items()}
+    finest = float(judge.defined.nonzero().max())
+    residuals = residual_maps(objectives, models, mask.to(run.stack.device), finest, run.stack.symmetry.order)
+    pairs = [
+        tuple(map_of(models[name].gaussians(), run.stack.grid, own.get(name)) for name in HALVES)
+        for own in ({}, residuals)
+    ]
+    (one, other), (first, second) = pairs
+    gain, error = judge.gain((one, other), (first, second))
+    kept = is_kept(gain, error)
+    run.log.line(
+        f"  residual maps, what both halves agree on beyond the Gaussians: gain {gain:.4f} ± {error:.4f}"
+        + ("" if kept else " (worse: left out)")
+    )
+    if kept:
+        fitted = {name: replace(own, residual=residuals[name].cpu()) for name, own in fits.by_name.items()}
+        fits = replace(fits, by_name=fitted)
+    return replace(fits, residual={"gain": gain, "gain_error": error, "kept": kept})
 
 
 def _judge(settings: Settings, classical: Classical) -> CrossValidation | None:

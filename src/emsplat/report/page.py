@@ -396,7 +396,21 @@ def stages(run: Path) -> str:
         "Gaussians are added in stages. A stage is taken back if it lowers the mean cross-validated FSC by more than "
         "three standard errors and 0.002; a gain within its error, of either sign, is kept."
     )
-    return (_grid(head, rows) + _note(note)) * bool(rows)
+    return (_grid(head, rows) + _note(note) + _residual(run)) * bool(rows)
+
+
+def _residual(run: Path) -> str:
+    """What the maps hold beyond the Gaussians."""
+    found = read.group(read.read_summary_or_nothing(run), "residual")
+    if not found:
+        return ""
+    text = (
+        "The maps hold what the Gaussians leave and both half-sets agree on, too"
+        if found.get("kept") is True
+        else "What both half-sets agree on beyond the Gaussians makes their maps worse and was left out"
+    )
+    gain, error = (_text(found[key]) for key in ("gain", "gain_error"))
+    return _note(f"{text}: gain {gain} ± {error} in mean cross-validated FSC.")
 
 
 def scores(run: Path) -> str:

@@ -161,7 +161,7 @@ LABELS = {
 }
 ELSEWHERE = (
     *("evident", "resolution", "limit", "warnings", "notes", "local_resolution", "directional", "course", "examples"),
-    *("settings", "options", "assessment", "input", "fits", "versions", "altered", "heterogeneity"),
+    *("settings", "options", "assessment", "input", "fits", "versions", "altered", "heterogeneity", "residual"),
 )
 
 
