@@ -42,7 +42,7 @@ def residual_maps(
     """
     inside = middle(mask, objectives["half1"].support)
     left = {name: own.residual(own.render(models[name].gaussians())) * inside for name, own in objectives.items()}
-    agreed = fsc(left["half1"], left["half2"])
+    agreed = fsc(left["half1"], left["half2"]).cpu()
     # Less a standard error: where there is nothing, half of the shells would agree a little.
     count = independent_coefficients(inside).cpu() / copies
     agreed = (agreed - (2 * count).rsqrt()).clamp(min=0).float().to(mask.device)
