@@ -118,7 +118,7 @@ _INTERRUPTED = [  # where, and at which call of the run that goes on
     (state_engines, "cells_of", 1),
     (state_engines, "refreshed", 2),
     (state_engines, "cells_of", 1),
-    (state_engines, "with_residual", 3),
+    (state_engines, "with_residuals", 2),
     (state_engines, "refreshed", 4),
     (program, "proofs", 1),
     (program, "write_particles", 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -150,20 +151,28 @@ def left_over(model: HalfModel, cells: Cells) -> Float[Tensor, "m z y x"]:
     return torch.stack([-cells.error_and_gradient(number, volume)[1] for number, volume in enumerate(maps)])
 
 
-def with_residual(
-    model: HalfModel, embedding: Embedding, cells: Cells, left: Float[Tensor, "m z y x"], kind: Residual
-) -> HalfModel:
-    """With maps of what is `left_over`: of each cell with those that overlap with it, or of all of them, linear in the
-    latent. The former is right where large pieces move, the latter where pieces come and go, and for what stands
-    still: beyond where the model's states differ it is one map."""
-    if kind == "linear":
-        rest = linear_maps(cells, left, _FILLED, _CHANGING)
-        mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), rest)
-        rest = mean + _where_states_differ(model, cells, rest) * (rest - mean)
-    else:
-        kernel = overlap(embedding.membership).float() ** _KERNEL
-        rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
-    return replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
+def with_residuals(
+    model: HalfModel,
+    embedding: Embedding,
+    cells: Cells,
+    left: Float[Tensor, "m z y x"],
+    kinds: Sequence[Residual] = RESIDUALS,
+) -> dict[Residual, HalfModel]:
+    """With maps of what is `left_over`, by their kind: one of all cells for what stands still, and where the model's
+    states differ of each cell with those that overlap with it, or of all of them, linear in the latent. The former is
+    right where large pieces move, the latter where pieces come and go."""
+    linear = linear_maps(cells, left, _FILLED, _CHANGING)
+    mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), linear)
+    where = _where_states_differ(model, cells, linear)
+    found: dict[Residual, HalfModel] = {}
+    for kind in kinds:
+        rest = linear
+        if kind == "nearby":
+            kernel = overlap(embedding.membership).float() ** _KERNEL
+            rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
+        rest = mean + where * (rest - mean)
+        found[kind] = replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
+    return found
 
 
 def _coarse(grid: Grid) -> Grid:

@@ -34,7 +34,7 @@ from emsplat.heterogeneity.half import (
     left_over,
     read_half,
     spread_half,
-    with_residual,
+    with_residuals,
     without_residual,
 )
 from emsplat.heterogeneity.images import (
@@ -125,8 +125,7 @@ def _with_residuals(
     with run.log.part("residual", "what the Gaussians leave of the cells"):
         for half, (model, own) in enumerate(zip(models, cells, strict=True)):
             left, frame = left_over(model, own), leading(places[1 - half], places[half])
-            for kind in RESIDUALS:
-                whole = with_residual(model, places[half], own, left, kind)
+            for kind, whole in with_residuals(model, places[half], own, left).items():
                 found[kind].append(whole)
                 score[kind] += agreement(whole, cells[1 - half], frame)
     best = RESIDUALS[int(run.world.told(str(RESIDUALS.index(max(score, key=lambda kind: score[kind])))))]
@@ -170,7 +169,7 @@ def _coarse(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embeddin
         return without_residual(decoder, embeddings[half], run.stack.grid)
 
     def completed(half: int, bare: HalfModel, cells: Cells) -> HalfModel:
-        return with_residual(bare, embeddings[half], cells, left_over(bare, cells), "linear")
+        return with_residuals(bare, embeddings[half], cells, left_over(bare, cells), ("linear",))["linear"]
 
     def gather(half: int) -> Cells:
         return gathered(run, half, embeddings[half], window)
