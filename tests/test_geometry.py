@@ -74,7 +74,7 @@ def test_groups_are_closed_and_of_the_right_order(symbol, order):
 @pytest.mark.parametrize("symbol", ["C1", "C3", "C4", "D2", "D6", "T", "O", "I1", "I2", "I3", "I4"])
 def test_turns_of_the_grid_and_their_cosets_make_up_the_group(symbol):
     group = parse_symmetry(symbol)
-    turns, others = group.about_grid()
+    turns, others = group.about_grid
     assert len(turns) * len(others) == group.order
     assert torch.equal(turns.abs().sum(1), torch.ones(len(turns), 3).long())  # signed permutations
     assert torch.equal(turns[0], torch.eye(3).long())

@@ -6,12 +6,12 @@ import torch
 from emsplat.cli import main
 from emsplat.config import ReconstructConfig, change, configure
 from emsplat.errors import InputError
-from emsplat.fitting.residual import map_of, middle, residual_maps
+from emsplat.fitting.residual import map_of, residual_maps
 from emsplat.fitting.volume import VolumeObjective
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map, write_map
 from emsplat.io.ply import read_ply
-from emsplat.maths.fourier import rfft, shell_index
+from emsplat.maths.fourier import middle, rfft, shell_index
 from emsplat.measures.fsc import fsc, fsc_curve
 from emsplat.measures.mask import spherical_mask
 from emsplat.models.gaussians import Bounds

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emsplat.fitting.volume import VolumeObjective
 from emsplat.imaging.project import voxelize
-from emsplat.maths.fourier import filtered
+from emsplat.maths.fourier import filtered, middle
 from emsplat.measures.crossvalidate import independent_coefficients
 from emsplat.measures.fsc import fsc
 from emsplat.models.gaussians import GaussianField
@@ -61,13 +61,6 @@ def _weighted(volume: Float[Tensor, "z y x"], share: Float[Tensor, " s"]) -> Flo
         return torch.lerp(known[before], known[before + 1], radius - before)
 
     return filtered(volume, response)
-
-
-def middle(volume: Float[Tensor, "z y x"], support: int) -> Float[Tensor, "w v u"]:
-    """The ``support`` voxels in the middle of a box; a view."""
-    edge = len(volume) // 2 - support // 2
-    inside = slice(edge, edge + support)
-    return volume[inside, inside, inside]
 
 
 @torch.no_grad()

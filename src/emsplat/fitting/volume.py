@@ -12,7 +12,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.fitting.objective import KnownGradient
 from emsplat.imaging.project import CUTOFF, voxelize
-from emsplat.maths.fourier import convolve, crop, frequencies, is_smooth, shell_index
+from emsplat.maths.fourier import convolve, crop, frequencies, is_smooth, middle, shell_index
 from emsplat.models.base import Model
 from emsplat.sums.equations import NormalEquations, mean_per_shell, response_of
 from emsplat.types import Gaussians, Grid
@@ -88,9 +88,7 @@ class _Level:
         self.blur = 0.0 if coarsening == 1 else 0.5 * self.grid.pixel_size
         self._device = equations.linear.device
         response = response_of(equations.kernel, 3 * support // 2).clamp_(min=0)
-        edge = equations.grid.size // 2 - support // 2
-        inside = slice(edge, edge + support)
-        linear = equations.linear[inside, inside, inside]
+        linear = middle(equations.linear, support)
         if coarsening > 1:
             # A sum over fewer lags; b keeps its values.
             response = crop(response, side, 3) / coarsening**3 * self._sharpening(side) ** 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from emsplat.device import CPU
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.extent import Window
-from emsplat.maths.fourier import convolve, crop, frequencies, shell_index
+from emsplat.maths.fourier import convolve, crop, frequencies, middle, shell_index
 from emsplat.parallel import ALONE, World
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.stack import ParticleStack
@@ -155,11 +155,9 @@ def _reduced(
     equations: NormalEquations, support: int, point: Float[Tensor, " q"], weight: Float[Tensor, "p s"]
 ) -> Cells:
     """The middle of the box alone."""
-    edge = equations.grid.size // 2 - support // 2
-    inside = slice(edge, edge + support)
     return Cells(
         Grid(support, equations.grid.pixel_size),
-        equations.linear[inside, inside, inside].clone()[None],
+        middle(equations.linear, support).clone()[None],
         response_of(equations.kernel, 3 * support // 2).clamp_(min=0)[None],
         point[None],
         weight.sum()[None].float(),

@@ -21,7 +21,7 @@ from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
 from emsplat.imaging.project import voxelize
 from emsplat.io.tensors import write_tensors
-from emsplat.maths.fourier import crop, filtered, irfft, rfft, widen
+from emsplat.maths.fourier import crop, filtered, irfft, middle, rfft, widen
 from emsplat.measures.states import common_mask, moving_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
@@ -235,9 +235,7 @@ def on_grid(volume: Float[Tensor, "z y x"], own: Grid, grid: Grid) -> Float[Tens
     the fine map's projections."""
     size = round(grid.length / own.pixel_size)
     whole = volume.new_zeros(size, size, size)
-    edge = size // 2 - own.size // 2
-    inside = slice(edge, edge + own.size)
-    whole[inside, inside, inside] = volume
+    middle(whole, own.size).copy_(volume)
     if size == grid.size:
         return whole
     spectrum = torch.fft.rfftn(torch.fft.ifftshift(whole))

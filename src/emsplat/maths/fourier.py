@@ -27,6 +27,13 @@ def slabs(count: int, each: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
+def middle(volume: Float[Tensor, "z y x"], size: int) -> Float[Tensor, "w v u"]:
+    """The ``size`` voxels around the centre of a map, along each axis; a view."""
+    edge = len(volume) // 2 - size // 2
+    inside = slice(edge, edge + size)
+    return volume[inside, inside, inside]
+
+
 def rfft(image: Float[Tensor, "*p y x"], dims: int = 2) -> Complex[Tensor, "*p y k"]:
     """Transform of centred images (``dims=2``) or volumes (``dims=3``) over their last axes, unnormalised."""
     axes = tuple(range(-dims, 0))

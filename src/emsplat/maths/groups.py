@@ -34,11 +34,12 @@ class Symmetry:
         """How many elements there are."""
         return len(self.elements)
 
-    @cached_property
+    @property
     def inserted(self) -> int:
         """How many times sums on a grid take in each image: what `about_grid` leaves to be inserted."""
-        return len(self.about_grid()[1])
+        return len(self.about_grid[1])
 
+    @cached_property
     def about_grid(self) -> tuple[Int[Tensor, "t 3 3"], Float[Tensor, "c 3 3"]]:
         """The elements that carry a cubic grid onto itself, and some that make up the group with them: each element is
         one of the second times one of the first (left cosets)."""

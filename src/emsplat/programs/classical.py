@@ -79,10 +79,7 @@ def accumulate_all(run: Run[RunConfig]) -> Classical:
         _check_added(run)
         sums = {name: _accumulate_half(run, name) for name in HALVES}
         with run.log.step("classical maps"):
-            classical = settle(run, sums)
-    if run.world.first:
-        report.prepare(torch.get_num_threads())
-    return classical
+            return settle(run, sums)
 
 
 def _decided(world: World, classical: Classical) -> Classical:
@@ -93,12 +90,17 @@ def _decided(world: World, classical: Classical) -> Classical:
 
 
 def settle(run: Run[RunConfig], equations: dict[str, NormalEquations]) -> Classical:
-    """Classical maps from the sums of the halves, the mask written, and what is to be said of them."""
+    """Classical maps from the sums of the halves, the mask written, and what is to be said of them.
+
+    The report's imports begin here: before, they would hold up the first maps.
+    """
     classical = judge(equations, run.stack, given_mask(run.config.mask, run.stack.grid, run.log), run.world)
     if run.world.first:
         write_map(run.folder / MASK, classical.mask, run.stack.grid.pixel_size)
     _tell(classical, run)
     show(classical, run)
+    if run.world.first:
+        report.prepare(torch.get_num_threads())
     return classical
 
 

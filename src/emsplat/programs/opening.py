@@ -288,7 +288,8 @@ def introduce_fit(log: Log, settings: Settings) -> None:
     elif settings.independent_halves:
         log.line("  nothing passes between the half-sets")
     else:
-        log.line("  the halves share two numbers per stage: the gain in mean cross-validated FSC, and its error")
+        more = "; in the end, how far their residual maps agree in each shell" if settings.residual else ""
+        log.line(f"  the halves share two numbers per stage: the gain in mean cross-validated FSC, and its error{more}")
 
 
 def _warn_of_shared_start(log: Log, init: str) -> None:
