@@ -40,7 +40,7 @@ from emsplat.config import (
 )
 from emsplat.errors import EmsplatError, InputError, OutputError
 from emsplat.granted import granted_cores
-from emsplat.process import started
+from emsplat.process import imports, started
 from emsplat.process import threads as with_threads
 from emsplat.run.files import REPORT
 from emsplat.run.log import Log
@@ -71,8 +71,9 @@ def reconstruct(
         # go on with a run that was interrupted
         emsplat reconstruct run_data.star -o run --symmetry D2 --resume
     """
-    from emsplat.programs.finish import exit_code
-    from emsplat.programs.reconstruct import reconstruct as run
+    with imports():
+        from emsplat.programs.finish import exit_code
+        from emsplat.programs.reconstruct import reconstruct as run
 
     with _together(config) as (log, world), _folder(output, "reconstruct", _again(config.run), world) as folder:
         return exit_code(run(config, particles, folder, log, world=world))
@@ -100,8 +101,9 @@ def backproject(
         # one class, with a spherical mask for the FSC
         emsplat backproject run_data.star --class 2 --mask-diameter 180
     """
-    from emsplat.programs.finish import exit_code
-    from emsplat.programs.reconstruct import backproject as run
+    with imports():
+        from emsplat.programs.finish import exit_code
+        from emsplat.programs.reconstruct import backproject as run
 
     with _together(config) as (log, world), _folder(output, "backproject", _again(config.run), world) as folder:
         return exit_code(run(config, particles, folder, log, world=world))
@@ -131,8 +133,9 @@ def refine(
         # poses found with one map of all particles at 15 Å: only finer shells count
         emsplat refine particles.star -o refined --shared-to 15
     """
-    from emsplat.programs.finish import exit_code
-    from emsplat.programs.refine import refine as run
+    with imports():
+        from emsplat.programs.finish import exit_code
+        from emsplat.programs.refine import refine as run
 
     with _together(config) as (log, world), _folder(output, "refine", _again(config.run), world) as folder:
         return exit_code(run(config, particles, folder, log, world=world))
@@ -161,7 +164,8 @@ def heterogeneity(
         # quickly, with a part of the particles
         emsplat heterogeneity particles.cs --first 20000
     """
-    from emsplat.programs.heterogeneity import heterogeneity as run
+    with imports():
+        from emsplat.programs.heterogeneity import heterogeneity as run
 
     with _together(config) as (log, world), _folder(output, "heterogeneity", _again(config.run), world) as folder:
         run(config, particles, folder, log, world=world)
@@ -190,7 +194,8 @@ def abinitio(
         # when the first seeds were not found
         emsplat abinitio particles.star --starts 8 --seed 1
     """
-    from emsplat.programs.abinitio import abinitio as run
+    with imports():
+        from emsplat.programs.abinitio import abinitio as run
     from emsplat.programs.abinitio import exit_code
 
     with _together(config) as (log, world), _folder(output, "abinitio", _again(config.run), world) as folder:

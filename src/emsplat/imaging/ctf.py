@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from emsplat.maths.fourier import frequencies, rfft, shift_phase
+from emsplat.maths.fourier import frequencies, shift_phase
 from emsplat.types import PREMULTIPLIED, RAW, Aberrations, Batch, Grid, Optics
 
 _WEAK = 1e-3  # C² below which an image that was multiplied by C is not divided by it
@@ -185,8 +185,8 @@ def observe(batch: Batch, grid: Grid, *, corner: bool = False) -> Observed:
     The origin is the centre pixel, or with ``corner`` the first one, as in a plain transform of a centred image.
     Phase-flipped images have |C| for a transfer function.
     """
-    spectrum = torch.fft.rfft2(batch.images) if corner else rfft(batch.images)
-    spectrum.mul_(shift_phase(batch.poses.shift, grid))
+    spectrum: Tensor = torch.fft.rfft2(batch.images)
+    spectrum.mul_(shift_phase(batch.poses.shift, grid, centring=not corner))
     transfer = ctf(batch.optics, grid)
     aberrations, treatment = batch.optics.aberrations, batch.optics.treatment
     if aberrations is not None and aberrations.odd.shape[1]:

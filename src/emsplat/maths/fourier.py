@@ -191,12 +191,19 @@ def _hermitian_weight(size: int, dtype: torch.dtype, device: torch.device) -> Te
     return weight.to(device)
 
 
-def shift_phase(shift: Float[Tensor, "p 2"], grid: Grid) -> Complex[Tensor, "p y k"]:
-    """Factors that move each image by +shift (x, y) in Å: exp(-2πi (kx sx + ky sy)) (docs/conventions.md, 3)."""
+def shift_phase(shift: Float[Tensor, "p 2"], grid: Grid, *, centring: bool = False) -> Complex[Tensor, "p y k"]:
+    """Factors that move each image by +shift (x, y) in Å: exp(-2πi (kx sx + ky sy)) (docs/conventions.md, 3).
+
+    With ``centring`` they also make of a plain transform of a centred image what `rfft` gives: half a box of even size
+    is a sign, alternating along both axes.
+    """
     ky, kx = frequencies(grid, dtype=shift.dtype, device=shift.device)
     x, y = shift[:, 0, None], shift[:, 1, None]
     phase_x = torch.polar(torch.ones_like(x * kx[0]), -2 * torch.pi * x * kx[0])
     phase_y = torch.polar(torch.ones_like(y * ky[:, 0]), -2 * torch.pi * y * ky[:, 0])
+    if centring:
+        phase_x[:, 1::2].neg_()
+        phase_y[:, 1::2].neg_()
     return phase_y[:, :, None] * phase_x[:, None, :]
 
 

@@ -11,23 +11,22 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from emsplat.config import AbinitioConfig, HeterogeneityConfig, RefineConfig, RunConfig
 from emsplat.fitting.course import stage_epochs
 from emsplat.fitting.volume import VolumeObjective
-from emsplat.heterogeneity.images import ConformationOptions
-from emsplat.heterogeneity.refresh import MOST_POINTS, PER_POINT, READ_AT_ONCE
-from emsplat.heterogeneity.search import stages
 from emsplat.particles.stack import ParticleStack
 from emsplat.programs.settings import Settings
-from emsplat.programs.state_options import conformation_options, engine_of
 from emsplat.run.journal import Foreseen
 from emsplat.run.log import data_size, duration
 from emsplat.sums.lattice import Lattice
 from emsplat.sums.window import PADDING
+
+if TYPE_CHECKING:
+    from emsplat.heterogeneity.images import ConformationOptions
 
 _TRANSFORM = 0.72e-3  # seconds of one core for the transform of 64³ numbers, where the rates below were measured
 _PIXEL = 58e-9  # seconds to read, transform and insert a pixel of an image
@@ -299,6 +298,11 @@ _STATES_REPORT = 2.0
 
 
 def _of_heterogeneity(config: HeterogeneityConfig, stack: ParticleStack, machine: _Machine) -> Estimate:
+    # Here, since no other command needs them.
+    from emsplat.heterogeneity.refresh import MOST_POINTS, PER_POINT, READ_AT_ONCE
+    from emsplat.heterogeneity.search import stages
+    from emsplat.programs.state_options import conformation_options, engine_of
+
     options, box, images = config.heterogeneity, stack.grid.size, len(stack) * stack.symmetry.order
     radius = min(math.floor(options.resolution), box // 2 - 1)
     pairs = (options.components + 1) * (options.components + 2) / 2
