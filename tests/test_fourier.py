@@ -5,7 +5,9 @@ from itertools import product
 import pytest
 import torch
 
+from emsplat.maths import fourier
 from emsplat.maths.fourier import (
+    by_columns,
     convolve,
     crop,
     frequencies,
@@ -56,6 +58,13 @@ def test_shift_phase_is_a_roll_for_whole_pixels():
     # At Nyquist a real image cannot tell +k from -k; whole pixels agree there too.
     torch.testing.assert_close(moved[0], torch.roll(images[0], (2, 1), (0, 1)))
     torch.testing.assert_close(moved[1], torch.roll(images[1], -3, 1))
+
+
+def test_centring_makes_of_a_plain_transform_that_of_the_centred_image():
+    grid, shift = Grid(12, 1.5), torch.tensor([[1.0, 3.0], [-4.5, 0.3]]).double()
+    images = noise(2, 12, 12)
+    centred = torch.fft.rfft2(images) * shift_phase(shift, grid, centring=True)
+    torch.testing.assert_close(centred, rfft(images) * shift_phase(shift, grid))
 
 
 def test_frequencies_are_those_of_numpy():
@@ -111,12 +120,15 @@ def test_a_spectrum_on_more_voxels_and_back(size, larger):
     assert torch.count_nonzero(wide) == torch.count_nonzero(band)
 
 
-@pytest.mark.parametrize(("size", "side", "before"), [(8, 12, ()), (7, 12, (2,)), (12, 12, ())])
-def test_convolving_is_multiplying_the_padded_transform(size, side, before):
+@pytest.mark.parametrize("cached", [1, 500, 10**6])  # a plane at a time, some, and all at once
+@pytest.mark.parametrize(("size", "side"), [(8, 12), (7, 12), (12, 12)])
+def test_convolving_is_multiplying_the_padded_transform(size, side, cached, monkeypatch):
     """Against whole transforms, and adjoint: <K v, u> = <v, K u> for a real response."""
-    volume, other = noise(*before, size, size, size), noise(*before, size, size, size) + 1
+    monkeypatch.setattr(fourier, "_CACHED", cached)
+    volume, other = noise(size, size, size), noise(size, size, size) + 1
     response = torch.fft.rfftn(noise(side, side, side)).abs()  # even, as the transform of a symmetric kernel
-    whole = torch.fft.irfftn(torch.fft.rfftn(volume, s=(side,) * 3, dim=(-3, -2, -1)) * response, s=(side,) * 3)
-    torch.testing.assert_close(convolve(volume, response), whole[..., :size, :size, :size])
+    whole = torch.fft.irfftn(torch.fft.rfftn(volume, s=(side,) * 3) * response, s=(side,) * 3)
+    torch.testing.assert_close(convolve(volume, response), whole[:size, :size, :size])
+    assert torch.equal(convolve(volume, by_columns(response)), convolve(volume, response))
     first, second = (convolve(volume, response) * other).sum(), (volume * convolve(other, response)).sum()
     torch.testing.assert_close(first, second)

@@ -1,6 +1,7 @@
 """What surrounds emsplat: the cores it was granted, streams, signals, caches, and a process that is somebody else's."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -388,6 +390,20 @@ def test_ctrl_c_during_the_imports_is_one_line():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "emsplat: interrupted\n")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_after_the_imports_as_before(before):
+    """Also where an import fails."""
+    was = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        with suppress(ImportError), process.imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == before
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_what_is_registered_for_the_end_is_done():

@@ -12,7 +12,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.fitting.objective import KnownGradient
 from emsplat.imaging.project import CUTOFF, voxelize
-from emsplat.maths.fourier import convolve, crop, frequencies, is_smooth, middle, shell_index
+from emsplat.maths.fourier import by_columns, convolve, crop, frequencies, is_smooth, middle, shell_index
 from emsplat.models.base import Model
 from emsplat.sums.equations import NormalEquations, mean_per_shell, response_of
 from emsplat.types import Gaussians, Grid
@@ -94,7 +94,7 @@ class _Level:
             response = crop(response, side, 3) / coarsening**3 * self._sharpening(side) ** 2
             spectrum = crop(torch.fft.rfftn(linear), size, 3) / coarsening**3
             linear = torch.fft.irfftn(spectrum * self._sharpening(size), s=(size,) * 3)
-        self._response, self._linear = response / equations.particles, linear / equations.particles
+        self._response, self._linear = by_columns(response / equations.particles), linear / equations.particles
 
     def _sharpening(self, side: int) -> Float[Tensor, "z y k"]:
         kz, ky, kx = frequencies(Grid(side, self.grid.pixel_size), 3, device=self._device)

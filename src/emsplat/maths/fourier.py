@@ -19,11 +19,12 @@ from emsplat.device import CPU
 from emsplat.types import Grid
 
 _SLAB = 2**20  # coefficients that are looked at together, where a whole volume would take as much memory again
+_CACHED = 2**18  # complex numbers that a core transforms in its caches
 
 
-def slabs(count: int, each: int) -> Iterator[slice]:
+def slabs(count: int, each: int, at_once: int = _SLAB) -> Iterator[slice]:
     """Consecutive slices of ``count`` planes of ``each`` numbers, about a million numbers at a time."""
-    step = max(1, _SLAB // each)
+    step = max(1, at_once // each)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
@@ -71,9 +72,33 @@ def cropped_volume(spectrum: Complex[Tensor, "*p w v k"], size: int) -> Float[Te
     return volume.contiguous()
 
 
-def convolve(volume: Float[Tensor, "*p z y x"], response: Float[Tensor, "w v k"]) -> Float[Tensor, "*p z y x"]:
-    """Volumes filtered with zeros behind them, on the grid of the response, and cut to their size again."""
-    return cropped_volume(padded_spectrum(volume, response.shape[-2]).mul_(response), volume.shape[-1])
+def convolve(volume: Float[Tensor, "z y x"], response: Float[Tensor, "w v k"]) -> Float[Tensor, "z y x"]:
+    """A volume filtered with zeros behind it, on the grid of the response (of even side), and cut to its size again.
+
+    On CPUs some columns of a large transform at a time, all the way there and back: what is at work stays in caches,
+    and the system need not hand out and clear memory for the whole grid in every step of a fit. Quickest with a
+    response in the order `by_columns`.
+    """
+    size, side = len(volume), len(response)
+    cached = _CACHED * torch.get_num_threads()
+    if volume.device.type != "cpu" or response.numel() <= cached:
+        return cropped_volume(padded_spectrum(volume, side).mul_(response), size)
+    columns = response.permute(2, 0, 1)
+    spectrum = volume.new_empty(len(columns), size, size, dtype=volume.dtype.to_complex())
+    for planes in slabs(size, size * side, cached):
+        spectrum[:, planes] = torch.fft.rfft(volume[planes], n=side).permute(2, 0, 1)
+    for some in slabs(len(columns), side**2, cached):
+        part = torch.fft.fft(torch.fft.fft(spectrum[some], n=side, dim=2), n=side, dim=1).mul_(columns[some])
+        spectrum[some] = torch.fft.ifft(torch.fft.ifft(part, dim=1)[:, :size], dim=2)[:, :, :size]
+    filtered = torch.empty_like(volume)
+    for planes in slabs(size, size * side, cached):
+        filtered[planes] = torch.fft.irfft(spectrum[:, planes].permute(1, 2, 0), n=side)[..., :size]
+    return filtered
+
+
+def by_columns(response: Float[Tensor, "*m w v k"]) -> Float[Tensor, "*m w v k"]:
+    """The same in the order of memory in which `convolve` reads it."""
+    return response.movedim(-1, -3).contiguous().movedim(-3, -1) if response.device.type == "cpu" else response
 
 
 def frequencies(
