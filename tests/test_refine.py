@@ -24,6 +24,7 @@ from emsplat.measures.fsc import fsc_curve
 from emsplat.models.decoder import Decoder, Shape
 from emsplat.parallel import ALONE
 from emsplat.particles.open import open_particles
+from emsplat.poses import local
 from emsplat.poses.local import (
     NO_PRIOR,
     Placed,
@@ -262,6 +263,32 @@ def test_orientations_cover_the_group_evenly():
     every = (rest[:, None] @ dihedral(2).elements).flatten(0, 1)
     trace = torch.einsum("aij,bij->ab", anywhere, every).max(1).values
     assert torch.arccos(((trace - 1) / 2).clamp(max=1)).max() < 0.3
+
+
+def test_low_frequencies_lead_to_the_same_pose_and_never_to_a_worse_one(volume, reference, monkeypatch):
+    """From 3° the end is the same with half of the frequencies first, and `before` that of the start. Where they lead
+    astray (here they are told to) the way is that of all frequencies."""
+    values = torch.stack([shown(volume, ROTATION[i], SHIFT[i], i) for i in range(IMAGES)])
+    views = seen(values, vector_to_matrix(0.05 * normal(IMAGES, 3, seed=8)) @ ROTATION)
+    expected = nearest(reference, views, NO_PRIOR)
+    monkeypatch.setattr(local, "_MANY", 1)
+    led = nearest(reference, views, NO_PRIOR)
+    assert (led.poses.rotation - expected.poses.rotation).abs().max() < 1e-3
+    torch.testing.assert_close(led.before, expected.before)
+    torch.testing.assert_close(led.after, expected.after, rtol=1e-4, atol=0.1)
+    own = local.descend
+
+    def astray(reference, views, prior, radius, steps=40):
+        found = own(reference, views, prior, radius, steps)
+        if radius < reference.lattice.radius:
+            found.poses.rotation[0] = ROTATION[0].T
+        return found
+
+    monkeypatch.setattr(local, "descend", astray)
+    kept = nearest(reference, views, NO_PRIOR)
+    assert (kept.poses.rotation - expected.poses.rotation).abs().max() < 1e-3
+    searched = nearest(reference, replace(views, given=ROTATION), NO_PRIOR)  # was placed before: nothing leads
+    torch.testing.assert_close(searched.after, expected.after, rtol=1e-4, atol=0.1)
 
 
 def test_poses_far_away_are_searched_for(volume, reference):

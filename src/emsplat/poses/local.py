@@ -37,6 +37,7 @@ _STEPS = 12
 _ENOUGH = 2e-2  # nats that a further step would gain
 _LONGEST = 0.15  # rad, of one step
 _NOTHING = 1e-12
+_MANY = 48  # cycles per box, from which on one look at all frequencies takes a thousandth of a second and more
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,11 @@ class PoseViews:
     origin: Float[Tensor, "v 2"]  # and the move
     length: float  # of the images' box, Å
 
+    @property
+    def are_given(self) -> bool:
+        """Whether the search starts from the poses that were given."""
+        return torch.equal(self.rotation, self.given) and torch.equal(self.move, self.origin)
+
     def take(self, views: Int[Tensor, " w"]) -> PoseViews:
         """Some of the poses."""
         own = {name: getattr(self, name)[views] for name in ("image", "rotation", "move", "given", "origin")}
@@ -233,8 +239,20 @@ Search = Callable[[Reference, PoseViews, Prior], Placed]
 
 
 def nearest(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
-    """`descend` with all frequencies of the reference."""
-    return descend(reference, views, prior, reference.lattice.radius)
+    """`descend` with all frequencies of the reference.
+
+    Where these are many and nobody has looked for the pose yet, the lower half of them leads most of the way, for a
+    quarter of the work.
+    """
+    radius = reference.lattice.radius
+    if radius < _MANY or not views.are_given:
+        return descend(reference, views, prior, radius)
+    start = descend(reference, views, prior, radius, steps=0)
+    rough = descend(reference, views, prior, radius / 2)
+    found = descend(reference, replace(views, rotation=rough.poses.rotation, move=rough.poses.shift), prior, radius)
+    found = replace(found, before=start.before, looks=found.looks + 1)
+    astray = (found.after < start.before).nonzero()[:, 0]
+    return found.with_rows(astray, descend(reference, views.take(astray), prior, radius)) if len(astray) else found
 
 
 def stay(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
@@ -294,8 +312,11 @@ def _placed(
     """`place` for some particles of one grid; ``position`` says where each row of the table stands in ``given``."""
     views = views_of(reference, stack, given[position[stack.rows]], noise)
     one = search(reference, views, prior)
-    before = replace(views, rotation=views.given, move=views.origin)
-    known = descend(reference, before, prior, reference.lattice.radius, steps=0).before
+    if views.are_given and search in (nearest, stay):
+        known = one.before
+    else:
+        before = replace(views, rotation=views.given, move=views.origin)
+        known = descend(reference, before, prior, reference.lattice.radius, steps=0).before
     moved = stack.table.poses.shift[stack.rows] + one.poses.shift
     return replace(one, poses=Poses(one.poses.rotation, moved), given=known)
 

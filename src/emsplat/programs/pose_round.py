@@ -127,7 +127,10 @@ def make_round(
     optics: list[Optics] = []
     spreads: list[Spread] = []
     phases: dict[int, list[PhaseSums]] = {}
-    references = _references(run, settings, classical, cut) if known is None else []
+    references = []
+    if known is None:
+        with log.step("references"):
+            references = _references(run, settings, classical, cut)
     rows = [(stack.half == half).nonzero()[:, 0] for half in HALVES.values()]
     for (name, half), own_rows in zip(HALVES.items(), rows, strict=True):
         own = stack.in_grey(grey).only(half)
@@ -139,7 +142,7 @@ def make_round(
         noise = noise_of(own)
         prior = NO_PRIOR if search is stay else _prior(run, targets, own, given.take(own_rows), noise, search, again)
         priors.append(prior)
-        with log.progress(f"poses of {name}", len(own)) as update:
+        with log.step(f"poses of {name}"), log.progress(f"poses of {name}", len(own)) as update:
             told = partial(_told, update, moment)
             placed = _placed(targets, own, given.take(own_rows), prior, noise, search, again, world, told)
         found.append(placed)
@@ -150,7 +153,7 @@ def make_round(
                 f"{float(placed.looks.double().mean()):.1f} comparisons"
             )
         if _TILT in asked:
-            with log.progress(f"beam tilt of {name}", len(own)) as update:
+            with log.step(f"beam tilt of {name}"), log.progress(f"beam tilt of {name}", len(own)) as update:
                 told = partial(_told, update, moment)
                 moved = own.with_poses(placed.poses)
                 for target in targets:
@@ -161,7 +164,7 @@ def make_round(
                         phases.setdefault(group, []).extend(parts)
         if _DEFOCUS in asked or _SCALE in asked:
             moved = own.with_poses(placed.poses)
-            with log.progress(f"optics of {name}", len(own)) as update:
+            with log.step(f"optics of {name}"), log.progress(f"optics of {name}", len(own)) as update:
                 changed, spread = refine_optics(
                     targets[0].reference,
                     moved,
@@ -267,39 +270,49 @@ def _references(run: Run[RefineConfig], settings: Settings, classical: Classical
     """What the particles of each half are compared with. Of several processes two make one each."""
     world, grid = run.world, run.stack.grid
     makers = {name: half % world.size for half, name in enumerate(HALVES)}
-    volumes = [
-        _reference(run, settings, classical, name)
-        if maker == world.rank
-        else torch.empty(grid.size, grid.size, grid.size)
-        for name, maker in makers.items()
-    ]
-    for volume, maker in zip(volumes, makers.values(), strict=True):
-        world.spread_(volume, source=maker)
-    return [make_reference(volume, grid, cut, device=run.stack.device) for volume in volumes]
-
-
-def _reference(run: Run[RefineConfig], settings: Settings, classical: Classical, name: str) -> Tensor:
-    """The map of a half from its own sums, in its own mask."""
-    stack, grid = run.stack, run.stack.grid
-    mask = given_mask(run.config.mask, grid)
-    if mask is None:
-        mask = particle_mask(classical.raw[name], grid, stack.diameter, True)
-    equations = classical.equations[name]
+    own = [name for name, maker in makers.items() if maker == world.rank]
     if run.config.refinement.reference == "map":
-        fsc = classical.validation.raw.float().clamp(1e-3, 0.999)
-        volume = equations.solve(((1 - fsc) / fsc).to(equations.linear.device)).cpu()
+        made = {name: _solved(classical, name) for name in own}
     else:
-        detail = max(grid.pixel_size, FINEST_DETAIL * (classical.resolution or 0.0))
-        objective = VolumeObjective(equations, support_of(mask))
+        made = _fitted(run, settings, classical, own)
+    references = []
+    for name, maker in makers.items():
+        volume = torch.empty(grid.size, grid.size, grid.size)
+        if maker == world.rank:
+            volume = (made.pop(name) * _mask_of(run, classical, name)).contiguous()
+        world.spread_(volume, source=maker)
+        references.append(make_reference(volume, grid, cut, device=run.stack.device))
+    return references
+
+
+def _mask_of(run: Run[RefineConfig], classical: Classical, name: str) -> Tensor:
+    """The mask of a half, which no other half has seen."""
+    given = given_mask(run.config.mask, run.stack.grid)
+    return particle_mask(classical.raw[name], run.stack.grid, run.stack.diameter, True) if given is None else given
+
+
+def _solved(classical: Classical, name: str) -> Tensor:
+    """The classical map of a half."""
+    fsc, equations = classical.validation.raw.float().clamp(1e-3, 0.999), classical.equations[name]
+    return equations.solve(((1 - fsc) / fsc).to(equations.linear.device)).cpu()
+
+
+def _fitted(
+    run: Run[RefineConfig], settings: Settings, classical: Classical, names: list[str]
+) -> dict[str, Float[Tensor, "z y x"]]:
+    """Maps of Gaussians of some halves, each from its own sums alone; side by side, where there are threads for it."""
+    grid, fits = run.stack.grid, []
+    detail = max(grid.pixel_size, FINEST_DETAIL * (classical.resolution or 0.0))
+    for name in names:
+        objective = VolumeObjective(classical.equations[name], support_of(_mask_of(run, classical, name)))
         start = start_model(classical.raw[name], grid, settings, detail, name, objective.support)
-        model = start.to(stack.device)
-        fitted = VolumeFit(name, objective, model.with_unit(objective.best_gain(model)))
-        plan = Plan(_EPOCHS, settings.learning_rate, settings.decay)
-        for _ in follow_course([fitted], plan, [Stage(len(model), _EPOCHS)]):
-            pass
-        with torch.no_grad():
-            volume = voxelize(fitted.kept.model.gaussians(), grid).cpu()
-    return (volume * mask).contiguous()
+        model = start.to(run.stack.device)
+        fits.append(VolumeFit(name, objective, model.with_unit(objective.best_gain(model))))
+    plan = Plan(_EPOCHS, settings.learning_rate, settings.decay)
+    for _ in follow_course(fits, plan, [Stage(0, _EPOCHS)] if fits else []):
+        pass
+    with torch.no_grad():
+        return {one.name: voxelize(one.kept.model.gaussians(), grid).cpu() for one in fits}
 
 
 def _prior(

@@ -242,7 +242,7 @@ def _judged(run: Run[RefineConfig], stack: ParticleStack, moment: Checkpoints) -
     for name, half in HALVES.items():
         parts = []
         own = stack.only(half)
-        with run.log.progress(f"sums of {name}", len(own)) as update:
+        with run.log.step(f"sums of {name}"), run.log.progress(f"sums of {name}", len(own)) as update:
             done = 0
             for part in own.parts():
                 statistics = begin(part, stack.grid)
