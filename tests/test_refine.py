@@ -287,8 +287,12 @@ def test_low_frequencies_lead_to_the_same_pose_and_never_to_a_worse_one(volume, 
     monkeypatch.setattr(local, "descend", astray)
     kept = nearest(reference, views, NO_PRIOR)
     assert (kept.poses.rotation - expected.poses.rotation).abs().max() < 1e-3
-    searched = nearest(reference, replace(views, given=ROTATION), NO_PRIOR)  # was placed before: nothing leads
-    torch.testing.assert_close(searched.after, expected.after, rtol=1e-4, atol=0.1)
+    assert (kept.looks > expected.looks).all()
+    for some in (replace(views, given=ROTATION), replace(views, given=torch.cat([ROTATION[:2], views.given[2:]]))):
+        searched = nearest(reference, some, NO_PRIOR)  # who was placed before is not led
+        torch.testing.assert_close(searched.after, expected.after, rtol=1e-4, atol=0.1)
+    well = Prior(0.1, 1.0)  # nor who is known well
+    assert torch.equal(nearest(reference, views, well).looks, own(reference, views, well, RADIUS + 1).looks)
 
 
 def test_poses_far_away_are_searched_for(volume, reference):

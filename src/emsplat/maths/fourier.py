@@ -23,7 +23,7 @@ _CACHED = 2**18  # complex numbers that a core transforms in its caches
 
 
 def slabs(count: int, each: int, at_once: int = _SLAB) -> Iterator[slice]:
-    """Consecutive slices of ``count`` planes of ``each`` numbers, about a million numbers at a time."""
+    """Consecutive slices of ``count`` planes of ``each`` numbers, about so many numbers ``at_once``."""
     step = max(1, at_once // each)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 

@@ -26,15 +26,18 @@ def estimate_noise(stack: ParticleStack, particles: int = 600) -> Float[Tensor, 
     shells = shell_index(grid.size, device=device).clamp(max=grid.size // 2).flatten()
     weight = hermitian_weight(grid.size, device=device).expand(grid.size, -1).flatten()
     groups, count = len(stack.table.groups), grid.size // 2 + 1
-    total = torch.zeros(groups, weight.numel(), dtype=torch.float64, device=device)
+    power = torch.zeros(groups, count, dtype=torch.float64, device=device)
     seen = torch.zeros(groups, device=device)
     positions = torch.linspace(0, len(stack) - 1, min(particles, len(stack))).long()
     sample = stack.take(positions)
     for batch in sample.here().sequential(64):
         spectrum = torch.view_as_real(torch.fft.rfft2(batch.images.mul_(window)))
-        total.index_add_(0, batch.optics_group, spectrum.square_().sum(-1).flatten(1).double())
+        present, group = torch.unique(batch.optics_group, return_inverse=True)  # of groups there may be hundreds
+        total = power.new_zeros(len(present), weight.numel())
+        total.index_add_(0, group, spectrum.square_().sum(-1).flatten(1).double())
+        by_shell = power.new_zeros(len(present), count).index_add_(1, shells, total.mul_(weight))
+        power.index_add_(0, present, by_shell)
         seen.index_add_(0, batch.optics_group, seen.new_ones(len(batch)))
-    power = total.new_zeros(groups, count).index_add_(1, shells, total * weight)
     if sample.holding is not None:
         sample.holding.world.sum_(power, seen)
     per_shell = sum_by_shell(weight, shells, count)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from emsplat.device import CPU
@@ -37,7 +37,8 @@ _STEPS = 12
 _ENOUGH = 2e-2  # nats that a further step would gain
 _LONGEST = 0.15  # rad, of one step
 _NOTHING = 1e-12
-_MANY = 48  # cycles per box, from which on one look at all frequencies takes a thousandth of a second and more
+_MANY = 48  # cycles per box, from which on one look at all frequencies takes a good part of a millisecond
+_OFF = 1.5  # cycles that a turn moves the finest frequencies by: from here on the lower half saves more than it costs
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,9 @@ class PoseViews:
     length: float  # of the images' box, Å
 
     @property
-    def are_given(self) -> bool:
-        """Whether the search starts from the poses that were given."""
-        return torch.equal(self.rotation, self.given) and torch.equal(self.move, self.origin)
+    def are_given(self) -> Bool[Tensor, " v"]:
+        """Whose search starts from the pose that was given."""
+        return (self.rotation == self.given).all(2).all(1) & (self.move == self.origin).all(1)
 
     def take(self, views: Int[Tensor, " w"]) -> PoseViews:
         """Some of the poses."""
@@ -241,18 +242,31 @@ Search = Callable[[Reference, PoseViews, Prior], Placed]
 def nearest(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
     """`descend` with all frequencies of the reference.
 
-    Where these are many and nobody has looked for the pose yet, the lower half of them leads most of the way, for a
-    quarter of the work.
+    Where these are many and a pose that was given may be far off, the lower half of them leads most of the way, for a
+    quarter of the work each time.
     """
     radius = reference.lattice.radius
-    if radius < _MANY or not views.are_given:
+    if radius < _MANY or prior.turn * radius < _OFF:
         return descend(reference, views, prior, radius)
+    given, moved = views.are_given.nonzero()[:, 0], (~views.are_given).nonzero()[:, 0]
+    parts = [_led(reference, views.take(given), prior)] if len(given) else []
+    parts += [descend(reference, views.take(moved), prior, radius)] if len(moved) else []
+    return Placed.joined(parts, torch.argsort(torch.cat([given, moved])))
+
+
+def _led(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
+    """`nearest` by way of the lower half of the frequencies. Whom these lead astray goes the way of all."""
+    radius = reference.lattice.radius
     start = descend(reference, views, prior, radius, steps=0)
     rough = descend(reference, views, prior, radius / 2)
     found = descend(reference, replace(views, rotation=rough.poses.rotation, move=rough.poses.shift), prior, radius)
-    found = replace(found, before=start.before, looks=found.looks + 1)
+    looks = start.looks + rough.looks + found.looks
     astray = (found.after < start.before).nonzero()[:, 0]
-    return found.with_rows(astray, descend(reference, views.take(astray), prior, radius)) if len(astray) else found
+    if len(astray):
+        own = descend(reference, views.take(astray), prior, radius)
+        found = found.with_rows(astray, own)
+        looks[astray] += own.looks
+    return replace(found, before=start.before, given=start.given, looks=looks)
 
 
 def stay(reference: Reference, views: PoseViews, prior: Prior) -> Placed:
@@ -312,7 +326,7 @@ def _placed(
     """`place` for some particles of one grid; ``position`` says where each row of the table stands in ``given``."""
     views = views_of(reference, stack, given[position[stack.rows]], noise)
     one = search(reference, views, prior)
-    if views.are_given and search in (nearest, stay):
+    if search in (nearest, stay) and bool(views.are_given.all()):
         known = one.before
     else:
         before = replace(views, rotation=views.given, move=views.origin)
