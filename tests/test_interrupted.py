@@ -285,8 +285,8 @@ def test_processes_share_a_refinement_out(wrong, tmp_path, size):
     assert len(one) == len(many) == 2
     for before, after in zip(one, many, strict=True):
         assert before.keys() == after.keys()
-        # Sums in another order differ by 1e-7, which decides for single images where they end: one of 150 is 0.7 % of all
-        # that is counted. (References that differ by 1e-7 give the same scatter in one process.)
+        # Sums in another order differ by 1e-7, which decides for single images where they end: one of 150 is 0.7 % of
+        # all that is counted. (References that differ by 1e-7 give the same scatter in one process.)
         for name in ("compared_to", "angle_error", "shift_error", "score", "defocus_spread"):
             assert after[name] == pytest.approx(before[name], rel=1e-2), name
         assert after["gained"] == pytest.approx(before["gained"], abs=1e-3)
