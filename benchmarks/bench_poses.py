@@ -2,9 +2,13 @@
 
 Times are processor seconds (user and system of this process), since walls mean nothing on a busy machine. "round" is
 what placing 1,000 particles once takes, at about 1,500 coefficients each, the reading of the images included.
+``--large`` times the steps of one round of a ribosomal subunit in images of 256² instead: sums, references of both
+halves, poses. Only sums and poses grow with the images. Its times are those of the clock, on a quiet machine.
 Usage: bench_poses.py [folder of the test data] [seed ...]
+       bench_poses.py folder_of_the_test_data --large [images]
 """
 
+import json
 import math
 import sys
 import tempfile
@@ -14,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench_quality import score
-from common import save
+from common import RESULTS, save, whole_command
 from emsplat.config import (
     ComparePosesConfig,
     ReconstructConfig,
@@ -38,6 +42,7 @@ from emsplat.simulation.images import truth_map
 from emsplat.simulation.protein import place_atoms
 from emsplat.sums.statistics import equations_of
 from emsplat.types import Poses
+from heterogeneity_data import merged
 
 _COEFFICIENTS = 31  # cycles per box: 1,500 of them
 
@@ -124,14 +129,55 @@ def simulated(rows, data, folder, seed):
         both(rows, name, wrong(star, star, turn, shift, seed), folder, truth, star, **options)
 
 
+def large(data, folder, images):
+    """The steps of a round, and what one of 100,000 images takes in proportion."""
+    config = SimulateConfig(box=256, pixel_size=1.4, particles=images, snr=0.05, pose_error=2.0)
+    merged(data / "models" / "50s", folder / "50s.cif")
+    star, run = simulate(config, folder / "50s.cif", folder / "images"), folder / "run"
+    whole_command(
+        *(Path(sys.executable).with_name("emsplat"), "refine", star, "-o", run, "--rounds", "1"),
+        *("--epochs", "1", "--growth", "0"),  # of the maps in the end, which are not timed
+        silent=True,
+    )
+    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    spent = [row for row in journal if row["kind"] == "spent" and row.get("depth") == 1]
+    own = dict.fromkeys(("sums", "references", "poses"), 0.0)
+    for row in spent:
+        name = row["name"].split()[0]
+        if name in own:
+            own[name] += row["seconds"] * (0.5 if name == "sums" else 1.0)  # before and after: a round has one
+    summary = json.loads((run / "summary.json").read_text())
+    grown = (own["sums"] + own["poses"]) * 100_000 / images
+    row = {
+        "name": f"a round of {images:,} images of 256²",
+        "compared_to": summary["refinement"]["rounds"][0]["compared_to"],
+    }
+    row |= {f"{name}_wall_seconds": round(value, 1) for name, value in own.items()}
+    return row | {"minutes_of_100,000": round((grown + own["references"]) / 60, 1)}
+
+
+def keep(rows):
+    """Beside the rows of earlier runs."""
+    path, names = RESULTS / "poses.json", [row["name"] for row in rows]
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    save("poses", [*(row for row in before if row["name"] not in names), *rows])
+
+
 def main():
+    if "--large" in sys.argv:
+        data, _, *images = sys.argv[1:]
+        with tempfile.TemporaryDirectory() as folder:
+            row = large(Path(data), Path(folder), int(images[0]) if images else 6000)
+        print(row)
+        keep([row])
+        return
     data = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         experimental(rows, data, Path(folder))
         for seed in map(int, sys.argv[2:] or ["1", "2"]):
             simulated(rows, data, Path(folder), seed)
-    save("poses", rows)
+    keep(rows)
 
 
 if __name__ == "__main__":
