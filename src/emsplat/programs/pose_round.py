@@ -270,16 +270,17 @@ def _references(run: Run[RefineConfig], settings: Settings, classical: Classical
     """What the particles of each half are compared with. Of several processes two make one each."""
     world, grid = run.world, run.stack.grid
     makers = {name: half % world.size for half, name in enumerate(HALVES)}
-    own = [name for name, maker in makers.items() if maker == world.rank]
+    masks = {name: _mask_of(run, classical, name) for name, maker in makers.items() if maker == world.rank}
     if run.config.refinement.reference == "map":
-        made = {name: _solved(classical, name) for name in own}
+        made = {name: _solved(classical, name) for name in masks}
     else:
-        made = _fitted(run, settings, classical, own)
+        made = _fitted(run, settings, classical, masks) if masks else {}
     references = []
     for name, maker in makers.items():
-        volume = torch.empty(grid.size, grid.size, grid.size)
         if maker == world.rank:
-            volume = (made.pop(name) * _mask_of(run, classical, name)).contiguous()
+            volume = (made.pop(name) * masks[name]).contiguous()
+        else:
+            volume = torch.empty(grid.size, grid.size, grid.size)
         world.spread_(volume, source=maker)
         references.append(make_reference(volume, grid, cut, device=run.stack.device))
     return references
@@ -298,18 +299,19 @@ def _solved(classical: Classical, name: str) -> Tensor:
 
 
 def _fitted(
-    run: Run[RefineConfig], settings: Settings, classical: Classical, names: list[str]
+    run: Run[RefineConfig], settings: Settings, classical: Classical, masks: dict[str, Tensor]
 ) -> dict[str, Float[Tensor, "z y x"]]:
-    """Maps of Gaussians of some halves, each from its own sums alone; side by side, where there are threads for it."""
+    """Maps of Gaussians of the halves that have a mask here, each from its own sums alone; side by side, where there
+    are threads for it."""
     grid, fits = run.stack.grid, []
     detail = max(grid.pixel_size, FINEST_DETAIL * (classical.resolution or 0.0))
-    for name in names:
-        objective = VolumeObjective(classical.equations[name], support_of(_mask_of(run, classical, name)))
+    for name, mask in masks.items():
+        objective = VolumeObjective(classical.equations[name], support_of(mask))
         start = start_model(classical.raw[name], grid, settings, detail, name, objective.support)
         model = start.to(run.stack.device)
         fits.append(VolumeFit(name, objective, model.with_unit(objective.best_gain(model))))
     plan = Plan(_EPOCHS, settings.learning_rate, settings.decay)
-    for _ in follow_course(fits, plan, [Stage(0, _EPOCHS)] if fits else []):
+    for _ in follow_course(fits, plan, [Stage(len(fits[0].state.model), _EPOCHS)]):
         pass
     with torch.no_grad():
         return {one.name: voxelize(one.kept.model.gaussians(), grid).cpu() for one in fits}
