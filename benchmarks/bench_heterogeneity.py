@@ -25,13 +25,15 @@ from pathlib import Path
 
 import torch
 
-from common import RESULTS, save
+from common import add
 from emsplat.heterogeneity import subspace
 from emsplat.particles.noise import estimate_noise
 from emsplat.particles.open import open_particles
 from emsplat.sums.spectra import read_spectra
 
-SETS = ("igg", "igg5", "assembly", "rl", "spike", "adk", "mixture", "grey", "null", "null_pose", "null_noise")
+NULL_SETS = tuple(f"null{kind}{seed}" for kind in ("", "_pose", "_noise") for seed in ("", "_2", "_3"))
+SETS = ("igg", "igg5", "assembly", "rl", "spike", "adk", "mixture", "grey", *NULL_SETS)
+KEY = ("set", "engine", "particles")
 _FURTHER = ("states_gain", "states_gain_error", "states_tried", "states_confirmed", "classes")
 
 
@@ -106,15 +108,6 @@ def linear(data, name, images=10000, radius=14, components=6):
     return row | {key: round(len(stack) / min(seconds)) for key, seconds in rates.items()}
 
 
-def kept(rows):
-    """These rows, and those that an earlier run has left of others."""
-    path = RESULTS / "heterogeneity.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    names = ("set", "engine", "particles")
-    new = {tuple(row.get(name) for name in names) for row in rows}
-    return [row for row in before if tuple(row.get(name) for name in names) not in new] + rows
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -126,25 +119,23 @@ def main():
     parser.add_argument("--rival", action="append", default=[], metavar="NAME=FOLDER")
     given = parser.parse_args()
     options = [] if given.first is None else ["--first", given.first]
-    rows = []
-    if given.linear:
-        rows = [linear(given.data, name) for name in given.sets]
-        print(*rows, sep="\n")
-        save("heterogeneity", kept(rows))
-        return
+
+    def keep(row):
+        print(row, flush=True)
+        add("heterogeneity", [row], KEY)
+
     for name in given.sets:
+        if given.linear:
+            keep(linear(given.data, name))
+            continue
         for recipe in ("default", *given.recipe):
-            rows.append(run(given.data, given.output, name, recipe, options))
-            print(rows[-1], flush=True)
-            save("heterogeneity", kept(rows))
+            keep(run(given.data, given.output, name, recipe, options))
         for rival in given.rival:
             engine, _, folder = rival.partition("=")
             scored = given.output / f"{name}_{engine}"
             scored.mkdir(parents=True, exist_ok=True)
             measured("score-states", folder, "--truth", given.data / name, "--images", "0", "-o", scored)
-            rows.append({"set": name, "engine": engine, **scores(scored / "scores.csv")})
-            print(rows[-1], flush=True)
-    save("heterogeneity", kept(rows))
+            keep({"set": name, "engine": engine, **scores(scored / "scores.csv")})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench_quality import score
-from common import RESULTS, save, whole_command
+from common import add, whole_command
 from emsplat.config import (
     ComparePosesConfig,
     ReconstructConfig,
@@ -156,20 +156,13 @@ def large(data, folder, images):
     return row | {"minutes_of_100,000": round((grown + own["references"]) / 60, 1)}
 
 
-def keep(rows):
-    """Beside the rows of earlier runs."""
-    path, names = RESULTS / "poses.json", [row["name"] for row in rows]
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    save("poses", [*(row for row in before if row["name"] not in names), *rows])
-
-
 def main():
     if "--large" in sys.argv:
         data, _, *images = sys.argv[1:]
         with tempfile.TemporaryDirectory() as folder:
             row = large(Path(data), Path(folder), int(images[0]) if images else 6000)
         print(row)
-        keep([row])
+        add("poses", [row], ["name"])
         return
     data = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")
     rows = []
@@ -177,7 +170,7 @@ def main():
         experimental(rows, data, Path(folder))
         for seed in map(int, sys.argv[2:] or ["1", "2"]):
             simulated(rows, data, Path(folder), seed)
-    keep(rows)
+    add("poses", rows, ["name"])
 
 
 if __name__ == "__main__":

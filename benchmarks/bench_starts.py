@@ -1,14 +1,13 @@
 """Poses from nothing, over sets and seeds: how often `emsplat abinitio` finds them, and how often it says so.
 
 Times are processor seconds (user and system of this process). Rows are added to results/starts.json, one for each set
-and seed, as each run ends; those that are there are not made again. With --relion, RELION's InitialModel
+and seed, as each run ends; those that are there are made again with --again only. With --relion, RELION's InitialModel
 (`relion_refine --denovo_3dref`, an optional rival) makes a map from the same images.
 
-Usage: bench_starts.py DATA FOLDER [--sets NAME ...] [--seeds 0 1 ...] [--relion]
+Usage: bench_starts.py DATA FOLDER [--sets NAME ...] [--seeds 0 1 ...] [--again] [--relion]
 """
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from bench_poses import bgal_truth, timed
 from bench_quality import score
-from common import RESULTS, emsplat, save, whole_command
+from common import add, emsplat, rows_of, whole_command
 from emsplat.config import AbinitioConfig, ComparePosesConfig, RefineConfig, SimulateConfig, configure
 from emsplat.io.particles import write_used
 from emsplat.maths.groups import parse_symmetry
@@ -46,6 +45,7 @@ class Set:
 
 
 RIVAL = "relion_refine --denovo_3dref"
+KEY = ("set", "seed", "rival")
 SETS = {
     "bgal D2": Set("D2", "D2"),
     "bgal C1": Set("C1", "D2"),
@@ -158,12 +158,6 @@ def rival(data, folder, name, seed):
     return row
 
 
-def results():
-    """The rows so far, read again each time: several processes may add to them."""
-    kept = RESULTS / "starts.json"
-    return json.loads(kept.read_text())["rows"] if kept.exists() else []
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -171,15 +165,17 @@ def main():
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(10)))
     parser.add_argument("--relion", action="store_true")
+    parser.add_argument("--again", action="store_true", help="also what results/starts.json has")
     given = parser.parse_args()
     run, who = (rival, RIVAL) if given.relion else (found, None)
     for seed in given.seeds:
         for name in given.sets:
-            if any((row["set"], row["seed"], row.get("rival")) == (name, seed, who) for row in results()):
+            of = name, seed, who
+            if not given.again and of in [tuple(map(row.get, KEY)) for row in rows_of("starts")]:
                 continue
             row = run(given.data.resolve(), given.folder.resolve(), name, seed)
             print(row, flush=True)
-            save("starts", [*results(), row])
+            add("starts", [row], KEY)
 
 
 if __name__ == "__main__":

@@ -67,13 +67,35 @@ def processor():
     return names[0] if names else platform.processor()
 
 
+def commit():
+    """The commit, "-dirty" where anything but results differs from it."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+
+    differs = git("diff", "--quiet", "HEAD", "--", ":/", f":(exclude){RESULTS}").returncode
+    return git("describe", "--always").stdout.strip() + "-dirty" * bool(differs)
+
+
+def rows_of(name):
+    """The rows of results/<name>.json, read again each time: several processes may add to them."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def add(name, rows, key):
+    """Writes rows, each with its commit, beside those of earlier runs that differ from them in the columns ``key``."""
+    new = {tuple(row.get(column) for column in key) for row in rows}
+    before = [row for row in rows_of(name) if tuple(row.get(column) for column in key) not in new]
+    save(name, [*before, *({**row, "commit": commit()} for row in rows)])
+
+
 def save(name, rows, **machine):
     """Writes results/<name>.json; ``machine`` is what else there is to say of it."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     about = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": {package: version(package) for package in ("emsplat", "torch", "numpy")},
         "date": time.strftime("%Y-%m-%d"),
         **machine,
@@ -82,4 +104,14 @@ def save(name, rows, **machine):
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
-__all__ = ["Grid", "best_time", "emsplat", "globule", "random_poses", "save", "whole_command"]
+__all__ = [
+    "Grid",
+    "add",
+    "best_time",
+    "emsplat",
+    "globule",
+    "random_poses",
+    "rows_of",
+    "save",
+    "whole_command",
+]

@@ -11,6 +11,7 @@ defocus 0.8 to 2.5 µm, shifts of 3 Å, white noise).
 | mixture | IgG, turned through 90° and with or without the other Fab | 2 × 10, 500 images each |
 | grey | igg with 20 % variation of the grey scale and 2° of pose errors | 100, 200 images each |
 | null, null_pose, null_noise | one state; with 2° of pose errors; noise alone | 1, 5,000 images |
+| the same with _2 and _3 | two further seeds of each | 1, 5,000 images |
 
 Usage: heterogeneity_data.py FOLDER_OF_MODELS OUTPUT [SET ...]
 """
@@ -183,10 +184,13 @@ def make_all(models, output, chosen):
         "adk": adk,
         "mixture": mixture,
         "grey": lambda folder: make(folder, 7, igg, 20000, **turn, contrast_spread=0.2, pose_error=2.0),
-        "null": lambda folder: make(folder, 11, igg),
-        "null_pose": lambda folder: make(folder, 12, igg, pose_error=2.0),
-        "null_noise": lambda folder: make(folder, 13, igg, noise_only=True),
     }
+    for suffix, seed in (("", 10), ("_2", 20), ("_3", 30)):
+        sets |= {
+            f"null{suffix}": lambda folder, seed=seed: make(folder, seed + 1, igg),
+            f"null_pose{suffix}": lambda folder, seed=seed: make(folder, seed + 2, igg, pose_error=2.0),
+            f"null_noise{suffix}": lambda folder, seed=seed: make(folder, seed + 3, igg, noise_only=True),
+        }
     unknown = set(chosen) - set(sets)
     if unknown:
         sys.exit(f"no such set: {' '.join(sorted(unknown))}; there are {' '.join(sets)}")
