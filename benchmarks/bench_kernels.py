@@ -1,4 +1,5 @@
-"""Projection forward + backward, and a whole training step, against naive twins in the same run.
+"""Projection forward + backward with each instruction set of this processor, and a whole training step with the one
+that is chosen, against naive twins in the same run.
 
 The naive twin is the dense reference (`emsplat.kernels.reference`), timed on 200 Gaussians and one image and scaled
 linearly: its cost is Gaussians x pixels. The training step is the image-domain engine as `emsplat reconstruct` runs it:
@@ -90,21 +91,28 @@ def step_rate(stack, size, count, sigma):
 
 def main():
     rows = []
-    print(f"instruction set {_native.instruction_set()}, {torch.get_num_threads()} threads; images/s")
-    print(" box Gaussians  σ/px   kernel    naive    ratio     step kernel/step")
+    chosen = _native.instruction_set()
+    print(f"{torch.get_num_threads()} threads, instruction set {chosen}; images/s")
+    print(" box Gaussians  σ/px  instructions   kernel    naive    ratio     step kernel/step")
     with tempfile.TemporaryDirectory() as folder:
         stacks = {}
         for size, count, sigma in CASES:
             if size not in stacks:
                 (Path(folder) / str(size)).mkdir()
                 stacks[size] = make_stack(Path(folder) / str(size), size)
-            kernel, naive = kernel_rate(size, count, sigma), naive_rate(size, count, sigma)
-            step = step_rate(stacks[size], size, count, sigma)
-            rows.append(
-                {"box": size, "gaussians": count, "sigma": sigma, "kernel": kernel, "naive": naive, "step": step}
-            )
-            rates = f"{kernel:8.0f} {naive:8.3f} {kernel / naive:8,.0f} {step:8.0f} {kernel / step:11.2f}"
-            print(f"{size:4d} {count:9,d} {sigma:5.1f} {rates}")
+            naive = naive_rate(size, count, sigma)
+            for instructions in _native.instruction_sets():
+                _native.use_instruction_set(instructions)
+                kernel = kernel_rate(size, count, sigma)
+                row = {"box": size, "gaussians": count, "sigma": sigma, "instruction_set": instructions}
+                row |= {"kernel": kernel, "naive": naive}
+                rates = f"{kernel:8.0f} {naive:8.3f} {kernel / naive:8,.0f}"
+                if instructions == chosen:
+                    row["step"] = step = step_rate(stacks[size], size, count, sigma)
+                    rates += f" {step:8.0f} {kernel / step:11.2f}"
+                rows.append(row)
+                print(f"{size:4d} {count:9,d} {sigma:5.1f}  {instructions:12} {rates}")
+            _native.use_instruction_set(chosen)
     save("kernels", rows)
 
 
