@@ -40,9 +40,11 @@ _BEGIN, _REPORT, _OF_FITS = 2.5, 3.0, 1.6  # seconds of imports, and of a report
 _EXAMPLES = 0.4  # seconds to compare some images with the fits
 _DISK = 3e8  # bytes per second that a disk gives
 _PROGRAM = 3.8e8  # bytes of Python, PyTorch and what they load
-_FITTING = 2e7  # bytes more that optimisers load
+_FITTING = 6e7  # bytes more that fits and their figures load
+_PARTICLE = 1300  # bytes for what is known of a particle
 _PIECES = 6e7  # bytes of what is looked at some planes at a time
 _MAPS = 68  # bytes for each voxel of the box at the peak, when maps of halves are judged beside their equations
+_FITTED_MAPS = 30  # and more, beside fits and their residual maps
 _STEPPING = (31, 90)  # in steps of both fits: bytes for each voxel of the box, and of the middle that they look at
 _GAINING_MAPS = (59, 36)  # and when two stages are compared
 _MARGIN = 0.1  # of the box, that the fits look at beyond the particle
@@ -172,10 +174,12 @@ def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine:
         ("assessment", machine.first(voxels * _JUDGED)),
         ("report", machine.alone(_REPORT + (_OF_FITS if fits else 0.0))),
     )
-    each = _MAPS if settings is None else max(_MAPS, _fitting(stack))
-    memory = _PROGRAM + (0.0 if settings is None else _FITTING) + _PIECES + each * voxels
-    count = 0 if settings is None else settings.gaussians or 0  # of each fit, where it is given
-    memory += _HELD_EACH * count
+    each, count = float(_MAPS), 0
+    memory = _PROGRAM + _PIECES + _PARTICLE * len(stack)
+    if settings is not None:
+        each, count = max(_MAPS + _FITTED_MAPS, _fitting(stack)), _started_with(stack, settings)
+        memory += _FITTING + _HELD_EACH * count
+    memory += each * voxels
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or machine.first(passing) > 2 * 12 * padded / 2 / 2e8 else 0.0
     return Estimate(parts, memory, 4 * voxels * maps + sums + _WRITTEN_EACH * count + 5e6, machine.alone(_BEGIN))
@@ -208,9 +212,14 @@ def _fits(stack: ParticleStack, settings: Settings, machine: _Machine) -> float:
 def _step(stack: ParticleStack, settings: Settings, growth: float = 1.6) -> float:
     """Seconds of one core for a step of a fit to sums."""
     box = stack.grid.size
-    count = settings.gaussians or min(max(_FILLED * box**3, 1000), 100_000)
+    count = _started_with(stack, settings)
     points = (1.5 * _width(stack) * box) ** 3
     return _STEP + points * (_VOXEL[0] + _VOXEL[1] * points) + growth * count * _GAUSSIAN
+
+
+def _started_with(stack: ParticleStack, settings: Settings) -> int:
+    """Gaussians at the start of a fit."""
+    return settings.gaussians or round(min(max(_FILLED * stack.grid.size**3, 1000), 100_000))
 
 
 def _width(stack: ParticleStack) -> float:
