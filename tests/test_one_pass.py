@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from emsplat.fitting import course
 from emsplat.fitting.course import Score, Stage, VolumeFit, find_course, follow_course
 from emsplat.fitting.growth import grow, missing_power
 from emsplat.fitting.loop import fit
@@ -265,6 +266,47 @@ def test_fits_side_by_side_are_those_of_one_thread(halves):
     for alone, beside in zip(*found, strict=True):
         for a, b in zip(alone.parameters(), beside.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_wide_fits_take_one_step_at_a_time(halves, monkeypatch):
+    """Side by side they would need more memory than one after the other, each with all threads."""
+    _, equations, judge = halves
+    fits, shares = begin(equations), []
+    monkeypatch.setattr(course, "_PAIRED", fits[0].objective.support - 1)
+    own = VolumeObjective.__call__
+
+    def seen(self, model, step):
+        shares.append((threading.get_ident(), torch.get_num_threads()))
+        return own(self, model, step)
+
+    monkeypatch.setattr(VolumeObjective, "__call__", seen)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        find(fits, Plan(2, 2e-2, 0.75), 0, judge)
+    finally:
+        torch.set_num_threads(before)
+    assert set(shares) == {(threading.get_ident(), 2)}
+
+
+def test_residual_is_divided_by_what_was_measured(halves):
+    """(b - KV) / w, w no less than a tenth of the mean of its shell: beside the whole response at a time."""
+    _, equations, _ = halves
+    one = begin(equations)[0]
+    level = one.objective._fine
+    with torch.no_grad():
+        volume = one.objective.render(one.kept.model.gaussians())
+    found = one.objective.residual(volume)
+    response = level._response
+    shells = shell_index(len(response), 3).clamp(max=len(response) // 2)
+    count = torch.bincount(shells.flatten())
+    mean = torch.bincount(shells.flatten(), response.double().flatten()) / count
+    # The last shell's mean is that of its own, without the corners beyond.
+    inner = shell_index(len(response), 3) == len(response) // 2
+    mean[-1] = response[inner].double().mean()
+    least = 0.1 * mean[shells] + 1e-6 * response.max()
+    expected = convolve(-one.objective.error_and_gradient(volume)[1], (1 / (response + least)).float())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_a_course_tells_what_happens_in_order(halves):

@@ -37,6 +37,7 @@ _FIRST = 2 / 3  # of the epochs where stages follow: what is to be split need no
 _LATER = 0.5  # of the epochs, and of the rate: later stages start from a model that is nearly right
 _SURE = 3.0  # standard errors by which a stage must have lost to be taken back
 _HARM = 2e-3  # the least loss of score that matters
+_PAIRED = 512  # voxels across up to which fits take steps side by side: wider ones would need a third more memory
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,9 @@ def _steps(
     fits: Sequence[VolumeFit], running: dict[str, Iterator[State[GaussianField]]], last: int, world: World
 ) -> Iterator[VolumeFit]:
     """Every fit in step until it stands at the ``last``."""
-    with side_by_side(len(running) if fits[0].objective.device.type == "cpu" else 1) as all_of:
+    objective = fits[0].objective
+    paired = objective.device.type == "cpu" and objective.support <= _PAIRED
+    with side_by_side(len(running) if paired else 1) as all_of:
         while fits[0].state.step < last:
             moved = dict(zip(running, all_of(next, running.values()), strict=True))
             for one in fits:

@@ -12,7 +12,7 @@ from torch import Tensor
 from emsplat.errors import InputError
 from emsplat.fitting.objective import KnownGradient
 from emsplat.imaging.project import CUTOFF, voxelize
-from emsplat.maths.fourier import by_columns, convolve, crop, frequencies, is_smooth, middle, shell_index
+from emsplat.maths.fourier import by_columns, convolve, crop, frequencies, is_smooth, middle, shell_slabs
 from emsplat.models.base import Model
 from emsplat.sums.equations import NormalEquations, mean_per_shell, response_of
 from emsplat.types import Gaussians, Grid
@@ -113,10 +113,16 @@ class _Level:
 
     def residual(self, volume: Float[Tensor, "z y x"]) -> Float[Tensor, "z y x"]:
         _, gradient = self.error_and_gradient(volume)
-        side = len(self._response)
-        shells = shell_index(side, 3, self._device).clamp(max=side // 2)
-        floor = 0.1 * mean_per_shell(self._response)[shells] + 1e-6 * self._response.max()
-        return convolve(-gradient, 1 / (self._response + floor))
+        return convolve(gradient.neg_(), self._inverse())
+
+    def _inverse(self) -> Float[Tensor, "w v k"]:
+        """1 / w, bounded where little was measured."""
+        least, tiny = 0.1 * mean_per_shell(self._response), 1e-6 * self._response.max()
+        least = torch.cat([least, least[-1:]])  # of the corners too
+        inverse = torch.empty_like(self._response)
+        for planes, shells in shell_slabs(len(inverse), self._device):
+            inverse[planes] = 1 / (self._response[planes] + (least[shells] + tiny))
+        return inverse
 
 
 def support_size(extent: int, box: int) -> int:

@@ -44,7 +44,7 @@ _FITTING = 6e7  # bytes more that fits and their figures load
 _PARTICLE = 1300  # bytes for what is known of a particle
 _PIECES = 6e7  # bytes of what is looked at some planes at a time
 _MAPS = 68  # bytes for each voxel of the box at the peak, when maps of halves are judged beside their equations
-_FITTED_MAPS = 30  # and more, beside fits and their residual maps
+_DRAWING = (30, 5e8)  # and more where Gaussians are fitted, but at most so many bytes
 _STEPPING = (31, 90)  # in steps of both fits: bytes for each voxel of the box, and of the middle that they look at
 _GAINING_MAPS = (59, 36)  # and when two stages are compared
 _MARGIN = 0.1  # of the box, that the fits look at beyond the particle
@@ -177,8 +177,8 @@ def _of_reconstruction(stack: ParticleStack, settings: Settings | None, machine:
     each, count = float(_MAPS), 0
     memory = _PROGRAM + _PIECES + _PARTICLE * len(stack)
     if settings is not None:
-        each, count = max(_MAPS + _FITTED_MAPS, _fitting(stack)), _started_with(stack, settings)
-        memory += _FITTING + _HELD_EACH * count
+        each, count = max(_MAPS, _fitting(stack)), _started_with(stack, settings)
+        memory += _FITTING + _HELD_EACH * count + min(_DRAWING[0] * voxels, _DRAWING[1])
     memory += each * voxels
     maps = 9 if settings is None else 12
     sums = 2 * 12 * padded / 2 if kept or machine.first(passing) > 2 * 12 * padded / 2 / 2e8 else 0.0
