@@ -20,8 +20,9 @@ from emsplat.heterogeneity.cells import (
     empirical_map,
     few_memberships,
     gather_cells,
+    information_of,
     joined,
-    linear_maps,
+    joint_maps,
     overlap,
 )
 from emsplat.heterogeneity.density import Density
@@ -594,7 +595,9 @@ def test_a_point_that_is_nobodys_says_nothing(stack):
     alone = joined(list(gather_cells(stack, member[:, :1], torch.zeros(1, 1, dtype=torch.float64), 24)))
     assert both.particles[1] == both.noise[1] == 0
     torch.testing.assert_close(empirical_map(both, torch.ones(2)), empirical_map(alone, torch.ones(1)))
-    assert bool(torch.isfinite(linear_maps(both, both.linear, 1.0, 1.0)).all())
+    information = information_of(both)
+    design = torch.ones(2, 1)
+    assert bool(torch.isfinite(joint_maps(both, both.linear, information, design, [1.0])).all())
 
 
 def random_cells(size=16, count=3):

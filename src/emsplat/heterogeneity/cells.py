@@ -7,7 +7,7 @@ From here on no image is needed. A cell's sums say of any map how well it fits t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from emsplat.sums.statistics import accumulate, begin
 from emsplat.types import Grid, Poses
 
 _MOST_PRIOR = 1e4  # of the largest information: nothing is left of a map
+_KERNEL = 0.5  # power of their overlap with which cells share their data
 _MOST, _LEAST = 3, 0.02  # cells that a view may belong to, and the smallest membership that counts
 
 
@@ -182,20 +183,41 @@ def overlap(membership: Float[Tensor, "v m"]) -> Float[Tensor, "m m"]:
     return gram * scale[:, None] * scale
 
 
+def sharing(membership: Float[Tensor, "v m"]) -> Float[Tensor, "m m"]:
+    """How far cells share their data: a power of their `overlap`."""
+    return overlap(membership).float() ** _KERNEL
+
+
+def information_of(cells: Cells) -> Float[Tensor, "m z y k"]:
+    """The circulant matrix nearest to K of every cell: what `empirical_map` and `joint_maps` take of it, once for many
+    maps."""
+    return torch.stack([_information(one, cells.grid.size, signed=True) for one in cells.response])
+
+
 def empirical_map(
-    cells: Cells, weight: Float[Tensor, " m"], linear: Float[Tensor, "m z y x"] | None = None, filled: float = 1.0
+    cells: Cells,
+    weight: Float[Tensor, " m"],
+    linear: Float[Tensor, "m z y x"] | None = None,
+    filled: float = 1.0,
+    information: Float[Tensor, "m z y k"] | None = None,
 ) -> Float[Tensor, "z y x"]:
     """The classical map b / (w + 1/τ²) of weighted cells on their grid; other right-hand sides may be given.
 
-    w is the circulant matrix nearest to K. τ² per shell is what |b|² has more than its noise, over w²; signal that
-    fills only a part of the box (``filled``) is that much stronger where it is.
+    w is the circulant matrix nearest to K (``information`` of all cells, where it is known). τ² per shell is what |b|²
+    has more than its noise, over w²; signal that fills only a part of the box (``filled``) is that much stronger where
+    it is.
     """
     size = cells.grid.size
     total = torch.fft.rfftn(torch.einsum("m,mzyx->zyx", weight, cells.linear if linear is None else linear))
-    information = _information(torch.einsum("m,mzyk->zyk", weight, cells.response), size)
-    noise = _information(torch.einsum("m,mzyk->zyk", weight.square() * cells.noise, cells.response), size)
-    shells = shell_index(size, 3)
-    spectrum = total * (shells <= size // 2) / (information + _prior(total, information, noise, filled))
+
+    def summed(of_cells: Float[Tensor, " m"]) -> Float[Tensor, "z y k"]:
+        if information is None:
+            return _information(torch.einsum("m,mzyk->zyk", of_cells, cells.response), size)
+        return torch.einsum("m,mzyk->zyk", of_cells, information).clamp_(min=0)
+
+    known = summed(weight)
+    prior = _prior(total, known, summed(weight.square() * cells.noise), filled)
+    spectrum = total * (shell_index(size, 3) <= size // 2) / (known + prior)
     filtered: Tensor = torch.fft.irfftn(spectrum, s=(size,) * 3)
     return filtered
 
@@ -210,37 +232,37 @@ def _prior(
     return (size**3 / power)[shell_index(size, 3).clamp(max=size // 2)]
 
 
-def linear_maps(
-    cells: Cells, linear: Float[Tensor, "m z y x"], filled: float, changing: float
-) -> Float[Tensor, "m z y x"]:
-    """The classical map of every cell if maps are linear in the latent: V_m = R_0 + Σ z_mk R_k.
+def joint_maps(
+    cells: Cells,
+    linear: Float[Tensor, "m z y x"],
+    information: Float[Tensor, "m z y k"],
+    design: Float[Tensor, "m j"],
+    filled: Sequence[float],
+) -> Float[Tensor, "j z y x"]:
+    """The classical maps R_j of which that of every cell is made: V_m = Σ_j D_mj R_j.
 
-    All cells say something of each R_k, so that what stands still is known from all particles. Each R_k has a prior as
-    in `empirical_map`; R_0 fills ``filled`` of the box, what changes with the latent ``changing``.
+    All cells say something of each, so that what is alike in all is known from all particles. Each has a prior as in
+    `empirical_map` and fills its own share of the box.
     """
-    size, weight = cells.grid.size, cells.particles.double() / cells.particles.double().sum()
-    away = cells.point - weight @ cells.point
-    value, vector = torch.linalg.eigh((away * weight[:, None]).T @ away)
-    known = value > 1e-6 * value.max()  # fewer cells than latents
-    latent = (away @ vector[:, known] / value[known].sqrt()).float()
-    design = torch.cat([torch.ones(len(cells), 1), latent], 1)
-    count = design.shape[1]
-    totals = torch.stack([torch.fft.rfftn(torch.einsum("m,mzyx->zyx", own, linear)) for own in design.T])
-    matrix = torch.zeros(*totals.shape[1:], count, count)
-    for j, k in torch.triu_indices(count, count).T.tolist():
-        both = _information(torch.einsum("m,mzyk->zyk", design[:, j] * design[:, k], cells.response), size, signed=True)
-        matrix[..., j, k] = matrix[..., k, j] = both
-    for j, own in enumerate(design.T):
-        noise = _information(torch.einsum("m,mzyk->zyk", own.square() * cells.noise, cells.response), size)
-        information = matrix[..., j, j].clone()
-        prior = _prior(totals[j], information, noise, changing if j else filled)
-        matrix[..., j, j] += torch.minimum(prior, _MOST_PRIOR * information.max())
+    size, count = cells.grid.size, design.shape[1]
+    found = torch.stack([torch.fft.rfftn(torch.einsum("m,mzyx->zyx", own, linear)) for own in design.T])
+    priors = []
+    for own, total, share in zip(design.T, found, filled, strict=True):
+        known, noise = (
+            torch.einsum("m,mzyk->zyk", weight, information) for weight in (own.square(), own.square() * cells.noise)
+        )
+        prior = _prior(total, known, noise.clamp_(min=0), share)
+        priors.append(torch.minimum(prior, _MOST_PRIOR * known.max()))
+    products = (design[:, :, None] * design[:, None]).flatten(1)
     inside = shell_index(size, 3) <= size // 2
-    found = torch.zeros_like(totals)
-    right = torch.view_as_real(totals[:, inside].T.contiguous())
-    found[:, inside] = torch.view_as_complex(torch.linalg.solve(matrix[inside], right).contiguous()).T
-    maps = torch.fft.irfftn(found, s=(size,) * 3, dim=(1, 2, 3))
-    return torch.einsum("mj,jzyx->mzyx", design, maps)
+    for z, there in enumerate(inside):  # matrices of all frequencies at once would take count² maps
+        matrix = (information[:, z, there].T @ products).reshape(-1, count, count)
+        matrix.diagonal(dim1=1, dim2=2).add_(torch.stack([one[z, there] for one in priors], 1))
+        right = torch.view_as_real(found[:, z, there].T.contiguous())
+        found[:, z] = 0
+        found[:, z, there] = torch.view_as_complex(torch.linalg.solve(matrix, right).contiguous()).T
+    maps: Tensor = torch.fft.irfftn(found, s=(size,) * 3, dim=(1, 2, 3))
+    return maps
 
 
 def raw_map(cells: Cells, weight: Float[Tensor, " m"]) -> Float[Tensor, "z y x"]:

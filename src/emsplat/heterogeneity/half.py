@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,23 +14,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emsplat.errors import InputError
-from emsplat.heterogeneity.cells import Cells, empirical_map, linear_maps, overlap
+from emsplat.heterogeneity.cells import Cells
 from emsplat.heterogeneity.density import Density
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import Frame, identity
 from emsplat.imaging.project import voxelize
 from emsplat.io.tensors import write_tensors
-from emsplat.maths.fourier import crop, filtered, irfft, middle, rfft, widen
-from emsplat.measures.states import common_mask, moving_mask
+from emsplat.maths.fourier import middle, widen
+from emsplat.measures.states import common_mask
 from emsplat.models.base import Saved
 from emsplat.models.conformations import StateDecoder, read_state_decoder
 from emsplat.parallel import World
 from emsplat.sums.equations import mean_per_shell
 from emsplat.types import Gaussians, Grid
 
-_KERNEL = 0.25  # power of the overlap of cells with which they share residuals
-_FILLED, _CHANGING = 0.3, 0.2  # of the cells' box, by the particle, and by what of it changes
-_COARSE = 12.0  # Å: what tells where states differ
+COARSE = 12.0  # Å: what tells where states differ
 _JUDGED = 24  # cells of the other half by which residuals are judged
 
 
@@ -72,7 +69,7 @@ class HalfModel:
     def change_gram(self) -> Float[Tensor, "q q"]:
         """Inner products of how the map changes along the latents of the run, by regression over the points of the
         density: what makes lengths in latent space differences of maps. Coarse maps of the Gaussians alone."""
-        grid = _coarse(self.box)
+        grid = coarse_grid(self.box)
         point, weight = self.density.point.double(), self.density.weight.double()
         mixtures = self.decoder.mixtures(point.float())
         drawn = torch.stack([voxelize(one, grid).flatten() for one in mixtures]).double()
@@ -140,68 +137,10 @@ def spread_half(model: HalfModel | None, world: World, source: int) -> HalfModel
     return world.spread_packed(model, HalfModel.packed, _unpacked, source)
 
 
-Residual = Literal["nearby", "linear"]
-RESIDUALS: tuple[Residual, ...] = ("nearby", "linear")
-
-
-@torch.no_grad()
-def left_over(model: HalfModel, cells: Cells) -> Float[Tensor, "m z y x"]:
-    """What the Gaussians of a model leave unexplained in the cells: b - K V of each."""
-    maps = (voxelize(one, cells.grid) for one in model.decoder.mixtures(cells.point.float()))
-    return torch.stack([-cells.error_and_gradient(number, volume)[1] for number, volume in enumerate(maps)])
-
-
-def with_residuals(
-    model: HalfModel,
-    embedding: Embedding,
-    cells: Cells,
-    left: Float[Tensor, "m z y x"],
-    kinds: Sequence[Residual] = RESIDUALS,
-) -> dict[Residual, HalfModel]:
-    """With maps of what is `left_over`, by their kind: one of all cells for what stands still, and where the model's
-    states differ of each cell with those that overlap with it, or of all of them, linear in the latent. The former is
-    right where large pieces move, the latter where pieces come and go."""
-    linear = linear_maps(cells, left, _FILLED, _CHANGING)
-    mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), linear)
-    where = _where_states_differ(model, cells, linear)
-    found: dict[Residual, HalfModel] = {}
-    for kind in kinds:
-        rest = linear
-        if kind == "nearby":
-            kernel = overlap(embedding.membership).float() ** _KERNEL
-            rest = torch.stack([empirical_map(cells, weight, left, _FILLED) for weight in kernel])
-        rest = mean + where * (rest - mean)
-        found[kind] = replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
-    return found
-
-
-def _coarse(grid: Grid) -> Grid:
-    """The same box on voxels of half `_COARSE` or a little less, or on its own where these are no finer."""
-    size = min(grid.size, 8 * math.ceil(2 * grid.length / _COARSE / 8))
+def coarse_grid(grid: Grid) -> Grid:
+    """The same box on voxels of half of `COARSE` Å or a little less, or on its own where these are no finer."""
+    size = min(grid.size, 8 * math.ceil(2 * grid.length / COARSE / 8))
     return Grid(size, grid.length / size)
-
-
-@torch.no_grad()
-def _where_states_differ(model: HalfModel, cells: Cells, rest: Float[Tensor, "m z y x"]) -> Float[Tensor, "z y x"]:
-    """A soft mask of where the maps of the cells are not alike, residuals ``rest`` among them."""
-    size, grid = cells.grid.size, _coarse(cells.grid)
-    small = grid.size
-    drawn = torch.stack([voxelize(one, grid) for one in model.decoder.mixtures(cells.point.float())])
-    if small < size:
-        for number, own in enumerate(rest):
-            drawn[number] += irfft(crop(rfft(own, 3), small, 3) * (small / size) ** 3, 3)
-    else:
-        drawn += rest
-    mean = torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), drawn)
-    # Noise of single voxels must not decide: a quarter of the amplitude at the finest spacing.
-    smooth = math.log(4) / (grid.length / _COARSE) ** 2
-    away = torch.zeros_like(mean)
-    for own in drawn:
-        away = torch.maximum(away, filtered(own - mean, lambda radius: torch.exp(-smooth * radius**2)).abs())
-    mask = moving_mask(away, grid.pixel_size)
-    if mask is None:
-        return torch.zeros(cells.grid.size, cells.grid.size, cells.grid.size)
-    return mask if small == size else irfft(widen(rfft(mask, 3), size) * (size / small) ** 3, 3).clamp(0, 1)
 
 
 def agreement(model: HalfModel, cells: Cells, frame: Frame) -> float:

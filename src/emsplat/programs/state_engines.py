@@ -19,24 +19,13 @@ from emsplat.config import HeterogeneityConfig
 from emsplat.errors import InputError
 from emsplat.fitting.checkpoint import load_checkpoint, save_checkpoint, spread_state
 from emsplat.fitting.state import State
-from emsplat.heterogeneity.cells import Cells, cells_of, few_memberships, overlap
+from emsplat.heterogeneity.cells import Cells, cells_of, few_memberships, overlap, sharing
 from emsplat.heterogeneity.classes import Classes, common_classes
 from emsplat.heterogeneity.embedding import Embedding, hard_embedding, latents_of_run, leading, spread_embedding
 from emsplat.heterogeneity.evidence import Gain, mean_gain
 from emsplat.heterogeneity.extent import Window
 from emsplat.heterogeneity.frames import identity
-from emsplat.heterogeneity.half import (
-    RESIDUALS,
-    HalfModel,
-    Residual,
-    agreement,
-    in_frame,
-    left_over,
-    read_half,
-    spread_half,
-    with_residuals,
-    without_residual,
-)
+from emsplat.heterogeneity.half import HalfModel, agreement, in_frame, read_half, spread_half, without_residual
 from emsplat.heterogeneity.images import (
     ConformationOptions,
     ImageStart,
@@ -47,6 +36,7 @@ from emsplat.heterogeneity.images import (
     steps_of,
 )
 from emsplat.heterogeneity.refresh import MOST_POINTS, PER_POINT, Refreshed, refreshed
+from emsplat.heterogeneity.residual import RESIDUALS, Residual, left_over, with_residuals
 from emsplat.heterogeneity.saved import read_cells, save_cells, spread_cells
 from emsplat.heterogeneity.search import Search
 from emsplat.heterogeneity.states import DecoderPlan, Fitting, coarse_decoder, fine_decoder
@@ -60,7 +50,6 @@ from emsplat.run.history import History
 from emsplat.run.stop import checkpoints, require_time
 from emsplat.sums.statistics import equations_of, mark
 
-_KERNEL = 0.5  # power of the overlap of cells with which they share their data
 _MOST_CELLS = 64  # of a fit to images
 
 
@@ -169,7 +158,7 @@ def _coarse(run: Run[HeterogeneityConfig], embeddings: tuple[Embedding, Embeddin
         return without_residual(decoder, embeddings[half], run.stack.grid)
 
     def completed(half: int, bare: HalfModel, cells: Cells) -> HalfModel:
-        return with_residuals(bare, embeddings[half], cells, left_over(bare, cells), ("linear",))["linear"]
+        return with_residuals(bare, embeddings[half], cells, left_over(bare, cells), ("together",))["together"]
 
     def gather(half: int) -> Cells:
         return gathered(run, half, embeddings[half], window)
@@ -354,10 +343,6 @@ def fit_on_images(run: Run[HeterogeneityConfig], searched: Search, window: Windo
     return _together(run, models, cells, found, (found[0], found[1]), (gains[0], gains[1]))
 
 
-def _kernel(embedding: Embedding) -> Float[Tensor, "m m"]:
-    return overlap(embedding.membership).float() ** _KERNEL
-
-
 def _fitted_images(
     run: Run[HeterogeneityConfig], half: int, embedding: Embedding, options: ConformationOptions
 ) -> Conformations:
@@ -439,7 +424,7 @@ def _together(
         (cells[0], cells[1]),
         embeddings,
         latents_of_run(*embeddings),
-        (_kernel(made_of[0]), _kernel(made_of[1])),
+        (sharing(made_of[0].membership), sharing(made_of[1].membership)),
         (few_memberships(made_of[0].membership), few_memberships(made_of[1].membership)),
         gain,
         classes if classes.told else None,
