@@ -7,6 +7,7 @@ import torch
 
 from emsplat.maths import fourier
 from emsplat.maths.fourier import (
+    blurred,
     by_columns,
     convolve,
     crop,
@@ -132,3 +133,13 @@ def test_convolving_is_multiplying_the_padded_transform(size, side, cached, monk
     assert torch.equal(convolve(volume, by_columns(response)), convolve(volume, response))
     first, second = (convolve(volume, response) * other).sum(), (volume * convolve(other, response)).sum()
     torch.testing.assert_close(first, second)
+
+
+def test_blurring_spreads_by_its_width():
+    grid, width = Grid(32, 2.0), 5.0
+    point = torch.zeros(32, 32, 32)
+    point[16, 16, 16] = 1
+    spread = blurred(point, grid, width)
+    axis = grid.pixel_size * (torch.arange(32.0) - 16)
+    assert float(spread.sum()) == pytest.approx(1, abs=1e-5)
+    assert float((spread.sum((0, 1)) * axis**2).sum()) == pytest.approx(width**2, rel=0.01)

@@ -12,10 +12,12 @@ from emsplat.heterogeneity import states
 from emsplat.heterogeneity.cells import Cells, raw_map
 from emsplat.heterogeneity.corrected import corrected_maps, pulled_back
 from emsplat.heterogeneity.density import Density
+from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.frames import identity
 from emsplat.heterogeneity.half import HalfModel
 from emsplat.heterogeneity.motions import members, motions, part_of
 from emsplat.heterogeneity.paths import along, main_path, principal, through_density, traversal
+from emsplat.heterogeneity.residual import RESIDUALS, with_residuals
 from emsplat.imaging.project import voxelize
 from emsplat.io.mrc import read_map
 from emsplat.maths.geometry import axis_rotation
@@ -228,6 +230,39 @@ def test_a_consensus_in_one_state(model):
     assert likeness(raw, maps[1]) > 0.99
     assert likeness(filtered, maps[1]) > 0.99
     assert float(raw.sum() / maps[1].sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_residuals_of_states_are_one_map_where_nothing_moves(model):
+    """What the Gaussians lack there is one map; elsewhere each kind has one for each cell."""
+    latent = turned([0.0, 35.0, 70.0, 100.0])
+    cells, maps = cells_of(model, latent)
+    generator = torch.Generator().manual_seed(1)
+    axis = torch.arange(float(GRID.size)) - GRID.size // 2
+    gap = (axis[:, None, None] ** 2 + (axis[:, None] + 7) ** 2 + axis**2) * GRID.pixel_size**2
+    detail = 0.2 * float(maps.max()) * torch.exp(-gap / 50)  # in what stands still
+    noise = 0.02 * float(maps.max()) * torch.randn(maps.shape, generator=generator)
+    weight = cells.particles[:, None, None, None]
+    noisy = replace(cells, noise=torch.full((4,), 1.0))
+    left = weight * (detail + 0.2 * (maps - maps.mean(0))) + weight.sqrt() * noise
+    place = replace(embedded_nowhere(4), membership=torch.eye(4, dtype=torch.float64) + 0.1, density=model.density)
+    found = with_residuals(model, place, noisy, left)
+    assert list(found) == list(RESIDUALS)
+    spread = {kind: own.residual.std(0) for kind, own in found.items()}
+    still = gap < 40
+    moving = maps.std(0) > 0.1 * float(maps.max())
+    for kind, own in found.items():
+        # Kept in 16 bits.
+        assert float(spread[kind][still].max()) < 3e-3 * float(own.residual.abs().max())
+        assert float(spread[kind][moving].mean()) > 5 * float(spread[kind][still].mean())
+        assert likeness(own.residual[0][still], detail[still]) > 0.9
+    assert float((found["nearby"].residual - found["together"].residual)[:, moving].abs().max()) > 0
+    assert list(with_residuals(model, place, noisy, left, ("together",))) == ["together"]
+
+
+def embedded_nowhere(count):
+    nothing, latent = torch.zeros(0, count).double(), torch.zeros(0, 3).double()
+    density = Density(torch.zeros(count, 3).double(), torch.full((count,), 1 / count).double())
+    return Embedding(density, nothing, nothing, latent, latent, latent[:, 0], torch.eye(3).double())
 
 
 def test_a_turned_convolution():

@@ -20,7 +20,7 @@ from emsplat.heterogeneity.cells import Cells, empirical_map, information_of, jo
 from emsplat.heterogeneity.embedding import Embedding
 from emsplat.heterogeneity.half import COARSE, HalfModel, coarse_grid
 from emsplat.imaging.project import voxelize
-from emsplat.maths.fourier import convolve, filtered, irfft, rfft, widen
+from emsplat.maths.fourier import blurred, convolve, irfft, rfft, widen
 from emsplat.maths.independent import rotation_to_independence
 from emsplat.measures.mask import soft_region
 from emsplat.types import Grid
@@ -53,7 +53,7 @@ def with_residuals(
     """With maps of what is `left_over`, by their kind."""
     change, coarse = _changes(model, cells)
     course, pieces = _pieces(change, cells.particles)
-    masks = _masks(pieces, coarse, cells.grid)
+    masks = [_mask(one, coarse, cells.grid) for one in pieces]
     information = information_of(cells)
     design = torch.cat([torch.ones(len(cells), 1), course], 1)
     shares = [_FILLED, *(_share(mask) for mask in masks)]
@@ -67,7 +67,8 @@ def with_residuals(
         else:
             still = torch.stack([one - convolve(mean, k) for one, k in zip(left, cells.response, strict=True)])
             kernel = sharing(embedding.membership)
-            for own, weight, mask in zip(rest, kernel, _masks(change, coarse, cells.grid), strict=True):
+            for own, weight, away in zip(rest, kernel, change, strict=True):
+                mask = _mask(away, coarse, cells.grid)
                 own += mask * empirical_map(cells, weight, still, _share(mask), information)
         found[kind] = replace(model, residual=rest.half().float(), grid=cells.grid)  # as it is kept
     return found
@@ -85,8 +86,8 @@ def _changes(model: HalfModel, cells: Cells) -> tuple[Float[Tensor, "m z y x"], 
     rounding = _ROUNDING * drawn.abs().max()
     drawn -= torch.einsum("m,mzyx->zyx", cells.particles / cells.particles.sum(), drawn)
     drawn[drawn.abs() < rounding] = 0  # of maps that are alike
-    smooth = math.log(4) / (grid.length / COARSE) ** 2
-    return torch.stack([filtered(one, lambda radius: torch.exp(-smooth * radius**2)) for one in drawn]), grid
+    width = math.sqrt(math.log(2)) * COARSE / math.pi
+    return torch.stack([blurred(one, grid, width) for one in drawn]), grid
 
 
 def _pieces(
@@ -112,13 +113,10 @@ def _pieces(
     return (course / spread).float(), pieces
 
 
-def _masks(change: Float[Tensor, "n z y x"], own: Grid, grid: Grid) -> Float[Tensor, "n Z Y X"]:
-    """Soft masks of where each is large, on a finer grid of the same box."""
-
-    def mask(of: Float[Tensor, "z y x"]) -> Float[Tensor, "Z Y X"]:
-        region = soft_region(of.abs() > _CHANGED * of.abs().max(), own.pixel_size, _GROWN, _EDGE)
-        if own.size == grid.size:
-            return region
-        return irfft(widen(rfft(region, 3), grid.size) * (grid.size / own.size) ** 3, 3).clamp(0, 1)
-
-    return torch.stack([mask(one) for one in change]) if len(change) else change.new_zeros(0, *(grid.size,) * 3)
+def _mask(change: Float[Tensor, "z y x"], own: Grid, grid: Grid) -> Float[Tensor, "Z Y X"]:
+    """A soft mask of where it is large, on a finer grid of the same box."""
+    size = change.abs()
+    region = soft_region(size > _CHANGED * size.max(), own.pixel_size, _GROWN, _EDGE)
+    if own.size == grid.size:
+        return region
+    return irfft(widen(rfft(region, 3), grid.size) * (grid.size / own.size) ** 3, 3).clamp(0, 1)

@@ -22,10 +22,10 @@ from emsplat.fitting.objective import KnownGradient
 from emsplat.fitting.state import Optimiser
 from emsplat.heterogeneity.cells import Cells, empirical_map
 from emsplat.imaging.project import voxelize
-from emsplat.maths.fourier import filtered
+from emsplat.maths.fourier import blurred
 from emsplat.models.base import ParameterGroup
 from emsplat.models.decoder import Decoder, Shape
-from emsplat.types import Gaussians, Grid
+from emsplat.types import Gaussians
 
 T = TypeVar("T")
 Fitting = Generator[str, None, T]  # says what begins, and "" after each step; what it returns is the result
@@ -167,7 +167,7 @@ def molecule_volume(cells: Cells, shared: Float[Tensor, "m m"]) -> float:
     """Å³ in which the reference cell and those that overlap with it are brighter than a quarter of their maximum, at a
     resolution of about 15 Å."""
     near = shared[reference_cell(cells)].float()
-    smooth = _lowpassed(empirical_map(cells, torch.where(near > 0.05, near, 0.0)), cells.grid, 5.0)
+    smooth = blurred(empirical_map(cells, torch.where(near > 0.05, near, 0.0)), cells.grid, 5.0)
     return float((smooth > 0.25 * smooth.max()).sum()) * cells.grid.pixel_size**3
 
 
@@ -187,7 +187,7 @@ def start(
     size = grid.size
     axis = (torch.arange(size) - size // 2).float()
     radius = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
-    smooth = _lowpassed(volume, grid, width)
+    smooth = blurred(volume, grid, width)
     outside = smooth[radius > 0.47 * size]
     level = outside.mean() + 3 * outside.std()
     density = torch.where((smooth > level) & (radius < 0.5 * size - 2), smooth - level, 0.0)
@@ -207,11 +207,6 @@ def start(
         decoder.change.zero_()
     decoder.unit = _best_unit(decoder, cells, reference)
     return decoder
-
-
-def _lowpassed(volume: Float[Tensor, "z y x"], grid: Grid, width: float) -> Float[Tensor, "z y x"]:
-    steepness = 2 * (math.pi * width / grid.length) ** 2
-    return filtered(volume, lambda radius: torch.exp(-steepness * radius**2))
 
 
 @torch.no_grad()

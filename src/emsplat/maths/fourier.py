@@ -6,6 +6,7 @@ object has a real transform.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import count
@@ -162,6 +163,12 @@ def filtered(
     for planes, radius in radius_slabs(len(volume), volume.device):
         spectrum[planes] *= response(radius.float())
     return irfft(spectrum, 3)
+
+
+def blurred(volume: Float[Tensor, "z y x"], grid: Grid, width: float) -> Float[Tensor, "z y x"]:
+    """Convolved with a Gaussian of ``width`` Å (standard deviation); the box repeats."""
+    steepness = 2 * (math.pi * width / grid.length) ** 2
+    return filtered(volume, lambda radius: torch.exp(-steepness * radius**2))
 
 
 def randomise_phases(
