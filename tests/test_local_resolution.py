@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emsplat.errors import InputError
+from emsplat.measures import local_resolution as module
 from emsplat.measures.local_resolution import _band_products as band_products
 from emsplat.measures.local_resolution import _ratio as ratio
 from emsplat.measures.local_resolution import default_window, local_cross_validated, local_resolution, windowed_fsc
@@ -74,6 +75,31 @@ def test_noise_has_no_resolution():
     models = noise(96, 3), noise(96, 4)
     cross = local_cross_validated(models, (noise(96, 1), noise(96, 2)), GRID, window=WINDOW)
     assert cross.summary(torch.ones(96, 96, 96))["p5"] > 0.4 * WINDOW
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_bands_that_say_nothing_more_are_left_out(monkeypatch, cross):
+    """The same map, bit by bit, as with all bands."""
+    a, b = (noise(48, seed) for seed in (1, 2))
+    looked_at = []
+
+    def counted(*given):
+        for band in band_products(*given):
+            looked_at.append(None)
+            yield band
+
+    def found():
+        looked_at.clear()
+        grid = Grid(48, 2.0)
+        resolved = local_cross_validated((a, b), (a, b), grid, window=24.0) if cross else None
+        return resolved or local_resolution(a, b, grid, window=24.0)
+
+    monkeypatch.setattr(module, "_band_products", counted)
+    early, few = found(), len(looked_at)
+    monkeypatch.setattr(module._First, "everywhere", False)
+    whole, many = found(), len(looked_at)
+    assert few < many
+    assert torch.equal(early.volume, whole.volume)
 
 
 def test_equal_maps_are_resolved_to_nyquist():

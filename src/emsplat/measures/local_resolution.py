@@ -85,6 +85,8 @@ def local_resolution(
     first = _First(grid, window, threshold)
     for frequency, (ab, aa, bb) in _band_products([a, b], [(0, 1), (0, 0), (1, 1)], grid, window):
         first.add(frequency, _ratio(ab, aa, bb))
+        if first.everywhere:
+            break
     return first.result()
 
 
@@ -112,6 +114,8 @@ def local_cross_validated(
         support = _ratio(both, raw_a, raw_b)
         value = seen / support.clamp(min=1e-6).sqrt()
         first.add(frequency, torch.where(support > _chance(frequency, window), value, 0.0))
+        if first.everywhere:
+            break
     return first.result()
 
 
@@ -169,6 +173,11 @@ class _First:
         self._found = torch.where(below, self._last + part * (frequency - self._last), self._found)
         self._open = self._open & ~below
         self._before, self._last = value, frequency
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all points have crossed it: finer bands, which cost most, say nothing more."""
+        return self._open is not None and not bool(self._open.any())
 
     def result(self) -> LocalResolution:
         found = self._found
